@@ -1,0 +1,281 @@
+"""Request waves: the rules that keep lockstep ranks together, as pure functions of values.
+
+Mixture-of-experts ranks exchange tokens in every layer, so while one of them has work all must step.
+When none has, all pause together, and the *wave* grows by one. The next request wakes all of them.
+Two small machines play this: one in the coordinator, one in each engine. Both are here, whole, without
+a socket, a clock or a memory map: ``handle_coordinator(state, event) -> (state, commands)`` and
+``handle_engine(state, event) -> (state, commands)``. A message is only a hint. A lost, doubled or late
+one does no harm, because the rows of the board say what is true and `RanksSplit` and `RanksIdle`
+bring the machine back to it.
+
+Coordinator, state ``(wave, phase)``, starts ``(0, PAUSED)``; nothing ever lowers the wave:
+
+    event                    when                          becomes              commands
+    -----------------------  ----------------------------  -------------------  --------------------------------
+    FirstRequest(e, w)       paused                        waking               StartWave(wave, nobody)
+                             waking, running               -                    -
+    WaveCompleted(w)         wave <= w                     w + 1, paused        PublishState
+                             w < wave                      -                    -
+    WaveStarted(e, w)        w > wave, or w == wave and    w, running           StartWave(w, exclude e),
+                             not running                                        PublishState
+                             w < wave, paused              waking               StartWave(wave, nobody)
+                             otherwise                     -                    -
+    SeenRunning(e, w)        w == wave, waking             running              PublishState
+                             w > wave, or w == wave and    w, running           StartWave(w, exclude e),
+                             paused                                             PublishState
+                             otherwise                     -                    -
+    WakeTimer(expired=no)    waking                        -                    StartWave(wave, nobody)
+    WakeTimer(expired=yes)   waking                        paused               WarnWakeFailed, PublishState
+    RanksSplit(w)            always                        max(wave, w),        StartWave(that, nobody),
+                                                           waking if paused     PublishState if the wave grew
+    RanksIdle(w)             not paused, or w > wave       max(wave, w), paused PublishState
+
+`FirstRequest` excludes nobody, although its sender names an engine: that engine may refuse the request
+or never get it, and then it would sleep while the others wait for it in a collective (a real vLLM 0.32
+server hung so). ``exclude_named=True`` brings the exclusion back for engines that take whatever they
+are sent. `WaveStarted` does exclude its sender, which is awake for certain.
+
+`SeenRunning` in a paused group starts the wave like `WaveStarted` does: the engine's own message may be
+the one that was lost, and if it is only late, the second start changes nothing. Seen in an old wave it
+says nothing: that row is about to change, and if it does not, `RanksSplit` comes.
+
+Engine, state ``(wave, running, paused)``, where *paused* is by the user:
+
+    event                      when                              becomes           commands
+    -------------------------  --------------------------------  ----------------  ------------------
+    Attached(w)                always                            w, idle           -
+    RequestArrived(w)          running, or paused by the user    max(wave, w)      -
+                               idle                              max(wave, w),     SendWaveStarted(wave)
+                                                                 running
+    StartReceived(w, exclude)  not paused, not excluded, idle,   w, running        SendWaveStarted(w)
+                               w >= wave                                           if rank 0
+                               the same, already running         w                 -
+                               otherwise                         -                 -
+    AllIdle()                  running                           wave + 1, idle    SendWaveCompleted(wave)
+                                                                                   if rank 0
+                               idle                              -                 -
+    AllPaused()                running                           wave + 1, idle,   SendWaveCompleted(wave)
+                                                                 paused            if rank 0
+                               idle, not paused                  paused            -
+    Resumed(has_work)          paused                            running if any    SendWaveStarted(wave)
+                                                                 rank has work     if it runs
+
+An engine that a request wakes always says so, even though the front-end has sent its own notice: that
+notice may be late, lost, or never sent (its view of the wave was old). Rank 0 confirms a wake-up that it
+heard of, which is what ends `WAKING`. `AllIdle` and `AllPaused` come from an all-reduce, so every rank
+takes them at the same step; a pause that only some ranks asked for is work, and keeps all stepping.
+
+Source: the behaviour of vLLM's ``DPCoordinator`` (August 2025 and 0.32); `WAKING`, the two ``Ranks``
+events and the old-wave row of `WaveStarted` are dpshm's.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class Phase(IntEnum):
+    """What the coordinator knows of the ranks; the values are those stored in the control word."""
+
+    PAUSED = 0
+    WAKING = 1  # a START was sent, and no engine was seen running since
+    RUNNING = 2
+
+
+class CoordinatorState(NamedTuple):
+    """The wave machine of the coordinator."""
+
+    wave: int = 0
+    phase: Phase = Phase.PAUSED
+
+
+class EngineState(NamedTuple):
+    """The wave machine of one engine."""
+
+    wave: int = 0
+    running: bool = False
+    paused: bool = False  # by the user; START is dropped meanwhile
+
+
+class FirstRequest(NamedTuple):
+    """A front-end sent a request to `engine` while it believed the group paused in `wave`."""
+
+    engine: int | None
+    wave: int
+
+
+class WaveCompleted(NamedTuple):
+    """Rank 0 says that all ranks went idle together at the end of `wave`."""
+
+    wave: int
+
+
+class WaveStarted(NamedTuple):
+    """An engine says that it runs in `wave`."""
+
+    engine: int
+    wave: int
+
+
+class SeenRunning(NamedTuple):
+    """The row of an engine shows it running in `wave`."""
+
+    engine: int
+    wave: int
+
+
+class WakeTimer(NamedTuple):
+    """Time passed while waking: enough to send START again, or (`expired`) to give up."""
+
+    expired: bool
+
+
+class RanksSplit(NamedTuple):
+    """For long enough some rows have shown ranks running, others idle; `wave` is the rows' highest."""
+
+    wave: int
+
+
+class RanksIdle(NamedTuple):
+    """For long enough every live row has shown its rank idle; `wave` is the rows' highest."""
+
+    wave: int
+
+
+CoordinatorEvent = FirstRequest | WaveCompleted | WaveStarted | SeenRunning | WakeTimer | RanksSplit | RanksIdle
+
+
+class Attached(NamedTuple):
+    """The engine (re)started and found `wave` in the control word."""
+
+    wave: int
+
+
+class RequestArrived(NamedTuple):
+    """A request came in, stamped `wave` by its front-end."""
+
+    wave: int
+
+
+class StartReceived(NamedTuple):
+    """START came in: all but `exclude` are to run in `wave`."""
+
+    wave: int
+    exclude: int | None
+
+
+class AllIdle(NamedTuple):
+    """An all-reduce said that no rank has work."""
+
+
+class AllPaused(NamedTuple):
+    """An all-reduce said that every rank was asked by the user to pause."""
+
+
+class Resumed(NamedTuple):
+    """The user resumed the ranks, past a barrier; `has_work` is true if any rank has some."""
+
+    has_work: bool
+
+
+EngineEvent = Attached | RequestArrived | StartReceived | AllIdle | AllPaused | Resumed
+
+
+class StartWave(NamedTuple):
+    """Coordinator: send START to the engines."""
+
+    wave: int
+    exclude: int | None
+
+
+class PublishState(NamedTuple):
+    """Coordinator: tell the front-ends the new wave and phase."""
+
+
+class WarnWakeFailed(NamedTuple):
+    """Coordinator: nobody woke up in time; tell the operator."""
+
+    wave: int
+
+
+class SendWaveStarted(NamedTuple):
+    """Engine: tell the coordinator that this engine runs."""
+
+    wave: int
+
+
+class SendWaveCompleted(NamedTuple):
+    """Engine: tell the coordinator that all ranks went idle."""
+
+    wave: int
+
+
+CoordinatorCommand = StartWave | PublishState | WarnWakeFailed
+EngineCommand = SendWaveStarted | SendWaveCompleted
+
+
+def handle_coordinator(
+    state: CoordinatorState, event: CoordinatorEvent, *, exclude_named: bool = False
+) -> tuple[CoordinatorState, list[CoordinatorCommand]]:
+    """One step of the coordinator's machine: the first table above.
+
+    Args:
+        state: where it is.
+        event: what happened.
+        exclude_named: leave the engine that a `FirstRequest` names out of its START.
+    """
+    wave, phase = state
+    match event:
+        case FirstRequest(engine, _) if phase is Phase.PAUSED:
+            exclude = engine if exclude_named else None
+            return CoordinatorState(wave, Phase.WAKING), [StartWave(wave, exclude)]
+        case WaveCompleted(w) if w >= wave:
+            return CoordinatorState(w + 1, Phase.PAUSED), [PublishState()]
+        case WaveStarted(engine, w) if w > wave or (w == wave and phase is not Phase.RUNNING):
+            return CoordinatorState(w, Phase.RUNNING), [StartWave(w, engine), PublishState()]
+        case WaveStarted(_, w) if w < wave and phase is Phase.PAUSED:
+            return CoordinatorState(wave, Phase.WAKING), [StartWave(wave, None)]
+        case SeenRunning(_, w) if w == wave and phase is Phase.WAKING:
+            return CoordinatorState(wave, Phase.RUNNING), [PublishState()]
+        case SeenRunning(engine, w) if w > wave or (w == wave and phase is Phase.PAUSED):
+            return CoordinatorState(w, Phase.RUNNING), [StartWave(w, engine), PublishState()]
+        case WakeTimer(expired) if phase is Phase.WAKING:
+            if not expired:
+                return state, [StartWave(wave, None)]
+            return CoordinatorState(wave, Phase.PAUSED), [WarnWakeFailed(wave), PublishState()]
+        case RanksSplit(w):
+            new = CoordinatorState(max(wave, w), Phase.WAKING if phase is Phase.PAUSED else phase)
+            publish: list[CoordinatorCommand] = [PublishState()] if new.wave != wave else []
+            return new, [StartWave(new.wave, None), *publish]
+        case RanksIdle(w) if phase is not Phase.PAUSED or w > wave:
+            return CoordinatorState(max(wave, w), Phase.PAUSED), [PublishState()]
+    return state, []
+
+
+def handle_engine(state: EngineState, event: EngineEvent, dp_rank: int) -> tuple[EngineState, list[EngineCommand]]:
+    """One step of an engine's machine: the second table above."""
+    wave, running, paused = state
+    match event:
+        case Attached(w):
+            return EngineState(w), []
+        case RequestArrived(w):
+            wave = max(wave, w)
+            if running or paused:
+                return state._replace(wave=wave), []
+            return EngineState(wave, running=True), [SendWaveStarted(wave)]
+        case StartReceived(w, exclude) if not paused and exclude != dp_rank and w >= wave:
+            confirm: list[EngineCommand] = [SendWaveStarted(w)] if dp_rank == 0 and not running else []
+            return EngineState(w, running=True), confirm
+        case AllIdle() if running:
+            complete: list[EngineCommand] = [SendWaveCompleted(wave)] if dp_rank == 0 else []
+            return EngineState(wave + 1, running=False), complete
+        case AllPaused() if running:
+            end: list[EngineCommand] = [SendWaveCompleted(wave)] if dp_rank == 0 else []
+            return EngineState(wave + 1, running=False, paused=True), end
+        case AllPaused():
+            return state._replace(paused=True), []
+        case Resumed(has_work) if paused:
+            start: list[EngineCommand] = [SendWaveStarted(wave)] if has_work else []
+            return EngineState(wave, running=has_work), start
+    return state, []

@@ -1,1 +1,56 @@
+"""dpshm coordinates the data-parallel ranks of an LLM inference deployment on one node.
+
+Engines store their load in shared memory, front-ends read it when they choose an engine, and a ZMQ thread
+runs the request waves, publishing only when their state changes.
+"""
+
+from dpshm.board import Board
+from dpshm.coordinator import Coordinator
+from dpshm.engine import Engine
+from dpshm.errors import (
+    CapacityExceeded,
+    DpshmError,
+    GroupInUse,
+    HandleClosed,
+    HandleError,
+    HandleForked,
+    NoEngineAvailable,
+    RowInUse,
+    SegmentError,
+    SegmentInvalid,
+    SegmentNoSpace,
+    SegmentNotFound,
+    SettingError,
+    StartupTimeout,
+    WireError,
+    WrongThread,
+)
+from dpshm.frontend import Frontend, Route
+from dpshm.process import CoordinatorProcess
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Board",
+    "CapacityExceeded",
+    "Coordinator",
+    "CoordinatorProcess",
+    "DpshmError",
+    "Engine",
+    "Frontend",
+    "GroupInUse",
+    "HandleClosed",
+    "HandleError",
+    "HandleForked",
+    "NoEngineAvailable",
+    "Route",
+    "RowInUse",
+    "SegmentError",
+    "SegmentInvalid",
+    "SegmentNoSpace",
+    "SegmentNotFound",
+    "SettingError",
+    "StartupTimeout",
+    "WireError",
+    "WrongThread",
+]

@@ -77,6 +77,7 @@ COORDINATOR_WORDS = (
     "counts_published",
     "messages_received",
     "messages_dropped",
+    "spare",  # always 0
 )
 # What an engine stores in its row. `steps` and the words after it only grow within an incarnation.
 ENGINE_WORDS = (

@@ -6,7 +6,7 @@
 - *stalled*: alive, not paused by the user, has work, and its beat has not moved for ``stall_timeout``. The
   watcher times that by its own clock, so it does not matter whose clock the beat was taken from. The
   timeout has to exceed the longest step.
-- *alive*: otherwise. *absent*: nobody ever took the row.
+- *alive*: otherwise. *absent*: nobody ever took the row, or who had it left in good order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Signs(NamedTuple):
     """What the watcher saw of one row.
 
     Attributes:
-        taken: some process has stored an incarnation in the row.
+        taken: some process has stored its pid in the row and not taken it back.
         locked: the lock on its byte is held.
         has_work: it is in a step, has requests waiting, or has some on their way.
         paused: the user paused it.

@@ -36,6 +36,9 @@ import msgspec
 
 from dpshm import layout, procs
 from dpshm.errors import (
+    HandleClosed,
+    HandleError,
+    HandleForked,
     SegmentError,
     SegmentInvalid,
     SegmentNoSpace,
@@ -117,14 +120,15 @@ class Segment:
         group: the group's name.
         header: the checked header.
         words: the whole segment as int64 items; writable unless attached read-only.
-        forked: true in a child of the process that opened it; the lock descriptor is closed there.
+        usable: false once closed, and in a child of the process that opened it.
     """
 
     def __init__(self, group: str, path: Path, fd: int, *, readonly: bool) -> None:
         self.group = group
         self.path = path
         self.readonly = readonly
-        self.forked = False
+        self.usable = True
+        self._forked = False
         self._fd = fd
         self._map: mmap.mmap | None = None
         self.words: memoryview = memoryview(b"")
@@ -256,9 +260,9 @@ class Segment:
         """Gives the lock on a byte back."""
         fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, byte, 1))
 
-    def is_locked(self, byte: int) -> bool:
-        """Whether somebody else, in this process or another, holds the lock on a byte."""
-        answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte, 1))
+    def is_locked(self, byte: int, length: int = 1) -> bool:
+        """Whether another handle, here or anywhere, holds the lock on any of the bytes (length 0: to the end)."""
+        answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte, length))
         return int.from_bytes(answer[:2], "little") != fcntl.F_UNLCK
 
     def lock_all(self) -> bool:
@@ -279,18 +283,27 @@ class Segment:
     def close(self) -> None:
         """Drops the locks and the map. Views that others still hold keep the memory alive, not the locks."""
         _open_segments.discard(self)
-        if self._fd >= 0 and not self.forked:
+        self.usable = False
+        if self._fd >= 0:
             os.close(self._fd)
-        self._fd = -1
+            self._fd = -1
         self.words.release()
         if self._map is not None:
             with suppress(BufferError):
                 self._map.close()
             self._map = None
 
+    def why_unusable(self) -> HandleError:
+        """The error to raise when a handle on this segment is used although it is not usable."""
+        if self._forked:
+            return HandleForked(
+                f"this handle on group {self.group!r} belongs to the parent process; attach after the fork"
+            )
+        return HandleClosed(f"this handle on group {self.group!r} is closed")
+
     def _after_fork_in_child(self) -> None:
         # The child's copy of the descriptor would keep the lock, and a dead parent would look alive.
-        self.forked = True
+        self.usable, self._forked = False, True
         if self._fd >= 0:
             with suppress(OSError):
                 os.close(self._fd)

@@ -28,7 +28,7 @@ Coordinator, state ``(wave, phase)``, starts ``(0, PAUSED)``; nothing ever lower
     WakeTimer(expired=yes)   waking                        paused               WarnWakeFailed, PublishState
     RanksSplit(w)            always                        max(wave, w),        StartWave(that, nobody),
                                                            waking if paused     PublishState if the wave grew
-    RanksIdle(w)             not paused, or w > wave       max(wave, w), paused PublishState
+    RanksIdle(w)             running, or w > wave          max(wave, w), paused PublishState
 
 `FirstRequest` excludes nobody, although its sender names an engine: that engine may refuse the request
 or never get it, and then it would sleep while the others wait for it in a collective (a real vLLM 0.32
@@ -37,7 +37,8 @@ are sent. `WaveStarted` does exclude its sender, which is awake for certain.
 
 `SeenRunning` in a paused group starts the wave like `WaveStarted` does: the engine's own message may be
 the one that was lost, and if it is only late, the second start changes nothing. Seen in an old wave it
-says nothing: that row is about to change, and if it does not, `RanksSplit` comes.
+says nothing: that row is about to change, and if it does not, `RanksSplit` comes. `RanksIdle` in the wave
+that is being woken says nothing either: there `WakeTimer` sends START again, and gives up in the end.
 
 Engine, state ``(wave, running, paused)``, where *paused* is by the user:
 
@@ -248,7 +249,7 @@ def handle_coordinator(
             new = CoordinatorState(max(wave, w), Phase.WAKING if phase is Phase.PAUSED else phase)
             publish: list[CoordinatorCommand] = [PublishState()] if new.wave != wave else []
             return new, [StartWave(new.wave, None), *publish]
-        case RanksIdle(w) if phase is not Phase.PAUSED or w > wave:
+        case RanksIdle(w) if phase is Phase.RUNNING or w > wave:
             return CoordinatorState(max(wave, w), Phase.PAUSED), [PublishState()]
     return state, []
 

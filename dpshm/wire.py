@@ -111,7 +111,7 @@ class ScaleMessage(NamedTuple):
 
 
 class _FromFrontend(msgspec.Struct, array_like=True, frozen=True):
-    head: int | bytes | str | None
+    head: object  # an engine or SCALE; msgspec has no union of bytes and str
     number: Count
 
 
@@ -140,7 +140,7 @@ def decode_frontend_message(data: bytes) -> FirstRequestMessage | ScaleMessage:
     match message.head:
         case None:
             return FirstRequestMessage(None, message.number)
-        case int(engine) if 0 <= engine < ENGINE_LIMIT:
+        case int(engine) if type(engine) is int and 0 <= engine < ENGINE_LIMIT:
             return FirstRequestMessage(engine, message.number)
         case bytes(identity) if len(identity) == ENGINE_IDENTITY_BYTES:
             return FirstRequestMessage(int.from_bytes(identity, "little"), message.number)

@@ -1,0 +1,308 @@
+"""The board: numpy views over a group's segment, and who may write which.
+
+Every column is a view named after its column in `dpshm.layout`, int64, over shared memory. Each word has
+one writer: an engine its row, its `load` and its `received`; a front-end its row and its `sent`; the
+coordinator its row and the marks (and, for a stock engine that knows no board, that engine's `load` and
+`received`). So nothing is ever read, changed and written back by two processes.
+
+Each fact is one word, so a reader needs no lock: an aligned 64-bit load or store is single-copy atomic on
+x86-64 and on Armv8, and numpy's scalar access, ``ndarray.tolist()``, elementwise ufuncs and
+``memoryview('q')`` items each make one such access a word. ``struct.pack_into`` does not (it clears first),
+and copies through ``memcpy`` promise nothing per word on Arm: hot columns are not read through slices'
+``copy()``.
+
+Between words, order matters in one place, rule 3 of the board: *load is reported plus unseen*.
+
+    engine      take requests into its queue; store load, backlog; then received tokens; then received requests
+    reader      load sent; then received; then load, backlog
+
+An engine never shows a request as received before it shows it as waiting, and a reader looks the other
+way round, so on x86-64 (stores stay in order, and so do loads) a request that was booked is counted at
+least once: as unseen, as waiting, or, for the instant between the engine's stores, as both. On Arm neither
+order is promised without fences, which numpy does not have: a single read may miscount a report that is
+being stored at that instant, either way; nothing accumulates, and the next read is right.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpshm import layout
+from dpshm.liveness import Verdict
+from dpshm.segment import Segment, coordinator_byte, engine_byte, frontend_byte
+from dpshm.waves import Phase
+
+Words: TypeAlias = NDArray[np.int64]
+
+SNAPSHOT_DTYPE = np.dtype(
+    [
+        ("dp_rank", np.int32),
+        ("state", "U8"),
+        ("verdict", "U8"),
+        ("drained", np.bool_),
+        ("stock", np.bool_),
+        ("waiting", np.int64),
+        ("running", np.int64),
+        ("unseen", np.int64),
+        ("requests", np.int64),
+        ("kv_cache_usage", np.float64),
+        ("prefill_backlog", np.int64),
+        ("unseen_tokens", np.int64),
+        ("wave", np.int64),
+        ("step", np.int64),
+        ("age_ns", np.int64),
+        ("step_age_ns", np.int64),
+        ("incarnation", np.int64),
+        ("pid", np.int64),
+        ("steps", np.int64),
+        ("dummy_steps", np.int64),
+        ("busy_ns", np.int64),
+        ("prompt_tokens", np.int64),
+        ("generation_tokens", np.int64),
+        ("requests_finished", np.int64),
+    ]
+)
+"""One row a rank. `requests` and `prefill_backlog` count what is unseen in; ages are -1 where unknown."""
+
+COORDINATOR_PATIENCE_S = 2.0
+NO_WORDS: Words = np.zeros(0, np.int64)
+_COUNTERS = ("steps", "dummy_steps", "busy_ns", "prompt_tokens", "generation_tokens", "requests_finished")
+
+
+class Board:
+    """The columns of one group's segment.
+
+    Attributes:
+        segment: the open segment; `close()` closes it.
+        words: all words of the segment; ``words[board.index(name, row)] = value`` is one 64-bit store.
+    """
+
+    # Written by the coordinator.
+    control: Words
+    epoch: Words
+    coordinator_beat: Words
+    coordinator_pid: Words
+    coordinator_start_time: Words
+    engine_mark: Words
+    frontend_mark: Words
+    # Written by each engine: [engine], and [engine, front-end].
+    load: Words
+    engine_state: Words
+    progress: Words
+    prefill_backlog: Words
+    beat: Words
+    step_start: Words
+    engine_incarnation: Words
+    engine_pid: Words
+    engine_start_time: Words
+    engine_pid_namespace: Words
+    received_requests: Words
+    received_tokens: Words
+    # Written by each front-end: [front-end], and [front-end, engine].
+    frontend_beat: Words
+    frontend_incarnation: Words
+    frontend_pid: Words
+    frontend_start_time: Words
+    frontend_pid_namespace: Words
+    routed: Words
+    owner: Words
+    sent_requests: Words
+    sent_tokens: Words
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        self.words = segment.words
+        self.engines = segment.header.engines
+        self.frontends = segment.header.frontends
+        self._columns = segment.header.columns
+        buffer = self.words.cast("B")
+        for name, column in self._columns.items():
+            if name in _NAMES:
+                setattr(
+                    self, name, np.ndarray(column.shape, np.int64, buffer, column.offset, strides=column.strides)
+                )
+
+    @classmethod
+    def attach(cls, group: str, *, readonly: bool = True) -> Board:
+        """Opens the board of a group, to look at unless told otherwise.
+
+        Raises:
+            SegmentNotFound: there is no such group.
+            SegmentInvalid: its segment is not one that this version can use.
+        """
+        return cls(Segment.attach(group, readonly=readonly))
+
+    def close(self) -> None:
+        """Closes the segment; the views go with it."""
+        for name in self._columns:
+            self.__dict__.pop(name, None)
+        self.segment.close()
+
+    def __enter__(self) -> Board:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def index(self, name: str, row: int = 0, item: int = 0) -> int:
+        """Where a word is in `words`."""
+        column = self._columns[name]
+        rows, items = column.shape[0], (1, *column.shape)[-1] if len(column.shape) > 1 else 1
+        if not 0 <= row < rows or not 0 <= item < items:
+            raise IndexError(f"{name}[{row}, {item}] is outside {column.shape}")
+        offset = column.offset + row * column.strides[0] + item * layout.WORD_BYTES
+        return offset // layout.WORD_BYTES
+
+    # The locks that tell who lives.
+
+    def coordinator_alive(self) -> bool:
+        """Whether a coordinator other than this handle's owner holds the group."""
+        return self.segment.is_locked(coordinator_byte(self._columns))
+
+    def engine_alive(self, dp_rank: int) -> bool:
+        """Whether a process holds an engine's row."""
+        return self.segment.is_locked(engine_byte(self._columns, dp_rank))
+
+    def frontend_alive(self, index: int) -> bool:
+        """Whether a process holds a front-end's row."""
+        return self.segment.is_locked(frontend_byte(self._columns, index))
+
+    def lock_coordinator(self) -> bool:
+        """Takes the coordinator's lock; false if another has it."""
+        return self.segment.lock(coordinator_byte(self._columns))
+
+    def lock_engine(self, dp_rank: int) -> bool:
+        """Takes the lock of an engine's row; false if another has it."""
+        return self.segment.lock(engine_byte(self._columns, dp_rank))
+
+    def lock_frontend(self, index: int) -> bool:
+        """Takes the lock of a front-end's row; false if another has it."""
+        return self.segment.lock(frontend_byte(self._columns, index))
+
+    def unlock_frontend(self, index: int) -> None:
+        """Gives the lock of a front-end's row back."""
+        self.segment.unlock(frontend_byte(self._columns, index))
+
+    # Facts, decoded.
+
+    @property
+    def wave(self) -> int:
+        """The coordinator's wave."""
+        return layout.unpack_control(int(self.control[0]))[0]
+
+    @property
+    def phase(self) -> Phase:
+        """The coordinator's phase."""
+        return layout.unpack_control(int(self.control[0]))[1]
+
+    @property
+    def dp_size(self) -> int:
+        """How many ranks take part; never more than the segment holds, whatever the word says."""
+        return max(0, min(int(self.words[self.index("dp_size")]), self.engines))
+
+    def frontends_used(self) -> int:
+        """One more than the highest front-end row that anybody ever took."""
+        taken = np.flatnonzero(self.frontend_incarnation)
+        return int(taken[-1]) + 1 if len(taken) else 0
+
+    def wait_for_coordinator(self, condition: Callable[[], object]) -> None:
+        """Waits for what a living coordinator is about to do; returns without it if none lives."""
+        deadline = time.monotonic() + COORDINATOR_PATIENCE_S
+        while not condition() and time.monotonic() < deadline and self.coordinator_alive():
+            time.sleep(0.002)
+
+    def owner_of(self, index: int) -> str:
+        """The name under which a front-end took its row."""
+        return bytes(self.owner[index].tobytes()).rstrip(b"\0").decode("utf-8", "replace")
+
+    def live_frontends(self) -> list[int]:
+        """The rows whose front-end is marked alive: their bookings count."""
+        return [f for f, mark in enumerate(self.frontend_mark.tolist()) if mark == Verdict.ALIVE]
+
+    def snapshot(self, now_ns: int | None = None) -> NDArray[Any]:
+        """What each rank does, as far as the board tells.
+
+        Args:
+            now_ns: CLOCK_MONOTONIC; ages are counted up to it. Without it they are -1.
+
+        Returns:
+            An array of shape (dp_size,) and dtype `SNAPSHOT_DTYPE`, a copy.
+        """
+        n = self.dp_size
+        counted = self.live_frontends()
+        # SYNC: the reader's half of rule 3: sent, then received, then load and backlog. Each line below
+        # has finished its loads before the next begins (`unseen` copies `sent` first).
+        unseen = count_unseen(self.sent_requests, self.received_requests, counted, n).tolist()
+        unseen_tokens = count_unseen(self.sent_tokens, self.received_tokens, counted, n).tolist()
+        load = self.load[:n].tolist()
+        backlog = self.prefill_backlog[:n].tolist()
+        out = np.zeros(n, SNAPSHOT_DTYPE)
+        waking = self.phase is Phase.WAKING
+        for e in range(n):
+            row = out[e]
+            row["dp_rank"] = e
+            row["waiting"], row["running"], row["kv_cache_usage"] = layout.unpack_load(load[e])
+            row["unseen"], row["unseen_tokens"] = unseen[e], unseen_tokens[e]
+            row["requests"] = row["waiting"] + row["running"] + unseen[e]
+            row["prefill_backlog"] = max(0, backlog[e]) + unseen_tokens[e]
+            row["wave"], running, paused = layout.unpack_state(int(self.engine_state[e]))
+            row["step"] = layout.unpack_progress(int(self.progress[e]))[1]
+            mark = int(self.engine_mark[e])
+            verdict = Verdict(mark & layout.VERDICT_MASK)
+            row["verdict"] = verdict.name.lower()
+            row["drained"] = bool(mark & layout.DRAINED)
+            row["stock"] = bool(mark & layout.ON_BEHALF)
+            row["state"] = _state(verdict, bool(row["drained"]), paused, running, waking)
+            beat, step_start = int(self.beat[e]), int(self.step_start[e])
+            row["age_ns"] = max(0, now_ns - beat) if now_ns is not None and beat else -1
+            row["step_age_ns"] = max(0, now_ns - step_start) if now_ns is not None and step_start else -1
+            row["incarnation"], row["pid"] = self.engine_incarnation[e], self.engine_pid[e]
+            for name in _COUNTERS:
+                row[name] = getattr(self, name)[e]
+        return out
+
+
+_NAMES = frozenset(
+    (
+        *layout.COORDINATOR_WORDS,
+        *layout.ENGINE_WORDS,
+        *layout.FRONTEND_WORDS,
+        *("load", "engine_mark", "frontend_mark", "owner"),
+        *("received_requests", "received_tokens", "sent_requests", "sent_tokens"),
+    )
+) - {"dp_size"}  # a property, clipped
+
+
+def count_unseen(sent: Words, received: Words, frontends: Sequence[int], num_engines: int) -> Words:
+    """By rank, what the given front-ends sent and the engine has not received.
+
+    Args:
+        sent: shape (front-ends, engines).
+        received: shape (engines, front-ends).
+        frontends: the rows that count.
+        num_engines: how many ranks.
+
+    A negative difference counts as 0: it comes from a front-end that restarted with messages on their way.
+    """
+    if not frontends:
+        return np.zeros(num_engines, np.int64)
+    rows = list(frontends)
+    # SYNC: rule 3: all of `sent` is loaded before any of `received`. The fancy index copies item by item.
+    before = sent[rows, :num_engines]
+    difference = before - received[:num_engines, rows].T
+    return np.maximum(difference, 0).sum(axis=0)  # type: ignore[no-any-return]
+
+
+def _state(verdict: Verdict, drained: bool, paused: bool, running: bool, waking: bool) -> str:
+    if verdict is not Verdict.ALIVE:
+        return verdict.name.lower()
+    if drained:
+        return "drained"
+    if paused:
+        return "paused"
+    return "running" if running else "waking" if waking else "idle"

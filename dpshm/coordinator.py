@@ -1,0 +1,263 @@
+"""The coordinator of a group, as threads of this process: the board's life, the waves, the verdicts.
+
+    wave thread     owns every ZMQ socket; wave rules; stock peers       `dpshm.wave_thread`
+    watch thread    locks, beats, pidfds; verdicts on the board          `dpshm.watch_thread`
+
+The coordinator is not in the path of the stats: engines store, front-ends read. If it dies, routing goes
+on; the next coordinator of the group finds the board alive, takes it over with wave, bookings and marks as
+they are, and binds the same addresses, to which everybody reconnects.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import time
+import weakref
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dpshm import procs
+from dpshm.board import Board
+from dpshm.errors import GroupInUse, SegmentInvalid, SegmentNotFound, SettingError, StartupTimeout
+from dpshm.marks import Marks
+from dpshm.segment import Segment, make_header, sockets_path, sweep
+from dpshm.settings import IMMUTABLE, make_settings
+from dpshm.watch_thread import WatchThread
+from dpshm.wave_thread import Sockets, WaveThread
+
+logger = logging.getLogger(__name__)
+
+MAX_IPC_PATH_BYTES = 107  # sockaddr_un, less its final zero
+OPEN_PATIENCE_S = 0.5
+
+
+class Coordinator:
+    """Coordinates one group from threads of this process, until `close`.
+
+    Takes the settings of `dpshm.settings.Settings` as keyword arguments; `group` and `dp_size` are needed.
+
+    Attributes:
+        settings: what it was told.
+        board: the group's board.
+        stats_publish_address: where front-ends connect.
+        engine_addresses: (input, output): where engines hear of waves, and where they report.
+
+    Raises:
+        GroupInUse: a live coordinator has the group.
+        SegmentNoSpace: there is no room for the board.
+        SettingError: a setting is out of range.
+    """
+
+    _watch: WatchThread | None = None
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = make_settings(**settings)
+        self._wave = WaveThread(self.settings, self._open_board, self._poke_watch)
+        self._wave.start()
+        try:
+            self.board = self._wave.opened.result()
+        except BaseException:
+            self._wave.stop()
+            raise
+        header = self.board.segment.header
+        self.stats_publish_address = header.stats_address
+        self.engine_addresses = (header.engine_input_address, header.engine_output_address)
+        assert self._watch is not None  # _open_board made it
+        self._finalizer: weakref.finalize[..., Coordinator] = weakref.finalize(
+            self, _shut_down, os.getpid(), self._wave, self._watch, self.board.segment
+        )
+
+    def wait_ready(self, timeout_s: float | None = None) -> None:
+        """Waits until every engine is there.
+
+        Raises:
+            StartupTimeout: they were not, in `timeout_s` or in the settings' `ready_timeout_s`; names who is
+                missing.
+        """
+        try:
+            self._wave.all_ready.result(timeout_s)
+        except FutureTimeoutError:
+            board = self.board
+            missing = [e for e in range(board.dp_size) if not board.engine_alive(e)]
+            raise StartupTimeout(
+                f"group {self.settings.group!r} was not ready in {timeout_s:g} s; ranks without a row: {missing}"
+            ) from None
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """How many messages were dropped, by reason."""
+        return dict(self._wave.dropped.counts)
+
+    def scale(self, dp_size: int) -> None:
+        """Changes the number of ranks; wave and phase stay.
+
+        Raises:
+            SettingError: the board has no room for so many.
+        """
+        self._wave.call(lambda: self._wave.scale(dp_size))
+
+    def drain(self, dp_rank: int) -> None:
+        """Takes a rank out of routing; it finishes what it has."""
+        self._set_drained(dp_rank, True)
+
+    def undrain(self, dp_rank: int) -> None:
+        """Puts a drained rank back into routing."""
+        self._set_drained(dp_rank, False)
+
+    def _set_drained(self, dp_rank: int, drained: bool) -> None:
+        if not 0 <= dp_rank < self.board.dp_size:
+            raise SettingError(f"dp_rank {dp_rank} is outside 0 to {self.board.dp_size - 1}")
+        self._marks.set_engine(dp_rank, drained=drained)
+
+    def close(self) -> None:
+        """Ends the threads, closes the sockets, removes the segment and the sockets' folder."""
+        self._finalizer()
+
+    def __enter__(self) -> Coordinator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _poke_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.poke()
+
+    # In the wave thread, while the constructor waits.
+
+    def _open_board(self, sockets: Sockets) -> tuple[Board, Marks]:
+        segment = self._take_over_or_create(sockets)
+        try:
+            # The group is ours: only now may ipc paths be bound, a second bind would steal them silently.
+            _make_sockets_folder(sockets_path(segment.group))
+            header = segment.header
+            sockets.bind((header.stats_address, header.engine_input_address, header.engine_output_address))
+            board = Board(segment)
+            marks = self._marks = Marks(board)
+            words = board.words
+            if words[board.index("epoch")] == 0:
+                words[board.index("dp_size")] = self.settings.dp_size
+            words[board.index("coordinator_pid")] = os.getpid()
+            words[board.index("coordinator_start_time")] = procs.start_time(os.getpid())
+            words[board.index("epoch")] += 1
+            watch = WatchThread(board, marks, round(self.settings.stall_timeout_s * 1e9))
+            watch.round(time.monotonic_ns())
+            self._watch = watch
+            watch.start()
+        except BaseException:
+            if not segment.is_locked(0, 0):
+                segment.unlink()
+            segment.close()
+            raise
+        return board, marks
+
+    def _take_over_or_create(self, sockets: Sockets) -> Segment:
+        """The group's segment, the coordinator's lock held: the live one, or a new one."""
+        group = self.settings.group
+        deadline = time.monotonic() + OPEN_PATIENCE_S
+        while True:
+            try:
+                segment = Segment.attach(group)
+            except SegmentNotFound:
+                with suppress(FileExistsError):
+                    return self._create(sockets)
+                continue
+            except SegmentInvalid:
+                if sweep(group):
+                    logger.info("removed what a dead group %r of another version, or damaged, left", group)
+                    continue
+                raise
+            try:
+                board = Board(segment)
+                owned = board.lock_coordinator()
+                if owned and segment.linked and segment.is_locked(0, 0):  # by others: own locks do not count
+                    self._check_takeover(segment)
+                    logger.info("taking over the live board of group %r at wave %d", group, board.wave)
+                    return segment
+                if owned and segment.lock_all():
+                    segment.unlink()
+                    logger.info("removed what the dead group %r left", group)
+                elif time.monotonic() > deadline:
+                    raise GroupInUse(
+                        f"group {group!r} has a coordinator, pid {int(board.coordinator_pid[0])}, since "
+                        f"epoch {int(board.epoch[0])}: stop it, or use another group name"
+                    )
+                else:
+                    time.sleep(0.02)  # another coordinator is starting, or sweeping
+            except BaseException:
+                segment.close()
+                raise
+            segment.close()
+
+    def _create(self, sockets: Sockets) -> Segment:
+        settings = self.settings
+        folder = sockets_path(settings.group)
+        wanted = (
+            _endpoint(settings.frontends_local, folder, "frontends", settings.host),
+            _endpoint(settings.engines_local, folder, "to-engines", settings.host),
+            _endpoint(settings.engines_local, folder, "from-engines", settings.host),
+        )
+        # A port is known once it is bound, and the header names it: so tcp is bound before the group is ours,
+        # which steals nothing, and ipc after.
+        addresses = sockets.bind_ports(wanted)
+        header = make_header(
+            settings.group,
+            settings.engine_capacity,
+            settings.max_frontends,
+            stats_address=addresses[0],
+            engine_input_address=addresses[1],
+            engine_output_address=addresses[2],
+            settings={name: getattr(settings, name) for name in IMMUTABLE},
+        )
+        try:
+            return Segment.create(header)
+        except BaseException:
+            sockets.unbind()
+            raise
+
+    def _check_takeover(self, segment: Segment) -> None:
+        for name in IMMUTABLE:
+            theirs, ours = segment.header.settings.get(name), getattr(self.settings, name)
+            if theirs != ours:
+                raise SettingError(
+                    f"group {segment.group!r} is alive with {name}={theirs!r}, and this coordinator was told "
+                    f"{ours!r}: start it with the group's settings, or stop the group first"
+                )
+
+
+def _endpoint(local: bool, folder: Path, name: str, host: str) -> str:
+    """Where a socket is to be bound: a path in the group's folder, or any port of the host."""
+    if not local:
+        return f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*"
+    path = os.fsencode(folder / name)
+    if len(path) > MAX_IPC_PATH_BYTES:
+        raise SettingError(
+            f"the socket path {folder / name} has {len(path)} bytes, and the system allows {MAX_IPC_PATH_BYTES}: "
+            "use a shorter DPSHM_DIR or group name"
+        )
+    return f"ipc://{folder / name}"
+
+
+def _make_sockets_folder(folder: Path) -> None:
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    info = folder.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
+        raise SettingError(
+            f"{folder} is not a folder that only uid {os.geteuid()} can enter "
+            f"(mode {stat.filemode(info.st_mode)}, uid {info.st_uid}): remove it"
+        )
+
+
+def _shut_down(pid: int, wave: WaveThread, watch: WatchThread, segment: Segment) -> None:
+    """Ends a coordinator; in a forked child, which has neither its threads nor its group, does nothing."""
+    if pid != os.getpid():
+        return
+    wave.stop()
+    watch.stop()
+    segment.unlink()
+    segment.close()

@@ -1,0 +1,82 @@
+"""What the rows of the board say about the waves, whatever became of the messages.
+
+Pure but for a memory: how long the rows have said the same. The wave thread calls `RowWatch.look` with what
+it read and the time, and feeds the events that come back to `dpshm.waves.handle_coordinator`.
+
+Only rows of dpshm's own engines are evidence; a stock engine's row shows its queues, not whether it steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from dpshm.waves import (
+    CoordinatorEvent,
+    CoordinatorState,
+    Phase,
+    RanksIdle,
+    RanksSplit,
+    SeenRunning,
+    WakeTimer,
+)
+
+
+class EngineRow(NamedTuple):
+    """What one live engine's state word says."""
+
+    dp_rank: int
+    wave: int
+    running: bool
+
+
+class RowWatch:
+    """Turns what rows show, and for how long, into events; and keeps the timer of a wake-up.
+
+    Args:
+        resend_interval_ns: how long a disagreement, an idle group or an unanswered START may last.
+        wake_timeout_ns: how long a wake-up may go unanswered before it is given up.
+    """
+
+    def __init__(self, resend_interval_ns: int, wake_timeout_ns: int) -> None:
+        self._resend_ns = resend_interval_ns
+        self._wake_timeout_ns = wake_timeout_ns
+        self._split_since_ns: int | None = None
+        self._idle_since_ns: int | None = None
+        self._waking_since_ns: int | None = None
+        self._next_wake_ns = 0
+
+    def look(self, now_ns: int, state: CoordinatorState, rows: Iterable[EngineRow]) -> list[CoordinatorEvent]:
+        """The events that this look gives rise to, at most one of each kind."""
+        rows = list(rows)
+        running = [row for row in rows if row.running]
+        wave = max((row.wave for row in rows), default=0)
+        events: list[CoordinatorEvent] = []
+
+        if running:
+            newest = max(running, key=lambda row: row.wave)
+            # In an older wave it says nothing: the row is about to change, or the ranks are split.
+            if newest.wave > state.wave or (newest.wave == state.wave and state.phase is not Phase.RUNNING):
+                events.append(SeenRunning(newest.dp_rank, newest.wave))
+
+        split = bool(running) and (len(running) < len(rows) or any(row.wave != running[0].wave for row in running))
+        self._split_since_ns = (self._split_since_ns or now_ns) if split else None
+        if self._split_since_ns is not None and now_ns - self._split_since_ns >= self._resend_ns:
+            self._split_since_ns = now_ns
+            events.append(RanksSplit(wave))
+
+        idle = bool(rows) and not running and (state.phase is Phase.RUNNING or wave > state.wave)
+        self._idle_since_ns = (self._idle_since_ns or now_ns) if idle else None
+        if self._idle_since_ns is not None and now_ns - self._idle_since_ns >= self._resend_ns:
+            self._idle_since_ns = None
+            events.append(RanksIdle(wave))
+
+        if state.phase is not Phase.WAKING:
+            self._waking_since_ns = None
+        elif self._waking_since_ns is None:
+            self._waking_since_ns = now_ns
+            self._next_wake_ns = now_ns + self._resend_ns
+        elif now_ns >= self._next_wake_ns and not running:
+            self._next_wake_ns = now_ns + self._resend_ns
+            events.append(WakeTimer(expired=now_ns - self._waking_since_ns >= self._wake_timeout_ns))
+        return events

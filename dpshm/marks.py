@@ -1,0 +1,64 @@
+"""The coordinator's marks: one word an engine and one a front-end, written by whichever of its threads knows.
+
+The wave thread knows stock engines, the watch thread verdicts, an operator what is drained. All three are
+parts of one word, so a lock keeps the threads of this process from losing each other's part.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from dpshm import layout
+from dpshm.board import Board
+from dpshm.liveness import Verdict
+
+
+class Marks:
+    """Reads and changes the marks of a board that this process's coordinator owns."""
+
+    def __init__(self, board: Board) -> None:
+        self._words = board.words
+        self._at_engine = board.index("engine_mark")
+        self._at_frontend = board.index("frontend_mark")
+        self._lock = threading.Lock()
+
+    def engine(self, dp_rank: int) -> int:
+        """An engine's mark."""
+        return self._words[self._at_engine + dp_rank]
+
+    def engine_verdict(self, dp_rank: int) -> Verdict:
+        """The verdict in an engine's mark."""
+        return Verdict(self.engine(dp_rank) & layout.VERDICT_MASK)
+
+    def frontend_verdict(self, index: int) -> Verdict:
+        """The verdict in a front-end's mark."""
+        return Verdict(self._words[self._at_frontend + index] & layout.VERDICT_MASK)
+
+    def set_engine(
+        self,
+        dp_rank: int,
+        *,
+        verdict: Verdict | None = None,
+        on_behalf: bool | None = None,
+        drained: bool | None = None,
+    ) -> None:
+        """Changes the given parts of an engine's mark."""
+        with self._lock:
+            mark = self.engine(dp_rank)
+            if verdict is not None:
+                mark = mark & ~layout.VERDICT_MASK | verdict
+            if on_behalf is not None:
+                mark = mark & ~layout.ON_BEHALF | (layout.ON_BEHALF if on_behalf else 0)
+            if drained is not None:
+                mark = mark & ~layout.DRAINED | (layout.DRAINED if drained else 0)
+            self._words[self._at_engine + dp_rank] = mark
+
+    def clear_engine(self, dp_rank: int) -> None:
+        """Takes all marks off a rank that is no longer there."""
+        with self._lock:
+            self._words[self._at_engine + dp_rank] = 0
+
+    def set_frontend(self, index: int, verdict: Verdict) -> None:
+        """Sets a front-end's verdict."""
+        with self._lock:
+            self._words[self._at_frontend + index] = verdict

@@ -1,0 +1,111 @@
+"""What a coordinator can be told, checked in one place; every field has its unit and its default."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from dpshm import layout
+from dpshm.errors import SettingError
+
+Mode = Literal["internal", "hybrid", "external"]
+IMMUTABLE = ("mode", "waves", "counts_with_kv")
+"""What every process of a group relies on: a coordinator that takes a live board over must agree in these."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """A coordinator's settings.
+
+    Attributes:
+        group: the deployment's name on this node.
+        dp_size: number of data-parallel ranks.
+        dp_size_local: those on this node; fewer than `dp_size` makes the engines' sockets tcp. Default: all.
+        mode: who balances: the front-ends of this deployment (internal), of each node (hybrid), or somebody
+            outside (external). Not internal makes the front-ends' socket tcp.
+        host: the address that tcp sockets are bound to.
+        waves: whether ranks run in lockstep (mixture of experts); dense models need no waves.
+        stats_interval_ms: stock front-ends hear changed counts at most this often; 0: never. Default: 100, and
+            0 in external mode.
+        idle_refresh_ms: and unchanged ones this often.
+        counts_with_kv: counts carry the KV-cache usage (2026), or two numbers a rank (August 2025).
+        max_engines: rows for engines; `dp_size` can grow up to it.
+        max_frontends: rows for front-ends.
+        resend_interval_ms: how long START may go unheeded, or rows disagree, before START is sent again.
+        wake_timeout_s: how long a wake-up is repeated before it is given up with a warning.
+        stall_timeout_s: an engine with work that shows no sign of life for so long is stalled; longer than
+            the longest step. 0: never.
+        ready_timeout_s: how long the engines may take to come up. 0: for ever.
+        exclude_receiver: leave the engine that a first request names out of its START. Only for engines that
+            take whatever they are sent: one that refuses the request would stay asleep.
+    """
+
+    group: str
+    dp_size: int
+    dp_size_local: int | None = None
+    mode: Mode = "internal"
+    host: str = "127.0.0.1"
+    waves: bool = True
+    stats_interval_ms: int | None = None
+    idle_refresh_ms: int = 4000
+    counts_with_kv: bool = True
+    max_engines: int | None = None
+    max_frontends: int = layout.DEFAULT_FRONTENDS
+    resend_interval_ms: int = 200
+    wake_timeout_s: float = 10.0
+    stall_timeout_s: float = 60.0
+    ready_timeout_s: float = 900.0
+    exclude_receiver: bool = False
+
+    @property
+    def engine_capacity(self) -> int:
+        """Rows for engines."""
+        return self.max_engines if self.max_engines is not None else max(layout.DEFAULT_ENGINES, self.dp_size)
+
+    @property
+    def interval_ms(self) -> int:
+        """`stats_interval_ms`, or its default for the mode."""
+        if self.stats_interval_ms is not None:
+            return self.stats_interval_ms
+        return 0 if self.mode == "external" else 100
+
+    @property
+    def frontends_local(self) -> bool:
+        """Whether front-ends connect over ipc."""
+        return self.mode == "internal"
+
+    @property
+    def engines_local(self) -> bool:
+        """Whether engines connect over ipc."""
+        return self.dp_size_local is None or self.dp_size_local == self.dp_size
+
+
+def make_settings(**given: Any) -> Settings:
+    """Settings from keyword arguments or a decoded file.
+
+    Raises:
+        SettingError: names the setting, what it was, and what it may be.
+    """
+    unknown = sorted(given.keys() - set(Settings.__struct_fields__))
+    if unknown:
+        raise SettingError(f"unknown setting {unknown[0]!r}: choose from {', '.join(Settings.__struct_fields__)}")
+    try:
+        settings = msgspec.convert(given, Settings)
+    except msgspec.ValidationError as e:
+        raise SettingError(f"a setting is not what it must be: {e}") from None
+    limits: list[tuple[str, float | None, float, float]] = [
+        ("dp_size", settings.dp_size, 1, settings.engine_capacity),
+        ("dp_size_local", settings.dp_size_local, 0, settings.dp_size),
+        ("max_engines", settings.max_engines, 1, layout.MAX_ENGINES),
+        ("max_frontends", settings.max_frontends, 1, layout.MAX_FRONTENDS),
+        ("stats_interval_ms", settings.stats_interval_ms, 0, 3_600_000),
+        ("idle_refresh_ms", settings.idle_refresh_ms, 1, 3_600_000),
+        ("resend_interval_ms", settings.resend_interval_ms, 1, 3_600_000),
+        ("wake_timeout_s", settings.wake_timeout_s, 0.001, 86_400),
+        ("stall_timeout_s", settings.stall_timeout_s, 0, 86_400),
+        ("ready_timeout_s", settings.ready_timeout_s, 0, 604_800),
+    ]
+    for name, value, low, high in limits:
+        if value is not None and not low <= value <= high:
+            raise SettingError(f"{name} is {value}, and must be from {low:g} to {high:g}")
+    return settings

@@ -1,0 +1,174 @@
+"""The watch thread: looks at every row's lock and beat, and publishes its verdicts as marks on the board.
+
+A round every `WATCH_INTERVAL_S` tests the locks, which alone decide who is dead. A pidfd for each process
+that this pid namespace can see ends the wait between rounds at once when one exits.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+import time
+from typing import NamedTuple
+
+from dpshm import layout, procs
+from dpshm.board import Board
+from dpshm.liveness import Signs, Verdict, judge
+from dpshm.marks import Marks
+
+logger = logging.getLogger(__name__)
+
+WATCH_INTERVAL_S = 0.05
+
+
+class Occupant(NamedTuple):
+    """The process that holds a row: what its pidfd, if any, was opened for."""
+
+    incarnation: int
+    pidfd: int | None
+
+
+class WatchThread(threading.Thread):
+    """Runs `round` at its interval, whenever a watched process exits, and when poked."""
+
+    def __init__(self, board: Board, marks: Marks, stall_timeout_ns: int) -> None:
+        super().__init__(name="dpshm-watch", daemon=True)
+        self._board = board
+        self._marks = marks
+        self._stall_timeout_ns = stall_timeout_ns
+        self._stop_asked = False
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll = select.epoll()
+        self._epoll.register(self._wake_fd, select.EPOLLIN)
+        self._occupants: dict[tuple[str, int], Occupant] = {}
+        self._moved: dict[int, tuple[tuple[int, int], int]] = {}
+        self._pid_namespace = procs.namespace_inode("pid")
+        self._warned_unlinked = False
+
+    def poke(self) -> None:
+        """Asks for a round now."""
+        os.eventfd_write(self._wake_fd, 1)
+
+    def stop(self) -> None:
+        """Ends the thread and waits for it."""
+        self._stop_asked = True
+        self.poke()
+        self.join(timeout=5.0)
+        for occupant in self._occupants.values():
+            if occupant.pidfd is not None:
+                os.close(occupant.pidfd)
+        self._occupants.clear()
+        self._epoll.close()
+        os.close(self._wake_fd)
+
+    def run(self) -> None:
+        """The thread."""
+        while not self._stop_asked:
+            for fd, _ in self._epoll.poll(WATCH_INTERVAL_S):
+                if fd == self._wake_fd:
+                    os.eventfd_read(fd)
+                else:
+                    self._forget_pidfd(fd)
+            try:
+                self.round(time.monotonic_ns())
+            except Exception:
+                logger.exception("a round of the watch failed; the next one comes")
+                time.sleep(WATCH_INTERVAL_S)
+
+    def round(self, now_ns: int) -> None:
+        """Judges every row once."""
+        board = self._board
+        for e in range(board.dp_size):
+            self._judge_engine(e, now_ns)
+        for f in range(board.frontends_used()):
+            self._judge_frontend(f)
+        board.coordinator_beat[0] = now_ns
+        if not self._warned_unlinked and not board.segment.linked:
+            self._warned_unlinked = True
+            logger.warning(
+                "%s was unlinked under the live group %r: routing goes on, but nobody can attach any more. "
+                "Restart the group, and find what cleans that folder (systemd's RemoveIPC?)",
+                board.segment.path,
+                board.segment.group,
+            )
+
+    def _judge_engine(self, e: int, now_ns: int) -> None:
+        board, marks = self._board, self._marks
+        locked = board.engine_alive(e)
+        stock = bool(marks.engine(e) & layout.ON_BEHALF)
+        if stock and not locked:
+            return
+        incarnation = int(board.engine_incarnation[e])
+        self._follow(("engine", e), incarnation, int(board.engine_pid[e]), int(board.engine_start_time[e]))
+        paused = layout.unpack_state(int(board.engine_state[e]))[2]
+        still_ns = self._still_ns(e, incarnation, now_ns)
+        # Work is only looked up for a row that has been still for long: it costs a look at all bookings.
+        suspicious = 0 < self._stall_timeout_ns <= still_ns
+        has_work = suspicious and self._has_work(e)
+        signs = Signs(bool(board.engine_pid[e]), locked, has_work, paused, still_ns)
+        verdict = judge(signs, self._stall_timeout_ns)
+        before = marks.engine_verdict(e)
+        if verdict is not before or stock:
+            marks.set_engine(e, verdict=verdict, on_behalf=False if locked else None)
+            self._report("engine", e, int(board.engine_pid[e]), before, verdict)
+
+    def _judge_frontend(self, f: int) -> None:
+        board, marks = self._board, self._marks
+        incarnation = int(board.frontend_incarnation[f])
+        self._follow(("front-end", f), incarnation, int(board.frontend_pid[f]), int(board.frontend_start_time[f]))
+        verdict = judge(Signs(bool(board.frontend_pid[f]), board.frontend_alive(f)), 0)
+        before = marks.frontend_verdict(f)
+        if verdict is not before:
+            marks.set_frontend(f, verdict)
+            self._report("front-end", f, int(board.frontend_pid[f]), before, verdict)
+
+    def _has_work(self, e: int) -> bool:
+        row = self._board.snapshot()[e]
+        return bool(self._board.step_start[e] or row["waiting"] or row["unseen"])
+
+    def _still_ns(self, e: int, incarnation: int, now_ns: int) -> int:
+        """How long the beat of this incarnation has not moved, by our clock."""
+        sign = (incarnation, int(self._board.beat[e]))
+        last, since_ns = self._moved.get(e, (None, now_ns))
+        if sign != last:
+            self._moved[e] = (sign, now_ns)
+            return 0
+        return now_ns - since_ns
+
+    def _follow(self, key: tuple[str, int], incarnation: int, pid: int, started: int) -> None:
+        """Has a pidfd on the row's present process, where that can be seen from here."""
+        known = self._occupants.get(key)
+        if known is not None and known.incarnation == incarnation:
+            return
+        if known is not None and known.pidfd is not None:
+            self._forget_pidfd(known.pidfd)
+        kind, row = key
+        namespaces = self._board.engine_pid_namespace if kind == "engine" else self._board.frontend_pid_namespace
+        visible = incarnation > 0 and int(namespaces[row]) == self._pid_namespace != 0
+        pidfd = procs.open_pidfd(pid, started) if visible else None
+        self._occupants[key] = Occupant(incarnation, pidfd)
+        if pidfd is not None:
+            self._epoll.register(pidfd, select.EPOLLIN)
+
+    def _forget_pidfd(self, pidfd: int) -> None:
+        for key, occupant in self._occupants.items():
+            if occupant.pidfd == pidfd:
+                self._epoll.unregister(pidfd)
+                os.close(pidfd)
+                self._occupants[key] = occupant._replace(pidfd=None)
+                return
+
+    @staticmethod
+    def _report(kind: str, row: int, pid: int, before: Verdict, verdict: Verdict) -> None:
+        bad = verdict in (Verdict.DEAD, Verdict.STALLED)
+        logger.log(
+            logging.WARNING if bad and kind == "engine" else logging.INFO,
+            "%s %d (pid %d) is %s, was %s",
+            kind,
+            row,
+            pid,
+            verdict.name.lower(),
+            before.name.lower(),
+        )

@@ -140,7 +140,7 @@ class Coordinator:
             marks = self._marks = Marks(board)
             words = board.words
             if words[board.index("epoch")] == 0:
-                words[board.index("dp_size")] = self.settings.dp_size
+                marks.set_dp_size(self.settings.dp_size)
             words[board.index("coordinator_pid")] = os.getpid()
             words[board.index("coordinator_start_time")] = procs.start_time(os.getpid())
             words[board.index("epoch")] += 1

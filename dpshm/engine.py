@@ -212,7 +212,7 @@ class Engine:
             for f in self._unpublished:
                 words[self._at_received_requests + f] = self._received_requests[f]
             self._unpublished.clear()
-        words[self._at_progress] = layout.pack_progress(self._state.wave, step)
+        words[self._at_progress] = layout.pack_progress(self._state[0], step)
         words[self._at_finished] = self._finished
         # SYNC: the beat comes last, so a reader that has seen it (x86-64) sees the report that it dates.
         words[self._at_beat] = time.monotonic_ns()

@@ -20,8 +20,10 @@ import socket
 import threading
 import time
 from collections.abc import Iterable
+from operator import sub
 from typing import Any
 
+import msgspec
 import numpy as np
 import zmq
 from numpy.typing import NDArray
@@ -38,11 +40,13 @@ logger = logging.getLogger(__name__)
 
 LOOK_INTERVAL_NS = 100_000_000
 """How often a deciding front-end looks at what it need not look at each time: see `Frontend._look`."""
+TURN_STRIDE = 5
+"""How far apart neighbouring front-ends begin to take turns; coprime to the usual numbers of ranks."""
 COORDINATOR_SILENCE_NS = 500_000_000
 """A coordinator whose beat is older may be gone; its lock then tells."""
 
 
-class Route:
+class Route(msgspec.Struct, eq=False):
     """One booked request.
 
     Attributes:
@@ -51,14 +55,11 @@ class Route:
         prompt_tokens: what was booked.
     """
 
-    __slots__ = ("_frontend", "_open", "dp_rank", "prompt_tokens", "wave")
-
-    def __init__(self, frontend: Frontend, dp_rank: int, wave: int, prompt_tokens: int) -> None:
-        self._frontend = frontend
-        self._open = True
-        self.dp_rank = dp_rank
-        self.wave = wave
-        self.prompt_tokens = prompt_tokens
+    _frontend: Frontend
+    dp_rank: int
+    wave: int
+    prompt_tokens: int
+    _open: bool = True
 
     def done(self) -> None:
         """The request finished, was aborted or was refused. A second call does nothing."""
@@ -93,7 +94,7 @@ class Frontend:
         self._warned_unlinked = False
 
         words = self._words = board.words
-        self._at_dp_size = board.index("dp_size")
+        self._at_revision = board.index("revision")
         self._at_control = board.index("control")
         self._at_beat = board.index("frontend_beat", index)
         self._at_pid = board.index("frontend_pid", index)
@@ -109,7 +110,7 @@ class Frontend:
         self._own = [0] * board.engines
         self._routed = words[self._at_routed]
 
-        self._turn = 0
+        self._turn = index * TURN_STRIDE  # so that equal loads do not send all front-ends to one engine
         self._next_look_ns = 0
         self._alone: tuple[frozenset[int], frozenset[int]] | None = None
         self._refresh()
@@ -175,12 +176,7 @@ class Frontend:
             now_ns = time.monotonic_ns()
             if now_ns >= self._next_look_ns:
                 self._look(now_ns)
-            if (
-                self._engine_mark.tolist() != self._engine_marks
-                or self._frontend_mark.tolist() != self._frontend_marks
-                or words[self._at_dp_size] != self._num_engines
-                or words[self._at_next_frontend]
-            ):
+            if words[self._at_revision] != self._revision:
                 self._refresh()
             if dp_rank is None:
                 dp_rank = self._choose(prompt_tokens)
@@ -219,7 +215,6 @@ class Frontend:
             if self._wake_socket is not None:
                 self._wake_socket.close()
             self._words[self._at_pid] = 0  # left, not died
-            self._engine_mark = self._frontend_mark = NO_WORDS
             self._sent = self._received = self._load = NO_WORDS
             self.board.close()
 
@@ -253,42 +248,37 @@ class Frontend:
         load = self._load.tolist()
         unseen = [0] * self._num_engines
         for f in counted:
-            if sent[f] != received[f]:
-                for e, (s, r) in enumerate(zip(sent[f], received[f], strict=True)):
-                    if s > r:
-                        unseen[e] += s - r
+            if sent[f] != received[f]:  # most rows are equal: little is on its way at any instant
+                for e, difference in enumerate(map(sub, sent[f], received[f])):
+                    if difference > 0:
+                        unseen[e] += difference
         return View(ranks, load, unseen, self._own, len(counted))
 
     def _refresh(self) -> None:
-        """Works out again who may be chosen and whose bookings count; called when a mark or a size changed."""
+        """Works out again who may be chosen and whose bookings count."""
         board = self.board
+        # SYNC: the revision before what it stands for: see `dpshm.marks`.
+        self._revision = self._words[self._at_revision]
         n = self._num_engines = board.dp_size
         used = max(board.frontends_used(), self.index + 1)
-        self._engine_mark = board.engine_mark[:n]
-        self._frontend_mark = board.frontend_mark[:used]
-        self._engine_marks = self._engine_mark.tolist()
-        self._frontend_marks = self._frontend_mark.tolist()
-        # Rows are taken from the lowest free one up, so a new front-end shows in the next row first.
-        self._at_next_frontend = (
-            board.index("frontend_incarnation", used) if used < board.frontends else board.index("spare")
-        )
+        self._engine_marks = board.engine_mark[:n].tolist()
+        marks = board.frontend_mark[:used].tolist()
         self._sent = board.sent_requests[:used, :n]
         self._received = board.received_requests[:n, :used]
         self._load = board.load[:n]
         alone = self._alone
         self._counted = [
             f
-            for f, mark in enumerate(self._frontend_marks)
+            for f, mark in enumerate(marks)
             if f == self.index or (mark == Verdict.ALIVE if alone is None else f in alone[1])
         ]
         eligible = [e for e in range(n) if self._may_choose(e)]
         self._eligible = frozenset(eligible)
         # Twice over: each slice of half its length is one rotation.
         self._twice: Any = np.array(eligible * 2) if n >= VECTOR_FROM else eligible * 2
-        self._turn = len(eligible) * self.index // used  # another place in each front-end
 
     def _look(self, now_ns: int) -> None:
-        """What need not be looked at in every decision: whether a coordinator still watches, and the file's name.
+        """What need not be looked at in every decision: who watches, the marks themselves, the file's name.
 
         Without a coordinator nobody sets verdicts, so this front-end tests the locks itself.
         """
@@ -309,9 +299,8 @@ class Frontend:
                 frozenset(e for e, mark in enumerate(marks) if mark & layout.ON_BEHALF or board.engine_alive(e)),
                 frozenset(f for f in range(board.frontends_used()) if board.frontend_alive(f)),
             )
-        if alone != self._alone:
-            self._alone = alone
-            self._refresh()
+        self._alone = alone
+        self._refresh()
 
     def _is_there(self, e: int) -> bool:
         """Whether a rank's process lives, by the coordinator's verdict or, without one, by its lock."""

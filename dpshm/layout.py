@@ -66,6 +66,7 @@ ON_BEHALF = 8
 COORDINATOR_WORDS = (
     "control",  # wave and phase
     "dp_size",  # ranks that take part now
+    "revision",  # grows by one after every change of a mark or of dp_size
     "epoch",  # how many coordinators this board has had
     "coordinator_beat",  # CLOCK_MONOTONIC ns of the watch thread's last round
     "coordinator_pid",
@@ -77,7 +78,6 @@ COORDINATOR_WORDS = (
     "counts_published",
     "messages_received",
     "messages_dropped",
-    "spare",  # always 0
 )
 # What an engine stores in its row. `steps` and the words after it only grow within an incarnation.
 ENGINE_WORDS = (
@@ -172,7 +172,13 @@ def pack_load(waiting: int, running: int, kv_cache_usage: float) -> int:
         running: requests in the batch; saturates at 2**24 - 1.
         kv_cache_usage: a fraction; saturates at 0.0 and 1.0, NaN counts as 0.0.
     """
-    kv = 0 if not kv_cache_usage > 0.0 else _KV_ONE if kv_cache_usage >= 1.0 else round(kv_cache_usage * _KV_ONE)
+    kv = (
+        int(kv_cache_usage * _KV_ONE + 0.5)
+        if 0.0 < kv_cache_usage < 1.0
+        else _KV_ONE
+        if kv_cache_usage >= 1.0
+        else 0
+    )
     waiting = 0 if waiting < 0 else waiting if waiting <= _BITS_23 else _BITS_23
     running = 0 if running < 0 else running if running <= _BITS_24 else _BITS_24
     return waiting << 40 | running << 16 | kv
@@ -206,7 +212,9 @@ def unpack_state(word: int) -> tuple[int, bool, bool]:
 
 def pack_progress(wave: int, step: int) -> int:
     """The progress word: wave 31 bits, step within the incarnation 32 bits."""
-    return max(0, min(wave, MAX_WAVE)) << 32 | max(0, min(step, _BITS_32))
+    wave = 0 if wave < 0 else wave if wave <= MAX_WAVE else MAX_WAVE
+    step = 0 if step < 0 else step if step <= _BITS_32 else _BITS_32
+    return wave << 32 | step
 
 
 def unpack_progress(word: int) -> tuple[int, int]:

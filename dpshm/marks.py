@@ -2,6 +2,9 @@
 
 The wave thread knows stock engines, the watch thread verdicts, an operator what is drained. All three are
 parts of one word, so a lock keeps the threads of this process from losing each other's part.
+
+Every change ends with a step of the board's `revision`, the one word that a front-end reads in each decision
+to know that its list of engines is still right.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ class Marks:
         self._words = board.words
         self._at_engine = board.index("engine_mark")
         self._at_frontend = board.index("frontend_mark")
+        self._at_dp_size = board.index("dp_size")
+        self._at_revision = board.index("revision")
         self._lock = threading.Lock()
 
     def engine(self, dp_rank: int) -> int:
@@ -51,14 +56,27 @@ class Marks:
                 mark = mark & ~layout.ON_BEHALF | (layout.ON_BEHALF if on_behalf else 0)
             if drained is not None:
                 mark = mark & ~layout.DRAINED | (layout.DRAINED if drained else 0)
-            self._words[self._at_engine + dp_rank] = mark
+            self._store(self._at_engine + dp_rank, mark)
 
     def clear_engine(self, dp_rank: int) -> None:
         """Takes all marks off a rank that is no longer there."""
         with self._lock:
-            self._words[self._at_engine + dp_rank] = 0
+            self._store(self._at_engine + dp_rank, 0)
 
     def set_frontend(self, index: int, verdict: Verdict) -> None:
         """Sets a front-end's verdict."""
         with self._lock:
-            self._words[self._at_frontend + index] = verdict
+            self._store(self._at_frontend + index, verdict)
+
+    def set_dp_size(self, dp_size: int) -> None:
+        """Sets the number of ranks that take part."""
+        with self._lock:
+            self._store(self._at_dp_size, dp_size)
+
+    def _store(self, at: int, value: int) -> None:
+        words = self._words
+        if words[at] != value:
+            # SYNC: the change, then the revision; a front-end loads the revision, then what changed. On Arm
+            # it may see the new revision with the old mark; it looks again every LOOK_INTERVAL_NS.
+            words[at] = value
+            words[self._at_revision] = words[self._at_revision] + 1

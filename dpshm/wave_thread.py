@@ -390,7 +390,7 @@ class WaveThread(threading.Thread):
                 for name in ("load", *layout.ENGINE_WORDS):
                     self._words[board.index(name, e)] = 0
             self._marks.clear_engine(e)
-        self._words[board.index("dp_size")] = dp_size
+        self._marks.set_dp_size(dp_size)
         for e in range(dp_size, old):
             self._marks.clear_engine(e)
         self._counts.keep_only(dp_size)

@@ -20,6 +20,7 @@ import zmq
 
 from dpshm import layout, procs, wire
 from dpshm.board import Board
+from dpshm.context import context
 from dpshm.errors import CapacityExceeded, RowInUse, SettingError, WireError, WrongThread
 from dpshm.liveness import Verdict
 from dpshm.segment import Segment
@@ -98,9 +99,8 @@ class Engine:
         self._state = EngineState()
 
         header = self._segment.header
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-        self.socket: zmq.Socket[bytes] = context.socket(zmq.SUB)
-        self._output: zmq.Socket[bytes] = context.socket(zmq.PUSH)
+        self.socket = context().socket(zmq.SUB)
+        self._output = context().socket(zmq.PUSH)
         for s in (self.socket, self._output):
             s.linger = 0
             s.reconnect_ivl = 50

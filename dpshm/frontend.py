@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from dpshm import layout, procs, wire
 from dpshm.board import NO_WORDS, Board, count_unseen
+from dpshm.context import Socket, context
 from dpshm.errors import CapacityExceeded, NoEngineAvailable, RowInUse, SettingError
 from dpshm.liveness import Verdict
 from dpshm.policies import VECTOR_FROM, Policy, Request, View, by_name
@@ -90,7 +91,7 @@ class Frontend:
         self._policy = policy
         self._segment = board.segment
         self._lock = threading.Lock()
-        self._wake_socket: zmq.Socket[bytes] | None = None
+        self._wake_socket: Socket | None = None
         self._warned_unlinked = False
 
         words = self._words = board.words
@@ -335,7 +336,7 @@ class Frontend:
             return
         if self._wake_socket is None:
             # An XSUB that subscribes to nothing: it speaks upstream, and nothing is published to it.
-            wake: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.XSUB)
+            wake = context().socket(zmq.XSUB)
             wake.linger = 0
             wake.reconnect_ivl = 50
             wake.connect(self._segment.header.stats_address)

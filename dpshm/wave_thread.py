@@ -18,12 +18,13 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, TypeAlias
 
 import zmq
 
 from dpshm import layout, wire
+from dpshm.context import Socket, context
 from dpshm.errors import SettingError, StartupTimeout, WireError
 from dpshm.evidence import EngineRow, RowWatch
 from dpshm.limited import LimitedLog
@@ -54,17 +55,16 @@ LOOK_INTERVAL_NS = 100_000_000
 _MS = 1_000_000
 _S = 1_000_000_000
 
-Socket: TypeAlias = zmq.Socket[bytes]
 Addresses: TypeAlias = tuple[str, str, str]  # front-ends, to engines, from engines
 
 
 class Sockets:
     """The three bound sockets, and how each is bound. Used in the wave thread alone."""
 
-    def __init__(self, context: zmq.Context[Socket]) -> None:
-        self.frontends: Socket = context.socket(zmq.XPUB)
-        self.to_engines: Socket = context.socket(zmq.XPUB)
-        self.from_engines: Socket = context.socket(zmq.PULL)
+    def __init__(self) -> None:
+        self.frontends = context().socket(zmq.XPUB)
+        self.to_engines = context().socket(zmq.XPUB)
+        self.from_engines = context().socket(zmq.PULL)
         self._bound: dict[Socket, str] = {}
         for s in self.all:
             s.linger = 0
@@ -130,10 +130,9 @@ class WaveThread(threading.Thread):
         self._settings = settings
         self._open_board = open_board
         self._joined = joined
-        self._context: zmq.Context[Socket] = zmq.Context.instance()
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._nudge_lock = threading.Lock()
-        self._nudge: Socket = self._context.socket(zmq.PAIR)
+        self._nudge = context().socket(zmq.PAIR)
         self._nudge.linger = 0
         self._nudge_address = f"inproc://dpshm-wave-{id(self)}"
         self._nudge.bind(self._nudge_address)
@@ -176,24 +175,22 @@ class WaveThread(threading.Thread):
 
     def run(self) -> None:
         """The thread: opens sockets and board, reports, serves until told to stop, closes the sockets."""
-        sockets = Sockets(self._context)
-        nudged: Socket = self._context.socket(zmq.PAIR)
-        try:
-            nudged.connect(self._nudge_address)
+        with ExitStack() as stack:
             try:
+                sockets = Sockets()
+                stack.callback(sockets.close)
+                nudged = context().socket(zmq.PAIR)
+                stack.callback(nudged.close)
+                nudged.connect(self._nudge_address)
                 self._board, self._marks = self._open_board(sockets)
+                self._prepare(sockets)
             except BaseException as e:
                 self.opened.set_exception(e)
                 return
-            self._prepare(sockets)
             self.opened.set_result(self._board)
             self._serve(nudged)
-        finally:
-            nudged.close()
-            sockets.close()
-            if not self.all_ready.done():
-                self.all_ready.set_exception(StartupTimeout("the coordinator was closed before all ranks came"))
-                self.all_ready.exception()
+        if not self.all_ready.done():
+            self.all_ready.set_exception(StartupTimeout("the coordinator was closed before all ranks came"))
 
     def _prepare(self, sockets: Sockets) -> None:
         settings, board = self._settings, self._board

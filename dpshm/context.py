@@ -1,0 +1,23 @@
+"""dpshm's ZMQ context: one a process, made where it is first needed, so never before a fork that needs it.
+
+Not ``zmq.Context.instance()``: the program that we are part of may end that one.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TypeAlias
+
+import zmq
+
+Socket: TypeAlias = "zmq.Socket[bytes]"
+
+_contexts: dict[int, zmq.Context[Socket]] = {}
+
+
+def context() -> zmq.Context[Socket]:
+    """The context of this process; a forked child gets its own and leaves its parent's alone."""
+    pid = os.getpid()
+    if pid not in _contexts:
+        _contexts[pid] = zmq.Context()
+    return _contexts[pid]

@@ -27,8 +27,7 @@ from dpshm.errors import (
 )
 from dpshm.frontend import Frontend, Route
 from dpshm.process import CoordinatorProcess
-
-__version__ = "0.1.0"
+from dpshm.version import __version__
 
 __all__ = [
     "Board",
@@ -53,4 +52,5 @@ __all__ = [
     "StartupTimeout",
     "WireError",
     "WrongThread",
+    "__version__",
 ]

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpshm import layout
-from dpshm.liveness import Verdict
+from dpshm.liveness import Signs, Verdict, judge
 from dpshm.segment import Segment, coordinator_byte, engine_byte, frontend_byte
 from dpshm.waves import Phase
 
@@ -70,7 +70,9 @@ SNAPSHOT_DTYPE = np.dtype(
 """One row a rank. `requests` and `prefill_backlog` count what is unseen in; ages are -1 where unknown."""
 
 COORDINATOR_PATIENCE_S = 2.0
-NO_WORDS: Words = np.zeros(0, np.int64)
+COORDINATOR_SILENCE_NS = 500_000_000
+"""A coordinator whose beat is older does not watch: whoever decides then looks at the locks."""
+_SANE = 1 << 61
 _COUNTERS = ("steps", "dummy_steps", "busy_ns", "prompt_tokens", "generation_tokens", "requests_finished")
 
 
@@ -90,6 +92,9 @@ class Board:
     coordinator_start_time: Words
     engine_mark: Words
     frontend_mark: Words
+    change: Words
+    change_time: Words
+    wake_bucket: Words
     # Written by each engine: [engine], and [engine, front-end].
     load: Words
     engine_state: Words
@@ -103,6 +108,7 @@ class Board:
     engine_pid_namespace: Words
     received_requests: Words
     received_tokens: Words
+    step_model: Words  # [engine, item of layout.STEP_MODEL_WORDS]
     # Written by each front-end: [front-end], and [front-end, engine].
     frontend_beat: Words
     frontend_incarnation: Words
@@ -138,9 +144,7 @@ class Board:
         return cls(Segment.attach(group, readonly=readonly))
 
     def close(self) -> None:
-        """Closes the segment; the views go with it."""
-        for name in self._columns:
-            self.__dict__.pop(name, None)
+        """Gives the locks back. The views stay valid for whoever still has them."""
         self.segment.close()
 
     def __enter__(self) -> Board:
@@ -161,7 +165,7 @@ class Board:
     # The locks that tell who lives.
 
     def coordinator_alive(self) -> bool:
-        """Whether a coordinator other than this handle's owner holds the group."""
+        """Whether a coordinator holds the group."""
         return self.segment.is_locked(coordinator_byte(self._columns))
 
     def engine_alive(self, dp_rank: int) -> bool:
@@ -220,9 +224,28 @@ class Board:
         """The name under which a front-end took its row."""
         return bytes(self.owner[index].tobytes()).rstrip(b"\0").decode("utf-8", "replace")
 
-    def live_frontends(self) -> list[int]:
-        """The rows whose front-end is marked alive: their bookings count."""
-        return [f for f, mark in enumerate(self.frontend_mark.tolist()) if mark == Verdict.ALIVE]
+    def is_watched(self) -> bool:
+        """Whether a coordinator keeps the marks: its beat is fresh. One that is stopped does not."""
+        return abs(time.monotonic_ns() - int(self.coordinator_beat[0])) < COORDINATOR_SILENCE_NS
+
+    def engine_verdicts(self) -> list[Verdict]:
+        """By rank: the coordinator's verdicts; while none watches, what the locks tell (stock ones stay)."""
+        marks = self.engine_mark[: self.dp_size].tolist()
+        if self.is_watched():
+            return [Verdict(mark & layout.VERDICT_MASK) for mark in marks]
+        return [
+            Verdict.ALIVE
+            if mark & layout.ON_BEHALF
+            else judge(Signs(bool(self.engine_pid[e]), self.engine_alive(e)), 0)
+            for e, mark in enumerate(marks)
+        ]
+
+    def counted_frontends(self) -> list[int]:
+        """The rows whose bookings count: taken, and not those of a front-end that died."""
+        taken = [f for f in range(self.frontends_used()) if self.frontend_pid[f]]
+        if self.is_watched():
+            return [f for f in taken if self.frontend_mark[f] != Verdict.DEAD]
+        return [f for f in taken if self.frontend_alive(f)]
 
     def snapshot(self, now_ns: int | None = None) -> NDArray[Any]:
         """What each rank does, as far as the board tells.
@@ -234,7 +257,7 @@ class Board:
             An array of shape (dp_size,) and dtype `SNAPSHOT_DTYPE`, a copy.
         """
         n = self.dp_size
-        counted = self.live_frontends()
+        counted, verdicts = self.counted_frontends(), self.engine_verdicts()
         # SYNC: the reader's half of rule 3: sent, then received, then load and backlog. Each line below
         # has finished its loads before the next begins (`unseen` copies `sent` first).
         unseen = count_unseen(self.sent_requests, self.received_requests, counted, n).tolist()
@@ -249,18 +272,18 @@ class Board:
             row["waiting"], row["running"], row["kv_cache_usage"] = layout.unpack_load(load[e])
             row["unseen"], row["unseen_tokens"] = unseen[e], unseen_tokens[e]
             row["requests"] = row["waiting"] + row["running"] + unseen[e]
-            row["prefill_backlog"] = max(0, backlog[e]) + unseen_tokens[e]
+            row["prefill_backlog"] = _sane(backlog[e]) + unseen_tokens[e]
             row["wave"], running, paused = layout.unpack_state(int(self.engine_state[e]))
             row["step"] = layout.unpack_progress(int(self.progress[e]))[1]
             mark = int(self.engine_mark[e])
-            verdict = Verdict(mark & layout.VERDICT_MASK)
+            verdict = verdicts[e]
             row["verdict"] = verdict.name.lower()
             row["drained"] = bool(mark & layout.DRAINED)
             row["stock"] = bool(mark & layout.ON_BEHALF)
             row["state"] = _state(verdict, bool(row["drained"]), paused, running, waking)
             beat, step_start = int(self.beat[e]), int(self.step_start[e])
-            row["age_ns"] = max(0, now_ns - beat) if now_ns is not None and beat else -1
-            row["step_age_ns"] = max(0, now_ns - step_start) if now_ns is not None and step_start else -1
+            row["age_ns"] = _sane(now_ns - beat) if now_ns is not None and beat else -1
+            row["step_age_ns"] = _sane(now_ns - step_start) if now_ns is not None and step_start else -1
             row["incarnation"], row["pid"] = self.engine_incarnation[e], self.engine_pid[e]
             for name in _COUNTERS:
                 row[name] = getattr(self, name)[e]
@@ -272,8 +295,8 @@ _NAMES = frozenset(
         *layout.COORDINATOR_WORDS,
         *layout.ENGINE_WORDS,
         *layout.FRONTEND_WORDS,
-        *("load", "engine_mark", "frontend_mark", "owner"),
-        *("received_requests", "received_tokens", "sent_requests", "sent_tokens"),
+        *("load", "engine_mark", "frontend_mark", "owner", "change", "change_time", "wake_bucket"),
+        *("received_requests", "received_tokens", "sent_requests", "sent_tokens", "step_model"),
     )
 ) - {"dp_size"}  # a property, clipped
 
@@ -295,7 +318,12 @@ def count_unseen(sent: Words, received: Words, frontends: Sequence[int], num_eng
     # SYNC: rule 3: all of `sent` is loaded before any of `received`. The fancy index copies item by item.
     before = sent[rows, :num_engines]
     difference = before - received[:num_engines, rows].T
-    return np.maximum(difference, 0).sum(axis=0)  # type: ignore[no-any-return]
+    return np.clip(difference, 0, _SANE // len(rows)).sum(axis=0)  # type: ignore[no-any-return]
+
+
+def _sane(value: int) -> int:
+    """A number that may have been scribbled, so that sums with it still fit their column."""
+    return max(0, min(value, _SANE))
 
 
 def _state(verdict: Verdict, drained: bool, paused: bool, running: bool, waking: bool) -> str:

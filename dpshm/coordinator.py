@@ -10,11 +10,13 @@ they are, and binds the same addresses, to which everybody reconnects.
 
 from __future__ import annotations
 
+import grp
 import logging
 import os
 import stat
 import time
 import weakref
+from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +28,7 @@ from dpshm.errors import GroupInUse, SegmentInvalid, SegmentNotFound, SettingErr
 from dpshm.marks import Marks
 from dpshm.segment import Segment, make_header, sockets_path, sweep
 from dpshm.settings import IMMUTABLE, make_settings
+from dpshm.version import version_word
 from dpshm.watch_thread import WatchThread
 from dpshm.wave_thread import Sockets, WaveThread
 
@@ -45,6 +48,7 @@ class Coordinator:
         board: the group's board.
         stats_publish_address: where front-ends connect.
         engine_addresses: (input, output): where engines hear of waves, and where they report.
+        metrics_address: (host, port) where metrics are served; None if they are not.
 
     Raises:
         GroupInUse: a live coordinator has the group.
@@ -70,6 +74,13 @@ class Coordinator:
         self._finalizer: weakref.finalize[..., Coordinator] = weakref.finalize(
             self, _shut_down, os.getpid(), self._wave, self._watch, self.board.segment
         )
+        self.metrics_address: tuple[str, int] | None = None
+        if self.settings.metrics_port is not None:
+            try:
+                self._serve_metrics(self.settings.metrics_host, self.settings.metrics_port)
+            except BaseException:
+                self.close()
+                raise
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
         """Waits until every engine is there.
@@ -98,7 +109,7 @@ class Coordinator:
         Raises:
             SettingError: the board has no room for so many.
         """
-        self._wave.call(lambda: self._wave.scale(dp_size))
+        self._in_wave_thread(lambda: self._wave.scale(dp_size))
 
     def drain(self, dp_rank: int) -> None:
         """Takes a rank out of routing; it finishes what it has."""
@@ -109,12 +120,28 @@ class Coordinator:
         self._set_drained(dp_rank, False)
 
     def _set_drained(self, dp_rank: int, drained: bool) -> None:
-        if not 0 <= dp_rank < self.board.dp_size:
-            raise SettingError(f"dp_rank {dp_rank} is outside 0 to {self.board.dp_size - 1}")
-        self._marks.set_engine(dp_rank, drained=drained)
+        self._in_wave_thread(lambda: self._wave.set_drained(dp_rank, drained))
+
+    def _in_wave_thread(self, function: Callable[[], None]) -> None:
+        if not self.board.segment.usable:
+            raise self.board.segment.why_unusable()
+        self._wave.call(function)
+
+    def is_healthy(self) -> bool:
+        """Whether both threads still run."""
+        return self._wave.is_alive() and self._watch is not None and self._watch.is_alive()
+
+    def _serve_metrics(self, host: str, port: int) -> None:
+        from dpshm.metrics import MetricsServer  # needs an extra
+
+        metrics = MetricsServer(self.board.segment.group, self._wave.dropped.counts, host, port)
+        self.metrics_address = metrics.address
+        self._metrics_finalizer = weakref.finalize(self, metrics.close)
 
     def close(self) -> None:
         """Ends the threads, closes the sockets, removes the segment and the sockets' folder."""
+        if self.metrics_address is not None:
+            self._metrics_finalizer()
         self._finalizer()
 
     def __enter__(self) -> Coordinator:
@@ -143,13 +170,14 @@ class Coordinator:
                 marks.set_dp_size(self.settings.dp_size)
             words[board.index("coordinator_pid")] = os.getpid()
             words[board.index("coordinator_start_time")] = procs.start_time(os.getpid())
-            words[board.index("epoch")] += 1
+            words[board.index("coordinator_version")] = version_word()
+            marks.begin_epoch()
             watch = WatchThread(board, marks, round(self.settings.stall_timeout_s * 1e9))
             watch.round(time.monotonic_ns())
             self._watch = watch
             watch.start()
         except BaseException:
-            if not segment.is_locked(0, 0):
+            if not segment.is_shared():
                 segment.unlink()
             segment.close()
             raise
@@ -174,7 +202,7 @@ class Coordinator:
             try:
                 board = Board(segment)
                 owned = board.lock_coordinator()
-                if owned and segment.linked and segment.is_locked(0, 0):  # by others: own locks do not count
+                if owned and segment.linked and segment.is_shared():
                     self._check_takeover(segment)
                     logger.info("taking over the live board of group %r at wave %d", group, board.wave)
                     return segment
@@ -214,7 +242,7 @@ class Coordinator:
             settings={name: getattr(settings, name) for name in IMMUTABLE},
         )
         try:
-            return Segment.create(header)
+            return Segment.create(header, file_mode=settings.file_mode, file_gid=_gid(settings.file_group))
         except BaseException:
             sockets.unbind()
             raise
@@ -240,6 +268,16 @@ def _endpoint(local: bool, folder: Path, name: str, host: str) -> str:
             "use a shorter DPSHM_DIR or group name"
         )
     return f"ipc://{folder / name}"
+
+
+def _gid(name: str | None) -> int:
+    """A group's number; -1 for none."""
+    if name is None:
+        return -1
+    try:
+        return int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise SettingError(f"file_group {name!r} is no group of this machine: see getent group") from None
 
 
 def _make_sockets_folder(folder: Path) -> None:

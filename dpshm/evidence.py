@@ -44,6 +44,7 @@ class RowWatch:
         self._split_since_ns: int | None = None
         self._idle_since_ns: int | None = None
         self._waking_since_ns: int | None = None
+        self._waking_wave = 0
         self._next_wake_ns = 0
 
     def look(self, now_ns: int, state: CoordinatorState, rows: Iterable[EngineRow]) -> list[CoordinatorEvent]:
@@ -60,23 +61,30 @@ class RowWatch:
                 events.append(SeenRunning(newest.dp_rank, newest.wave))
 
         split = bool(running) and (len(running) < len(rows) or any(row.wave != running[0].wave for row in running))
-        self._split_since_ns = (self._split_since_ns or now_ns) if split else None
+        self._split_since_ns = _since(self._split_since_ns, now_ns, split)
         if self._split_since_ns is not None and now_ns - self._split_since_ns >= self._resend_ns:
             self._split_since_ns = now_ns
             events.append(RanksSplit(wave))
 
         idle = bool(rows) and not running and (state.phase is Phase.RUNNING or wave > state.wave)
-        self._idle_since_ns = (self._idle_since_ns or now_ns) if idle else None
+        self._idle_since_ns = _since(self._idle_since_ns, now_ns, idle)
         if self._idle_since_ns is not None and now_ns - self._idle_since_ns >= self._resend_ns:
             self._idle_since_ns = None
             events.append(RanksIdle(wave))
 
         if state.phase is not Phase.WAKING:
             self._waking_since_ns = None
-        elif self._waking_since_ns is None:
-            self._waking_since_ns = now_ns
+        elif self._waking_since_ns is None or self._waking_wave != state.wave:
+            self._waking_since_ns, self._waking_wave = now_ns, state.wave
             self._next_wake_ns = now_ns + self._resend_ns
         elif now_ns >= self._next_wake_ns and not running:
             self._next_wake_ns = now_ns + self._resend_ns
             events.append(WakeTimer(expired=now_ns - self._waking_since_ns >= self._wake_timeout_ns))
         return events
+
+
+def _since(since_ns: int | None, now_ns: int, holds: bool) -> int | None:
+    """Since when something has held without a break; None while it does not."""
+    if not holds:
+        return None
+    return now_ns if since_ns is None else since_ns

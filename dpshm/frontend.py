@@ -15,12 +15,13 @@ others.
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import socket
 import threading
 import time
 from collections.abc import Iterable
-from operator import sub
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -28,13 +29,17 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
-from dpshm import layout, procs, wire
-from dpshm.board import NO_WORDS, Board, count_unseen
+from dpshm import layout, wire
+from dpshm.board import Board
 from dpshm.context import Socket, context
-from dpshm.errors import CapacityExceeded, NoEngineAvailable, RowInUse, SettingError
+from dpshm.errors import NoEngineAvailable, SettingError
+from dpshm.exclusive import Turnstile
+from dpshm.frontend_row import take_row
 from dpshm.liveness import Verdict
-from dpshm.policies import VECTOR_FROM, Policy, Request, View, by_name
+from dpshm.policies import VECTOR_FROM, Policy, Request, View, Work, by_name, key_of
+from dpshm.recorder import Recorder, default_path
 from dpshm.segment import Segment
+from dpshm.unseen import Unseen
 from dpshm.waves import Phase
 
 logger = logging.getLogger(__name__)
@@ -43,8 +48,6 @@ LOOK_INTERVAL_NS = 100_000_000
 """How often a deciding front-end looks at what it need not look at each time: see `Frontend._look`."""
 TURN_STRIDE = 5
 """How far apart neighbouring front-ends begin to take turns; coprime to the usual numbers of ranks."""
-COORDINATOR_SILENCE_NS = 500_000_000
-"""A coordinator whose beat is older may be gone; its lock then tells."""
 
 
 class Route(msgspec.Struct, eq=False):
@@ -83,14 +86,24 @@ class Frontend:
         board: the board, for whoever wants to look closer.
     """
 
-    def __init__(self, board: Board, index: int, owner: str, ranks: Iterable[int] | None, policy: Policy) -> None:
+    def __init__(
+        self,
+        board: Board,
+        index: int,
+        owner: str,
+        ranks: Iterable[int] | None,
+        policy: Policy,
+        *,
+        exclusive: bool = False,
+    ) -> None:
         self.board = board
         self.index = index
         self.owner = owner
         self._only = None if ranks is None else frozenset(ranks)
         self._policy = policy
         self._segment = board.segment
-        self._lock = threading.Lock()
+        # Reentrant: the collector, or a signal, may end a request in the thread that is routing one.
+        self._lock = threading.RLock()
         self._wake_socket: Socket | None = None
         self._warned_unlinked = False
 
@@ -113,7 +126,11 @@ class Frontend:
 
         self._turn = index * TURN_STRIDE  # so that equal loads do not send all front-ends to one engine
         self._next_look_ns = 0
-        self._alone: tuple[frozenset[int], frozenset[int]] | None = None
+        self._counted: list[int] = []
+        self._counted_engines = -1
+        self._sees_work = bool(getattr(policy, "sees_work", False))
+        self._turnstile = Turnstile(board.segment) if exclusive else None
+        self._recorder: Recorder | None = None
         self._refresh()
 
     @classmethod
@@ -124,6 +141,8 @@ class Frontend:
         owner: str | None = None,
         ranks: Iterable[int] | None = None,
         policy: str | Policy = "least_loaded",
+        exclusive: bool = False,
+        record: bool | str | Path = False,
     ) -> Frontend:
         """Takes a front-end's row of a group.
 
@@ -133,7 +152,12 @@ class Frontend:
                 under the same name gets the same row back if nothing of its predecessor is on its way.
                 Default: host and pid.
             ranks: the only ranks that it may choose (hybrid and external load balancing); default all.
-            policy: a name from `dpshm.policies.NAMES`, or a callable ``(view, request) -> dp_rank``.
+            policy: a name from `dpshm.policies.NAMES`, with parameters if you like (``affinity:epsilon=0.5``), or a
+                callable ``(view, request) -> dp_rank``.
+            exclusive: reads, decides and books under one kernel lock of the group, so that no two front-ends that
+                ask for it ever choose from the same state (`dpshm.exclusive`).
+            record: keeps the newest decisions in a ring in shared memory, for ``dpshm replay``: a file's name, or
+                True for one that goes with the group (`dpshm.recorder`).
 
         Raises:
             SegmentNotFound: there is no such group on this node.
@@ -150,50 +174,67 @@ class Frontend:
             only = None if ranks is None else sorted(set(ranks))
             if only is not None and not (only and only[0] >= 0 and only[-1] < board.engines):
                 raise SettingError(f"ranks {only} must be some of 0 to {board.engines - 1}")
-            index = _take_row(board, encoded)
-            frontend = cls(board, index, name, only, chosen)
-            # A predecessor's verdict would hide this one's bookings until the watcher's next round.
-            board.wait_for_coordinator(lambda: board.frontend_mark[index] & layout.VERDICT_MASK != Verdict.DEAD)
+            index = take_row(board, encoded)
+            frontend = cls(board, index, name, only, chosen, exclusive=exclusive)
+            # Whoever decides looks again when marks change: from now on, all count this one's bookings.
+            board.wait_for_coordinator(lambda: board.frontend_mark[index] == Verdict.ALIVE)
+            if record is not False:
+                path = default_path(group, index) if record is True else Path(record)
+                frontend._recorder = Recorder.create(path, engines=board.engines, group=group, frontend=index)
         except BaseException:
             board.close()
             raise
         return frontend
 
-    def route(self, prompt_tokens: int = 0, *, dp_rank: int | None = None) -> Route:
+    def route(
+        self, prompt_tokens: int = 0, *, dp_rank: int | None = None, key: int | str | bytes | None = None
+    ) -> Route:
         """Chooses an engine, books the request on it, and wakes the group if it is paused.
 
         Args:
             prompt_tokens: as the engine will count them in its `receive`.
             dp_rank: the engine that it has to go to; drained and stalled ones may be named, dead ones not.
+            key: what the policy `affinity` keeps on one rank: a conversation's id, or a prompt's first bytes.
 
         Raises:
             NoEngineAvailable: there is no engine to take it. Nothing was booked.
             SettingError: `dp_rank`, or the policy's choice, is not one that this front-end may choose.
         """
-        if not self._segment.usable:
-            raise self._segment.why_unusable()
+        prompt_tokens = min(operator.index(prompt_tokens), layout.MAX_PROMPT_TOKENS)
+        self._check()  # here too: in a forked child the lock may be held for ever
         words = self._words
         with self._lock:
+            self._check()
             now_ns = time.monotonic_ns()
             if now_ns >= self._next_look_ns:
                 self._look(now_ns)
             if words[self._at_revision] != self._revision:
                 self._refresh()
-            if dp_rank is None:
-                dp_rank = self._choose(prompt_tokens)
-            else:
-                self._check_pinned(dp_rank)
-            # SYNC: requests before tokens does not matter here: both are counts of what may still be on its
-            # way, each one store; a reader between them sees the request without its tokens for an instant.
-            requests = self._sent_requests[dp_rank] = self._sent_requests[dp_rank] + 1
-            words[self._at_sent_requests + dp_rank] = requests
-            if prompt_tokens > 0:
-                tokens = self._sent_tokens[dp_rank] = self._sent_tokens[dp_rank] + prompt_tokens
-                words[self._at_sent_tokens + dp_rank] = tokens
-            self._own[dp_rank] += 1
-            self._routed += 1
-            words[self._at_routed] = self._routed
-            words[self._at_beat] = now_ns
+            exclusive = self._turnstile is not None and self._turnstile.enter()
+            try:
+                if dp_rank is None:
+                    dp_rank = self._choose(prompt_tokens, key, now_ns)
+                else:
+                    self._check_pinned(dp_rank)
+                # SYNC: requests and tokens are each one store; a reader between them sees the request without its
+                # tokens for an instant. A predecessor's late message may have made the engine count more than was
+                # sent: the booking starts from what it counted, or it would not show.
+                received = words[self._at_received_requests[dp_rank]]
+                sent = self._sent_requests[dp_rank]
+                self._sent_requests[dp_rank] = sent = (sent if sent > received else received) + 1
+                words[self._at_sent_requests + dp_rank] = sent
+                if prompt_tokens > 0:
+                    received = words[self._at_received_tokens[dp_rank]]
+                    sent = self._sent_tokens[dp_rank]
+                    self._sent_tokens[dp_rank] = sent = (sent if sent > received else received) + prompt_tokens
+                    words[self._at_sent_tokens + dp_rank] = sent
+                self._own[dp_rank] += 1
+                self._routed += 1
+                words[self._at_routed] = self._routed
+                words[self._at_beat] = now_ns
+            finally:
+                if exclusive:
+                    self._turnstile.leave()  # type: ignore[union-attr]
             # SYNC: booked first, then looked at the phase. If the load moved before the stores (x86 lets a
             # load pass an older store), the worst is a wake-up too few or too many; the engine wakes the rest.
             control = words[self._at_control]
@@ -202,21 +243,41 @@ class Frontend:
                 self._wake(dp_rank, wave)
         return Route(self, dp_rank, wave, prompt_tokens)
 
+    def choose(self, prompt_tokens: int = 0, *, key: int | str | bytes | None = None) -> int:
+        """The engine that `route` would choose now. Books nothing and wakes nobody.
+
+        Raises:
+            NoEngineAvailable: there is none.
+        """
+        self._check()
+        with self._lock:
+            self._check()
+            now_ns = time.monotonic_ns()
+            if now_ns >= self._next_look_ns:
+                self._look(now_ns)
+            if self._words[self._at_revision] != self._revision:
+                self._refresh()
+            return self._choose(min(operator.index(prompt_tokens), layout.MAX_PROMPT_TOKENS), key, now_ns)
+
     def snapshot(self) -> NDArray[Any]:
         """What this front-end sees of each rank; see `dpshm.Board.snapshot`."""
-        if not self._segment.usable:
-            raise self._segment.why_unusable()
+        self._check()
         return self.board.snapshot(time.monotonic_ns())
 
     def close(self) -> None:
         """Gives the row up. What it has booked leaves the sums."""
-        with self._lock:
-            if not self._segment.usable:
-                return
+        if self._segment.usable:  # in a forked child the lock may be held for ever
+            with self._lock:
+                self._leave()
+
+    def _leave(self) -> None:
+        if self._segment.usable:
             if self._wake_socket is not None:
                 self._wake_socket.close()
+                self._wake_socket = None
+            if self._recorder is not None:
+                self._recorder.close()
             self._words[self._at_pid] = 0  # left, not died
-            self._sent = self._received = self._load = NO_WORDS
             self.board.close()
 
     def __enter__(self) -> Frontend:
@@ -225,35 +286,45 @@ class Frontend:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _choose(self, prompt_tokens: int) -> int:
+    def _check(self) -> None:
+        if not self._segment.usable:
+            raise self._segment.why_unusable()
+
+    def _choose(self, prompt_tokens: int, key: int | str | bytes | None, now_ns: int) -> int:
         eligible = self._eligible
         if not eligible:
             raise NoEngineAvailable(self._why_none())
         count = len(eligible)
         turn = self._turn = (self._turn + 1) % count
-        rank = self._policy(self._view(self._twice[turn : turn + count]), Request(prompt_tokens))
+        request = Request(prompt_tokens, None if key is None else key_of(key))
+        recorder = self._recorder
+        beats = self._beats.tolist() if recorder is not None else ()  # before the view, so that ages err upwards
+        view = self._view(self._twice[turn : turn + count], now_ns)
+        rank = self._policy(view, request)
         if rank not in eligible:
             raise SettingError(f"the policy chose rank {rank!r}, which is not one of {sorted(eligible)}")
+        if recorder is not None:
+            recorder.record(now_ns, view, request, int(rank), beats)
         return int(rank)
 
-    def _view(self, ranks: Any) -> View:
-        counted = self._counted
+    def _view(self, ranks: Any, now_ns: int) -> View:
+        work = self._work(now_ns) if self._sees_work else None
+        n = self._num_engines
+        own, num_frontends = self._own[:n], len(self._counted)
+        # SYNC: rule 3: all of `sent`, then all of `received` (`Unseen.count`), then `load`: the other way round
+        # than an engine stores. Each call has loaded every word, one 64-bit access each, when it returns.
+        unseen = self._unseen.count()
+        if n >= VECTOR_FROM:
+            return View(ranks, np.positive(self._load), unseen, own, num_frontends, work)
+        return View(ranks, self._load.tolist(), unseen.tolist(), own, num_frontends, work)
+
+    def _work(self, now_ns: int) -> Work:
+        """Tokens and step times, for policies that ask for them."""
+        # SYNC: rule 3 for tokens: sent, then received, then the backlog.
+        unseen = self._unseen_tokens.count()
         if self._num_engines >= VECTOR_FROM:
-            # SYNC: rule 3, see below; count_unseen copies `sent` before it reads `received`.
-            behind = count_unseen(self._sent, self._received, counted, self._num_engines)
-            return View(ranks, np.positive(self._load), behind, self._own, len(counted))
-        # SYNC: rule 3: all of `sent`, then all of `received`, then `load`: the other way round than an engine
-        # stores. Each tolist() is a call that has loaded every word, one 64-bit access each, when it returns.
-        sent = self._sent.tolist()
-        received = self._received.T.tolist()
-        load = self._load.tolist()
-        unseen = [0] * self._num_engines
-        for f in counted:
-            if sent[f] != received[f]:  # most rows are equal: little is on its way at any instant
-                for e, difference in enumerate(map(sub, sent[f], received[f])):
-                    if difference > 0:
-                        unseen[e] += difference
-        return View(ranks, load, unseen, self._own, len(counted))
+            return Work(np.positive(self._backlog), unseen, np.positive(self._steps), self._models, now_ns)
+        return Work(self._backlog.tolist(), unseen.tolist(), self._steps.tolist(), self._models, now_ns)
 
     def _refresh(self) -> None:
         """Works out again who may be chosen and whose bookings count."""
@@ -261,30 +332,32 @@ class Frontend:
         # SYNC: the revision before what it stands for: see `dpshm.marks`.
         self._revision = self._words[self._at_revision]
         n = self._num_engines = board.dp_size
-        used = max(board.frontends_used(), self.index + 1)
-        self._engine_marks = board.engine_mark[:n].tolist()
-        marks = board.frontend_mark[:used].tolist()
-        self._sent = board.sent_requests[:used, :n]
-        self._received = board.received_requests[:n, :used]
         self._load = board.load[:n]
-        alone = self._alone
-        self._counted = [
-            f
-            for f, mark in enumerate(marks)
-            if f == self.index or (mark == Verdict.ALIVE if alone is None else f in alone[1])
+        self._backlog = board.prefill_backlog[:n]
+        self._steps = board.step_model[:n, : len(layout.STEP_WORDS)]
+        models = board.step_model[:n, len(layout.STEP_WORDS) :]
+        # Copied here and not in each decision: what engines have learnt changes slowly.
+        self._models: Any = np.positive(models) if n >= VECTOR_FROM else models.tolist()
+        self._beats = board.beat[:n]
+        counted = board.counted_frontends()
+        if (counted, n) != (self._counted, self._counted_engines):
+            self._counted, self._counted_engines = counted, n
+            self._unseen = Unseen(board, "sent_requests", "received_requests", counted, n)
+            self._unseen_tokens = Unseen(board, "sent_tokens", "received_tokens", counted, n)
+        self._verdicts = board.engine_verdicts()
+        drained = [bool(mark & layout.DRAINED) for mark in board.engine_mark[:n].tolist()]
+        eligible = [
+            e
+            for e, verdict in enumerate(self._verdicts)
+            if verdict is Verdict.ALIVE and not drained[e] and (self._only is None or e in self._only)
         ]
-        eligible = [e for e in range(n) if self._may_choose(e)]
         self._eligible = frozenset(eligible)
         # Twice over: each slice of half its length is one rotation.
         self._twice: Any = np.array(eligible * 2) if n >= VECTOR_FROM else eligible * 2
 
     def _look(self, now_ns: int) -> None:
-        """What need not be looked at in every decision: who watches, the marks themselves, the file's name.
-
-        Without a coordinator nobody sets verdicts, so this front-end tests the locks itself.
-        """
+        """What need not be looked at in every decision: whether a coordinator still sets marks, and the file."""
         self._next_look_ns = now_ns + LOOK_INTERVAL_NS
-        board = self.board
         if not self._warned_unlinked and not self._segment.linked:
             self._warned_unlinked = True
             logger.warning(
@@ -293,37 +366,17 @@ class Frontend:
                 self._segment.group,
                 self._segment.path.parent,
             )
-        alone = None
-        if now_ns - int(board.coordinator_beat[0]) > COORDINATOR_SILENCE_NS and not board.coordinator_alive():
-            marks = board.engine_mark[: board.dp_size].tolist()
-            alone = (
-                frozenset(e for e, mark in enumerate(marks) if mark & layout.ON_BEHALF or board.engine_alive(e)),
-                frozenset(f for f in range(board.frontends_used()) if board.frontend_alive(f)),
-            )
-        self._alone = alone
         self._refresh()
-
-    def _is_there(self, e: int) -> bool:
-        """Whether a rank's process lives, by the coordinator's verdict or, without one, by its lock."""
-        verdict = self._engine_marks[e] & layout.VERDICT_MASK
-        return verdict in (Verdict.ALIVE, Verdict.STALLED) if self._alone is None else e in self._alone[0]
-
-    def _may_choose(self, e: int) -> bool:
-        mark = self._engine_marks[e]
-        return (
-            (self._only is None or e in self._only)
-            and not mark & layout.DRAINED
-            and mark & layout.VERDICT_MASK != Verdict.STALLED
-            and self._is_there(e)
-        )
 
     def _check_pinned(self, dp_rank: int) -> None:
         if not 0 <= dp_rank < self._num_engines or (self._only is not None and dp_rank not in self._only):
             allowed = sorted(self._only) if self._only is not None else f"0 to {self._num_engines - 1}"
             raise SettingError(f"dp_rank {dp_rank} is not one that this front-end may choose: {allowed}")
-        if not self._is_there(dp_rank):
+        verdict = self._verdicts[dp_rank]
+        if verdict not in (Verdict.ALIVE, Verdict.STALLED):
             raise NoEngineAvailable(
-                f"engine {dp_rank} of group {self._segment.group!r}, to which the request is pinned, is not there"
+                f"engine {dp_rank} of group {self._segment.group!r}, to which the request is pinned, is "
+                f"{verdict.name.lower()}"
             )
 
     def _why_none(self) -> str:
@@ -348,10 +401,9 @@ class Frontend:
 
     def _end(self, route: Route, *, unbook: bool) -> None:
         if not self._segment.usable:
-            route._open = False
             return
         with self._lock:
-            if not route._open:
+            if not route._open or not self._segment.usable:
                 return
             route._open = False
             e = route.dp_rank
@@ -373,47 +425,3 @@ class Frontend:
         received_tokens = words[self._at_received_tokens[e]]
         tokens = received_tokens if settled == received else max(self._sent_tokens[e], received_tokens)
         self._sent_tokens[e] = words[self._at_sent_tokens + e] = tokens
-
-
-def _take_row(board: Board, owner: bytes) -> int:
-    """Locks and initialises a row; see `Frontend.attach` for which."""
-    used = board.frontends_used()
-    padded = owner.ljust(layout.OWNER_BYTES, b"\0")
-    same = [f for f in range(used) if board.owner[f].tobytes() == padded]
-    rest = [f for f in range(board.frontends) if f not in same]
-    for anything in (False, True):
-        for f in [*same, *rest]:
-            if (anything or _is_settled(board, f)) and board.lock_frontend(f):
-                _initialise(board, f, padded)
-                return f
-    raise CapacityExceeded(
-        f"all {board.frontends} front-end rows of group {board.segment.group!r} are taken: start its "
-        "coordinator with a larger max_frontends"
-    )
-
-
-def _is_settled(board: Board, f: int) -> bool:
-    """Whether nothing that this row's holders sent can still be on its way to a live engine."""
-    behind = np.flatnonzero(board.sent_requests[f] > board.received_requests[:, f])
-    return not any(board.engine_alive(int(e)) for e in behind)
-
-
-def _initialise(board: Board, f: int, owner: bytes) -> None:
-    words = board.words
-    if not board.segment.linked:
-        raise RowInUse(f"group {board.segment.group!r} ended while this front-end attached; try again")
-    for e in range(board.engines):
-        words[board.index("sent_tokens", f, e)] = words[board.index("received_tokens", e, f)]
-        words[board.index("sent_requests", f, e)] = words[board.index("received_requests", e, f)]
-    for i in range(len(owner) // layout.WORD_BYTES):
-        part = owner[i * layout.WORD_BYTES : (i + 1) * layout.WORD_BYTES]
-        words[board.index("owner", f, i)] = int.from_bytes(part, "little", signed=True)
-    pid = os.getpid()
-    words[board.index("frontend_pid", f)] = pid
-    words[board.index("frontend_start_time", f)] = procs.start_time(pid)
-    words[board.index("frontend_pid_namespace", f)] = procs.namespace_inode("pid")
-    words[board.index("frontend_beat", f)] = time.monotonic_ns()
-    # SYNC: publication. The incarnation is stored last; whoever reads a new one reads this owner and pid.
-    # (On Arm a reader may see it first; it then looks again on its next round, as the watcher does.)
-    at = board.index("frontend_incarnation", f)
-    words[at] = words[at] + 1

@@ -10,10 +10,14 @@
                     | front-end mark [front-end]           dense                       |
                     +------------------------------------------------------------------+
                     | engine rows    [engine]              128 bytes each              |
+                    | step models    [engine]              128 bytes each              |
                     | front-end rows [front-end]           128 bytes each, ids inside  |
                     +------------------------------------------------------------------+
                     | received requests, tokens  [engine, front-end]   rows padded     |
                     | sent requests, tokens      [front-end, engine]   rows padded     |
+                    +------------------------------------------------------------------+
+                    | changes: the newest `CHANGES` of marks, dp_size and coordinator  |
+                    | wake buckets: how long wake-ups took                             |
                     +------------------------------------------------------------------+
 
 Everything is little-endian and every word is an int64 on an 8-byte boundary. Rows are padded to 128
@@ -28,6 +32,8 @@ no packed word ever has its top bit set, so none is ever negative. A value that 
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from enum import IntEnum
 from typing import NamedTuple
 
 from dpshm.waves import Phase
@@ -45,6 +51,14 @@ DEFAULT_FRONTENDS = 64
 MAX_ENGINES = 4096
 MAX_FRONTENDS = 4096
 
+CHANGES = 256
+"""How many of the newest changes the board keeps; change number n, the board's n-th revision, is in slot
+n % CHANGES."""
+WAKE_LIMITS_MS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+"""Upper limits of the buckets of wake-ups by how long they took; one more bucket holds the rest."""
+
+_BITS_12 = (1 << 12) - 1
+_BITS_16 = (1 << 16) - 1
 _BITS_23 = (1 << 23) - 1
 _BITS_24 = (1 << 24) - 1
 _BITS_31 = (1 << 31) - 1
@@ -52,6 +66,7 @@ _BITS_32 = (1 << 32) - 1
 _KV_ONE = (1 << 16) - 1
 MAX_WAVE = _BITS_31
 MAX_WORD = (1 << 63) - 1
+MAX_PROMPT_TOKENS = _BITS_31  # of one request: what is booked and what is received saturate alike
 
 # Flags of an engine's state word, below its wave.
 RUNNING = 1
@@ -78,6 +93,8 @@ COORDINATOR_WORDS = (
     "counts_published",
     "messages_received",
     "messages_dropped",
+    "wake_ns",  # how long all wake-ups took together
+    "coordinator_version",  # see `dpshm.version`
 )
 # What an engine stores in its row. `steps` and the words after it only grow within an incarnation.
 ENGINE_WORDS = (
@@ -96,7 +113,22 @@ ENGINE_WORDS = (
     "prompt_tokens",
     "generation_tokens",
     "requests_finished",
+    "engine_version",
 )
+# The items of an engine's row in `step_model`: its running step, then what it has learnt of all (`dpshm.learning`).
+STEP_WORDS = (
+    "step_end",  # CLOCK_MONOTONIC ns at which the running step should end; 0 between steps, or unknown
+    "step_tokens",  # prompt tokens that the running step computes
+)
+MODEL_WORDS = (
+    "base_ns",  # what a step takes by itself; 0: nothing was learnt yet
+    "per_request_ns",
+    "per_token_ns",
+    "chunk_tokens",  # the most prompt tokens of a step; 0: no step was seen to be full
+    "places",  # requests that ran when some had to wait for room; 0: none ever had to
+    "ending_ns",  # mean time from one request's end to the next
+)
+STEP_MODEL_WORDS = (*STEP_WORDS, *MODEL_WORDS)
 # What a front-end stores in its row, its name (`owner`, OWNER_BYTES) after them.
 FRONTEND_WORDS = (
     "frontend_beat",
@@ -105,6 +137,7 @@ FRONTEND_WORDS = (
     "frontend_start_time",
     "frontend_pid_namespace",
     "routed",
+    "frontend_version",
 )
 OWNER_OFFSET = ROW_BYTES - OWNER_BYTES
 
@@ -150,6 +183,9 @@ def make_layout(engines: int, frontends: int) -> Layout:
     for name, count in (("load", engines), ("engine_mark", engines), ("frontend_mark", frontends)):
         columns[name] = Column(take(count * WORD_BYTES), (count,), (WORD_BYTES,))
     rows(engines, ENGINE_WORDS)
+    columns["step_model"] = Column(
+        take(engines * ROW_BYTES), (engines, len(STEP_MODEL_WORDS)), (ROW_BYTES, WORD_BYTES)
+    )
     owners = rows(frontends, FRONTEND_WORDS) + OWNER_OFFSET
     owner_words = OWNER_BYTES // WORD_BYTES
     columns["owner"] = Column(owners, (frontends, owner_words), (ROW_BYTES, WORD_BYTES))
@@ -161,6 +197,12 @@ def make_layout(engines: int, frontends: int) -> Layout:
     ):
         stride = _padded(inner * WORD_BYTES, ROW_BYTES)
         columns[name] = Column(take(outer * stride), (outer, inner), (stride, WORD_BYTES))
+    for name, count in (
+        ("change_time", CHANGES),  # CLOCK_MONOTONIC ns
+        ("change", CHANGES),
+        ("wake_bucket", len(WAKE_LIMITS_MS) + 1),
+    ):
+        columns[name] = Column(take(count * WORD_BYTES), (count,), (WORD_BYTES,))
     return Layout(engines, frontends, columns, _padded(end, PAGE_BYTES))
 
 
@@ -220,6 +262,59 @@ def pack_progress(wave: int, step: int) -> int:
 def unpack_progress(word: int) -> tuple[int, int]:
     """`(wave, step)` of a progress word."""
     return word >> 32 & MAX_WAVE, word & _BITS_32
+
+
+class ChangeKind(IntEnum):
+    """What a change was of."""
+
+    ENGINE = 0  # an engine's mark
+    FRONTEND = 1  # a front-end's mark
+    DP_SIZE = 2
+    COORDINATOR = 3  # the epoch: another coordinator
+
+
+class Change(NamedTuple):
+    """One change, as the board keeps it.
+
+    Attributes:
+        revision: its number's low 16 bits: a reader who finds another has been overtaken by the writer.
+        row: the rank or front-end; 0 where there is none.
+        before: the mark, size or epoch before it.
+        after: and since.
+    """
+
+    revision: int
+    kind: ChangeKind
+    row: int
+    before: int
+    after: int
+
+
+def pack_change(revision: int, kind: ChangeKind, row: int, before: int, after: int) -> int:
+    """The change word: revision 16 bits, kind 2 bits, row 12 bits, before and after 16 bits each."""
+    return (
+        (revision & _BITS_16) << 46
+        | kind << 44
+        | (row & _BITS_12) << 32
+        | (before & _BITS_16) << 16
+        | after & _BITS_16
+    )
+
+
+def unpack_change(word: int) -> Change:
+    """A change word, unpacked."""
+    return Change(
+        word >> 46 & _BITS_16,
+        ChangeKind(word >> 44 & 3),
+        word >> 32 & _BITS_12,
+        word >> 16 & _BITS_16,
+        word & _BITS_16,
+    )
+
+
+def wake_bucket(duration_ns: int) -> int:
+    """The bucket of a wake-up that took so long."""
+    return bisect_left(WAKE_LIMITS_MS, duration_ns / 1e6)
 
 
 def saturate(value: int) -> int:

@@ -110,7 +110,8 @@ class CoordinatorProcess:
         self.settings = make_settings(**settings)
         popen, report_fd = _start(self.settings)
         self.proc = Process(popen, f"dpshm-coordinator-{self.settings.group}")
-        self._finalizer = weakref.finalize(self, _stop, os.getpid(), self.proc, STOP_TIMEOUT_S)
+        self._owner_pid = os.getpid()
+        self._finalizer = weakref.finalize(self, _stop, self._owner_pid, self.proc, STOP_TIMEOUT_S)
         try:
             report = _read_report(report_fd, self.proc, start_timeout_s)
         except BaseException:
@@ -132,7 +133,7 @@ class CoordinatorProcess:
     def shutdown(self, timeout: float | None = None) -> None:
         """Ends the process; kills it after `timeout` seconds (5)."""
         if self._finalizer.detach() is not None:
-            _stop(os.getpid(), self.proc, STOP_TIMEOUT_S if timeout is None else timeout)
+            _stop(self._owner_pid, self.proc, STOP_TIMEOUT_S if timeout is None else timeout)
 
     def close(self) -> None:
         """Ends the process."""
@@ -153,7 +154,8 @@ def _start(settings: Settings) -> tuple[subprocess.Popen[bytes], int]:
             *("dpshm-coordinator", str(os.getpid()), str(write_fd)),
             msgspec.json.encode(settings).decode(),
         ]
-        popen = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, pass_fds=[write_fd])
+        # In a process group of its own: a Ctrl-C in the terminal is for the parent, which then ends its child.
+        popen = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, pass_fds=[write_fd], process_group=0)
     except BaseException:
         os.close(read_fd)
         raise
@@ -165,9 +167,10 @@ def _start(settings: Settings) -> tuple[subprocess.Popen[bytes], int]:
 def _read_report(fd: int, proc: Process, timeout_s: float) -> Report:
     deadline = time.monotonic() + timeout_s
     data = b""
+    readable = select.poll()  # not select(2), which ends at descriptor 1023
+    readable.register(fd, select.POLLIN)
     while True:
-        readable, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
-        if not readable:
+        if not readable.poll(max(0.0, deadline - time.monotonic()) * 1000):
             raise StartupTimeout(
                 f"{proc.name} (pid {proc.pid}) did not report its addresses within {timeout_s:g} s: "
                 "is the machine overloaded? See its log above"
@@ -222,5 +225,8 @@ def main(argv: list[str]) -> int:
             return 1
         report.write(msgspec.json.encode(Report(coordinator.stats_publish_address, *coordinator.engine_addresses)))
     with coordinator:
-        select.select([parent, read_fd], [], [])
+        ended = select.poll()
+        ended.register(parent, select.POLLIN)
+        ended.register(read_fd, select.POLLIN)
+        ended.poll()
     return 0

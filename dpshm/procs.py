@@ -48,7 +48,7 @@ def open_pidfd(pid: int, started: int) -> int | None:
         return None
     try:
         fd = os.pidfd_open(pid)
-    except OSError:
+    except (OSError, OverflowError):
         return None
     # Checked after the open: from here on the pidfd cannot come to mean another process.
     if start_time(pid) != started:
@@ -88,5 +88,5 @@ def set_title(title: str) -> None:
 
 
 def ignore_interrupts() -> None:
-    """Leaves Ctrl-C, which the terminal sends to a whole process group, to the parent."""
+    """Leaves Ctrl-C to the parent, which ends its children in order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -51,6 +51,7 @@ FILE_PREFIX = "dpshm-"
 SOCKETS_SUFFIX = ".sockets"
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,47}")
 _PREAMBLE = struct.Struct("<8sHHII")
+_OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO in its place must not make us wait
 _FLOCK = "@hhqqi0q"  # struct flock: l_type, l_whence, l_start, l_len, l_pid (0 for OFD locks)
 
 
@@ -88,12 +89,16 @@ def segment_path(group: str) -> Path:
     Raises:
         SettingError: the name cannot name a group.
     """
-    if not _GROUP_NAME.fullmatch(group) or group.endswith(SOCKETS_SUFFIX):
+    if not _names_group(group):
         raise SettingError(
             f"{group!r} cannot name a group: use 1 to 48 letters, digits, '.', '_' or '-', "
             f"the first a letter, digit or '_', and do not end in {SOCKETS_SUFFIX!r}"
         )
     return directory() / (FILE_PREFIX + group)
+
+
+def _names_group(name: str) -> bool:
+    return _GROUP_NAME.fullmatch(name) is not None and not name.endswith(SOCKETS_SUFFIX)
 
 
 def sockets_path(group: str) -> Path:
@@ -108,7 +113,9 @@ def groups() -> list[str]:
     with suppress(OSError):
         for entry in os.scandir(directory()):
             name = entry.name.removeprefix(FILE_PREFIX)
-            if name != entry.name and _GROUP_NAME.fullmatch(name) and entry.is_file(follow_symlinks=False):
+            if name == entry.name or not _names_group(name):
+                continue
+            if entry.is_file(follow_symlinks=False):
                 names.append(name)
     return sorted(names)
 
@@ -129,15 +136,20 @@ class Segment:
         self.readonly = readonly
         self.usable = True
         self._forked = False
+        self._held: set[int] = set()
         self._fd = fd
-        self._map: mmap.mmap | None = None
         self.words: memoryview = memoryview(b"")
         self.header: Header
         _open_segments.add(self)
 
     @classmethod
-    def create(cls, header: Header) -> Segment:
+    def create(cls, header: Header, *, file_mode: int = 0o600, file_gid: int = -1) -> Segment:
         """Makes a segment, all zeros but its header, holding the lock on the coordinator's byte.
+
+        Args:
+            header: what to write into its first page.
+            file_mode: permissions of the file.
+            file_gid: the file's group; -1 leaves it the process's.
 
         Raises:
             FileExistsError: there is a segment of that group already.
@@ -159,6 +171,7 @@ class Segment:
             segment = cls(header.group, path, _reserve(folder, path.parent, header.size), readonly=False)
             try:
                 os.pwrite(segment.fileno(), preamble + blob, 0)
+                _set_access(segment, file_mode, file_gid)
                 segment.lock(coordinator_byte(header.columns))
                 segment._map_and_check()
                 # SYNC: publication. The name appears only now, after all stores above, and link(2) is a
@@ -184,7 +197,7 @@ class Segment:
         path = segment_path(group)
         flags = os.O_RDONLY if readonly else os.O_RDWR
         try:
-            fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(path, flags | _OPEN_FLAGS)
         except FileNotFoundError:
             known = ", ".join(groups()) or "none"
             raise SegmentNotFound(
@@ -225,11 +238,11 @@ class Segment:
         access = mmap.ACCESS_READ if self.readonly else mmap.ACCESS_WRITE
         map_fd = os.open(f"/proc/self/fd/{self._fd}", (os.O_RDONLY if self.readonly else os.O_RDWR) | os.O_CLOEXEC)
         try:
-            self._map = mmap.mmap(map_fd, size, access=access)
+            page = os.pread(map_fd, layout.PAGE_BYTES, 0)
+            self.header = _read_header(self.path, page, size, self.group, self.readonly)
+            self.words = memoryview(mmap.mmap(map_fd, size, access=access)).cast("q")
         finally:
             os.close(map_fd)
-        self.header = _read_header(self.path, self._map[: layout.PAGE_BYTES], size, self.group, self.readonly)
-        self.words = memoryview(self._map).cast("q")
 
     @property
     def layout(self) -> Layout:
@@ -254,14 +267,25 @@ class Segment:
             if e.errno in (errno.EAGAIN, errno.EACCES):
                 return False
             raise
+        if length == 1:
+            self._held.add(byte)
         return True
 
     def unlock(self, byte: int) -> None:
         """Gives the lock on a byte back."""
         fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, byte, 1))
+        self._held.discard(byte)
 
-    def is_locked(self, byte: int, length: int = 1) -> bool:
-        """Whether another handle, here or anywhere, holds the lock on any of the bytes (length 0: to the end)."""
+    def is_locked(self, byte: int) -> bool:
+        """Whether any handle, this one included, holds the lock on a byte."""
+        return byte in self._held or self._others_hold(byte, 1)
+
+    def is_shared(self) -> bool:
+        """Whether any other handle holds a lock on any byte."""
+        return self._others_hold(0, 0)
+
+    def _others_hold(self, byte: int, length: int) -> bool:
+        # The kernel does not count what this very descriptor holds.
         answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte, length))
         return int.from_bytes(answer[:2], "little") != fcntl.F_UNLCK
 
@@ -281,17 +305,16 @@ class Segment:
             self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Drops the locks and the map. Views that others still hold keep the memory alive, not the locks."""
+        """Drops the locks. The memory goes with the last reference to it.
+
+        It is not unmapped here: numpy gives its hold on a buffer back as soon as it has the address, so
+        nothing would tell of an array, or of another thread, that still looks at it.
+        """
         _open_segments.discard(self)
         self.usable = False
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        self.words.release()
-        if self._map is not None:
-            with suppress(BufferError):
-                self._map.close()
-            self._map = None
 
     def why_unusable(self) -> HandleError:
         """The error to raise when a handle on this segment is used although it is not usable."""
@@ -328,12 +351,16 @@ def coordinator_byte(columns: dict[str, Column]) -> int:
 
 def engine_byte(columns: dict[str, Column], dp_rank: int) -> int:
     """The byte whose lock says that an engine lives: the first of its row."""
-    return columns["engine_state"].offset + dp_rank * layout.ROW_BYTES
+    return _first_byte(columns["engine_state"], dp_rank)
 
 
 def frontend_byte(columns: dict[str, Column], index: int) -> int:
     """The byte whose lock says that a front-end lives: the first of its row."""
-    return columns["frontend_beat"].offset + index * layout.ROW_BYTES
+    return _first_byte(columns["frontend_beat"], index)
+
+
+def _first_byte(column: Column, row: int) -> int:
+    return column.offset + row * column.strides[0]  # not ROW_BYTES: a newer version's rows may be wider
 
 
 def make_header(group: str, engines: int, frontends: int, **fields: Any) -> Header:
@@ -361,7 +388,7 @@ def sweep(group: str) -> bool:
     """
     path = segment_path(group)
     try:
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDWR | _OPEN_FLAGS)
     except FileNotFoundError:
         return False
     except OSError as e:
@@ -406,6 +433,19 @@ def _reserve(folder: int, name: Path, size: int) -> int:
     return fd
 
 
+def _set_access(segment: Segment, mode: int, gid: int) -> None:
+    """Lets others read. Done while the file has no name; the group first, since chown may clear mode bits."""
+    try:
+        if gid >= 0:
+            os.fchown(segment.fileno(), -1, gid)
+        os.fchmod(segment.fileno(), mode)  # as told, whatever the umask
+    except OSError as e:
+        raise SegmentError(
+            f"cannot give {segment.path} mode 0o{mode:o} and gid {gid}: {e.strerror}. Only root, or a member of "
+            "that group, may give a file to a group"
+        ) from e
+
+
 def _no_space(folder: Path, size: int) -> str:
     free = os.statvfs(folder)
     return (
@@ -437,7 +477,7 @@ def _read_header(path: Path, page: bytes, size: int, group: str, readonly: bool)
         raise refuse("the header's checksum", hex(zlib.crc32(blob)), hex(crc))
     try:
         header = msgspec.json.decode(blob, type=Header)
-    except msgspec.MsgspecError as e:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise refuse("the header", str(e), "a header of this version") from None
     if header.size != size:
         raise refuse("the file's size", size, header.size)

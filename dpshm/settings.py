@@ -38,6 +38,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ready_timeout_s: how long the engines may take to come up. 0: for ever.
         exclude_receiver: leave the engine that a first request names out of its START. Only for engines that
             take whatever they are sent: one that refuses the request would stay asleep.
+        file_mode: permissions of the board. Its owner always writes; others can be let read: 0o640, 0o644.
+        file_group: the board's group, for a file mode that lets a group read. Default: that of the process.
+        metrics_port: serve Prometheus metrics there; 0: any free port. Default: none are served.
+        metrics_host: and on that address.
     """
 
     group: str
@@ -56,6 +60,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     stall_timeout_s: float = 60.0
     ready_timeout_s: float = 900.0
     exclude_receiver: bool = False
+    file_mode: int = 0o600
+    file_group: str | None = None
+    metrics_port: int | None = None
+    metrics_host: str = "127.0.0.1"
 
     @property
     def engine_capacity(self) -> int:
@@ -94,9 +102,9 @@ def make_settings(**given: Any) -> Settings:
     except msgspec.ValidationError as e:
         raise SettingError(f"a setting is not what it must be: {e}") from None
     limits: list[tuple[str, float | None, float, float]] = [
-        ("dp_size", settings.dp_size, 1, settings.engine_capacity),
-        ("dp_size_local", settings.dp_size_local, 0, settings.dp_size),
         ("max_engines", settings.max_engines, 1, layout.MAX_ENGINES),
+        ("dp_size", settings.dp_size, 1, min(settings.engine_capacity, layout.MAX_ENGINES)),
+        ("dp_size_local", settings.dp_size_local, 0, settings.dp_size),
         ("max_frontends", settings.max_frontends, 1, layout.MAX_FRONTENDS),
         ("stats_interval_ms", settings.stats_interval_ms, 0, 3_600_000),
         ("idle_refresh_ms", settings.idle_refresh_ms, 1, 3_600_000),
@@ -104,8 +112,14 @@ def make_settings(**given: Any) -> Settings:
         ("wake_timeout_s", settings.wake_timeout_s, 0.001, 86_400),
         ("stall_timeout_s", settings.stall_timeout_s, 0, 86_400),
         ("ready_timeout_s", settings.ready_timeout_s, 0, 604_800),
+        ("metrics_port", settings.metrics_port, 0, 65_535),
     ]
     for name, value, low, high in limits:
         if value is not None and not low <= value <= high:
             raise SettingError(f"{name} is {value}, and must be from {low:g} to {high:g}")
+    if settings.file_mode & ~0o044 != 0o600:
+        raise SettingError(
+            f"file_mode is 0o{settings.file_mode:o}, and must be 0o600, 0o640, 0o604 or 0o644: whoever else "
+            "could write to the board could break every process of the group"
+        )
     return settings

@@ -19,28 +19,20 @@ class StepCounts:
         self._current: dict[int, RankCounts] = {}
         self._complete: dict[int, RankCounts] | None = None
         self._newest = (0, 0)
-        self._changed = False
 
     def report(self, dp_rank: int, wave: int, step: int, counts: RankCounts) -> bool:
         """Takes a report in; false if its (wave, step) is older than one already seen."""
         at = (wave, step)
         if at > self._newest:
-            if self._changed:
-                self._complete = dict(self._current)
+            self._complete = dict(self._current) or None
             self._newest = at
         self._current[dp_rank] = counts
-        self._changed = True
         return at >= self._newest
-
-    def peek(self) -> dict[int, RankCounts]:
-        """The counts that `take` would give."""
-        return dict(self._current if self._complete is None else self._complete)
 
     def take(self) -> dict[int, RankCounts]:
         """The counts to publish: of the last complete step if a newer one has begun, else the newest."""
-        counts = self.peek()
+        counts = dict(self._current) if self._complete is None else self._complete
         self._complete = None
-        self._changed = False
         return counts
 
     def keep_only(self, dp_size: int) -> None:

@@ -27,6 +27,7 @@ class Occupant(NamedTuple):
     """The process that holds a row: what its pidfd, if any, was opened for."""
 
     incarnation: int
+    pid: int
     pidfd: int | None
 
 
@@ -107,6 +108,9 @@ class WatchThread(threading.Thread):
         # Work is only looked up for a row that has been still for long: it costs a look at all bookings.
         suspicious = 0 < self._stall_timeout_ns <= still_ns
         has_work = suspicious and self._has_work(e)
+        if suspicious and not has_work:
+            del self._moved[e]  # idle: the timeout counts from when it has work
+            still_ns = 0
         signs = Signs(bool(board.engine_pid[e]), locked, has_work, paused, still_ns)
         verdict = judge(signs, self._stall_timeout_ns)
         before = marks.engine_verdict(e)
@@ -140,7 +144,7 @@ class WatchThread(threading.Thread):
     def _follow(self, key: tuple[str, int], incarnation: int, pid: int, started: int) -> None:
         """Has a pidfd on the row's present process, where that can be seen from here."""
         known = self._occupants.get(key)
-        if known is not None and known.incarnation == incarnation:
+        if known is not None and (known.incarnation, known.pid) == (incarnation, pid):
             return
         if known is not None and known.pidfd is not None:
             self._forget_pidfd(known.pidfd)
@@ -148,7 +152,7 @@ class WatchThread(threading.Thread):
         namespaces = self._board.engine_pid_namespace if kind == "engine" else self._board.frontend_pid_namespace
         visible = incarnation > 0 and int(namespaces[row]) == self._pid_namespace != 0
         pidfd = procs.open_pidfd(pid, started) if visible else None
-        self._occupants[key] = Occupant(incarnation, pidfd)
+        self._occupants[key] = Occupant(incarnation, pid, pidfd)
         if pidfd is not None:
             self._epoll.register(pidfd, select.EPOLLIN)
 

@@ -25,7 +25,7 @@ import zmq
 
 from dpshm import layout, wire
 from dpshm.context import Socket, context
-from dpshm.errors import SettingError, StartupTimeout, WireError
+from dpshm.errors import HandleClosed, SettingError, StartupTimeout, WireError
 from dpshm.evidence import EngineRow, RowWatch
 from dpshm.limited import LimitedLog
 from dpshm.liveness import Verdict
@@ -144,7 +144,13 @@ class WaveThread(threading.Thread):
     # From other threads.
 
     def call(self, function: Callable[[], None], timeout_s: float = 5.0) -> None:
-        """Runs a function in the wave thread and waits for it; raises what it raises."""
+        """Runs a function in the wave thread and waits for it; raises what it raises.
+
+        Raises:
+            HandleClosed: the thread has ended, or is about to.
+        """
+        if self._stop_asked:
+            raise HandleClosed(f"the coordinator of group {self._settings.group!r} is closed")
         done: Future[None] = Future()
 
         def run() -> None:
@@ -202,13 +208,15 @@ class WaveThread(threading.Thread):
         self._rows = RowWatch(settings.resend_interval_ms * _MS, round(settings.wake_timeout_s * _S))
         self._counts = StepCounts()
         self._published: list[RankCounts] = []
+        self._waking_since_ns = now
         self._stock_frontends = 0
         self._subscribed_engines = 0
         self._next_look_ns = now
         self._next_counts_ns = now
         self._next_refresh_ns = now
         self._ready_deadline_ns = now + round(settings.ready_timeout_s * _S) if settings.ready_timeout_s else None
-        if self._words[board.index("ready")]:
+        self._ready = self._words[board.index("ready")] == 1
+        if self._ready:
             self.all_ready.set_result(None)
 
     def _serve(self, nudged: Socket) -> None:
@@ -255,9 +263,9 @@ class WaveThread(threading.Thread):
         self._count("messages_dropped")
         self.dropped.warn(reason, detail)
 
-    def _count(self, name: str) -> None:
-        at = self._board.index(name)
-        self._words[at] = self._words[at] + 1
+    def _count(self, name: str, by: int = 1, *, row: int = 0) -> None:
+        at = self._board.index(name, row)
+        self._words[at] = layout.saturate(self._words[at] + by)
 
     # Messages.
 
@@ -267,7 +275,10 @@ class WaveThread(threading.Thread):
         data = frames[0]
         if data[:1] == wire.SUBSCRIBE:
             self._stock_frontends += 1
-            self._publish_counts(time.monotonic_ns())
+            if self._settings.interval_ms:
+                self._publish_counts(time.monotonic_ns(), self._counts_now())
+            else:
+                self._publish_state()
             return
         if data[:1] == wire.UNSUBSCRIBE:
             self._stock_frontends = max(0, self._stock_frontends - 1)
@@ -280,6 +291,11 @@ class WaveThread(threading.Thread):
                     self.scale(dp_size)
                 except SettingError as e:
                     self._drop("scaling refused", e)
+            case wire.DrainMessage(dp_rank, drained):
+                try:
+                    self.set_drained(dp_rank, drained)
+                except SettingError as e:
+                    self._drop("drain refused", e)
 
     def _engine_subscription(self, frames: list[bytes]) -> None:
         data = frames[0]
@@ -294,13 +310,15 @@ class WaveThread(threading.Thread):
 
     def _greet(self) -> None:
         """READY to all once all are there, and again for whoever comes later (the others skip it)."""
-        if self.all_ready.done():
+        if self._ready:
             self._sockets.to_engines.send(wire.READY)
         elif self._subscribed_engines >= self._board.dp_size:
+            self._ready = True
             self._sockets.to_engines.send(wire.READY)
             self._words[self._board.index("ready")] = 1
             logger.info("all %d engines of group %r are ready", self._board.dp_size, self._settings.group)
-            self.all_ready.set_result(None)
+            if not self.all_ready.done():  # it may have failed at its deadline
+                self.all_ready.set_result(None)
         if self._subscribed_engines >= self._board.dp_size:
             self._mark_stock()
 
@@ -324,8 +342,8 @@ class WaveThread(threading.Thread):
 
     def _take_stats(self, e: int, stats: wire.SchedulerStats) -> None:
         board, words = self._board, self._words
-        if board.engine_alive(e):
-            return  # it writes its own row
+        if board.engine_pid[e] or board.engine_alive(e):
+            return  # it writes its own row; and its last words, if it died, do not make it a stock engine
         waiting, running, kv = stats.num_waiting_reqs, stats.num_running_reqs, stats.kv_cache_usage
         if not self._counts.report(e, stats.current_wave, stats.step_counter, (waiting, running, kv)):
             logger.debug("engine %d reported step %d late", e, stats.step_counter)
@@ -355,6 +373,7 @@ class WaveThread(threading.Thread):
                 before.phase is not Phase.RUNNING or self._state.wave > before.wave
             ):
                 self._count("waves_started")
+            self._time_wake_up(before.phase)
             # The board before the messages: whoever hears of the change finds it there.
             self._words[self._at_control] = layout.pack_control(*self._state)
         for command in commands:
@@ -363,15 +382,22 @@ class WaveThread(threading.Thread):
                     self._count("starts_sent")
                     self._sockets.to_engines.send_multipart(wire.encode_start(wave, exclude))
                 case PublishState():
-                    self._count("states_published")
-                    wave, phase = self._state
-                    self._sockets.frontends.send(wire.encode_state(None, wave, phase is Phase.RUNNING))
+                    self._publish_state()
                 case WarnWakeFailed(wave):
                     logger.warning(
                         "no engine woke up for wave %d within %g s: paused by the user, or gone?",
                         wave,
                         self._settings.wake_timeout_s,
                     )
+
+    def _time_wake_up(self, before: Phase) -> None:
+        phase = self._state.phase
+        if phase is Phase.WAKING and before is not Phase.WAKING:
+            self._waking_since_ns = time.monotonic_ns()
+        elif phase is Phase.RUNNING and before is Phase.WAKING:
+            duration_ns = time.monotonic_ns() - self._waking_since_ns
+            self._count("wake_ns", duration_ns)
+            self._count("wake_bucket", row=layout.wake_bucket(duration_ns))
 
     def scale(self, dp_size: int) -> None:
         """Changes the number of ranks; wave and phase stay. Called in this thread."""
@@ -396,6 +422,14 @@ class WaveThread(threading.Thread):
         if self._subscribed_engines >= dp_size:
             self._greet()
 
+    def set_drained(self, dp_rank: int, drained: bool) -> None:
+        """Takes a rank out of routing, or puts it back. Called in this thread."""
+        if not 0 <= dp_rank < self._board.dp_size:
+            raise SettingError(f"dp_rank {dp_rank} is outside 0 to {self._board.dp_size - 1}")
+        if bool(self._marks.engine(dp_rank) & layout.DRAINED) != drained:
+            self._marks.set_engine(dp_rank, drained=drained)
+            logger.info("engine %d is %s by an operator", dp_rank, "drained" if drained else "undrained")
+
     # Time.
 
     def _timeout_ms(self) -> int:
@@ -413,8 +447,9 @@ class WaveThread(threading.Thread):
                 self._report_missing()
         if self._stock_frontends and self._settings.interval_ms and now >= self._next_counts_ns:
             self._next_counts_ns = now + self._settings.interval_ms * _MS
-            if now >= self._next_refresh_ns or self._counts_now(peek=True) != self._published:
-                self._publish_counts(now)
+            counts = self._counts_now()
+            if now >= self._next_refresh_ns or counts != self._published:
+                self._publish_counts(now, counts)
 
     def _look(self, now: int) -> None:
         if not self._settings.waves:
@@ -429,26 +464,28 @@ class WaveThread(threading.Thread):
         for event in self._rows.look(now, self._state, rows):
             self._handle(event)
 
-    def _counts_now(self, *, peek: bool) -> list[RankCounts]:
+    def _counts_now(self) -> list[RankCounts]:
         """By rank: a stock engine's last complete step, or what one of ours has on the board."""
         board = self._board
-        stock = self._counts.peek() if peek else self._counts.take()
+        stock = self._counts.take()
         counts = []
         for e, word in enumerate(board.load[: board.dp_size].tolist()):
             on_behalf = self._marks.engine(e) & layout.ON_BEHALF
             counts.append(stock[e] if on_behalf and e in stock else layout.unpack_load(word))
         return counts
 
-    def _publish_counts(self, now: int) -> None:
-        if not self._settings.interval_ms:
-            counts = None
-        else:
-            self._published = self._counts_now(peek=False)
-            self._next_refresh_ns = now + self._settings.idle_refresh_ms * _MS
-            counts = self._published if self._settings.counts_with_kv else [c[:2] for c in self._published]
+    def _publish_state(self) -> None:
+        self._count("states_published")
+        wave, phase = self._state
+        self._sockets.frontends.send(wire.encode_state(None, wave, phase is Phase.RUNNING))
+
+    def _publish_counts(self, now: int, counts: list[RankCounts]) -> None:
+        self._published = counts
+        self._next_refresh_ns = now + self._settings.idle_refresh_ms * _MS
         self._count("counts_published")
         wave, phase = self._state
-        self._sockets.frontends.send(wire.encode_state(counts, wave, phase is Phase.RUNNING))
+        sent = counts if self._settings.counts_with_kv else [c[:2] for c in counts]
+        self._sockets.frontends.send(wire.encode_state(sent, wave, phase is Phase.RUNNING))
 
     def _report_missing(self) -> None:
         if self.all_ready.done():

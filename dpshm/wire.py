@@ -8,6 +8,7 @@
                                        [waiting, running, kv_cache_usage], or [waiting, running] in 2025
     front-ends -> coordinator   XSUB   0x01 / 0x00 (subscribe, unsubscribe); (engine or nil, wave);
                                        ("SCALE_ELASTIC_EP", n)
+    operator -> coordinator     XSUB   ("DPSHM_DRAIN", rank), ("DPSHM_UNDRAIN", rank)
 
 All payloads are msgpack. What does not decode strictly to these raises `WireError`; nothing is unpickled,
 and nothing decoded here is used as an index before its reader has checked it. The encoders of our own
@@ -28,6 +29,8 @@ START_FRAME: Final = b"\x02"
 SUBSCRIBE: Final = b"\x01"
 UNSUBSCRIBE: Final = b"\x00"
 SCALE: Final = "SCALE_ELASTIC_EP"
+DRAIN: Final = "DPSHM_DRAIN"
+UNDRAIN: Final = "DPSHM_UNDRAIN"
 MAX_MESSAGE_BYTES: Final = 1 << 20
 """Larger messages are refused by the sockets: the largest honest one, 4096 engines' counts, is 61 KB."""
 
@@ -110,6 +113,13 @@ class ScaleMessage(NamedTuple):
     dp_size: int
 
 
+class DrainMessage(NamedTuple):
+    """An operator's request to take a rank out of routing, or to put it back. Not one of vLLM's messages."""
+
+    dp_rank: int
+    drained: bool
+
+
 class _FromFrontend(msgspec.Struct, array_like=True, frozen=True):
     head: object  # an engine or SCALE; msgspec has no union of bytes and str
     number: Count
@@ -134,7 +144,7 @@ def decode_engine_message(data: bytes) -> EngineMessage:
     return _decode(_engine, "an engine's message", data)
 
 
-def decode_frontend_message(data: bytes) -> FirstRequestMessage | ScaleMessage:
+def decode_frontend_message(data: bytes) -> FirstRequestMessage | ScaleMessage | DrainMessage:
     """A front-end's message to the coordinator (subscriptions apart). Raises `WireError`."""
     message = _decode(_from_frontend, "a front-end's message", data)
     match message.head:
@@ -146,6 +156,8 @@ def decode_frontend_message(data: bytes) -> FirstRequestMessage | ScaleMessage:
             return FirstRequestMessage(int.from_bytes(identity, "little"), message.number)
         case str(word) if word == SCALE:
             return ScaleMessage(message.number)
+        case str(word) if word in (DRAIN, UNDRAIN):
+            return DrainMessage(message.number, word == DRAIN)
     raise WireError(f"not a front-end's message: {message.head!r:.40} names neither an engine nor {SCALE}")
 
 
@@ -207,6 +219,11 @@ def encode_state(counts: Sequence[Sequence[float]] | None, wave: int, running: b
 def encode_first_request(engine: int | None, wave: int) -> bytes:
     """A front-end's notice of a request that it sent while it believed the ranks paused."""
     return _encoder.encode((engine, wave))
+
+
+def encode_drain(dp_rank: int, drained: bool) -> bytes:
+    """A request to take a rank out of routing, or to put it back."""
+    return _encoder.encode((DRAIN if drained else UNDRAIN, dp_rank))
 
 
 def encode_scale(dp_size: int) -> bytes:

@@ -1,0 +1,290 @@
+"""An engine's row of the board: load, received counts, state and counters, without any socket.
+
+`dpshm.Engine` adds the link to the coordinator and the rules of the waves. An engine that has both of its
+own (vLLM's engines do) uses this class as it is: it counts, publishes, and says with `show` what its own
+machine is in.
+
+`EngineRow.publish` is a dozen 64-bit stores. A row that is taken is zeroed, and every front-end's ``sent`` is
+copied into its ``received``: what a predecessor had, or what was on its way to it, is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from types import TracebackType
+from typing import Self
+
+from dpshm import layout, procs
+from dpshm.board import Board
+from dpshm.errors import CapacityExceeded, RowInUse, SettingError, WrongThread
+from dpshm.learning import StepModel
+from dpshm.liveness import Verdict
+from dpshm.segment import Segment
+from dpshm.version import version_word
+
+
+class Step:
+    """A context that times one step; see `EngineRow.step`."""
+
+    def __init__(self, engine: EngineRow) -> None:
+        self._engine = engine
+        self._started_ns = 0
+        self.prefill_tokens = 0
+        self.batch = 0
+
+    def __enter__(self) -> Step:
+        engine = self._engine
+        self._started_ns = time.monotonic_ns()
+        engine._words[engine._at_step_start] = self._started_ns
+        engine._step_began(self._started_ns, self.prefill_tokens, self.batch)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._engine._step_ended(time.monotonic_ns() - self._started_ns, self.prefill_tokens, self.batch)
+
+    def forget(self) -> None:
+        """Instead of the exit: nothing was computed after all, so there was no step."""
+        self._engine._words[self._engine._at_step_start] = 0
+        self._engine._step_forgotten()
+
+
+class EngineRow:
+    """A rank's row of the board. Belongs to the thread that made it.
+
+    Attributes:
+        dp_rank: the rank.
+        board: the board, for whoever wants to look closer.
+    """
+
+    def __init__(self, board: Board, dp_rank: int) -> None:
+        self.board = board
+        self.dp_rank = dp_rank
+        self._segment = board.segment
+        self._thread = threading.get_ident()
+        self._step = Step(self)
+        words = self._words = board.words
+        self._at_load = board.index("load", dp_rank)
+        self._at_state = board.index("engine_state", dp_rank)
+        self._at_progress = board.index("progress", dp_rank)
+        self._at_backlog = board.index("prefill_backlog", dp_rank)
+        self._at_beat = board.index("beat", dp_rank)
+        self._at_step_start = board.index("step_start", dp_rank)
+        self._at_counters = board.index("steps", dp_rank)
+        self._at_finished = board.index("requests_finished", dp_rank)
+        self._at_received_requests = board.index("received_requests", dp_rank)
+        self._at_received_tokens = board.index("received_tokens", dp_rank)
+        self._received_requests = [words[self._at_received_requests + f] for f in range(board.frontends)]
+        self._received_tokens = [words[self._at_received_tokens + f] for f in range(board.frontends)]
+        self._unpublished: set[int] = set()
+        self._counters = [0] * 5  # steps, dummy steps, busy ns, prompt tokens, generation tokens
+        self._finished = 0
+        self._wave = 0
+        self._at_model = board.index("step_model", dp_rank)
+        self._model = StepModel()
+        self._queue = (0, 0, 0)  # waiting, running, prefill backlog, as published last
+
+    @classmethod
+    def attach(cls, group: str, dp_rank: int) -> Self:
+        """Takes the row of a rank; returns once a living coordinator has marked it alive.
+
+        Attach late: in the process and the thread that run the scheduler, after any fork.
+
+        Raises:
+            SegmentNotFound: there is no such group on this node.
+            RowInUse: a live process has that rank.
+            CapacityExceeded: the segment has no such row.
+        """
+        board = Board(Segment.attach(group))
+        try:
+            if not 0 <= dp_rank < board.engines:
+                raise CapacityExceeded(
+                    f"dp_rank {dp_rank} is outside 0 to {board.engines - 1}, for which the board of group "
+                    f"{group!r} was made: start its coordinator with a larger max_engines"
+                )
+            if not board.lock_engine(dp_rank):
+                raise RowInUse(
+                    f"rank {dp_rank} of group {group!r} is taken by the live process "
+                    f"{int(board.engine_pid[dp_rank])}"
+                )
+            _initialise(board, dp_rank)
+            engine = cls(board, dp_rank)
+            board.wait_for_coordinator(
+                lambda: (
+                    dp_rank >= board.dp_size
+                    or board.engine_mark[dp_rank] & (layout.VERDICT_MASK | layout.ON_BEHALF) == Verdict.ALIVE
+                )
+            )
+        except BaseException:
+            board.close()
+            raise
+        return engine
+
+    def show(self, wave: int, *, running: bool, paused: bool = False) -> None:
+        """Stores what this rank's own wave machine says.
+
+        Args:
+            wave: the wave that it is in.
+            running: whether it steps, with work or to keep step with the others.
+            paused: whether the user paused it.
+        """
+        self._wave = wave
+        flags = (layout.RUNNING if running else 0) | (layout.PAUSED_BY_USER if paused else 0)
+        self._words[self._at_state] = layout.pack_state(wave, flags)
+
+    def count_received(self, frontend: int | None, prompt_tokens: int = 0) -> None:
+        """Counts a request that came in; stored with the next `publish`, which must count it in its queue.
+
+        Args:
+            frontend: the index of the front-end that sent it; None if it has no row (a stock one).
+            prompt_tokens: as the front-end booked them.
+
+        Raises:
+            SettingError: there is no such front-end row.
+        """
+        self._check()
+        if frontend is None:
+            return
+        if not 0 <= frontend < len(self._received_requests):
+            raise SettingError(f"frontend {frontend} is outside 0 to {len(self._received_requests) - 1}")
+        self._received_requests[frontend] += 1
+        self._received_tokens[frontend] = layout.saturate(
+            self._received_tokens[frontend] + max(0, min(prompt_tokens, layout.MAX_PROMPT_TOKENS))
+        )
+        self._unpublished.add(frontend)
+
+    def publish(
+        self,
+        *,
+        waiting: int,
+        running: int,
+        kv_cache_usage: float = 0.0,
+        prefill_backlog: int = 0,
+        step: int = 0,
+    ) -> None:
+        """Stores this rank's load; call it when the queue changed, before and after each step.
+
+        Args:
+            waiting: requests in the queue, those just received among them.
+            running: requests in the batch.
+            kv_cache_usage: fraction of the KV cache in use.
+            prefill_backlog: prompt tokens received and not yet computed.
+            step: number of the step, growing within an incarnation.
+        """
+        self._check()
+        words = self._words
+        # SYNC: the writer's half of rule 3 (`dpshm.board`): load and backlog first, then received tokens,
+        # then received requests; readers load them in the opposite order. x86-64 keeps the order of stores.
+        words[self._at_load] = layout.pack_load(waiting, running, kv_cache_usage)
+        words[self._at_backlog] = layout.saturate(prefill_backlog)
+        self._queue = (waiting, running, prefill_backlog)
+        if self._unpublished:
+            for f in self._unpublished:
+                words[self._at_received_tokens + f] = self._received_tokens[f]
+            for f in self._unpublished:
+                words[self._at_received_requests + f] = self._received_requests[f]
+            self._unpublished.clear()
+        words[self._at_progress] = layout.pack_progress(self._wave, step)
+        words[self._at_finished] = self._finished
+        # SYNC: the beat comes last, so a reader that has seen it (x86-64) sees the report that it dates.
+        words[self._at_beat] = time.monotonic_ns()
+
+    def step(self, prefill_tokens: int = 0, batch: int = 0) -> Step:
+        """A context for one step of the model: marks it as begun, times it, counts it.
+
+        Args:
+            prefill_tokens: prompt tokens that it computes.
+            batch: requests that get a token from it. Neither of the two: a dummy step.
+        """
+        self._check()
+        self._step.prefill_tokens = prefill_tokens
+        self._step.batch = batch
+        return self._step
+
+    def finished(self, requests: int = 1) -> None:
+        """Counts requests that ended; stored with the next `publish`."""
+        self._check()
+        self._finished += requests
+        self._model.finished(requests)
+
+    def close(self) -> None:
+        """Leaves the group: the row is free for another process."""
+        if not self._segment.usable:
+            return
+        self._check()
+        words = self._words
+        for at in (self._at_load, self._at_backlog, self._at_step_start, self._at_model, self._at_model + 1):
+            words[at] = 0
+        words[self._at_state] = layout.pack_state(self._wave, 0)
+        words[self.board.index("engine_pid", self.dp_rank)] = 0  # left, not died
+        del self._step  # which refers back: without the cycle the memory goes with this handle
+        self.board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check(self) -> None:
+        if not self._segment.usable:
+            raise self._segment.why_unusable()
+        if threading.get_ident() != self._thread:
+            raise WrongThread(
+                f"engine {self.dp_rank} belongs to the thread that attached it: call it from there, or attach "
+                "in the thread that runs the scheduler"
+            )
+
+    def _step_ended(self, duration_ns: int, prefill_tokens: int, batch: int) -> None:
+        words, counters = self._words, self._counters
+        counters[0] += 1
+        if not prefill_tokens and not batch:
+            counters[1] += 1
+        counters[2] += duration_ns
+        counters[3] += prefill_tokens
+        counters[4] += batch
+        at = self._at_counters
+        for i, value in enumerate(counters):
+            words[at + i] = value
+        words[self._at_step_start] = 0
+        self._model.end(duration_ns)
+        at = self._at_model
+        for i, value in enumerate(self._model.words):
+            words[at + i] = value
+
+    def _step_began(self, now_ns: int, prefill_tokens: int, batch: int) -> None:
+        model, words, at = self._model, self._words, self._at_model
+        waiting, running, backlog = self._queue
+        model.begin(now_ns, prefill_tokens, batch, waiting=waiting, running=running, prefill_backlog=backlog)
+        words[at], words[at + 1] = model.words[:2]
+
+    def _step_forgotten(self) -> None:
+        words, at = self._words, self._at_model
+        words[at] = words[at + 1] = 0
+
+
+def _initialise(board: Board, dp_rank: int) -> None:
+    words = board.words
+    if not board.segment.linked:
+        raise RowInUse(f"group {board.segment.group!r} ended while rank {dp_rank} attached; try again")
+    incarnation = words[board.index("engine_incarnation", dp_rank)]
+    for name in ("load", *layout.ENGINE_WORDS):
+        if name != "engine_incarnation":
+            words[board.index(name, dp_rank)] = 0
+    for i in range(len(layout.STEP_MODEL_WORDS)):
+        words[board.index("step_model", dp_rank, i)] = 0
+    for f in range(board.frontends):
+        words[board.index("received_tokens", dp_rank, f)] = words[board.index("sent_tokens", f, dp_rank)]
+        words[board.index("received_requests", dp_rank, f)] = words[board.index("sent_requests", f, dp_rank)]
+    pid = os.getpid()
+    words[board.index("engine_pid", dp_rank)] = pid
+    words[board.index("engine_start_time", dp_rank)] = procs.start_time(pid)
+    words[board.index("engine_pid_namespace", dp_rank)] = procs.namespace_inode("pid")
+    words[board.index("engine_version", dp_rank)] = version_word()
+    words[board.index("beat", dp_rank)] = time.monotonic_ns()
+    # SYNC: publication: the incarnation last, so that the watcher, who judges a row once it sees a new one,
+    # reads this pid. (On Arm it may see it first; its next round reads the pid again.)
+    words[board.index("engine_incarnation", dp_rank)] = incarnation + 1

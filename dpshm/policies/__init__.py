@@ -1,0 +1,71 @@
+"""Policies: which engine takes a request, as pure functions of what one decision sees.
+
+A policy is any callable ``(view, request) -> dp_rank``; a user's own function will do. `View` is the board at
+one instant, read by the front-end in the right order; ``view.ranks`` are the ranks that may be chosen (not
+absent, dead, stalled or drained), never empty, in an order that turns with every decision and starts elsewhere
+in each front-end: a policy that takes the *first* of several equal ranks therefore breaks ties fairly and
+differently from its neighbours. A request that is pinned to a rank is never shown to a policy.
+
+A policy with a true attribute ``sees_work`` is also shown ``view.work``: tokens and step times, which cost another
+microsecond or two to read. The simulator (``dpshm simulate``) runs this same code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from dpshm.errors import SettingError
+from dpshm.policies.affinity import Affinity
+from dpshm.policies.counts import PowerOfTwo, least_loaded, round_robin, vllm
+from dpshm.policies.hashing import key_of
+from dpshm.policies.view import OVERLOADED_KV, VECTOR_FROM, Policy, Request, Sequence64, View, Work
+from dpshm.policies.work import LeastWork
+
+__all__ = [
+    "NAMES",
+    "OVERLOADED_KV",
+    "VECTOR_FROM",
+    "Affinity",
+    "LeastWork",
+    "Policy",
+    "PowerOfTwo",
+    "Request",
+    "Sequence64",
+    "View",
+    "Work",
+    "by_name",
+    "key_of",
+    "least_loaded",
+    "round_robin",
+    "vllm",
+]
+
+_FUNCTIONS: dict[str, Policy] = {"least_loaded": least_loaded, "round_robin": round_robin, "vllm": vllm}
+_CLASSES: dict[str, Any] = {"affinity": Affinity, "least_work": LeastWork, "power_of_two": PowerOfTwo}
+NAMES = tuple(sorted((*_FUNCTIONS, *_CLASSES)))
+
+
+def by_name(name: str) -> Policy:
+    """The policy of that name, with its parameters if there are any: ``affinity:epsilon=0.5``.
+
+    Raises:
+        SettingError: there is none of that name, or it has no such parameter.
+    """
+    kind, _, parameters = name.partition(":")
+    given = dict(p.partition("=")[::2] for p in parameters.split(",")) if parameters else {}
+    if kind in _CLASSES:
+        try:
+            # `strict=False` reads numbers from text; an unknown name must not pass in silence.
+            if unknown := given.keys() - set(_CLASSES[kind].__struct_fields__):
+                known = ", ".join(_CLASSES[kind].__struct_fields__) or "none"
+                raise SettingError(f"policy {kind!r} has no parameter {min(unknown)!r}; it has: {known}")
+            return msgspec.convert(given, _CLASSES[kind], strict=False)  # type: ignore[no-any-return]
+        except msgspec.ValidationError as e:
+            raise SettingError(f"policy {name!r}: {e}") from None
+    if kind not in _FUNCTIONS:
+        raise SettingError(f"no policy {kind!r}: choose one of {', '.join(NAMES)}")
+    if given:
+        raise SettingError(f"policy {kind!r} has no parameters, and was given {parameters!r}")
+    return _FUNCTIONS[kind]

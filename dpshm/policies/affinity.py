@@ -1,0 +1,62 @@
+"""`Affinity`: requests with one key meet on one rank, unless it is loaded more than its share.
+
+Each key has an order of preference over the ranks: by a hash of the key and the rank, highest first (rendezvous
+hashing). A request goes to the first rank in its key's order that stays within the bound. So a rank that leaves
+or comes moves only the keys that were or will be its own.
+
+Formula: the first rank in the key's order with ``load <= (1 + epsilon) * mean load``. The load is what a request
+feels, the expected time to its first token there (`dpshm.policies.work`), with the work of the request itself, as in
+the paper a bin's load counts the ball that is placed. It is read from the live board and the mean is over the ranks
+that may be chosen. (Counting requests instead is worse in both respects where prompts are long and unlike: the ranks
+that count as full are then not those that are.)
+
+Sources: Mirrokni, Thorup, Zadimoghaddam, "Consistent Hashing with Bounded Loads", SODA 2018, for the bound;
+Thaler, Ravishankar, "Using name-based mappings to increase hit rates", IEEE/ACM ToN 6(1), 1998, for the order.
+"""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import ClassVar
+
+import msgspec
+
+from dpshm.errors import SettingError
+from dpshm.policies.hashing import mix
+from dpshm.policies.view import Request, View
+from dpshm.policies.work import LeastWork
+
+_least_work = LeastWork()
+
+
+class Affinity(msgspec.Struct, frozen=True):
+    """Consistent hashing with bounded load; the formula stands at the top of this module.
+
+    A request without a key goes where `LeastWork` sends it.
+
+    Attributes:
+        epsilon: how far above the mean a rank may be loaded, as a fraction of the mean.
+
+    Raises:
+        SettingError: epsilon is not a number above 0.
+    """
+
+    epsilon: float = 1.0
+    sees_work: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.epsilon) and self.epsilon > 0):
+            raise SettingError(f"epsilon is {self.epsilon}: choose a number above 0, such as 1")
+
+    def __call__(self, view: View, request: Request) -> int:
+        """See `dpshm.policies.Policy`."""
+        key = request.key
+        if key is None:
+            return _least_work(view, request)
+        ranks = view.free()
+        expected_ns = _least_work.expected_ns(view, request)
+        load = [int(expected_ns[r]) for r in ranks]
+        bound = (1 + self.epsilon) * sum(load) / len(load)
+        within = [r for r, ns in zip(ranks, load, strict=True) if ns <= bound]
+        # The least loaded is never above the mean, so `within` is empty only where the board was scribbled upon.
+        return max(within or ranks, key=lambda r: mix(key ^ mix(r)))

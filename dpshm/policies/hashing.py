@@ -1,0 +1,28 @@
+"""Hashes that are the same in every process and on every day, unlike Python's own."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+_BITS_64 = (1 << 64) - 1
+_BITS_63 = (1 << 63) - 1
+
+
+def mix(word: int) -> int:
+    """A well-mixed 64-bit value of a 64-bit one.
+
+    Source: the finaliser of SplitMix64; Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators",
+    OOPSLA 2014.
+    """
+    word = (word + 0x9E3779B97F4A7C15) & _BITS_64
+    word = ((word ^ word >> 30) * 0xBF58476D1CE4E5B9) & _BITS_64
+    word = ((word ^ word >> 27) * 0x94D049BB133111EB) & _BITS_64
+    return word ^ word >> 31
+
+
+def key_of(key: int | str | bytes) -> int:
+    """A key as a number from 0 to 2**63 - 1: a conversation's id, or the first bytes of a prompt."""
+    if isinstance(key, int):
+        return mix(key & _BITS_64) & _BITS_63
+    data = key.encode() if isinstance(key, str) else key
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little") & _BITS_63

@@ -1,0 +1,110 @@
+"""What one decision sees: the request, and the board at one instant.
+
+All sequences but `View.ranks` are indexed by dp_rank and hold every rank of the group. With fewer than
+`VECTOR_FROM` ranks they are lists, because a loop over 8 engines is faster than a handful of numpy calls; from
+there on they are int64 arrays.
+
+Always there are the counts. Tokens and step times cost more to read and stand in `View.work`, which is None
+unless the policy has a true attribute ``sees_work``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+VECTOR_FROM = 32
+"""Ranks from which on a view holds arrays. The two cost the same at about this size."""
+OVERLOADED_KV = round(0.95 * 0xFFFF)
+"""A rank with a queue and more of its KV cache in use than this (the low 16 bits of a load word, so 95 %) is
+overloaded: what it admits next may push out what it runs."""
+
+Sequence64: TypeAlias = "list[int] | NDArray[np.int64]"
+
+
+class Request(msgspec.Struct, frozen=True, gc=False):
+    """What is known of a request when its engine is chosen.
+
+    Attributes:
+        prompt_tokens: as booked.
+        key: what `affinity` keeps together, as a number (`dpshm.policies.key_of`); None: nothing.
+    """
+
+    prompt_tokens: int = 0
+    key: int | None = None
+
+
+class Work(msgspec.Struct, eq=False, gc=False):
+    """What the ranks have to compute and how fast they are, by rank.
+
+    Attributes:
+        backlog: prompt tokens that the engine took in and has not computed, as reported.
+        unseen_tokens: prompt tokens that any front-end sent and the engine has not received.
+        steps: by rank the words of `dpshm.layout.STEP_WORDS`: the running step.
+        models: by rank the words of `dpshm.layout.MODEL_WORDS`: what the engine has learnt of its steps. They
+            change slowly and may be some tenths of a second old.
+        now_ns: CLOCK_MONOTONIC.
+    """
+
+    backlog: Any
+    unseen_tokens: Any
+    steps: Any
+    models: Any
+    now_ns: int
+
+
+class View(msgspec.Struct, eq=False, gc=False):
+    """What one decision sees.
+
+    Attributes:
+        ranks: who may be chosen, never empty, in the order that breaks ties.
+        load: reported load, packed (`dpshm.layout.unpack_load`).
+        unseen: requests that any front-end sent and the engine has not received, by rank.
+        own: requests of this front-end that are unfinished, by rank.
+        num_frontends: live front-ends.
+        work: tokens and step times, for policies that ask for them.
+    """
+
+    ranks: Any
+    load: Any
+    unseen: Any
+    own: list[int]
+    num_frontends: int
+    work: Work | None = None
+
+    @property
+    def requests(self) -> Sequence64:
+        """Requests by rank: waiting, running and unseen."""
+        load, unseen = self.load, self.unseen
+        if isinstance(load, list):
+            # Both have one item a rank; `strict` would cost a tenth of the decision.
+            return [(w >> 40) + (w >> 16 & 0xFFFFFF) + u for w, u in zip(load, unseen)]  # noqa: B905
+        total: NDArray[np.int64] = (load >> 40) + (load >> 16 & 0xFFFFFF) + unseen
+        return total
+
+    def overloaded(self, rank: int) -> bool:
+        """Whether a rank has a queue and hardly any KV cache left."""
+        word = int(self.load[rank])
+        return word >> 40 > 0 and word & 0xFFFF > OVERLOADED_KV
+
+    def free(self) -> list[int]:
+        """The ranks that may be chosen and are not overloaded; if all are, all of them."""
+        return [int(r) for r in self.ranks if not self.overloaded(r)] or [int(r) for r in self.ranks]
+
+    def least(self, scores: Any) -> int:
+        """The first of the ranks that may be chosen whose score is least; an overloaded one only if all are."""
+        ranks = self.ranks
+        if isinstance(scores, list):
+            best = int(min(ranks, key=scores.__getitem__))
+        else:
+            best = int(ranks[int(scores[ranks].argmin())])
+        if self.overloaded(best):  # rare, so it is looked at last: the least of all is the least of the free
+            best = min(self.free(), key=scores.__getitem__)
+        return best
+
+
+Policy: TypeAlias = Callable[[View, Request], int]

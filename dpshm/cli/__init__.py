@@ -1,0 +1,67 @@
+"""The ``dpshm`` command: one file a subcommand.
+
+To add one, write ``dpshm/cli/NAME.py`` with a function ``NAME`` whose parameters are typer options, and put
+the name into `COMMANDS`; its docstring is the help. An error that dpshm raises on purpose becomes one line on
+stderr and exit status 2; anything else is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from importlib import import_module
+
+from dpshm import __version__
+from dpshm.errors import DpshmError
+
+COMMANDS = ("demo", "top", "stat", "events", "drain", "undrain", "coordinator")
+
+EXIT_USAGE = 2
+
+
+def main() -> None:
+    """Runs the command line."""
+    try:
+        import rich  # noqa: F401
+        import typer
+    except ImportError as e:
+        sys.stderr.write(f"dpshm: error: {e}. Install the command line with: pip install 'dpshm[cli]'\n")
+        raise SystemExit(EXIT_USAGE) from None
+
+    # Plain text throughout: it can be grepped, and looks the same in a log.
+    app = typer.Typer(
+        name="dpshm",
+        no_args_is_help=True,
+        add_completion=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    )
+
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            typer.echo(f"dpshm {__version__}")
+            raise typer.Exit
+
+    @app.callback()
+    def top(
+        version: bool = typer.Option(
+            False, "--version", callback=show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ) -> None:
+        """Data-parallel coordinator for LLM inference: load in shared memory, request waves over ZMQ."""
+
+    for name in COMMANDS:
+        command = getattr(import_module(f"dpshm.cli.{name}"), name)
+        # A raw docstring holds the characters \b where click wants a backspace, "do not fill this paragraph".
+        app.command(name, help=(inspect.getdoc(command) or "").replace(r"\b", "\b"))(command)
+    try:
+        app()
+    except DpshmError as e:
+        sys.stderr.write(f"dpshm: error: {e}\n")
+        raise SystemExit(EXIT_USAGE) from None
+    except BrokenPipeError:
+        # Whoever read our output is gone; the flush at exit must not complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None

@@ -1,0 +1,123 @@
+"""``dpshm demo``: its options, and what it prints."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from dpshm.cli.live import make_display
+from dpshm.policies import NAMES
+from dpshm.sim.demo import run_demo
+from dpshm.sim.interrupt import Interrupted
+from dpshm.sim.report import Report
+from dpshm.sim.workload import DemoSettings
+
+
+class EngineKind(StrEnum):
+    """What an engine's model is."""
+
+    SIM = "sim"
+    TORCH = "torch"
+
+
+class StatsPath(StrEnum):
+    """Where front-ends see the load."""
+
+    BOARD = "board"
+    PUB = "pub"
+
+
+def demo(  # noqa: PLR0917 - typer makes options of parameters
+    engines: Annotated[int, typer.Option(help="Engines, each a process (1 to 64).")] = 8,
+    frontends: Annotated[int, typer.Option(help="Front-ends, each a process (1 to 64).")] = 4,
+    seconds: Annotated[float, typer.Option(help="How long requests are sent.")] = 20.0,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Arrivals to replay: an Azure LLM trace (CSV) or a Mooncake trace (JSON lines). Without it, "
+            "a built-in bursty workload of about 30 requests a second.",
+        ),
+    ] = None,
+    rate: Annotated[float, typer.Option(help="How many times the recorded speed.")] = 1.0,
+    policy: Annotated[str, typer.Option(help=f"How an engine is chosen: {', '.join(NAMES)}.")] = "least_loaded",
+    stats: Annotated[
+        StatsPath,
+        typer.Option(help="What front-ends decide from: the board, or a broadcast every 100 ms."),
+    ] = StatsPath.BOARD,
+    seed: Annotated[int, typer.Option(help="Of the built-in workload and of who gets which request.")] = 0,
+    engine: Annotated[
+        EngineKind,
+        typer.Option(help="A simulated model, or a small one in PyTorch that computes (extra: torch)."),
+    ] = EngineKind.SIM,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as one JSON object, the last line of stdout.")
+    ] = False,
+) -> None:
+    r"""Run a whole deployment here: a coordinator, simulated engines, front-ends, and a workload.
+
+    Every process, socket and shared-memory word is real; only the model is a sleep, and with --engine torch not
+    even that: each rank computes, on a GPU of its own, on a shared one, or on the CPU. Engines batch
+    continuously, step together, pause when all are idle and are woken by the next request. Nothing is left
+    behind, however it ends. The exit status is 1 if a request was lost.
+
+    \b
+    Examples:
+      dpshm demo
+      dpshm demo --stats pub                       the same with a broadcast every 100 ms, to compare
+      dpshm demo --trace AzureLLMInferenceTrace_code.csv --rate 12
+      dpshm demo --engines 4 --seconds 5 --json | jq .ttft_ms
+      dpshm demo --engine torch --engines 2        a small mixture-of-experts transformer in PyTorch
+    """
+    settings = DemoSettings(
+        engines=engines,
+        frontends=frontends,
+        seconds=seconds,
+        rate=rate,
+        trace=trace,
+        stats=stats.value,
+        policy=policy,
+        seed=seed,
+        engine=engine.value,
+    )
+    try:
+        with make_display() as display:
+            report = run_demo(settings, display.show)
+    except Interrupted as e:
+        typer.echo(f"dpshm: ended by {e}; nothing is left behind", err=True)
+        raise typer.Exit(128 + e.signum) from None
+    for problem in report.problems:
+        typer.echo(f"dpshm: {problem}", err=True)
+    typer.echo(msgspec.json.encode(report).decode() if as_json else as_text(report))
+    if report.lost:
+        raise typer.Exit(1)
+
+
+def as_text(report: Report) -> str:
+    """The report for people."""
+
+    def figure(value: float | None, unit: str) -> str:
+        return "none" if value is None else f"{value:,.1f} {unit}"
+
+    staleness, ttft, imbalance = report.staleness_us, report.ttft_ms, report.imbalance
+    figures = {
+        "requests": f"{report.sent} sent, {report.completed} completed, {report.refused} refused, "
+        f"{report.lost} lost",
+        "time": f"{report.seconds:.1f} s, {report.waves} waves, {report.steps} steps",
+        "staleness": f"p50 {figure(staleness.p50, 'us')}, p99 {figure(staleness.p99, 'us')}",
+        "time to first token": f"mean {figure(ttft.mean, 'ms')}, p50 {figure(ttft.p50, 'ms')}, "
+        f"p99 {figure(ttft.p99, 'ms')}",
+        "imbalance": f"mean {figure(imbalance.mean, 'requests')}, max {imbalance.max} "
+        "(the most on a rank less the fewest)",
+        "by engine": " ".join(map(str, report.finished_by_engine)) + " finished",
+        "by front-end": " ".join(map(str, report.sent_by_frontend)) + " sent",
+    }
+    title = (
+        f"{report.engines} engines, {report.frontends} front-ends, stats: {report.stats}, "
+        f"policy: {report.policy}, workload: {report.trace or 'built-in'} at {report.rate:g}x"
+    )
+    return "\n".join((title, *(f"  {name:<20} {text}" for name, text in figures.items())))

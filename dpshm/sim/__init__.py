@@ -1,0 +1,1 @@
+"""Simulated engines and workloads, for the demo and for routing studies."""

@@ -1,0 +1,295 @@
+"""Continuous batching on one rank, as a pure model: no clock, no socket, no randomness.
+
+`Batcher` is a scheduler in the manner of vLLM's: first come, first served; every step advances all requests
+that are decoding by one token and spends what is left of the token budget on prompts, in chunks. Driven as
+``step = batcher.plan()``, wait ``step.seconds``, ``finished = batcher.finish(step)``. The same calls give
+the same answers, and a step costs what changes in it, not what runs.
+
+What always holds:
+
+- a request that was added is waiting or running until it completes: none is ever lost or doubled;
+- at most ``max_running`` requests run, and ``kv_used`` never exceeds ``kv_tokens``;
+- a request is admitted when its whole prompt fits the free KV cache, and takes that room at once; each
+  decoded token takes one more. When the cache is full, the request that was admitted last is preempted:
+  it gives all its room back, goes to the head of the queue, and computes its prompt and what it had
+  generated anew. The oldest request is never preempted for a younger one, so the queue always moves.
+
+The cost of a step (`StepCost`), for an 8-billion-parameter model in bf16 (32 layers, 8 KV heads of 128; the
+shape of Llama 3.1 8B) on one H100 SXM (3.35 TB/s, 989 TFLOP/s dense in bf16, from its data sheet):
+
+- 8 ms for reading 16 GB of weights at 60 % of the memory bandwidth. A dummy step, which an idle rank runs
+  beside busy ones, costs that too;
+- 0.2 ms a running request for reading its KV cache: 131,072 B a token (32 layers x 8 heads x 128 x 2
+  tensors x 2 B), so a context of 3,000 tokens is 393 MB, again at 60 % of the bandwidth;
+- 40 us a prompt token: 16 GFLOP (2 a parameter) at 40 % of the peak.
+
+400,000 tokens of KV cache are 52 GB: what is left of 80 GB after the weights and activations.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, NamedTuple
+
+from dpshm.errors import SettingError
+
+
+class StepCost(NamedTuple):
+    """What a rank can hold, and how long its steps take."""
+
+    base_s: float = 8e-3
+    per_request_s: float = 0.2e-3
+    per_prompt_token_s: float = 40e-6
+    max_running: int = 64
+    max_prompt_tokens: int = 4096  # a step
+    kv_tokens: int = 400_000
+    max_context: int | None = None  # of one request, prompt and output; None: what the KV cache holds
+
+    def seconds(self, prompt_tokens: int, batch: int) -> float:
+        """How long a step of that content takes; of no content, a dummy step."""
+        return self.base_s + self.per_request_s * batch + self.per_prompt_token_s * prompt_tokens
+
+
+class Step(NamedTuple):
+    """What one step computes, and how long it takes.
+
+    Attributes:
+        prompt_tokens: of all prompts together.
+        batch: requests in it.
+        output_tokens: of those, the requests that get a token from it; a prompt's last chunk yields one.
+        seconds: on this rank alone.
+    """
+
+    prompt_tokens: int
+    batch: int
+    output_tokens: int
+    seconds: float
+
+
+class Work(NamedTuple):
+    """Who computes what in a step.
+
+    Attributes:
+        decoding: the requests that bring one token and get the next.
+        chunks: those whose prompts it computes, each with how many tokens of it, the next ones.
+    """
+
+    decoding: list[SimRequest]
+    chunks: list[tuple[SimRequest, int]]
+
+
+class SimRequest:
+    """One request on a rank. The caller keeps `key` for itself, to know the request again."""
+
+    __slots__ = ("base_step", "generated", "key", "output_tokens", "prompt_left", "prompt_tokens", "started")
+
+    def __init__(self, key: Any, prompt_tokens: int, output_tokens: int) -> None:
+        self.key = key
+        self.prompt_tokens = prompt_tokens
+        self.output_tokens = output_tokens
+        self.generated = 0  # up to when it was last admitted, or its prefill last ended
+        self.prompt_left = prompt_tokens  # to compute before it decodes
+        self.base_step = -1  # the step that ended its prefill; -1 while it does not decode
+        self.started = False  # its first token is out
+
+    def copy(self) -> SimRequest:
+        """A copy with the same key."""
+        other = SimRequest(self.key, self.prompt_tokens, self.output_tokens)
+        other.generated, other.prompt_left = self.generated, self.prompt_left
+        other.base_step, other.started = self.base_step, self.started
+        return other
+
+
+class Finished(NamedTuple):
+    """What a step brought about."""
+
+    first_tokens: list[SimRequest]
+    completed: list[SimRequest]
+
+
+class Batcher:
+    """The scheduler of one rank.
+
+    Attributes:
+        cost: limits and step times.
+        kv_used: tokens of KV cache taken.
+        prefill_backlog: prompt tokens of all its requests that are not computed yet.
+        preemptions: how many times a request lost its room.
+    """
+
+    def __init__(self, cost: StepCost | None = None) -> None:
+        self.cost = cost or StepCost()
+        self.kv_used = 0
+        self.prefill_backlog = 0
+        self.preemptions = 0
+        self._steps = 0
+        self._waiting: deque[SimRequest] = deque()
+        # In the order of admission. Prompts are computed in that order too, so those that still compute
+        # theirs are the youngest; `dict` because a request leaves from anywhere.
+        self._prefilling: dict[SimRequest, None] = {}
+        self._decoding: dict[SimRequest, None] = {}
+        self._ends: dict[int, list[SimRequest]] = {}  # by the step that yields their last token
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests in the batch."""
+        return len(self._prefilling) + len(self._decoding)
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that are waiting or running."""
+        return self.waiting + self.running
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """The share of the KV cache that is taken."""
+        return self.kv_used / self.cost.kv_tokens
+
+    def fits(self, prompt_tokens: int, output_tokens: int) -> bool:
+        """Whether such a request could ever run here: a server refuses one that could not."""
+        limit = self.cost.kv_tokens if self.cost.max_context is None else self.cost.max_context
+        return prompt_tokens + output_tokens <= min(limit, self.cost.kv_tokens)
+
+    def add(self, request: SimRequest) -> None:
+        """Puts a request at the end of the queue.
+
+        Raises:
+            SettingError: it has no tokens, or could never fit.
+        """
+        if request.prompt_tokens < 1 or request.output_tokens < 1:
+            raise SettingError(
+                f"a request needs at least one prompt and one output token, this one has "
+                f"{request.prompt_tokens} and {request.output_tokens}"
+            )
+        if not self.fits(request.prompt_tokens, request.output_tokens):
+            raise SettingError(
+                f"a request of {request.prompt_tokens} + {request.output_tokens} tokens can never fit a KV "
+                f"cache of {self.cost.kv_tokens} (max_context {self.cost.max_context}): refuse it, or raise them"
+            )
+        self._waiting.append(request)
+        self.prefill_backlog += request.prompt_left
+
+    def copy(self) -> Batcher:
+        """A copy that can be driven on by itself; its requests have the same keys."""
+        other = Batcher(self.cost)
+        other.kv_used, other.prefill_backlog = self.kv_used, self.prefill_backlog
+        other.preemptions, other._steps = self.preemptions, self._steps
+        copies = {r: r.copy() for r in (*self._waiting, *self._prefilling, *self._decoding)}
+        other._waiting = deque(copies[r] for r in self._waiting)
+        other._prefilling = {copies[r]: None for r in self._prefilling}
+        other._decoding = {copies[r]: None for r in self._decoding}
+        other._ends = {step: [copies[r] for r in requests] for step, requests in self._ends.items()}
+        return other
+
+    def plan(self) -> Step:
+        """Makes room, admits what fits, and says what the next step computes."""
+        batch = output_tokens = self._make_room()
+        budget = self.cost.max_prompt_tokens
+        begun = iter(tuple(self._prefilling))
+        while budget and (request := next(begun, None) or self._admit()):
+            computed = min(budget, request.prompt_left)
+            budget -= computed
+            batch += 1
+            output_tokens += computed == request.prompt_left
+        prompt_tokens = self.cost.max_prompt_tokens - budget
+        return Step(prompt_tokens, batch, output_tokens, self.cost.seconds(prompt_tokens, batch))
+
+    def work(self, step: Step) -> Work:
+        """Who computes what in the step that `plan` gave: for an accelerator that really does."""
+        chunks = []
+        budget = step.prompt_tokens
+        for request in self._prefilling:  # in the order in which `finish` takes them
+            if not budget:
+                break
+            computed = min(budget, request.prompt_left)
+            budget -= computed
+            chunks.append((request, computed))
+        return Work(list(self._decoding), chunks)
+
+    def is_running(self, request: SimRequest) -> bool:
+        """Whether it has room in the KV cache."""
+        return request in self._prefilling or request in self._decoding
+
+    def finish(self, step: Step) -> Finished:
+        """Takes the step that `plan` gave as done."""
+        self._steps += 1
+        # Those that decode first: a prefill that ends in this step yields its token by itself.
+        self.kv_used += len(self._decoding)
+        completed = self._ends.pop(self._steps, [])
+        for request in completed:
+            del self._decoding[request]
+            self.kv_used -= self._held(request)
+        first_tokens = []
+        budget = step.prompt_tokens
+        while budget:
+            request = next(iter(self._prefilling))
+            computed = min(budget, request.prompt_left)
+            budget -= computed
+            request.prompt_left -= computed
+            self.prefill_backlog -= computed
+            if request.prompt_left:
+                continue
+            del self._prefilling[request]
+            if not request.started:
+                request.started = True
+                first_tokens.append(request)
+            self._begin_decoding(request, completed)
+        return Finished(first_tokens, completed)
+
+    def _begin_decoding(self, request: SimRequest, completed: list[SimRequest]) -> None:
+        request.generated += 1
+        request.base_step = self._steps
+        left = request.output_tokens - request.generated
+        if left:
+            self._decoding[request] = None
+            self._ends.setdefault(self._steps + left, []).append(request)
+        else:
+            self.kv_used -= self._held(request)
+            completed.append(request)
+
+    def _held(self, request: SimRequest) -> int:
+        """The KV cache that a running request has taken. The newest token's is written in the next step."""
+        if request.base_step < 0:
+            return request.prompt_tokens + request.generated
+        return request.prompt_tokens + request.generated - 1 + self._steps - request.base_step
+
+    def _make_room(self) -> int:
+        """Preempts until each decoding request has room for one more token; how many are left."""
+        while self.kv_used + len(self._decoding) > self.cost.kv_tokens:
+            # A request's own limit is checked in `add`, so this never reaches the last one.
+            youngest = next(reversed(self._prefilling or self._decoding))
+            self._preempt(youngest)
+        return len(self._decoding)
+
+    def _preempt(self, request: SimRequest) -> None:
+        self.preemptions += 1
+        self.kv_used -= self._held(request)
+        if request.base_step < 0:
+            del self._prefilling[request]
+            self.prefill_backlog -= request.prompt_left
+        else:
+            del self._decoding[request]
+            ends = request.base_step + request.output_tokens - request.generated
+            self._ends[ends].remove(request)
+            request.generated += self._steps - request.base_step
+            request.base_step = -1
+        request.prompt_left = request.prompt_tokens + request.generated
+        self.prefill_backlog += request.prompt_left
+        self._waiting.appendleft(request)
+
+    def _admit(self) -> SimRequest | None:
+        if not self._waiting or self.running >= self.cost.max_running:
+            return None
+        request = self._waiting[0]
+        # Room for what decodes in this very step stays free, or the newcomer would be preempted next.
+        if self.kv_used + len(self._decoding) + request.prompt_left > self.cost.kv_tokens:
+            return None
+        self._waiting.popleft()
+        self._prefilling[request] = None
+        self.kv_used += request.prompt_left
+        return request

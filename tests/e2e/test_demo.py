@@ -1,0 +1,211 @@
+"""``dpshm demo`` as a user runs it: its report, its errors, and that nothing is left of it, however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.support import wait_until
+
+PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+
+
+class Shell:
+    """Runs demos whose processes and files can be told from all others."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self._mark = f"DPSHM_TEST_RUN={secrets.token_hex(8)}"
+        name, value = self._mark.split("=")
+        path = os.pathsep.join([PACKAGE_ROOT, os.environ.get("PYTHONPATH", "")])
+        self.environment = {**os.environ, "PYTHONPATH": path, "DPSHM_DIR": folder, name: value}
+
+    def start(self, *arguments: str, stderr: int = subprocess.PIPE, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dpshm", *arguments],
+            env={**self.environment, **environment},
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        with self.start(*arguments) as process:
+            out, err = process.communicate()
+        return process.returncode, out, err
+
+    def processes(self) -> dict[str, int]:
+        """Names and pids of all processes that a demo of ours started, or that they started."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with suppress(OSError):  # it has just ended, or is another user's
+                    if self._mark.encode() in (entry / "environ").read_bytes():
+                        found[(entry / "comm").read_text().strip()] = int(entry.name)
+        return found
+
+    def check_gone(self) -> None:
+        """Waits until no process is left, and no file is."""
+        wait_until(lambda: not self.processes())
+        assert os.listdir(self.folder) == []
+
+
+@pytest.fixture
+def shell():
+    """A shell with a folder for segments; short, because socket paths are."""
+    folder = tempfile.mkdtemp(prefix="t-", dir="/dev/shm")
+    yield Shell(folder)
+    shutil.rmtree(folder)
+
+
+SMALL = ("demo", "--engines", "3", "--frontends", "2", "--seconds", "2", "--seed", "1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stats", ["board", "pub"])
+def test_report(shell, stats):
+    """Guards against a lost request, a report that does not add up, and progress on stdout."""
+    code, out, err = shell.run(*SMALL, "--stats", stats, "--policy", "vllm", "--json")
+    assert code == 0, err
+    report = json.loads(out.splitlines()[-1])
+    assert (report["engines"], report["frontends"], report["stats"]) == (3, 2, stats)
+    assert report["sent"] == report["completed"] == sum(report["sent_by_frontend"]) > 20
+    assert (report["lost"], report["refused"], report["problems"]) == (0, 0, [])
+    assert sum(report["finished_by_engine"]) == report["sent"]
+    assert report["waves"] >= 1
+    assert report["seconds"] >= 2
+    assert 0 <= report["staleness_us"]["p50"] <= report["staleness_us"]["p99"]
+    assert 0 < report["ttft_ms"]["p50"] <= report["ttft_ms"]["p99"]
+    assert 0 <= report["imbalance"]["mean"] <= report["imbalance"]["max"]
+    assert "dpshm demo: " in err
+    shell.check_gone()
+
+
+@pytest.mark.slow
+def test_trace_and_text_report(shell, tmp_path):
+    """Guards against a trace that is read and not played, and a report that only machines get."""
+    trace = tmp_path / "trace.jsonl"
+    lines = [{"timestamp": 100 * i, "input_length": 50, "output_length": 5} for i in range(12)]
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, out, err = shell.run("demo", "--engines", "2", "--frontends", "1", "--trace", str(trace), "--rate", "2")
+    assert code == 0, err
+    assert "12 sent, 12 completed, 0 refused, 0 lost" in out
+    shell.check_gone()
+
+
+@pytest.mark.slow
+def test_live_table_on_a_terminal(shell):
+    """Guards against a terminal that shows nothing, and a report that is lost among the frames."""
+    ours, theirs = os.openpty()
+    with shell.start(*SMALL, "--json", stderr=theirs, TERM="xterm", COLUMNS="120") as process:
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # the end of a terminal's other side is an error
+            while data := os.read(ours, 65536):
+                shown += data
+        out, _ = process.communicate()
+    os.close(ours)
+    assert process.returncode == 0
+    assert len(out.splitlines()) == 1
+    assert json.loads(out)["completed"] > 0
+    for word in (b"waiting", b"running", b"KV", b"age", b"front-end", b"sending", b"wave 0"):
+        assert word in shown
+    shell.check_gone()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay_s", [0.1, 0.3, 0.5, 0.8, 1.2, 1.7, 2.3, 3.0])
+def test_ctrl_c_leaves_nothing(shell, delay_s):
+    """Guards against processes, segments and sockets of a demo that was interrupted, at any moment."""
+    with shell.start(*SMALL, "--seconds", "30") as process:
+        time.sleep(delay_s)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate()
+    assert process.returncode != 0
+    if "is left behind" in err:
+        assert process.returncode == 128 + signal.SIGINT
+    shell.check_gone()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay_s", [0.6, 3.0])
+def test_sigkill_leaves_nothing(shell, delay_s):
+    """Guards against orphans of a demo that could not clean up after itself."""
+    with shell.start(*SMALL, "--seconds", "30") as process:
+        time.sleep(delay_s)
+        process.kill()
+        process.communicate()
+    shell.check_gone()
+
+
+@pytest.mark.slow
+def test_a_killed_engine_is_reported_and_costs_the_exit_status(shell):
+    """Guards against a demo that hangs, or calls itself a success, when requests are lost."""
+    with shell.start(*SMALL, "--seconds", "60", "--json") as process:
+        while not process.stderr.readline().startswith("dpshm demo: sending"):
+            pass
+        os.kill(shell.processes()["dpshm:engine1"], signal.SIGKILL)
+        out, err = process.communicate()
+    report = json.loads(out.splitlines()[-1])
+    assert "engine 1 was killed by signal 9" in err
+    assert report["problems"] == ["engine 1 was killed by signal 9"]
+    assert process.returncode == (1 if report["lost"] else 0)
+    shell.check_gone()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("demo", "--policy", "best"), "dpshm: error: no policy 'best': choose one of"),
+        (("demo", "--engines", "0"), "dpshm: error: engines is 0"),
+        (("demo", "--rate", "nan"), "dpshm: error: rate is nan"),
+        (("demo", "--trace", "none.csv"), "dpshm: error: cannot read the trace none.csv"),
+        (("demo", "--trace", "/dev/null"), "dpshm: error: the trace /dev/null is empty"),
+        (("demo", "--trace", "/dev/zero"), "dpshm: error: /dev/zero, line 1: is longer than"),
+        (("demo", "--stats", "gossip"), "'--stats'"),
+        (("demo", "--seconds", "soon"), "'--seconds'"),
+        (("demo", "--nonsense"), "--nonsense"),
+        (("nonsense",), "nonsense"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(shell, arguments, says):
+    """Guards against a traceback, or a demo that starts, where an option or file is wrong."""
+    code, out, err = shell.run(*arguments)
+    assert code == 2
+    assert says in err
+    assert "Traceback" not in err
+    assert out == ""
+    shell.check_gone()
+
+
+def test_without_the_extra(shell, tmp_path):
+    """Guards against a bare ImportError where the command line's dependencies are not installed."""
+    (tmp_path / "typer.py").write_text("raise ImportError('no typer here')")
+    shell.environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), shell.environment["PYTHONPATH"]])
+    code, _, err = shell.run("demo")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "pip install 'dpshm[cli]'" in err
+
+
+def test_help_and_version(shell):
+    """Guards against help without examples."""
+    code, out, _ = shell.run("demo", "--help")
+    assert code == 0
+    assert "  Examples:\n    dpshm demo\n" in out
+    assert all(f"--{name}" in out for name in ("engines", "frontends", "seconds", "policy", "seed", "trace"))
+    code, out, _ = shell.run("--version")
+    assert code == 0
+    assert out.startswith("dpshm ")

@@ -1,0 +1,14 @@
+"""What the tests of processes share."""
+
+from __future__ import annotations
+
+import pytest
+
+from dpshm import Coordinator
+
+
+@pytest.fixture
+def pair(group, using) -> str:
+    """The name of a group of two ranks that has a coordinator."""
+    using(Coordinator(group=group, dp_size=2))
+    return group

@@ -1,0 +1,168 @@
+"""The model of an engine: what it may never lose or exceed, and how long its steps take."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpshm.errors import SettingError
+from dpshm.sim.batching import Batcher, SimRequest, StepCost
+
+
+def run(batcher: Batcher, limit: int = 100_000):
+    """Steps until nothing is left; what happened in each step."""
+    history = []
+    while batcher.unfinished:
+        step = batcher.plan()
+        history.append((step, batcher.finish(step)))
+        assert len(history) < limit
+    return history
+
+
+def test_one_request():
+    """Guards against a first or last token a step early or late, and against a wrong step time."""
+    batcher = Batcher()
+    batcher.add(SimRequest("a", 1000, 3))
+    history = run(batcher)
+    assert [(s.prompt_tokens, s.batch, s.output_tokens) for s, _ in history] == [
+        (1000, 1, 1),
+        (0, 1, 1),
+        (0, 1, 1),
+    ]
+    assert [s.seconds for s, _ in history] == pytest.approx([0.0482, 0.0082, 0.0082])
+    assert [[r.key for r in f.first_tokens] for _, f in history] == [["a"], [], []]
+    assert [[r.key for r in f.completed] for _, f in history] == [[], [], ["a"]]
+    assert (batcher.kv_used, batcher.prefill_backlog) == (0, 0)
+
+
+def test_single_output_token_completes_with_its_prefill():
+    """Guards against a request of one token that never ends."""
+    batcher = Batcher()
+    batcher.add(SimRequest("a", 10, 1))
+    ((_, finished),) = run(batcher)
+    assert finished.first_tokens == finished.completed
+
+
+def test_prompts_are_computed_in_chunks_beside_decoding():
+    """Guards against a long prompt that stops the others, or exceeds the budget of a step."""
+    batcher = Batcher(StepCost(max_prompt_tokens=100))
+    batcher.add(SimRequest("short", 60, 9))
+    batcher.add(SimRequest("long", 250, 2))
+    steps = [step for step, _ in run(batcher)]
+    assert [s.prompt_tokens for s in steps[:5]] == [100, 100, 100, 10, 0]
+    assert [s.batch for s in steps[:5]] == [2, 2, 2, 2, 2]
+    assert [s.output_tokens for s in steps[:5]] == [1, 1, 1, 2, 2]
+
+
+def test_batch_limit_and_order():
+    """Guards against more running than allowed, and against overtaking."""
+    batcher = Batcher(StepCost(max_running=2))
+    for key in range(5):
+        batcher.add(SimRequest(key, 10, 4))
+    batcher.plan()
+    assert (batcher.running, batcher.waiting) == (2, 3)
+    first = [r.key for _, f in run(batcher) for r in f.first_tokens]
+    assert first == [0, 1, 2, 3, 4]
+
+
+def test_kv_cache_is_released_and_usage_is_a_share():
+    """Guards against a usage that creeps up until nothing fits."""
+    batcher = Batcher(StepCost(kv_tokens=200))
+    batcher.add(SimRequest("a", 100, 50))
+    batcher.finish(batcher.plan())
+    assert batcher.kv_cache_usage == 0.5
+    run(batcher)
+    assert batcher.kv_cache_usage == 0
+
+
+def test_youngest_is_preempted_and_its_first_token_comes_once():
+    """Guards against a full cache that stops the oldest request, or tells of a first token twice."""
+    batcher = Batcher(StepCost(kv_tokens=100))
+    batcher.add(SimRequest("old", 40, 50))
+    batcher.add(SimRequest("young", 40, 50))
+    history = run(batcher)
+    assert batcher.preemptions >= 1
+    assert [r.key for _, f in history for r in f.completed] == ["old", "young"]
+    assert [r.key for _, f in history for r in f.first_tokens] == ["old", "young"]
+
+
+def test_dummy_step():
+    """Guards against an idle rank that would not keep step, or would count work."""
+    batcher = Batcher()
+    step = batcher.plan()
+    assert (step.prompt_tokens, step.batch, step.output_tokens, step.seconds) == (0, 0, 0, 0.008)
+    assert batcher.finish(step) == ([], [])
+
+
+@pytest.mark.parametrize(("prompt", "output"), [(90, 11), (101, 1), (0, 5), (5, 0), (-1, 5)])
+def test_impossible_requests_are_refused(prompt, output):
+    """Guards against a request at the head of the queue that blocks it for ever."""
+    batcher = Batcher(StepCost(kv_tokens=100))
+    with pytest.raises(SettingError):
+        batcher.add(SimRequest("a", prompt, output))
+    assert batcher.unfinished == 0
+
+
+def test_largest_possible_request_completes():
+    """Guards against an off-by-one in what is refused."""
+    batcher = Batcher(StepCost(kv_tokens=100))
+    batcher.add(SimRequest("a", 90, 10))
+    run(batcher)
+
+
+@settings(max_examples=300)
+@given(
+    requests=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 60), st.integers(1, 40)), max_size=40),
+    max_running=st.integers(1, 8),
+    max_prompt_tokens=st.integers(1, 50),
+    kv_tokens=st.integers(100, 300),
+)
+def test_nothing_lost_nothing_exceeded(requests, max_running, max_prompt_tokens, kv_tokens):
+    """Guards against a lost or doubled request, an overfull cache or batch, and tokens from nowhere.
+
+    Requests come in at any step; a small cache makes preemption common.
+    """
+    cost = StepCost(max_running=max_running, max_prompt_tokens=max_prompt_tokens, kv_tokens=kv_tokens)
+    batcher = Batcher(cost)
+    pending = sorted(requests)
+    first, completed = [], []
+    steps = prompt_tokens = output_tokens = added = 0
+    while pending or batcher.unfinished:
+        while pending and pending[0][0] <= steps:
+            _, prompt, output = pending.pop(0)
+            batcher.add(SimRequest((added, prompt, output), prompt, output))
+            added += 1
+        step = batcher.plan()
+        assert batcher.running <= max_running
+        assert step.prompt_tokens <= max_prompt_tokens
+        assert step.output_tokens <= step.batch <= batcher.running
+        finished = batcher.finish(step)
+        assert 0 <= batcher.kv_used <= kv_tokens
+        assert batcher.prefill_backlog >= 0
+        assert batcher.unfinished == added - len(completed) - len(finished.completed)
+        first += [r.key for r in finished.first_tokens]
+        completed += [r.key for r in finished.completed]
+        assert set(completed) <= set(first)
+        prompt_tokens += step.prompt_tokens
+        output_tokens += step.output_tokens
+        steps += 1
+        assert steps < 50_000
+    assert sorted(completed) == sorted(first)
+    assert len(set(completed)) == len(requests)
+    assert output_tokens == sum(output for _, _, output in requests)
+    recomputed = prompt_tokens - sum(prompt for _, prompt, _ in requests)
+    assert recomputed == 0 if not batcher.preemptions else recomputed >= 0
+    assert (batcher.kv_used, batcher.prefill_backlog) == (0, 0)
+
+
+def test_same_calls_same_answers():
+    """Guards against a model that depends on a clock or on the order of a set."""
+
+    def trace():
+        batcher = Batcher(StepCost(kv_tokens=500, max_running=5))
+        for i in range(50):
+            batcher.add(SimRequest(i, 7 * i % 90 + 1, 13 * i % 60 + 1))
+        return [(s, [r.key for r in f.completed]) for s, f in run(batcher)]
+
+    assert trace() == trace()

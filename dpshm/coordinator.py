@@ -13,7 +13,6 @@ from __future__ import annotations
 import grp
 import logging
 import os
-import stat
 import time
 import weakref
 from collections.abc import Callable
@@ -22,9 +21,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dpshm import procs
+from dpshm import procs, sockets_folder
 from dpshm.board import Board
-from dpshm.errors import GroupInUse, SegmentInvalid, SegmentNotFound, SettingError, StartupTimeout
+from dpshm.errors import GroupInUse, SegmentError, SegmentInvalid, SegmentNotFound, SettingError, StartupTimeout
 from dpshm.marks import Marks
 from dpshm.segment import Segment, make_header, sockets_path, sweep
 from dpshm.settings import IMMUTABLE, make_settings
@@ -63,6 +62,10 @@ class Coordinator:
         self._wave = WaveThread(self.settings, self._open_board, self._poke_watch)
         self._wave.start()
         try:
+            error = self._wave.opened.exception()
+            if error is not None:
+                # Without its traceback, whose frames keep the segment open until the collector comes by.
+                raise error.with_traceback(None)
             self.board = self._wave.opened.result()
         except BaseException:
             self._wave.stop()
@@ -157,10 +160,18 @@ class Coordinator:
     # In the wave thread, while the constructor waits.
 
     def _open_board(self, sockets: Sockets) -> tuple[Board, Marks]:
-        segment = self._take_over_or_create(sockets)
+        group = self.settings.group
+        # First of all the folder: only its holder may bind ipc paths, a second bind would steal them silently.
+        folder = self._take_folder(group)
         try:
-            # The group is ours: only now may ipc paths be bound, a second bind would steal them silently.
-            _make_sockets_folder(sockets_path(segment.group))
+            segment = self._take_over_or_create(sockets)
+        except BaseException:
+            with suppress(OSError):
+                sockets_path(group).rmdir()  # not if anything is in it
+            os.close(folder)
+            raise
+        segment.keep_sockets(folder)
+        try:
             header = segment.header
             sockets.bind((header.stats_address, header.engine_input_address, header.engine_output_address))
             board = Board(segment)
@@ -182,6 +193,14 @@ class Coordinator:
             segment.close()
             raise
         return board, marks
+
+    def _take_folder(self, group: str) -> int:
+        deadline = time.monotonic() + OPEN_PATIENCE_S
+        while (folder := sockets_folder.take(sockets_path(group))) is None:
+            if time.monotonic() > deadline:
+                raise GroupInUse(_in_use(group))
+            time.sleep(0.02)  # another coordinator is just ending
+        return folder
 
     def _take_over_or_create(self, sockets: Sockets) -> Segment:
         """The group's segment, the coordinator's lock held: the live one, or a new one."""
@@ -210,10 +229,7 @@ class Coordinator:
                     segment.unlink()
                     logger.info("removed what the dead group %r left", group)
                 elif time.monotonic() > deadline:
-                    raise GroupInUse(
-                        f"group {group!r} has a coordinator, pid {int(board.coordinator_pid[0])}, since "
-                        f"epoch {int(board.epoch[0])}: stop it, or use another group name"
-                    )
+                    raise GroupInUse(_in_use(group))
                 else:
                     time.sleep(0.02)  # another coordinator is starting, or sweeping
             except BaseException:
@@ -280,15 +296,16 @@ def _gid(name: str | None) -> int:
         raise SettingError(f"file_group {name!r} is no group of this machine: see getent group") from None
 
 
-def _make_sockets_folder(folder: Path) -> None:
-    with suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    info = folder.lstat()
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
-        raise SettingError(
-            f"{folder} is not a folder that only uid {os.geteuid()} can enter "
-            f"(mode {stat.filemode(info.st_mode)}, uid {info.st_uid}): remove it"
+def _in_use(group: str) -> str:
+    try:
+        with Board.attach(group) as board:
+            pid, epoch = int(board.coordinator_pid[0]), int(board.epoch[0])
+    except SegmentError:
+        return (
+            f"the sockets of group {group!r} in {sockets_path(group)} are held by a live coordinator, but its "
+            "segment was unlinked: stop that process, or use another group name"
         )
+    return f"group {group!r} has a coordinator, pid {pid}, since epoch {epoch}: stop it, or use another group name"
 
 
 def _shut_down(pid: int, wave: WaveThread, watch: WatchThread, segment: Segment) -> None:

@@ -85,7 +85,6 @@ class EngineRow:
         self._wave = 0
         self._at_model = board.index("step_model", dp_rank)
         self._model = StepModel()
-        self._queue = (0, 0, 0)  # waiting, running, prefill backlog, as published last
 
     @classmethod
     def attach(cls, group: str, dp_rank: int) -> Self:
@@ -180,7 +179,8 @@ class EngineRow:
         # then received requests; readers load them in the opposite order. x86-64 keeps the order of stores.
         words[self._at_load] = layout.pack_load(waiting, running, kv_cache_usage)
         words[self._at_backlog] = layout.saturate(prefill_backlog)
-        self._queue = (waiting, running, prefill_backlog)
+        if self._model.left(waiting, running, prefill_backlog):
+            self._store_model()
         if self._unpublished:
             for f in self._unpublished:
                 words[self._at_received_tokens + f] = self._received_tokens[f]
@@ -250,16 +250,18 @@ class EngineRow:
         for i, value in enumerate(counters):
             words[at + i] = value
         words[self._at_step_start] = 0
-        self._model.end(duration_ns)
-        at = self._at_model
-        for i, value in enumerate(self._model.words):
-            words[at + i] = value
+        self._model.end(duration_ns, prefill_tokens, batch)
+        self._store_model()
 
     def _step_began(self, now_ns: int, prefill_tokens: int, batch: int) -> None:
-        model, words, at = self._model, self._words, self._at_model
-        waiting, running, backlog = self._queue
-        model.begin(now_ns, prefill_tokens, batch, waiting=waiting, running=running, prefill_backlog=backlog)
-        words[at], words[at + 1] = model.words[:2]
+        words, at = self._words, self._at_model
+        self._model.begin(now_ns, prefill_tokens, batch)
+        words[at], words[at + 1] = self._model.words[:2]
+
+    def _store_model(self) -> None:
+        words, at = self._words, self._at_model
+        for i, value in enumerate(self._model.words):
+            words[at + i] = value
 
     def _step_forgotten(self) -> None:
         words, at = self._words, self._at_model

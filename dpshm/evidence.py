@@ -47,8 +47,18 @@ class RowWatch:
         self._waking_wave = 0
         self._next_wake_ns = 0
 
-    def look(self, now_ns: int, state: CoordinatorState, rows: Iterable[EngineRow]) -> list[CoordinatorEvent]:
-        """The events that this look gives rise to, at most one of each kind."""
+    def look(
+        self, now_ns: int, state: CoordinatorState, rows: Iterable[EngineRow], *, unseen_ranks: int = 0
+    ) -> list[CoordinatorEvent]:
+        """The events that this look gives rise to, at most one of each kind.
+
+        Args:
+            now_ns: the time.
+            state: the coordinator's machine.
+            rows: what the live engines' rows say.
+            unseen_ranks: live ranks that have no such row (stock engines). While there are any, idle rows do not
+                prove that the wave is over, only that these ranks do not run in it: they are called again.
+        """
         rows = list(rows)
         running = [row for row in rows if row.running]
         wave = max((row.wave for row in rows), default=0)
@@ -70,7 +80,7 @@ class RowWatch:
         self._idle_since_ns = _since(self._idle_since_ns, now_ns, idle)
         if self._idle_since_ns is not None and now_ns - self._idle_since_ns >= self._resend_ns:
             self._idle_since_ns = None
-            events.append(RanksIdle(wave))
+            events.append(RanksSplit(wave) if unseen_ranks else RanksIdle(wave))
 
         if state.phase is not Phase.WAKING:
             self._waking_since_ns = None

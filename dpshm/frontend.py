@@ -152,8 +152,8 @@ class Frontend:
                 under the same name gets the same row back if nothing of its predecessor is on its way.
                 Default: host and pid.
             ranks: the only ranks that it may choose (hybrid and external load balancing); default all.
-            policy: a name from `dpshm.policies.NAMES`, with parameters if you like (``affinity:epsilon=0.5``), or a
-                callable ``(view, request) -> dp_rank``.
+            policy: a name from `dpshm.policies.NAMES`, with parameters if you like (``affinity:epsilon=0.5``), or
+                a callable ``(view, request) -> dp_rank``.
             exclusive: reads, decides and books under one kernel lock of the group, so that no two front-ends that
                 ask for it ever choose from the same state (`dpshm.exclusive`).
             record: keeps the newest decisions in a ring in shared memory, for ``dpshm replay``: a file's name, or
@@ -298,7 +298,7 @@ class Frontend:
         turn = self._turn = (self._turn + 1) % count
         request = Request(prompt_tokens, None if key is None else key_of(key))
         recorder = self._recorder
-        beats = self._beats.tolist() if recorder is not None else ()  # before the view, so that ages err upwards
+        beats = self._beats.tolist() if recorder is not None else []  # before the view, so that ages err upwards
         view = self._view(self._twice[turn : turn + count], now_ns)
         rank = self._policy(view, request)
         if rank not in eligible:
@@ -310,7 +310,8 @@ class Frontend:
     def _view(self, ranks: Any, now_ns: int) -> View:
         work = self._work(now_ns) if self._sees_work else None
         n = self._num_engines
-        own, num_frontends = self._own[:n], len(self._counted)
+        own = self._own if len(self._own) == n else self._own[:n]
+        num_frontends = len(self._counted)
         # SYNC: rule 3: all of `sent`, then all of `received` (`Unseen.count`), then `load`: the other way round
         # than an engine stores. Each call has loaded every word, one 64-bit access each, when it returns.
         unseen = self._unseen.count()

@@ -36,7 +36,7 @@ from bisect import bisect_left
 from enum import IntEnum
 from typing import NamedTuple
 
-from dpshm.waves import Phase
+from dpshm.waves import MAX_WAVE, Phase
 
 MAGIC = b"DPSHMBRD"
 VERSION_MAJOR = 1  # readers and writers need the same
@@ -64,7 +64,6 @@ _BITS_24 = (1 << 24) - 1
 _BITS_31 = (1 << 31) - 1
 _BITS_32 = (1 << 32) - 1
 _KV_ONE = (1 << 16) - 1
-MAX_WAVE = _BITS_31
 MAX_WORD = (1 << 63) - 1
 MAX_PROMPT_TOKENS = _BITS_31  # of one request: what is booked and what is received saturate alike
 
@@ -115,7 +114,7 @@ ENGINE_WORDS = (
     "requests_finished",
     "engine_version",
 )
-# The items of an engine's row in `step_model`: its running step, then what it has learnt of all (`dpshm.learning`).
+# The items of an engine's row in `step_model`: its running step, then what it has learnt (`dpshm.learning`).
 STEP_WORDS = (
     "step_end",  # CLOCK_MONOTONIC ns at which the running step should end; 0 between steps, or unknown
     "step_tokens",  # prompt tokens that the running step computes
@@ -221,6 +220,7 @@ def pack_load(waiting: int, running: int, kv_cache_usage: float) -> int:
         if kv_cache_usage >= 1.0
         else 0
     )
+    waiting, running = int(waiting), int(running)  # numpy's narrow integers would wrap in the shift
     waiting = 0 if waiting < 0 else waiting if waiting <= _BITS_23 else _BITS_23
     running = 0 if running < 0 else running if running <= _BITS_24 else _BITS_24
     return waiting << 40 | running << 16 | kv

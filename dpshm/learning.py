@@ -9,9 +9,9 @@ was before. A direction of which nothing new is known keeps its last value inste
 fault of recursive least squares with forgetting (Astrom, Wittenmark, "Adaptive Control", 2nd ed., ch. 11.5).
 
 Three more things are learnt for who has to wait. `chunk_tokens`: the most prompt tokens that a step computed
-while more were left, so that a long backlog can be counted in steps. `places`: how many requests ran when a step
-last left some waiting although it had tokens to spare: for want of places, or of KV cache. `ending_ns`: the mean
-time from one request's end to the next, which is how fast the queue moves once the places are taken.
+while more were left, so that a long backlog can be counted in steps. `places`: how many requests ran when some
+steps in a row left others waiting although they had tokens to spare: for want of places, or of KV cache.
+`ending_ns`: the mean time from one request's end to the next: how fast the queue moves once places are taken.
 
 Pure: no clock, no memory map. `Engine` stores the words (`dpshm.layout.STEP_MODEL_WORDS`) on the board; the
 simulator hands the same words to the same policies.
@@ -30,6 +30,8 @@ SOLVE_EVERY = 8
 SURPRISE = 4.0
 """A step that takes more than so many times its expectation (a page fault, a stopped process) counts as so
 many times: a stray one does little, and an engine that has become slow is still followed."""
+BLOCKED_STEPS = 3
+"""Steps in a row that leave requests waiting, before the engine counts as full."""
 _BATCH_UNIT, _TOKEN_UNIT = 16.0, 1024.0  # of the same order as base, so that one pull suits all three
 
 
@@ -46,62 +48,87 @@ class StepModel:
         self._theta = (0.0, 0.0, 0.0)  # ns: base, per _BATCH_UNIT requests, per _TOKEN_UNIT prompt tokens
         # Weighted sums: of 1, batch, tokens, their products, and of the duration with each.
         self._sums = (0.0,) * 9
-        self._batch = self._tokens = 0
-        self._finished = 0
+        self._finished = 0  # since the last step ended
+        self._finished_told = 0  # of those, the ones that `left` has seen
+        self._finished_in_step = 0
         self._busy_ns = self._ended = 0.0  # weighted: time, and requests that ended in it
+        self._tokens: int | None = None  # of the step that has just ended
+        self._blocked = self._blocked_running = 0  # steps in a row, and the most requests that ran in them
 
-    def begin(
-        self, now_ns: int, prefill_tokens: int, batch: int, *, waiting: int, running: int, prefill_backlog: int
-    ) -> None:
-        """A step begins; afterwards `words` say when it should end and what it computes.
+    def begin(self, now_ns: int, prefill_tokens: int, batch: int) -> None:
+        """A step begins; afterwards `words` say when it should end and what it computes, as far as is known.
 
         Args:
             now_ns: CLOCK_MONOTONIC.
             prefill_tokens: prompt tokens that it computes.
             batch: requests in it.
-            waiting: requests that it leaves in the queue.
-            running: requests that are not waiting.
-            prefill_backlog: prompt tokens of all requests, those of this step among them.
         """
         words = self.words
-        self._batch, self._tokens = batch, prefill_tokens
         words[1] = prefill_tokens
         words[0] = now_ns + int(self.expect(prefill_tokens, batch)) if words[2] else 0
-        if prefill_tokens < prefill_backlog and prefill_tokens > words[5]:
-            words[5] = prefill_tokens
-        elif waiting > 0 and prefill_tokens < words[5]:
-            words[6] = running
 
     def finished(self, requests: int) -> None:
         """Requests ended; counted with the step that `end` ends next."""
         self._finished += requests
 
-    def end(self, duration_ns: int) -> None:
+    def end(self, duration_ns: int, prefill_tokens: int, batch: int) -> None:
         """The step is over; afterwards `words` hold what was learnt of it."""
         words = self.words
         self._steps += 1
         self._busy_ns = self._busy_ns * FORGETTING + duration_ns
         self._ended = self._ended * FORGETTING + self._finished
-        self._finished = 0
-        self._take(float(duration_ns))
+        # Engines count those that a step finished before it ends or after: of both kinds, once.
+        self._finished_in_step = self._finished - self._finished_told
+        self._finished = self._finished_told = 0
+        self._tokens = prefill_tokens
+        self._take(float(duration_ns), prefill_tokens, batch)
         words[0] = words[1] = 0
         words[7] = int(self._busy_ns / self._ended) if self._ended >= 1.0 else 0
         if self._steps % SOLVE_EVERY == 0 or self._steps < SOLVE_EVERY * SOLVE_EVERY:
             self._solve()
             if self._steps >= MIN_STEPS:
-                base, batch, tokens = self._theta
+                base, per_batch, tokens = self._theta
                 # Base is never published as 0, which means "not learnt".
-                words[2], words[3], words[4] = int(base) or 1, int(batch / _BATCH_UNIT), int(tokens / _TOKEN_UNIT)
+                words[2], words[3], words[4] = (
+                    *(int(base) or 1, int(per_batch / _BATCH_UNIT)),
+                    int(tokens / _TOKEN_UNIT),
+                )
+
+    def left(self, waiting: int, running: int, prefill_backlog: int) -> bool:
+        """What the step left, as the engine published it next; whether that is news. Later calls say nothing.
+
+        Args:
+            waiting: requests in the queue.
+            running: requests that are not waiting.
+            prefill_backlog: prompt tokens that are not computed.
+        """
+        tokens, words = self._tokens, self.words
+        if tokens is None:
+            return False
+        self._tokens = None
+        self._finished_told = self._finished
+        running += self._finished_in_step + self._finished
+        if tokens > words[5] and (words[5] or prefill_backlog):
+            words[5] = tokens
+        # Whoever came in while it ran waits too, but not for long: three in a row are no newcomers.
+        if waiting and (tokens < words[5] or not tokens):
+            self._blocked += 1
+            self._blocked_running = max(self._blocked_running, running)
+            if self._blocked >= BLOCKED_STEPS:
+                words[6] = self._blocked_running
+        else:
+            self._blocked = self._blocked_running = 0
+        return True
 
     def expect(self, prefill_tokens: int, batch: int) -> float:
         """How long such a step should take, in ns."""
         base, per_batch, per_tokens = self._theta
         return base + per_batch * (batch / _BATCH_UNIT) + per_tokens * (prefill_tokens / _TOKEN_UNIT)
 
-    def _take(self, y: float) -> None:
+    def _take(self, y: float, prefill_tokens: int, batch: int) -> None:
         if self._steps > MIN_STEPS:
-            y = min(y, SURPRISE * self.expect(self._tokens, self._batch))
-        b, t, f = self._batch / _BATCH_UNIT, self._tokens / _TOKEN_UNIT, FORGETTING
+            y = min(y, SURPRISE * self.expect(prefill_tokens, batch))
+        b, t, f = batch / _BATCH_UNIT, prefill_tokens / _TOKEN_UNIT, FORGETTING
         n, sb, st, sbb, sbt, stt, sy, sby, sty = self._sums
         self._sums = (
             *(n * f + 1.0, sb * f + b, st * f + t),

@@ -41,6 +41,7 @@ class Report(msgspec.Struct):
     stats_address: str = ""
     engine_input_address: str = ""
     engine_output_address: str = ""
+    metrics_address: tuple[str, int] | None = None
     error: str = ""
     error_type: str = ""
 
@@ -100,6 +101,7 @@ class CoordinatorProcess:
         proc: the process.
         stats_publish_address: where front-ends connect.
         engine_addresses: (input, output): where engines hear of waves, and where they report.
+        metrics_address: (host, port) where metrics are served; None if they are not.
 
     Raises:
         StartupTimeout: it did not report within `start_timeout_s`.
@@ -121,6 +123,7 @@ class CoordinatorProcess:
             os.close(report_fd)
         self.stats_publish_address = report.stats_address
         self.engine_addresses = (report.engine_input_address, report.engine_output_address)
+        self.metrics_address = report.metrics_address
 
     def get_stats_publish_address(self) -> str:
         """Where front-ends connect. Named as in the class that this one replaces."""
@@ -223,7 +226,8 @@ def main(argv: list[str]) -> int:
         except DpshmError as e:
             report.write(msgspec.json.encode(Report(error=str(e), error_type=type(e).__name__)))
             return 1
-        report.write(msgspec.json.encode(Report(coordinator.stats_publish_address, *coordinator.engine_addresses)))
+        addresses = (coordinator.stats_publish_address, *coordinator.engine_addresses, coordinator.metrics_address)
+        report.write(msgspec.json.encode(Report(*addresses)))
     with coordinator:
         ended = select.poll()
         ended.register(parent, select.POLLIN)

@@ -44,7 +44,7 @@ def boot_id() -> str:
 
 def open_pidfd(pid: int, started: int) -> int | None:
     """A pidfd of the process with that pid and start time; None if there is no such process any more."""
-    if pid <= 0:
+    if pid <= 0 or started <= 0:
         return None
     try:
         fd = os.pidfd_open(pid)

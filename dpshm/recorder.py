@@ -252,10 +252,13 @@ def _is_whole(record: _Record) -> bool:
 def _as_decision(number: int, record: _Record) -> Decision:
     ranks, load, unseen, rows = record.ranks, record.load, record.unseen, record.work
     as_seen: Any = list if len(load) < VECTOR_FROM else np.array  # as the front-end had them
-    work = rows and Work(*map(as_seen, rows), record.time_ns)
+    work = None
+    if rows is not None:
+        backlog, tokens, steps, models = map(as_seen, rows)
+        work = Work(backlog, tokens, steps, models, record.time_ns)
     view = View(
         *(as_seen(ranks), as_seen(load), as_seen(unseen)),
-        *(record.own, record.num_frontends, work or None),
+        *(record.own, record.num_frontends, work),
     )
     age_ns = [max(0, record.time_ns - beat) if beat else -1 for beat in record.beats]
     request = Request(record.prompt_tokens, record.key)

@@ -34,7 +34,7 @@ from typing import Any
 
 import msgspec
 
-from dpshm import layout, procs
+from dpshm import layout, procs, sockets_folder
 from dpshm.errors import (
     HandleClosed,
     HandleError,
@@ -137,6 +137,9 @@ class Segment:
         self.usable = True
         self._forked = False
         self._held: set[int] = set()
+        self._open_fds = [fd]
+        # A handle that is dropped without a close gives its locks back too.
+        self._finalizer = weakref.finalize(self, _close_all, self._open_fds)
         self._fd = fd
         self.words: memoryview = memoryview(b"")
         self.header: Header
@@ -221,6 +224,10 @@ class Segment:
         info = os.fstat(self._fd)
         if not stat.S_ISREG(info.st_mode):
             raise SegmentInvalid(f"{self.path} is not a regular file; remove it")
+        if not self.readonly and info.st_mode & 0o022:
+            raise SegmentInvalid(
+                f"{self.path} may be written by others ({stat.filemode(info.st_mode)}): end its group, remove it"
+            )
         if not self.readonly and info.st_uid != os.geteuid():
             raise SegmentInvalid(
                 f"{self.path} belongs to uid {info.st_uid} and this process is uid {os.geteuid()}: "
@@ -253,16 +260,26 @@ class Segment:
     @property
     def linked(self) -> bool:
         """False once somebody has unlinked the file: who is attached goes on, a new attach fails."""
-        return os.fstat(self._fd).st_nlink > 0
+        return os.fstat(self.fileno()).st_nlink > 0
+
+    def keep_sockets(self, fd: int) -> None:
+        """Holds the lock on the sockets' folder for as long as this segment is open, and not in forked children.
+
+        Args:
+            fd: from `dpshm.sockets_folder.take`; closed with the segment.
+        """
+        self._open_fds.append(fd)
 
     def fileno(self) -> int:
-        """The descriptor that carries the locks."""
+        """The descriptor that carries the locks. Raises `HandleError` if the segment is closed."""
+        if self._fd < 0:
+            raise self.why_unusable()
         return self._fd
 
     def lock(self, byte: int, length: int = 1) -> bool:
         """Takes the lock on a byte, or on all bytes from it on with `length` 0; false if another holds any."""
         try:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, byte, length))
+            fcntl.fcntl(self.fileno(), fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, byte, length))
         except OSError as e:
             if e.errno in (errno.EAGAIN, errno.EACCES):
                 return False
@@ -273,7 +290,7 @@ class Segment:
 
     def unlock(self, byte: int) -> None:
         """Gives the lock on a byte back."""
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, byte, 1))
+        fcntl.fcntl(self.fileno(), fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, byte, 1))
         self._held.discard(byte)
 
     def is_locked(self, byte: int) -> bool:
@@ -286,7 +303,7 @@ class Segment:
 
     def _others_hold(self, byte: int, length: int) -> bool:
         # The kernel does not count what this very descriptor holds.
-        answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte, length))
+        answer = fcntl.fcntl(self.fileno(), fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte, length))
         return int.from_bytes(answer[:2], "little") != fcntl.F_UNLCK
 
     def lock_all(self) -> bool:
@@ -301,7 +318,10 @@ class Segment:
             return
         if same:
             # The folder first: while the name is there nobody else can create the group.
-            shutil.rmtree(sockets_path(self.group), ignore_errors=True)
+            if len(self._open_fds) > 1:  # it is ours
+                shutil.rmtree(sockets_path(self.group), ignore_errors=True)
+            else:
+                sockets_folder.remove(sockets_path(self.group))
             self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -312,9 +332,8 @@ class Segment:
         """
         _open_segments.discard(self)
         self.usable = False
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._finalizer()
+        self._fd = -1
 
     def why_unusable(self) -> HandleError:
         """The error to raise when a handle on this segment is used although it is not usable."""
@@ -327,10 +346,8 @@ class Segment:
     def _after_fork_in_child(self) -> None:
         # The child's copy of the descriptor would keep the lock, and a dead parent would look alive.
         self.usable, self._forked = False, True
-        if self._fd >= 0:
-            with suppress(OSError):
-                os.close(self._fd)
-            self._fd = -1
+        self._finalizer()
+        self._fd = -1
 
 
 _open_segments: weakref.WeakSet[Segment] = weakref.WeakSet()
@@ -404,6 +421,12 @@ def sweep(group: str) -> bool:
         segment.close()
 
 
+def _close_all(fds: list[int]) -> None:
+    while fds:
+        with suppress(OSError):
+            os.close(fds.pop())
+
+
 def _flock(kind: int, start: int, length: int) -> bytes:
     return struct.pack(_FLOCK, kind, os.SEEK_SET, start, length, 0)
 
@@ -453,6 +476,18 @@ def _no_space(folder: Path, size: int) -> str:
         "free some, enlarge it (containers: --shm-size, or an emptyDir of medium Memory), lower the "
         "capacities, or set DPSHM_DIR to another tmpfs"
     )
+
+
+def group_in(page: bytes) -> str | None:
+    """The group that a segment's first page names; None if it is not one's, of any version."""
+    if len(page) < _PREAMBLE.size or not page.startswith(layout.MAGIC):
+        return None
+    length = _PREAMBLE.unpack_from(page)[3]
+    try:
+        group = msgspec.json.decode(page[_PREAMBLE.size : _PREAMBLE.size + length])["group"]
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, KeyError, TypeError):
+        return None
+    return group if isinstance(group, str) else None
 
 
 def _read_header(path: Path, page: bytes, size: int, group: str, readonly: bool) -> Header:

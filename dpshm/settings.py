@@ -8,6 +8,7 @@ import msgspec
 
 from dpshm import layout
 from dpshm.errors import SettingError
+from dpshm.segment import segment_path
 
 Mode = Literal["internal", "hybrid", "external"]
 IMMUTABLE = ("mode", "waves", "counts_with_kv")
@@ -31,7 +32,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         counts_with_kv: counts carry the KV-cache usage (2026), or two numbers a rank (August 2025).
         max_engines: rows for engines; `dp_size` can grow up to it.
         max_frontends: rows for front-ends.
-        resend_interval_ms: how long START may go unheeded, or rows disagree, before START is sent again.
+        resend_interval_ms: how long START may go unheeded, or rows disagree, before START is sent again; rows are
+            looked at every 100 ms.
         wake_timeout_s: how long a wake-up is repeated before it is given up with a warning.
         stall_timeout_s: an engine with work that shows no sign of life for so long is stalled; longer than
             the longest step. 0: never.
@@ -101,6 +103,7 @@ def make_settings(**given: Any) -> Settings:
         settings = msgspec.convert(given, Settings)
     except msgspec.ValidationError as e:
         raise SettingError(f"a setting is not what it must be: {e}") from None
+    segment_path(settings.group)  # raises for a name that cannot name a group
     limits: list[tuple[str, float | None, float, float]] = [
         ("max_engines", settings.max_engines, 1, layout.MAX_ENGINES),
         ("dp_size", settings.dp_size, 1, min(settings.engine_capacity, layout.MAX_ENGINES)),

@@ -20,7 +20,9 @@ from dpshm.marks import Marks
 
 logger = logging.getLogger(__name__)
 
-WATCH_INTERVAL_S = 0.05
+WATCH_INTERVAL_S = 0.08
+"""The dead are to be known within 100 ms; where a pidfd can be had, it is at once. Each round costs the idle
+coordinator CPU time."""
 
 
 class Occupant(NamedTuple):

@@ -37,6 +37,7 @@ from dpshm.waves import (
     FirstRequest,
     Phase,
     PublishState,
+    SeenRunning,
     StartWave,
     WarnWakeFailed,
     WaveCompleted,
@@ -192,11 +193,13 @@ class WaveThread(threading.Thread):
                 self._prepare(sockets)
             except BaseException as e:
                 self.opened.set_exception(e)
+                del self._open_board, self._joined
                 return
             self.opened.set_result(self._board)
             self._serve(nudged)
         if not self.all_ready.done():
             self.all_ready.set_exception(StartupTimeout("the coordinator was closed before all ranks came"))
+        del self._open_board, self._joined  # which refer back: the memory goes with the last handle
 
     def _prepare(self, sockets: Sockets) -> None:
         settings, board = self._settings, self._board
@@ -233,9 +236,9 @@ class WaveThread(threading.Thread):
             if nudged in readable:
                 with suppress(zmq.Again):
                     nudged.recv(zmq.NOBLOCK)
-            with suppress(queue.Empty):
-                while True:
-                    self._calls.get_nowait()()
+                with suppress(queue.Empty):
+                    while True:
+                        self._calls.get_nowait()()
             for s, take in takers.items():
                 if s in readable:
                     self._receive(s, take)
@@ -251,13 +254,13 @@ class WaveThread(threading.Thread):
                 frames = s.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._count("messages_received")
             try:
                 take(frames)
             except WireError as e:
                 self._drop("malformed message", e)
             except Exception as e:
                 self._drop("message that could not be handled", repr(e))
+            self._count("messages_received")  # afterwards: what waits for an answer waits less
 
     def _drop(self, reason: str, detail: object) -> None:
         self._count("messages_dropped")
@@ -305,6 +308,8 @@ class WaveThread(threading.Thread):
             self._greet()
         elif data[:1] == wire.UNSUBSCRIBE:
             self._subscribed_engines = max(0, self._subscribed_engines - 1)
+            if not self._subscribed_engines:
+                self._counts = StepCounts()  # whoever comes next counts steps and waves from 0
         else:
             raise WireError("engines only subscribe on this socket")
 
@@ -336,9 +341,9 @@ class WaveThread(threading.Thread):
         if message.scheduler_stats is not None:
             self._take_stats(e, message.scheduler_stats)
         if message.wave_complete is not None:
-            self._handle(WaveCompleted(min(message.wave_complete, layout.MAX_WAVE - 1)))
+            self._handle(WaveCompleted(message.wave_complete))
         if message.start_wave is not None:
-            self._handle(WaveStarted(e, min(message.start_wave, layout.MAX_WAVE)))
+            self._handle(WaveStarted(e, message.start_wave))
 
     def _take_stats(self, e: int, stats: wire.SchedulerStats) -> None:
         board, words = self._board, self._words
@@ -359,6 +364,9 @@ class WaveThread(threading.Thread):
         words[board.index("progress", e)] = layout.pack_progress(stats.current_wave, stats.step_counter)
         words[board.index("beat", e)] = time.monotonic_ns()
         self._marks.set_engine(e, verdict=Verdict.ALIVE, on_behalf=True)
+        # The engines of 2025 never confirm a START in words; their work does.
+        if self._state.phase is Phase.WAKING and stats.num_running_reqs:
+            self._handle(SeenRunning(e, stats.current_wave))
 
     # Waves.
 
@@ -379,8 +387,8 @@ class WaveThread(threading.Thread):
         for command in commands:
             match command:
                 case StartWave(wave, exclude):
-                    self._count("starts_sent")
                     self._sockets.to_engines.send_multipart(wire.encode_start(wave, exclude))
+                    self._count("starts_sent")
                 case PublishState():
                     self._publish_state()
                 case WarnWakeFailed(wave):
@@ -456,12 +464,15 @@ class WaveThread(threading.Thread):
             return
         board, marks = self._board, self._marks
         rows = []
+        stock = 0
         for e, word in enumerate(board.engine_state[: board.dp_size].tolist()):
             mark = marks.engine(e)
             if mark & layout.VERDICT_MASK in (Verdict.ALIVE, Verdict.STALLED) and not mark & layout.ON_BEHALF:
                 wave, running, _ = layout.unpack_state(word)
                 rows.append(EngineRow(e, wave, running))
-        for event in self._rows.look(now, self._state, rows):
+            elif mark & layout.ON_BEHALF:
+                stock += 1
+        for event in self._rows.look(now, self._state, rows, unseen_ranks=stock):
             self._handle(event)
 
     def _counts_now(self) -> list[RankCounts]:

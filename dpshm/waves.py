@@ -73,7 +73,10 @@ events and the old-wave row of `WaveStarted` are dpshm's.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+MAX_WAVE = (1 << 31) - 1
+"""Waves saturate here, in both machines as in the words of the board; at the limit the tables still hold."""
 
 
 class Phase(IntEnum):
@@ -212,6 +215,8 @@ class SendWaveCompleted(NamedTuple):
     wave: int
 
 
+E = TypeVar("E", CoordinatorEvent, EngineEvent)
+
 CoordinatorCommand = StartWave | PublishState | WarnWakeFailed
 EngineCommand = SendWaveStarted | SendWaveCompleted
 
@@ -227,12 +232,13 @@ def handle_coordinator(
         exclude_named: leave the engine that a `FirstRequest` names out of its START.
     """
     wave, phase = state
+    event = _within_limits(event)
     match event:
         case FirstRequest(engine, _) if phase is Phase.PAUSED:
             exclude = engine if exclude_named else None
             return CoordinatorState(wave, Phase.WAKING), [StartWave(wave, exclude)]
         case WaveCompleted(w) if w >= wave:
-            return CoordinatorState(w + 1, Phase.PAUSED), [PublishState()]
+            return CoordinatorState(min(w + 1, MAX_WAVE), Phase.PAUSED), [PublishState()]
         case WaveStarted(engine, w) if w > wave or (w == wave and phase is not Phase.RUNNING):
             return CoordinatorState(w, Phase.RUNNING), [StartWave(w, engine), PublishState()]
         case WaveStarted(_, w) if w < wave and phase is Phase.PAUSED:
@@ -257,6 +263,7 @@ def handle_coordinator(
 def handle_engine(state: EngineState, event: EngineEvent, dp_rank: int) -> tuple[EngineState, list[EngineCommand]]:
     """One step of an engine's machine: the second table above."""
     wave, running, paused = state
+    event = _within_limits(event)
     match event:
         case Attached(w):
             return EngineState(w), []
@@ -270,13 +277,21 @@ def handle_engine(state: EngineState, event: EngineEvent, dp_rank: int) -> tuple
             return EngineState(w, running=True), confirm
         case AllIdle() if running:
             complete: list[EngineCommand] = [SendWaveCompleted(wave)] if dp_rank == 0 else []
-            return EngineState(wave + 1, running=False), complete
+            return EngineState(min(wave + 1, MAX_WAVE), running=False), complete
         case AllPaused() if running:
             end: list[EngineCommand] = [SendWaveCompleted(wave)] if dp_rank == 0 else []
-            return EngineState(wave + 1, running=False, paused=True), end
+            return EngineState(min(wave + 1, MAX_WAVE), running=False, paused=True), end
         case AllPaused():
             return state._replace(paused=True), []
         case Resumed(has_work) if paused:
             start: list[EngineCommand] = [SendWaveStarted(wave)] if has_work else []
             return EngineState(wave, running=has_work), start
     return state, []
+
+
+def _within_limits(event: E) -> E:
+    """The event with its wave, if it has one, within 0 and `MAX_WAVE`."""
+    wave = getattr(event, "wave", 0)
+    if 0 <= wave <= MAX_WAVE:
+        return event
+    return event._replace(wave=max(0, min(wave, MAX_WAVE)))  # type: ignore[call-arg]

@@ -23,6 +23,7 @@ from typing import Annotated, Final, NamedTuple, TypeVar
 import msgspec
 
 from dpshm.errors import WireError
+from dpshm.waves import MAX_WAVE
 
 READY: Final = b"READY"
 START_FRAME: Final = b"\x02"
@@ -32,13 +33,14 @@ SCALE: Final = "SCALE_ELASTIC_EP"
 DRAIN: Final = "DPSHM_DRAIN"
 UNDRAIN: Final = "DPSHM_UNDRAIN"
 MAX_MESSAGE_BYTES: Final = 1 << 20
-"""Larger messages are refused by the sockets: the largest honest one, 4096 engines' counts, is 61 KB."""
+"""Larger messages are refused by the sockets: the largest honest one, 4096 engines' counts, is 80 KiB."""
 
 ENGINE_LIMIT: Final = 1 << 16
 """Ranks are named by two bytes at most."""
 ENGINE_IDENTITY_BYTES: Final = 2
 
 T = TypeVar("T")
+Wave = Annotated[int, msgspec.Meta(ge=0, le=MAX_WAVE)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 _EMPTY = msgspec.Raw(b"\x90")
 _NIL = msgspec.Raw(b"\xc0")
@@ -68,7 +70,7 @@ class SchedulerStats(msgspec.Struct, frozen=True):
     num_running_reqs: Count = 0
     num_waiting_reqs: Count = 0
     step_counter: Count = 0
-    current_wave: Count = 0
+    current_wave: Wave = 0
     kv_cache_usage: float = 0.0
 
 
@@ -81,14 +83,14 @@ class EngineMessage(msgspec.Struct, array_like=True, frozen=True):
     timestamp: float = 0.0
     utility_output: msgspec.Raw = _NIL
     finished_requests: msgspec.Raw = _NIL
-    wave_complete: Count | None = None
-    start_wave: Count | None = None
+    wave_complete: Wave | None = None
+    start_wave: Wave | None = None
 
 
 class StartMessage(msgspec.Struct, array_like=True, frozen=True):
     """The second frame of a START: all engines but `exclude` are to run in `wave`."""
 
-    wave: Count
+    wave: Wave
     exclude: int | None = None
 
 
@@ -96,7 +98,7 @@ class StateMessage(msgspec.Struct, array_like=True, frozen=True):
     """What front-ends hear: the counts by rank (nil: unchanged), the wave, and whether the ranks run."""
 
     counts: list[Counts] | None
-    wave: Count
+    wave: Wave
     running: bool
 
 

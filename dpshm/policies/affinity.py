@@ -5,10 +5,10 @@ hashing). A request goes to the first rank in its key's order that stays within 
 or comes moves only the keys that were or will be its own.
 
 Formula: the first rank in the key's order with ``load <= (1 + epsilon) * mean load``. The load is what a request
-feels, the expected time to its first token there (`dpshm.policies.work`), with the work of the request itself, as in
-the paper a bin's load counts the ball that is placed. It is read from the live board and the mean is over the ranks
-that may be chosen. (Counting requests instead is worse in both respects where prompts are long and unlike: the ranks
-that count as full are then not those that are.)
+feels, the expected time to its first token there (`dpshm.policies.work`); it includes the work of the request
+itself, as in the paper a bin's load counts the ball that is placed. It is read from the live board, and the mean
+is over the ranks that may be chosen. (Counting requests instead is worse in hits and in waiting where prompts are
+long and unlike: the ranks that count as full are then not those that are.)
 
 Sources: Mirrokni, Thorup, Zadimoghaddam, "Consistent Hashing with Bounded Loads", SODA 2018, for the bound;
 Thaler, Ravishankar, "Using name-based mappings to increase hit rates", IEEE/ACM ToN 6(1), 1998, for the order.
@@ -41,7 +41,7 @@ class Affinity(msgspec.Struct, frozen=True):
         SettingError: epsilon is not a number above 0.
     """
 
-    epsilon: float = 1.0
+    epsilon: float = 1.25
     sees_work: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -3,12 +3,16 @@
 What a new request waits for, at an engine that serves first come, first served with chunked prefill:
 
     seconds = rest of the step that runs now
-            + steps * (base + per_request * (requests + 1))        steps = ceil(tokens / chunk)
-            + per_token * tokens                                   tokens = backlog - this step's + unseen + its own
-            + ending * (requests + 1 - places)                     if that many have to end before it has room
+            + the longer of
+                steps * (base + per_request * (requests + 1)) + per_token * tokens
+                ending * (requests + 1 - places)
 
-Everything on the right stands on the board. The counts are reported plus unseen. ``base``, ``per_request``,
-``per_token``, ``chunk``, ``places`` and ``ending`` are what each engine has learnt of its own steps (`dpshm.learning`), so an
+    tokens = backlog - those of the running step + unseen tokens + its own;   steps = ceil(tokens / chunk)
+
+The first is the work in front of it. The second is the wait for a place, if that many requests have to end first.
+
+All of it stands on the board. The counts are reported plus unseen. ``base``, ``per_request``, ``per_token``,
+``chunk``, ``places`` and ``ending`` are what each engine has learnt of its own steps (`dpshm.learning`), so an
 engine that is slow, or of another kind, or slows down, is seen as what it is, and nothing has to be tuned. An
 engine that has learnt nothing yet, because it has just started or is a stock one, is taken to be like the mean
 of those that have; if none has, `UNLEARNT` stands in, and its three numbers need only be of the right order.
@@ -42,7 +46,7 @@ class LeastWork(msgspec.Struct, frozen=True):
         return view.least(self.expected_ns(view, request))
 
     def expected_ns(self, view: View, request: Request) -> Any:
-        """By rank, nanoseconds from now to this request's first token; meaningless where rank is not in `ranks`."""
+        """By rank, nanoseconds from now to this request's first token."""
         if not isinstance(view.load, list):
             return _vector(view, request.prompt_tokens)
         work = view.work
@@ -101,4 +105,4 @@ def _vector(view: View, prompt: int) -> NDArray[np.int64]:
     ns += per_token * tokens
     ns = np.maximum(ns, np.where(places > 0, (requests - places) * ending, 0))
     ns += np.maximum(step_end - work.now_ns, 0)
-    return ns
+    return ns  # type: ignore[no-any-return]

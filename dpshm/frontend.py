@@ -140,7 +140,7 @@ class Frontend:
         *,
         owner: str | None = None,
         ranks: Iterable[int] | None = None,
-        policy: str | Policy = "least_loaded",
+        policy: str | Policy = "least_work",
         exclusive: bool = False,
         record: bool | str | Path = False,
     ) -> Frontend:
@@ -258,6 +258,15 @@ class Frontend:
             if self._words[self._at_revision] != self._revision:
                 self._refresh()
             return self._choose(min(operator.index(prompt_tokens), layout.MAX_PROMPT_TOKENS), key, now_ns)
+
+    def wake(self) -> None:
+        """Wakes the ranks if they are paused: for a request that is sent without `route`."""
+        self._check()
+        with self._lock:
+            self._check()
+            control = self._words[self._at_control]
+            if control & 3 == Phase.PAUSED:
+                self._wake(None, control >> 2)
 
     def snapshot(self) -> NDArray[Any]:
         """What this front-end sees of each rank; see `dpshm.Board.snapshot`."""
@@ -385,7 +394,7 @@ class Frontend:
         only = "" if self._only is None else f"; this front-end may choose {sorted(self._only)} alone"
         return f"no engine of group {self._segment.group!r} may be chosen: {states or 'there are none'}{only}"
 
-    def _wake(self, dp_rank: int, wave: int) -> None:
+    def _wake(self, dp_rank: int | None, wave: int) -> None:
         if not self._segment.header.settings.get("waves", True):
             return
         if self._wake_socket is None:

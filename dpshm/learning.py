@@ -24,7 +24,9 @@ from dpshm.layout import STEP_MODEL_WORDS
 FORGETTING = 0.998
 """Half of the weight lies on the last 350 steps: some seconds of a busy engine."""
 MIN_STEPS = 16
-"""Steps before an engine's coefficients are published."""
+"""Steps before an engine's coefficients are published,"""
+MIN_PROMPT_STEPS = 4
+"""so many of which have to have computed prompts."""
 SOLVE_EVERY = 8
 """Steps between two solutions, once `SOLVE_EVERY` squared are done; before, after each."""
 SURPRISE = 4.0
@@ -44,7 +46,7 @@ class StepModel:
 
     def __init__(self) -> None:
         self.words = [0] * len(STEP_MODEL_WORDS)
-        self._steps = 0
+        self._steps = self._prompt_steps = 0
         self._theta = (0.0, 0.0, 0.0)  # ns: base, per _BATCH_UNIT requests, per _TOKEN_UNIT prompt tokens
         # Weighted sums: of 1, batch, tokens, their products, and of the duration with each.
         self._sums = (0.0,) * 9
@@ -75,6 +77,7 @@ class StepModel:
         """The step is over; afterwards `words` hold what was learnt of it."""
         words = self.words
         self._steps += 1
+        self._prompt_steps += prefill_tokens > 0
         self._busy_ns = self._busy_ns * FORGETTING + duration_ns
         self._ended = self._ended * FORGETTING + self._finished
         # Engines count those that a step finished before it ends or after: of both kinds, once.
@@ -86,7 +89,7 @@ class StepModel:
         words[7] = int(self._busy_ns / self._ended) if self._ended >= 1.0 else 0
         if self._steps % SOLVE_EVERY == 0 or self._steps < SOLVE_EVERY * SOLVE_EVERY:
             self._solve()
-            if self._steps >= MIN_STEPS:
+            if self._steps >= MIN_STEPS and self._prompt_steps >= MIN_PROMPT_STEPS:
                 base, per_batch, tokens = self._theta
                 # Base is never published as 0, which means "not learnt".
                 words[2], words[3], words[4] = (

@@ -15,8 +15,6 @@ import numpy as np
 from dpshm.board import Board, Words
 from dpshm.policies import VECTOR_FROM
 
-_ZERO = np.zeros((), np.int64)
-
 
 class Unseen:
     """Counts one pair of columns. Not to be used by two threads at once: its buffers are its own.
@@ -41,6 +39,7 @@ class Unseen:
         self._sent = np.empty(shape[0] * shape[1], np.int64)
         self._received = np.empty_like(self._sent)
         self._difference = self._sent.reshape(shape)
+        self._zeros = np.zeros_like(self._sent)
         # The sum over rows: of few columns a product with ones is faster, of many a reduction.
         self._ones = np.ones(shape[0], np.int64) if num_engines < VECTOR_FROM else None
 
@@ -52,7 +51,7 @@ class Unseen:
         self._take(self._at_sent, 0, sent, "clip")
         self._take(self._at_received, 0, received, "clip")
         np.subtract(sent, received, sent)
-        np.maximum(sent, _ZERO, out=sent)
+        np.maximum(sent, self._zeros, out=sent)
         if self._ones is not None:
             return self._ones.dot(self._difference)  # type: ignore[no-any-return]
         return np.add.reduce(self._difference, 0)  # type: ignore[no-any-return]

@@ -12,6 +12,8 @@ from dpshm.policies.view import Request, View
 def least_loaded(view: View, request: Request) -> int:
     """Join the shortest queue: the least requests, reported plus unseen.
 
+    For engines that report neither tokens nor steps; `dpshm.policies.LeastWork` is as good there, and dearer.
+
     Formula: ``argmin(waiting + running + unseen)``.
     """
     return view.least(view.requests)

@@ -15,7 +15,7 @@ All of it stands on the board. The counts are reported plus unseen. ``base``, ``
 ``chunk``, ``places`` and ``ending`` are what each engine has learnt of its own steps (`dpshm.learning`), so an
 engine that is slow, or of another kind, or slows down, is seen as what it is, and nothing has to be tuned. An
 engine that has learnt nothing yet, because it has just started or is a stock one, is taken to be like the mean
-of those that have; if none has, `UNLEARNT` stands in, and its three numbers need only be of the right order.
+of those that have. If none has, there is no telling, and requests are counted, as `least_loaded` does.
 
 Source: the idea that a request should go where the *work* in front of it, not the number of requests, is least
 is old: Harchol-Balter, Crovella, Murta, "On choosing a task assignment policy for a distributed server system",
@@ -32,12 +32,9 @@ from numpy.typing import NDArray
 
 from dpshm.policies.view import Request, View
 
-UNLEARNT = (10_000_000, 100_000, 50_000, 0, 0, 0)
-"""The words of a model for when no engine has learnt any: 10 ms, 0.1 ms a request, 50 us a token."""
-
 
 class LeastWork(msgspec.Struct, frozen=True):
-    """The least expected time to first token; the formula stands at the top of this module."""
+    """The least expected time to first token, the default; the formula stands at the top of this module."""
 
     sees_work: ClassVar[bool] = True
 
@@ -46,7 +43,7 @@ class LeastWork(msgspec.Struct, frozen=True):
         return view.least(self.expected_ns(view, request))
 
     def expected_ns(self, view: View, request: Request) -> Any:
-        """By rank, nanoseconds from now to this request's first token."""
+        """By rank, nanoseconds from now to this request's first token; if none has learnt, a count of requests."""
         if not isinstance(view.load, list):
             return _vector(view, request.prompt_tokens)
         work = view.work
@@ -56,6 +53,8 @@ class LeastWork(msgspec.Struct, frozen=True):
         for model in models:
             if not model[0]:
                 models = _filled(models)
+                if not models:
+                    return [requests + 1 for requests in view.requests]
                 break
         scores = []
         # One item a rank in each; `strict` would cost a tenth of the decision.
@@ -81,10 +80,10 @@ class LeastWork(msgspec.Struct, frozen=True):
 
 
 def _filled(models: list[list[int]]) -> list[Any]:
-    """The rows, with those of engines that have learnt nothing replaced by the mean of the others."""
+    """The rows, with those of engines that have learnt nothing replaced by the mean of the others; or none."""
     learnt = [m for m in models if m[0]]
     if not learnt:
-        return [UNLEARNT] * len(models)
+        return []
     mean = [sum(m[i] for m in learnt) // len(learnt) for i in range(3)]
     return [m if m[0] else (*mean, 0, 0, 0) for m in models]
 
@@ -95,7 +94,10 @@ def _vector(view: View, prompt: int) -> NDArray[np.int64]:
     assert work is not None, "a policy that has `sees_work` is given a view with work"
     models: NDArray[np.int64] = work.models
     if not models[:, 0].all():
-        models = np.array(_filled(models.tolist()), np.int64)
+        filled = _filled(models.tolist())
+        if not filled:
+            return view.requests + 1  # type: ignore[return-value]
+        models = np.array(filled, np.int64)
     step_end, step_tokens = work.steps.T
     base, per_request, per_token, chunk, places, ending = models.T
     requests = (view.load >> 40) + (view.load >> 16 & 0xFFFFFF) + view.unseen + 1

@@ -1,0 +1,259 @@
+"""``dpshm simulate``: its options, and what it prints."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import msgspec
+import typer
+
+from dpshm.errors import SettingError
+from dpshm.policies import NAMES
+from dpshm.sim.batching import StepCost
+from dpshm.sim.information import NAMES as INFORMATION
+from dpshm.sim.laboratory import Plant
+from dpshm.sim.simulate import Comparison, Estimate, Result, SimulationSettings, compare
+
+PROGRESS_S = 2.0
+BAR_COLUMNS = 40
+HEADER: tuple[str, ...] = (
+    *("policy", "information", "TTFT mean", "p50", "p99", "ratio mean", "ratio p99", "total", "per token"),
+    *("tokens/s", "imbalance", "prefix hits", "regret"),
+)
+
+
+def simulate(  # noqa: PLR0917 - typer makes options of parameters
+    policies: Annotated[
+        str,
+        typer.Option(
+            help=f"Which to compare, with commas: {', '.join(NAMES)}, oracle. Parameters: NAME:KEY=VALUE."
+        ),
+    ] = "vllm,round_robin,least_loaded,power_of_two,least_work",
+    information: Annotated[
+        str,
+        typer.Option(
+            help=f"What they know, with commas: {', '.join(INFORMATION)}. Without it vllm and round_robin know "
+            "the broadcast, the others the live board."
+        ),
+    ] = "",
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Arrivals to replay: an Azure LLM trace (CSV) or a Mooncake trace (JSON lines). Without it, a "
+            "built-in chat workload of 5 requests a second.",
+        ),
+    ] = None,
+    rate: Annotated[float, typer.Option(help="How many times the recorded speed.")] = 1.0,
+    requests: Annotated[
+        int | None, typer.Option(help="At most so many in each run. Default: the whole trace, or 12000.")
+    ] = None,
+    engines: Annotated[int, typer.Option(help="Engines.")] = 8,
+    frontends: Annotated[int, typer.Option(help="Front-ends.")] = 8,
+    slow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RANK:FACTOR", help="An engine whose steps take so many times as long."),
+    ] = None,
+    skew: Annotated[
+        float, typer.Option(help="How uneven the front-ends' shares are: front-end i gets 1 / (i + 1) ** SKEW.")
+    ] = 0.0,
+    lockstep: Annotated[
+        bool, typer.Option("--lockstep", help="All ranks step together (mixture of experts).")
+    ] = False,
+    clients: Annotated[
+        int, typer.Option(help="Closed loop: so many clients, each sends when its last request is complete.")
+    ] = 0,
+    restart: Annotated[
+        str | None,
+        typer.Option(metavar="RANK:AT:FOR", help="An engine loses all it has AT seconds and is away FOR seconds."),
+    ] = None,
+    kv_tokens: Annotated[int, typer.Option(help="KV cache of an engine, in tokens.")] = 1_000_000,
+    told: Annotated[
+        bool, typer.Option("--told", help="Tell the policies the true step times instead of having engines learn.")
+    ] = False,
+    oracle: Annotated[bool, typer.Option(help="Run the clairvoyant too, for the regret.")] = True,
+    seeds: Annotated[int, typer.Option(help="Runs of each combination; intervals need two or more.")] = 3,
+    processes: Annotated[int, typer.Option(help="Runs at a time. Default: as many as there are processors.")] = 0,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw the times to first token as bars.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, the last line of stdout.")
+    ] = False,
+) -> None:
+    r"""Compare routing policies on a simulated deployment.
+
+    A discrete-event simulation: engines with continuous batching, chunked prefill, a KV and a prefix cache;
+    front-ends that run the same policy code as the real ones. Nothing real is started.
+
+    \b
+    Examples:
+      dpshm simulate --rate 9
+      dpshm simulate --rate 9 --slow 3:2 --policies vllm,least_loaded,least_work --plot
+      dpshm simulate --policies least_work --information live,broadcast,broadcast:10,scrape --rate 9
+      dpshm simulate --trace mooncake_conversation_trace.jsonl --policies least_work,affinity
+    """
+    settings = SimulationSettings(
+        plant=Plant(
+            engines=engines,
+            frontends=frontends,
+            cost=StepCost(kv_tokens=kv_tokens),
+            slow=tuple(_slow(text) for text in slow or ()),
+            lockstep=lockstep,
+            restart=_restart(restart) if restart else None,
+            coefficients="true" if told else "learnt",
+            clients=clients,
+        ),
+        policies=_names(policies),
+        information=_names(information),
+        trace=trace,
+        rate=rate,
+        requests=requests,
+        skew=skew,
+        seeds=seeds,
+        oracle=oracle,
+    )
+    try:
+        with _ending_on_signals():
+            comparison = compare(settings, processes or os.cpu_count() or 1, _Progress().show)
+    except _EndedError as e:
+        sys.stderr.write(f"dpshm: ended by {signal.Signals(e.signum).name}; nothing is left behind\n")
+        raise typer.Exit(128 + e.signum) from None
+    if as_json:
+        typer.echo(msgspec.json.encode(comparison).decode())
+        return
+    typer.echo(as_text(comparison))
+    if plot:
+        typer.echo("\n" + as_bars(comparison))
+
+
+class _EndedError(Exception):
+    """A signal asked for the end."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+@contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """While it is open, SIGINT, SIGTERM and SIGHUP raise `_EndedError`, so that the pool ends its processes."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise _EndedError(signum)
+
+    before = {s: signal.signal(s, end) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+class _Progress:
+    """A line on stderr every two seconds."""
+
+    def __init__(self) -> None:
+        self._next_s = time.monotonic() + PROGRESS_S
+
+    def show(self, done: int, of: int) -> None:
+        now_s = time.monotonic()
+        if now_s >= self._next_s:
+            self._next_s = now_s + PROGRESS_S
+            sys.stderr.write(f"dpshm simulate: {done} of {of} runs\n")
+            sys.stderr.flush()
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Names between commas. A parameter after a comma belongs to the name before it: ``a:x=1,y=2,b``."""
+    names: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if names and "=" in part and ":" not in part:
+            names[-1] += f",{part}"
+        else:
+            names.append(part)
+    return tuple(names)
+
+
+def _slow(text: str) -> tuple[int, float]:
+    rank, _, factor = text.partition(":")
+    try:
+        return int(rank), float(factor)
+    except ValueError:
+        raise SettingError(f"--slow {text!r} is not RANK:FACTOR, such as 3:2") from None
+
+
+def _restart(text: str) -> tuple[int, float, float]:
+    try:
+        rank, at_s, for_s = text.split(":")
+        return int(rank), float(at_s), float(for_s)
+    except ValueError:
+        raise SettingError(f"--restart {text!r} is not RANK:AT:FOR, such as 3:60:10 (seconds)") from None
+
+
+def as_text(comparison: Comparison) -> str:
+    """The comparison for people."""
+    c = comparison
+    rows = [HEADER, *(_row(result) for result in c.results)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    lines = [
+        "  ".join(
+            text.ljust(w) if i < 2 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    to = f"; ratios of time to first token to {' on '.join(c.baseline)}" if c.baseline else ""
+    return "\n".join(
+        (
+            f"{c.engines} engines, {c.frontends} front-ends, workload: {c.workload} at {c.rate:g}x, {c.requests} "
+            f"requests ({c.requests_per_s:.1f}/s), {c.seeds} seed(s)",
+            f"times in ms, +- half of a 95 % interval over the seeds{to}",
+            "",
+            *(line.rstrip() for line in lines),
+        )
+    )
+
+
+def _row(r: Result) -> tuple[str, ...]:
+    def with_interval(value: float, half: float | None, digits: int) -> str:
+        return f"{value:.{digits}f}" + (f" +-{half:.{digits}f}" if half is not None else "")
+
+    def ratio(e: Estimate) -> str:
+        return with_interval(e.value, e.plus_minus, 3)
+
+    ttft = r.ttft_ms
+    return (
+        r.policy,
+        r.information,
+        with_interval(ttft.mean, ttft.mean_ci, 1),
+        f"{ttft.p50:.1f}",
+        with_interval(ttft.p99, ttft.p99_ci, 0),
+        ratio(r.ratio.mean) if r.ratio else "",
+        ratio(r.ratio.p99) if r.ratio else "",
+        f"{r.e2e_ms.mean:.0f}",
+        f"{r.tpot_ms:.2f}",
+        f"{r.tokens_per_s:.0f}",
+        f"{r.imbalance:.1f}",
+        "" if r.prefix_hit_rate is None else f"{r.prefix_hit_rate:.1%}",
+        "" if r.regret is None else f"{r.regret:+.1%}",
+    )
+
+
+def as_bars(comparison: Comparison) -> str:
+    """Mean (full block) and p99 (light block) of the times to first token, as bars."""
+    longest = max(result.ttft_ms.p99 for result in comparison.results) or 1.0
+    width = max(len(f"{r.policy} on {r.information}") for r in comparison.results)
+    lines = ["time to first token: mean (dark) and p99 (light), ms"]
+    for r in comparison.results:
+        mean = round(BAR_COLUMNS * r.ttft_ms.mean / longest)
+        p99 = round(BAR_COLUMNS * r.ttft_ms.p99 / longest)
+        bar = "\u2588" * mean + "\u2591" * (p99 - mean)
+        name = f"{r.policy} on {r.information}"
+        lines.append(f"{name:<{width}}  {bar:<{BAR_COLUMNS}}  {r.ttft_ms.mean:.0f} / {r.ttft_ms.p99:.0f}")
+    return "\n".join(lines)

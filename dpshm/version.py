@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 def version_word(version: str = __version__) -> int:
     """The leading three numbers of a version, 16 bits each."""
     word = 0
-    for part in version.split(".")[:3]:
+    for part in [*version.split("."), "0", "0"][:3]:
         digits = part[: len(part) - len(part.lstrip("0123456789"))]
         word = word << 16 | min(int(digits or 0), 0xFFFF)
     return word

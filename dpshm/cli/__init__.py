@@ -15,7 +15,10 @@ from importlib import import_module
 from dpshm import __version__
 from dpshm.errors import DpshmError
 
-COMMANDS = ("demo", "top", "stat", "events", "drain", "undrain", "coordinator")
+COMMANDS = (
+    *("demo", "simulate", "replay"),
+    *("coordinator", "top", "stat", "events", "drain", "undrain", "doctor", "dashboard", "web"),
+)
 
 EXIT_USAGE = 2
 

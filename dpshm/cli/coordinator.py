@@ -1,0 +1,138 @@
+"""``dpshm coordinator``: runs one in the foreground."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dpshm.errors import DpshmError, GroupInUse, SegmentError, SettingError
+from dpshm.ops.logs import set_up
+from dpshm.ops.serve import CoordinatorFailed, read_config, serve
+
+EXIT_FAILED, EXIT_SETTING, EXIT_IN_USE, EXIT_MEMORY = 1, 2, 3, 4
+
+
+class Balancing(StrEnum):
+    """Who balances the load."""
+
+    INTERNAL = "internal"
+    HYBRID = "hybrid"
+    EXTERNAL = "external"
+
+
+class LogFormat(StrEnum):
+    """How the log looks."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class LogLevel(StrEnum):
+    """From which level on the log has lines."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def coordinator(  # noqa: PLR0917 - typer makes options of parameters
+    group: Annotated[
+        str | None, typer.Option("--group", "-g", metavar="NAME", help="The deployment's name on this node.")
+    ] = None,
+    dp_size: Annotated[int | None, typer.Option(help="Data-parallel ranks.")] = None,
+    dp_size_local: Annotated[int | None, typer.Option(help="Those on this node. Default: all.")] = None,
+    balancing: Annotated[
+        Balancing | None, typer.Option(help="Who balances: its front-ends, each node's, or somebody outside.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address that tcp sockets are bound to.")] = None,
+    waves: Annotated[
+        bool | None, typer.Option("--waves/--no-waves", help="Whether ranks run in lockstep.")
+    ] = None,
+    max_engines: Annotated[int | None, typer.Option(help="Rows for engines: dp_size can grow up to it.")] = None,
+    max_frontends: Annotated[int | None, typer.Option(help="Rows for front-ends.")] = None,
+    stall_timeout: Annotated[
+        float | None, typer.Option(metavar="S", help="Longer than the longest step; 0: nobody is ever stalled.")
+    ] = None,
+    ready_timeout: Annotated[
+        float | None, typer.Option(metavar="S", help="For engines to come up; 0: none.")
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(metavar="OCTAL", help="Permissions of the board: 0600, or 0640 or 0644 to let others look."),
+    ] = None,
+    file_group: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The group of users that --mode 0640 lets look.")
+    ] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="Serve Prometheus metrics there; 0: any port.")] = None,
+    metrics_host: Annotated[str | None, typer.Option(help="On that address. Default: 127.0.0.1.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Settings in TOML, by their names in the documentation; options win."),
+    ] = None,
+    log_format: Annotated[LogFormat, typer.Option(help="Lines or JSON objects, on stderr.")] = LogFormat.TEXT,
+    log_level: Annotated[LogLevel, typer.Option(help="debug has a line for each wave.")] = LogLevel.INFO,
+) -> None:
+    r"""Run a group's coordinator in the foreground, for systemd and containers.
+
+    Ends cleanly on SIGTERM and Ctrl-C and removes the board. If engines and front-ends of the group are
+    alive, it takes their board over. With systemd's Type=notify it tells when it is ready.
+
+    \b
+    Exit status:
+      0  ended by SIGTERM or Ctrl-C
+      1  a thread of it failed: restart it
+      2  a setting is wrong: restarting does not help
+      3  the group has a coordinator already
+      4  no room for the board, or its directory cannot be used
+
+    \b
+    Examples:
+      dpshm coordinator --group prod --dp-size 8 --metrics-port 9400
+      dpshm coordinator --config /etc/dpshm.toml --log-format json
+      dpshm coordinator --group prod --dp-size 8 --mode 0640 --file-group monitoring
+    """
+    set_up(log_format.value, log_level.value)
+    given: dict[str, Any] = {
+        "group": group,
+        "dp_size": dp_size,
+        "dp_size_local": dp_size_local,
+        "mode": balancing.value if balancing else None,
+        "host": host,
+        "waves": waves,
+        "max_engines": max_engines,
+        "max_frontends": max_frontends,
+        "stall_timeout_s": stall_timeout,
+        "ready_timeout_s": ready_timeout,
+        "file_mode": _octal(mode) if mode is not None else None,
+        "file_group": file_group,
+        "metrics_port": metrics_port,
+        "metrics_host": metrics_host,
+    }
+    try:
+        settings = read_config(config) if config else {}
+        settings |= {name: value for name, value in given.items() if value is not None}
+        for name in ("group", "dp_size"):
+            if name not in settings:
+                raise SettingError(
+                    f"{name} is needed: --{name.replace('_', '-')}, or {name} = ... in --config FILE"
+                )
+        serve(settings)
+    except CoordinatorFailed as e:
+        sys.stderr.write(f"dpshm: error: {e}\n")
+        raise typer.Exit(EXIT_FAILED) from None
+    except DpshmError as e:
+        sys.stderr.write(f"dpshm: error: {e}\n")
+        code = EXIT_IN_USE if isinstance(e, GroupInUse) else EXIT_SETTING
+        raise typer.Exit(EXIT_MEMORY if isinstance(e, SegmentError) else code) from None
+
+
+def _octal(text: str) -> int:
+    try:
+        return int(text, 8)
+    except ValueError:
+        raise typer.BadParameter(f"--mode {text!r} is not octal: 0600, 0640 or 0644") from None

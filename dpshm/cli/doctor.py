@@ -1,0 +1,95 @@
+"""``dpshm doctor``: looks for what is wrong with this node and the groups on it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import msgspec
+import typer
+
+from dpshm.board import Board
+from dpshm.cli.options import GroupOption
+from dpshm.errors import DpshmError
+from dpshm.ops.find import Found, find_groups
+from dpshm.ops.finding import Finding
+from dpshm.ops.group import check_group
+from dpshm.ops.node import check_directory, check_leftovers, check_logind, check_processes, sweep_leftovers
+
+EXIT_FOUND = 1
+SIGNS = {"error": "ERROR  ", "warning": "WARNING", "note": "note   "}
+
+
+class Diagnosis(msgspec.Struct):
+    """What was looked at, and what was found."""
+
+    groups: list[str]
+    findings: list[Finding]
+    swept: list[str]
+
+
+def doctor(
+    group: GroupOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    sweep: Annotated[
+        bool | None, typer.Option("--sweep/--no-sweep", help="Remove what dead groups left. Default: ask.")
+    ] = None,
+) -> None:
+    r"""Check this node and the groups on it; say what is wrong, why it matters, and the command that mends it.
+
+    Changes nothing, but for what --sweep removes: only what nobody has locked. The exit status is 1 if there is an
+    error or a warning.
+
+    \b
+    Examples:
+      dpshm doctor
+      dpshm doctor --json | jq -r '.findings[] | "\(.severity) \(.what)"'
+      dpshm doctor --sweep
+    """
+    found = find_groups()
+    if group is not None:
+        Board.attach(group).close()  # or says why not
+        found = [f for f in found if f.group == group]
+    findings = examine(found)
+    swept: list[str] = []
+    if any(f.check == "leftover" for f in findings) and (sweep or (sweep is None and not as_json and _ask())):
+        swept = sweep_leftovers(found)
+        findings = examine([f for f in find_groups() if group is None or f.group == group])
+    if as_json:
+        typer.echo(msgspec.json.encode(Diagnosis([f.group for f in found], findings, swept)).decode())
+    else:
+        typer.echo(as_text(found, findings, swept))
+    if any(f.severity != "note" for f in findings):
+        raise typer.Exit(EXIT_FOUND)
+
+
+def examine(found: list[Found]) -> list[Finding]:
+    """All checks, the worst first."""
+    findings = [*check_directory(), *check_leftovers(found), *check_processes(), *check_logind()]
+    for group in found:
+        if group.state in ("alive", "orphaned"):
+            try:
+                with Board.attach(group.group) as board:
+                    findings += check_group(board)
+            except DpshmError:
+                continue  # it ended while we looked
+    return sorted(findings, key=lambda f: (list(SIGNS).index(f.severity), f.group or ""))
+
+
+def _ask() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty() and typer.confirm("Dead groups left something. Sweep it?")
+
+
+def as_text(found: list[Found], findings: list[Finding], swept: list[str]) -> str:
+    """For people."""
+    lines = [f"swept   {path}" for path in swept]
+    for one in found:
+        if one.state != "dead":  # those are a finding
+            lines.append(f"group   {one.group}: {one.state}" + (f", {one.detail}" if one.readable else ""))
+    for finding in findings:
+        of = f"{finding.group}: " if finding.group else ""
+        lines += ["", f"{SIGNS[finding.severity]} {of}{finding.what}"]
+        lines += [f"        why: {finding.why}", f"        fix: {finding.fix}"]
+    bad = sum(f.severity != "note" for f in findings)
+    lines += ["", f"{bad} thing{'s' * (bad != 1)} to mend" if bad else "nothing is wrong"]
+    return "\n".join(lines)

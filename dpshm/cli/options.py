@@ -1,0 +1,40 @@
+"""Options that several subcommands share."""
+
+from __future__ import annotations
+
+from typing import Annotated, NoReturn
+
+import typer
+
+from dpshm.ops.text import Glyphs
+from dpshm.segment import groups
+
+EXIT_INTERRUPTED = 130
+
+
+def _complete(incomplete: str) -> list[str]:
+    return [name for name in groups() if name.startswith(incomplete)]
+
+
+GroupOption = Annotated[
+    str | None,
+    typer.Option(
+        "--group",
+        "-g",
+        metavar="NAME",
+        autocompletion=_complete,
+        help="The group; not needed when only one lives on this node.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+AsciiOption = Annotated[bool, typer.Option("--ascii", help="No blocks and signs, for terminals without them.")]
+
+
+def glyphs(ascii_only: bool, encoding: str | None) -> Glyphs:
+    """What may be printed: blocks, where the encoding has them."""
+    return Glyphs(not ascii_only and (encoding or "").lower().replace("-", "") == "utf8")
+
+
+def interrupted() -> NoReturn:
+    """Ends a command that Ctrl-C ended."""
+    raise typer.Exit(EXIT_INTERRUPTED) from None

@@ -1,0 +1,69 @@
+"""``dpshm stat``: one look at a group, for scripts and for pipes."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from typing import Annotated
+
+import msgspec
+import typer
+
+from dpshm.cli.options import AsciiOption, GroupOption, JsonOption, glyphs, interrupted
+from dpshm.ops.find import open_group
+from dpshm.ops.frame import Frame
+from dpshm.ops.screen import History, screen
+from dpshm.ops.text import Glyphs
+from dpshm.ops.watch import Watcher
+
+PIPE_WIDTH = 120
+
+
+def stat(  # noqa: PLR0917 - typer makes options of parameters
+    group: GroupOption = None,
+    as_json: JsonOption = False,
+    watch: Annotated[
+        float | None, typer.Option(metavar="S", min=0.05, help="Again every so many seconds, until Ctrl-C.")
+    ] = None,
+    over: Annotated[
+        float, typer.Option(metavar="S", min=0.0, help="Take the rates over so long; 0: one look, no rates.")
+    ] = 0.5,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of --json and exit.")] = False,
+    ascii_only: AsciiOption = False,
+) -> None:
+    r"""Print the state of a group: ranks, front-ends, wave, coordinator.
+
+    Reads shared memory and asks no process, so it answers while all of them hang.
+
+    \b
+    Examples:
+      dpshm stat
+      dpshm stat --json | jq '.ranks[] | select(.state == "dead") | .dp_rank'
+      dpshm stat --json --watch 1 >> load.jsonl
+    """
+    if schema:
+        typer.echo(msgspec.json.format(msgspec.json.encode(msgspec.json.schema(Frame))).decode())
+        return
+    signs = glyphs(ascii_only, sys.stdout.encoding)
+    with Watcher(open_group(group), window_s=watch or over) as watcher:
+        try:
+            frame = watcher.look()
+            if over and not watch:
+                time.sleep(over)
+                frame = watcher.look()
+            while True:
+                typer.echo(msgspec.json.encode(frame).decode() if as_json else as_text(frame, signs))
+                if not watch:
+                    return
+                sys.stdout.flush()
+                time.sleep(watch)
+                frame = watcher.look()
+        except KeyboardInterrupt:
+            interrupted()
+
+
+def as_text(frame: Frame, signs: Glyphs, width: int | None = None) -> str:
+    """A frame without colours, as wide as the terminal, or `PIPE_WIDTH` where there is none."""
+    width = width or shutil.get_terminal_size((PIPE_WIDTH, 24)).columns
+    return "\n".join(line.plain.rstrip() for line in screen(frame, History(), width, signs))

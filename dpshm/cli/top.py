@@ -1,0 +1,71 @@
+"""``dpshm top``: a group, live in a terminal."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dpshm.cli.options import AsciiOption, GroupOption, glyphs, interrupted
+from dpshm.errors import SettingError
+from dpshm.ops.find import open_group
+from dpshm.ops.screen import History, screen
+from dpshm.ops.text import Glyphs
+from dpshm.ops.watch import Watcher
+
+PIPE_WIDTH = 120
+ONCE_LOOKS, ONCE_S = 10, 0.1
+
+
+def top(
+    group: GroupOption = None,
+    interval: Annotated[
+        float, typer.Option("--interval", "-i", metavar="S", min=0.1, help="Between frames.")
+    ] = 1.0,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print one frame, after a second of looking, and exit.")
+    ] = False,
+    ascii_only: AsciiOption = False,
+) -> None:
+    r"""Watch a group: load, state and history of each rank, front-ends, waves; drain ranks.
+
+    Attaches read-only and costs the engines nothing. Keys: s sort, r reverse, / filter, Tab ranks or
+    front-ends, Space pause, d drain and u undrain the rank under the cursor, q quit.
+
+    \b
+    unsn = unseen: sent to the rank, not taken in yet; age = since its last publish; step = mean time of
+    a step, or how long the present one has lasted.
+
+    \b
+    Examples:
+      dpshm top
+      dpshm top --group prod --interval 0.5
+      dpshm top --once | head -20
+    """
+    signs = glyphs(ascii_only, sys.stdout.encoding)
+    with Watcher(open_group(group)) as watcher:
+        try:
+            if once:
+                _print_once(watcher, signs)
+                return
+            if not sys.stdout.isatty() or not sys.stdin.isatty():
+                raise SettingError("top needs a terminal: use `dpshm top --once`, or `dpshm stat --watch 1`")
+            from dpshm.ops.top import Top
+
+            Top(watcher, interval, signs).run()
+        except KeyboardInterrupt:
+            interrupted()
+
+
+def _print_once(watcher: Watcher, signs: Glyphs) -> None:
+    history = History()
+    for _ in range(ONCE_LOOKS):
+        history.add(watcher.look())
+        time.sleep(ONCE_S)
+    console = Console(width=shutil.get_terminal_size((PIPE_WIDTH, 24)).columns, highlight=False)
+    for line in screen(watcher.look(), history, console.width, signs):
+        console.print(line, no_wrap=True, overflow="crop", crop=True)

@@ -1,0 +1,270 @@
+"""What happened to a group: its changes as the board recorded them, and what only shows to somebody who looks.
+
+Every change of a mark, of the number of ranks and of the coordinator is on the board with its time, the newest
+`dpshm.layout.CHANGES` of them; so what happened while nobody looked is not lost. Waves come and go too often to
+be recorded: of those that ran between two looks the count is known. The end of a coordinator, and of a rank while
+there is none, nobody can record: these are noticed, at the time of the look.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import msgspec
+
+from dpshm import layout
+from dpshm.board import Board
+from dpshm.errors import SegmentError
+from dpshm.layout import Change, ChangeKind
+from dpshm.liveness import Verdict
+from dpshm.ops.look import SILENT_AFTER_S, clocks_agree
+from dpshm.waves import Phase
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that happened.
+
+    Attributes:
+        time: seconds since 1970.
+        recorded: the time is the coordinator's record; false: somebody looked and found it so.
+        kind: such as rank_died, wave_started, coordinator_gone: `KINDS`.
+        row: the rank or front-end; null for the others.
+        value: the wave, the number of ranks, the epoch or how many, where there is one.
+        text: all of it in words.
+    """
+
+    time: float
+    recorded: bool
+    group: str
+    kind: str
+    row: int | None = None
+    value: int | None = None
+    text: str
+
+
+KINDS = (
+    *("rank_joined", "rank_left", "rank_died", "rank_stalled", "rank_recovered", "rank_drained", "rank_undrained"),
+    *("frontend_joined", "frontend_left", "frontend_died"),
+    *("coordinator_started", "coordinator_gone", "coordinator_silent", "coordinator_back"),
+    *("wave_waking", "wave_started", "wave_ended", "waves_unseen", "scaled", "changes_lost", "group_ended"),
+)
+
+
+class Waves(NamedTuple):
+    """What a look found of the waves."""
+
+    wave: int
+    phase: Phase
+    started: int
+
+
+class Happened(NamedTuple):
+    """An event without time and group."""
+
+    kind: str
+    row: int | None
+    value: int | None
+    text: str
+
+
+def from_change(change: Change) -> list[Happened]:
+    """What a recorded change means."""
+    match change.kind:
+        case ChangeKind.COORDINATOR:
+            words = "started" if change.after == 1 else f"took the live board over (epoch {change.after})"
+            return [Happened("coordinator_started", None, change.after, f"coordinator {words}")]
+        case ChangeKind.DP_SIZE:
+            words = f"from {change.before} to" if change.before else "is"
+            return [Happened("scaled", None, change.after, f"number of ranks {words} {change.after}")]
+        case ChangeKind.FRONTEND:
+            return _verdict("frontend", f"front-end {change.row}", change)
+    found = _verdict("rank", f"rank {change.row}", change)
+    was, is_ = bool(change.before & layout.DRAINED), bool(change.after & layout.DRAINED)
+    if was != is_:
+        kind, words = ("rank_drained", "was drained") if is_ else ("rank_undrained", "is back in routing")
+        found.append(Happened(kind, change.row, None, f"rank {change.row} {words}"))
+    return found
+
+
+def _verdict(who: str, name: str, change: Change) -> list[Happened]:
+    before, after = Verdict(change.before & layout.VERDICT_MASK), Verdict(change.after & layout.VERDICT_MASK)
+    if before is after:
+        return []
+    match before, after:
+        case _, Verdict.DEAD:
+            kind, words = "died", "died: its process is gone"
+        case _, Verdict.ABSENT:
+            kind, words = "left", "left in good order"
+        case _, Verdict.STALLED:
+            kind, words = "stalled", "stalled: it has work, and its beat does not move"
+        case Verdict.STALLED, _:
+            kind, words = "recovered", "moves again"
+        case Verdict.DEAD, _:
+            kind, words = "joined", "is back in a new process"
+        case _:
+            kind, words = "joined", "joined"
+    return [Happened(f"{who}_{kind}", change.row, None, f"{name} {words}")]
+
+
+def from_waves(before: Waves, after: Waves) -> list[Happened]:
+    """What became of the waves between two looks."""
+    found = []
+    began = after.phase is Phase.RUNNING and (before.phase is not Phase.RUNNING or before.wave != after.wave)
+    unseen = after.started - before.started - int(began)
+    if unseen > 0:
+        what = "wave" if unseen == 1 else "waves"
+        found.append(Happened("waves_unseen", None, unseen, f"{unseen} more {what} began between two looks"))
+    if began:
+        found.append(Happened("wave_started", None, after.wave, f"wave {after.wave} runs"))
+    elif after.phase is Phase.WAKING and before.phase is not Phase.WAKING:
+        found.append(Happened("wave_waking", None, after.wave, f"ranks are woken for wave {after.wave}"))
+    elif after.phase is Phase.PAUSED and (before.phase is not Phase.PAUSED or before.wave != after.wave):
+        text = f"all ranks are idle and paused; the next wave is {after.wave}"
+        found.append(Happened("wave_ended", None, after.wave, text))
+    return found
+
+
+def read_changes(board: Board, after: int) -> tuple[list[tuple[Change, int]], int, int]:
+    """The recorded changes after a revision.
+
+    Returns:
+        Them with their CLOCK_MONOTONIC times (ns), the newest revision, and how many are not there any more.
+    """
+    at_revision = board.index("revision")
+    # SYNC: the revision, the records, the revision again: the writer stores a record, then the revision. The slot
+    # after the newest may be in the making, so the oldest record counts only if that is not its slot.
+    newest = board.words[at_revision]
+    first = max(after + 1, newest - layout.CHANGES + 1)
+    raw = []
+    for revision in range(first, newest + 1):
+        slot = revision % layout.CHANGES
+        raw.append((revision, int(board.change[slot]), int(board.change_time[slot])))
+    oldest = board.words[at_revision] + 2 - layout.CHANGES
+    found = []
+    for revision, word, time_ns in raw:
+        change = layout.unpack_change(word)
+        if revision >= oldest and change.revision == revision & 0xFFFF:
+            found.append((change, time_ns))
+    return found, newest, newest - after - len(found)
+
+
+class EventReader:
+    """Reads a group's events.
+
+    Args:
+        board: attached read-only; `close` closes it.
+        history: whether the first `read` gives what is recorded from before.
+    """
+
+    def __init__(self, board: Board, *, history: bool = True) -> None:
+        self.board = board
+        self._begin(history=history)
+
+    def _begin(self, *, history: bool) -> None:
+        self._revision = 0 if history else self.board.words[self.board.index("revision")]
+        self._waves: Waves | None = None
+        self._coordinator: str | None = None
+        self._noticed_dead: set[int] = set()
+        self._ended = False
+
+    def read(self) -> list[Event]:
+        """What is new since the last call, the oldest first."""
+        now, now_ns = time.time(), time.monotonic_ns()
+        events = self._recorded(now, now_ns)
+        noticed = [*self._of_coordinator(now_ns), *self._of_waves(), *self._of_ranks(), *self._of_segment()]
+        return events + [self._event(now, False, happened) for happened in noticed]
+
+    def _event(self, when: float, recorded: bool, happened: Happened) -> Event:
+        group = self.board.segment.group
+        return Event(
+            time=when,
+            recorded=recorded,
+            group=group,
+            kind=happened.kind,
+            row=happened.row,
+            value=happened.value,
+            text=happened.text,
+        )
+
+    def _recorded(self, now: float, now_ns: int) -> list[Event]:
+        first = self._revision == 0
+        changes, self._revision, lost = read_changes(self.board, self._revision)
+        events = []
+        if lost > 0:
+            text = f"{lost} {'older' if first else 'more'} changes are not recorded any more"
+            events.append(self._event(now, False, Happened("changes_lost", None, lost, text)))
+        dated = clocks_agree(self.board)
+        for change, time_ns in changes:
+            for happened in from_change(change):
+                if happened.kind == "rank_died" and happened.row in self._noticed_dead:
+                    continue
+                when = now - (now_ns - time_ns) / 1e9 if dated else now
+                events.append(self._event(when, dated, happened))
+        return events
+
+    def _of_coordinator(self, now_ns: int) -> list[Happened]:
+        board, before = self.board, self._coordinator
+        pid, epoch = int(board.coordinator_pid[0]), int(board.epoch[0])
+        if not board.coordinator_alive():
+            state = "gone"
+        else:
+            silent_ns = now_ns - int(board.coordinator_beat[0])
+            state = "silent" if clocks_agree(board) and silent_ns > SILENT_AFTER_S * 1e9 else "alive"
+        self._coordinator = state
+        if state == before or (before in (None, "gone") and state == "alive"):
+            return []  # that one started is recorded
+        if state == "gone":
+            text = f"coordinator pid {pid} is gone; routing goes on from the board"
+            return [Happened("coordinator_gone", None, epoch, text)]
+        if state == "silent":
+            return [Happened("coordinator_silent", None, epoch, f"coordinator pid {pid} is stopped or hangs")]
+        return [Happened("coordinator_back", None, epoch, f"coordinator pid {pid} moves again")]
+
+    def _of_waves(self) -> list[Happened]:
+        board = self.board
+        before = self._waves
+        self._waves = Waves(
+            *layout.unpack_control(int(board.control[0])), board.words[board.index("waves_started")]
+        )
+        return [] if before is None else from_waves(before, self._waves)
+
+    def _of_ranks(self) -> list[Happened]:
+        """While nobody records: those whose lock is free."""
+        if self._coordinator != "gone":
+            self._noticed_dead.clear()
+            return []
+        board, found = self.board, []
+        for e, mark in enumerate(board.engine_mark[: board.dp_size].tolist()):
+            verdict = Verdict(mark & layout.VERDICT_MASK)
+            dead = verdict in (Verdict.ALIVE, Verdict.STALLED) and not mark & layout.ON_BEHALF
+            if dead and e not in self._noticed_dead and not board.engine_alive(e):
+                self._noticed_dead.add(e)
+                found.append(Happened("rank_died", e, None, f"rank {e} died: its process is gone"))
+        return found
+
+    def _of_segment(self) -> list[Happened]:
+        """The group's end; then, when it comes, the next one of that name."""
+        if self.board.segment.linked:
+            return []
+        if not self._ended:
+            self._ended = True
+            return [Happened("group_ended", None, None, "the group has ended, or its segment was unlinked")]
+        try:
+            new = Board.attach(self.board.segment.group)
+        except SegmentError:
+            return []
+        self.board.close()
+        self.board = new
+        self._begin(history=True)
+        return []
+
+    def close(self) -> None:
+        """Lets go of the board."""
+        self.board.close()
+
+    def __enter__(self) -> EventReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,311 @@
+"""Serves one page that shows a group live, for people without a terminal on the node. It changes nothing.
+
+    GET /              the page: one file, no other resource
+    GET /stream        server-sent events: `past` once (points of the last minutes, recorded events), then
+                       `frame` after each look, `event` for each thing that happens
+    GET /stat.json     the newest frame, as ``dpshm stat --json`` prints it
+
+One thread looks at the board, however many watch. Away from loopback a token is asked for; on loopback the Host
+header must name it, so that no web site can have a browser here read the page for it (DNS rebinding).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import re
+import socket
+import threading
+from base64 import b64encode
+from collections import deque
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, urlsplit
+
+import msgspec
+
+from dpshm.board import Board
+from dpshm.errors import SettingError
+from dpshm.ops.events import Event, EventReader
+from dpshm.ops.frame import Frame
+from dpshm.ops.watch import Watcher
+
+PAST_POINTS = 600
+PAST_EVENTS = 100
+MAX_STREAMS = 64
+CLIENT_TIMEOUT_S = 20.0
+PAGE = Path(__file__).with_name("page.html")
+
+
+class Point(msgspec.Struct, frozen=True):
+    """What is kept of a frame for the lines: requests by rank, and where the waves were."""
+
+    time: float
+    wave: int
+    phase: str
+    waves_started: int
+    requests: list[int]
+
+
+class Past(msgspec.Struct):
+    """What a new viewer is told of the time before it came."""
+
+    points: list[Point]
+    events: list[Event]
+
+
+class Seen(NamedTuple):
+    """How many frames and events a viewer was told of."""
+
+    frame: int
+    events: int
+
+
+def point_of(frame: Frame) -> Point:
+    """A frame's point."""
+    started = frame.coordinator.waves_started
+    return Point(frame.time, frame.wave, frame.phase, started, [rank.requests for rank in frame.ranks])
+
+
+class Looker(threading.Thread):
+    """Looks at the board at an interval, and tells everybody who waits.
+
+    Attributes:
+        number: of the newest frame; grows.
+        frame: it, as JSON.
+    """
+
+    def __init__(self, group: str, interval_s: float) -> None:
+        super().__init__(name="dpshm-look", daemon=True)
+        self._interval_s = interval_s
+        self._watcher = Watcher(Board.attach(group))
+        self._reader = EventReader(Board.attach(group))
+        self._points: deque[Point] = deque(maxlen=PAST_POINTS)
+        self._events: deque[Event] = deque(maxlen=PAST_EVENTS)
+        self._news = threading.Condition()
+        self._stopped = threading.Event()
+        self.number = 0
+        self.frame = b""
+        self._told = 0  # events so far
+        self._look()
+
+    def run(self) -> None:
+        """The thread."""
+        while not self._stopped.wait(self._interval_s):
+            self._look()
+        self._watcher.close()
+        self._reader.close()
+
+    def _look(self) -> None:
+        frame, events = self._watcher.look(), self._reader.read()
+        with self._news:
+            self._points.append(point_of(frame))
+            self._events.extend(events)
+            self._told += len(events)
+            self.frame = msgspec.json.encode(frame)
+            self.number += 1
+            self._news.notify_all()
+
+    def past(self) -> tuple[Seen, bytes]:
+        """What was until now, for a new viewer."""
+        with self._news:
+            past = Past(list(self._points), list(self._events))
+            return Seen(self.number, self._told), msgspec.json.encode(past)
+
+    def wait(self, seen: Seen, timeout_s: float = 5.0) -> tuple[Seen, bytes, list[Event]]:
+        """The newest frame once there is one that a viewer has not seen, and the events that it has not."""
+        with self._news:
+            self._news.wait_for(lambda: self.number > seen.frame or self._stopped.is_set(), timeout_s)
+            new = min(self._told - seen.events, len(self._events))
+            return Seen(self.number, self._told), self.frame, list(self._events)[len(self._events) - new :]
+
+    @property
+    def stopped(self) -> bool:
+        """It was told to end."""
+        return self._stopped.is_set()
+
+    def stop(self) -> None:
+        """Ends the thread, and every stream."""
+        self._stopped.set()
+        with self._news:
+            self._news.notify_all()
+        self.join()
+
+
+class Server(ThreadingHTTPServer):
+    """The page of one group.
+
+    Args:
+        group: that lives on this node.
+        host: to listen on.
+        port: 0: any.
+        token: that every request has to give; needed where `host` is not loopback.
+        interval_s: between frames.
+
+    Raises:
+        SettingError: it cannot listen there, or may not without a token.
+    """
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(
+        self,
+        group: str,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        token: str | None = None,
+        interval_s: float = 1.0,
+    ) -> None:
+        self.local = is_loopback(host)
+        if not self.local and not token:
+            raise SettingError(f"{host} can be reached from outside: give a token, or listen on 127.0.0.1")
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.token = token
+        self.group = group
+        self.page = PAGE.read_bytes().replace(b"{{group}}", _escape(group))
+        self.policy = content_policy(self.page.decode())
+        self.streams = threading.BoundedSemaphore(MAX_STREAMS)
+        try:
+            super().__init__((host, port), Handler)
+        except OSError as e:
+            raise SettingError(f"cannot listen on {host}:{port}: {e.strerror or e}. Choose another --port") from e
+        try:
+            self.looker = Looker(group, interval_s)
+        except BaseException:
+            self.server_close()
+            raise
+        self.looker.start()
+
+    @property
+    def url(self) -> str:
+        """Where the page is."""
+        host = (
+            f"[{self.server_address[0]!s}]" if self.address_family == socket.AF_INET6 else self.server_address[0]
+        )
+        return f"http://{host!s}:{self.server_port}/" + (f"?token={self.token}" if self.token else "")
+
+    def close(self) -> None:
+        """Ends every stream and lets go of the port."""
+        self.looker.stop()
+        self.server_close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A viewer that went away is no error."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request."""
+
+    server: Server
+    server_version = "dpshm"
+    sys_version = ""
+    timeout = CLIENT_TIMEOUT_S
+
+    def do_GET(self) -> None:
+        """Answers one."""
+        url = urlsplit(self.path)
+        if not self._may(parse_qs(url.query)):
+            return
+        match url.path:
+            case "/":
+                self._send(self.server.page, "text/html; charset=utf-8")
+            case "/stat.json":
+                self._send(self.server.looker.frame, "application/json")
+            case "/stream":
+                self._stream()
+            case _:
+                self.send_error(HTTPStatus.NOT_FOUND)
+
+    def _may(self, query: dict[str, list[str]]) -> bool:
+        server = self.server
+        if server.token:
+            given = query.get("token", [""])[0] or self.headers.get("Authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), server.token.encode()):
+                self.send_error(HTTPStatus.FORBIDDEN, "open the address with ?token= that dpshm web printed")
+                return False
+        elif not is_loopback(_host_of(self.headers.get("Host", ""))):
+            self.send_error(HTTPStatus.FORBIDDEN, "open it as http://127.0.0.1 or http://localhost")
+            return False
+        return True
+
+    def _head(self, kind: str, length: int | None) -> None:
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", kind)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Content-Security-Policy", self.server.policy)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.end_headers()
+
+    def _send(self, body: bytes, kind: str) -> None:
+        self._head(kind, len(body))
+        self.wfile.write(body)
+
+    def _stream(self) -> None:
+        server = self.server
+        if not server.streams.acquire(blocking=False):
+            self.send_error(HTTPStatus.SERVICE_UNAVAILABLE, f"{MAX_STREAMS} watch already")
+            return
+        try:
+            self._head("text/event-stream", None)
+            looker = server.looker
+            seen, past = looker.past()
+            self._tell("past", past)
+            self._tell("frame", looker.frame)
+            while not looker.stopped:
+                seen, frame, events = looker.wait(seen)
+                for event in events:
+                    self._tell("event", msgspec.json.encode(event))
+                self._tell("frame", frame)
+        except OSError:
+            return  # it went away
+        finally:
+            server.streams.release()
+
+    def _tell(self, kind: str, data: bytes) -> None:
+        self.wfile.write(b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n")
+        self.wfile.flush()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: a log line a request helps nobody."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine, to itself alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _host_of(header: str) -> str:
+    """The host in a Host header, without its port."""
+    match = re.fullmatch(r"\[([0-9a-fA-F:.]+)\](?::\d+)?|([^:]*)(?::\d+)?", header)
+    return (match[1] or match[2] or "") if match else ""
+
+
+def content_policy(page: str) -> str:
+    """A policy under which the page's own script and style run and nothing else is loaded."""
+
+    def digest(tag: str) -> str:
+        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        return "'sha256-" + b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+    return (
+        f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _escape(group: str) -> bytes:
+    """A group's name has no character that means anything in HTML; whatever else it is, is left out."""
+    return re.sub(r"[^A-Za-z0-9._-]", "", group).encode()

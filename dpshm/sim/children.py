@@ -23,7 +23,7 @@ import msgspec
 from dpshm.sim.messages import EngineReport, FrontendReport, Progress, Ready
 
 STOP_PATIENCE_S = 3.0
-STDERR_KEPT_BYTES = 2000
+STDERR_KEPT_BYTES = 8000
 _READ_BYTES = 1 << 16
 _PACKAGE_ROOT = str(Path(__file__).resolve().parent.parent.parent)
 # -P and the path at the end: nothing of the current folder can stand in for a module.
@@ -92,6 +92,11 @@ class Child:
         self._stderr = (self._stderr + data)[-STDERR_KEPT_BYTES:]
         return bool(data)
 
+    @property
+    def said(self) -> str:
+        """The end of what came on its stderr."""
+        return self._stderr.decode("utf-8", "replace").strip()
+
     def obituary(self) -> str:
         """How it ended and what it said last."""
         try:
@@ -99,8 +104,7 @@ class Child:
         except subprocess.TimeoutExpired:
             return f"{self.name} closed its output and goes on"
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
-        said = self._stderr.decode("utf-8", "replace").strip()
-        return f"{self.name} {how}" + (f"; it said: {said.splitlines()[-1]}" if said else "")
+        return f"{self.name} {how}" + (f"; it said: {self.said.splitlines()[-1]}" if self.said else "")
 
     def terminate(self) -> None:
         """Asks it to end."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Protocol
 
 import msgspec
@@ -160,7 +160,7 @@ class SimEngine:
         batcher = self._batcher
         step = batcher.plan()
         self._publish()
-        with self._engine.step(prefill_tokens=step.prompt_tokens, batch=step.output_tokens):
+        with self._timed(step):
             all_idle = self._accelerator.compute(batcher, step, self._lifeline.ended)
         if all_idle is None:
             return
@@ -173,6 +173,9 @@ class SimEngine:
         if all_idle:
             self._engine.wave_complete()
             self._publish()
+
+    def _timed(self, step: Step) -> AbstractContextManager[object]:
+        return self._engine.step(prefill_tokens=step.prompt_tokens, batch=step.output_tokens)
 
     def _publish(self) -> None:
         batcher = self._batcher

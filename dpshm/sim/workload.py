@@ -46,7 +46,7 @@ class DemoSettings:
     rate: float = 1.0
     trace: Path | None = None
     stats: Stats = "board"
-    policy: str = "least_loaded"
+    policy: str = "least_work"
     seed: int = 0
     engine: EngineKind = "sim"
 

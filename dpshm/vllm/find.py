@@ -1,0 +1,38 @@
+"""How a process finds its board: by the address of the stats socket, which vLLM tells every process anyway.
+
+The environment is no help: it does not reach other launchers or Ray actors. The header of a board holds the
+addresses of its group, so whoever knows the one finds the other. A process on another node, or in a container
+with a /dev/shm of its own, finds none, and goes on the stock way.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2s
+
+from dpshm import segment
+from dpshm.board import Board
+from dpshm.errors import SegmentError
+
+
+def group_at(stats_address: str | None) -> str | None:
+    """The group whose live board names that address; None if there is none that this process can map."""
+    if not stats_address:
+        return None
+    for group in segment.groups():
+        try:
+            with Board.attach(group) as board:
+                # Whoever is attached holds a lock: a board that nobody holds is a dead group's.
+                if board.segment.header.stats_address == stats_address and board.segment.is_shared():
+                    return group
+        except SegmentError:
+            continue  # damaged, another user's, or just gone: not ours in any case
+    return None
+
+
+def owner_name(client_index: int, input_address: str) -> str:
+    """The name under which an API server takes its row, and by which engines find it.
+
+    `client_index` restarts at 0 in every launcher, but the socket from which an engine gets the requests of an
+    API server belongs to that server alone, and both know its address.
+    """
+    return f"vllm-api-{client_index}-{blake2s(input_address.encode(), digest_size=8).hexdigest()}"

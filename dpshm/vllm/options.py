@@ -1,0 +1,71 @@
+"""What the environment may say. It is read in each process: children of the launcher inherit it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+
+from dpshm.errors import SettingError
+from dpshm.policies import by_name
+
+Mode = Literal["on", "off", "shadow"]
+_MODES: dict[str, Mode] = {"": "on", "1": "on", "on": "on", "0": "off", "off": "off", "shadow": "shadow"}
+
+
+class Options(msgspec.Struct, frozen=True):
+    """The plugin's settings.
+
+    Attributes:
+        mode: ``DPSHM``: on (1, the default), off (0), or shadow: fill the board, let vLLM choose, compare.
+        policy: ``DPSHM_POLICY``: how API servers choose, see `dpshm.policies`.
+        group: ``DPSHM_GROUP``: the deployment's name on this node; default ``vllm-PID``, of the launcher.
+        stall_timeout_s: ``DPSHM_STALL_TIMEOUT_S``: see `dpshm.settings.Settings`.
+        shadow_log_s: ``DPSHM_SHADOW_LOG_S``: how often shadow mode sums up.
+        any_version: ``DPSHM_ANY_VLLM=1``: also try releases of vLLM that it was never run on.
+    """
+
+    mode: Mode = "on"
+    policy: str = "least_loaded"
+    group: str | None = None
+    stall_timeout_s: float = 60.0
+    shadow_log_s: float = 60.0
+    any_version: bool = False
+
+
+def from_environment(environ: Mapping[str, str] = os.environ) -> Options:
+    """The options as the environment gives them.
+
+    Raises:
+        SettingError: names the variable, what it was, and what it may be.
+    """
+    word = environ.get("DPSHM", "").strip().lower()
+    if word not in _MODES:
+        raise SettingError(f"DPSHM is {word!r}, and must be 1, 0 or shadow")
+    default = Options()
+    policy = environ.get("DPSHM_POLICY") or default.policy
+    try:
+        by_name(policy)
+    except SettingError as e:
+        raise SettingError(f"DPSHM_POLICY: {e}") from None
+    return Options(
+        mode=_MODES[word],
+        policy=policy,
+        group=environ.get("DPSHM_GROUP") or None,
+        stall_timeout_s=_seconds(environ, "DPSHM_STALL_TIMEOUT_S", default.stall_timeout_s),
+        shadow_log_s=_seconds(environ, "DPSHM_SHADOW_LOG_S", default.shadow_log_s),
+        any_version=environ.get("DPSHM_ANY_VLLM", "") == "1",
+    )
+
+
+def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
+    text = environ.get(name) or str(default)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise SettingError(f"{name} is {text!r}, and must be a number of seconds, 0 or more")
+    return value

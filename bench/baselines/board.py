@@ -1,0 +1,155 @@
+"""dpshm itself, behind the peers' interface: its public handles and nothing else."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+from bench.baselines import Middle, Spec
+from dpshm import CoordinatorProcess, Engine, Frontend, Route
+from dpshm.board import Words
+from dpshm.layout import unpack_load
+from dpshm.waves import Phase
+
+_numbers = itertools.count()
+
+
+class Board:
+    """A coordinator process and its board."""
+
+    def __init__(self, dp_size: int, num_frontends: int, *, waves: bool = False) -> None:
+        group = f"bench-{os.getpid()}-{next(_numbers)}"
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
+        began = time.monotonic()
+        with _stderr_to(self._said):  # its log is none of the report
+            self._process = CoordinatorProcess(
+                group=group,
+                dp_size=dp_size,
+                waves=waves,
+                max_frontends=max(64, num_frontends),
+                # Waves here last some milliseconds. A coordinator that looks ten times a second may find ranks
+                # half way each time, and would send START once more for it: not amid a trial.
+                resend_interval_ms=60_000,
+            )
+        self.startup_s = time.monotonic() - began
+        self.spec = Spec("board", dp_size, num_frontends, group)
+        self.pids = [self._process.proc.pid]
+
+    def close(self) -> None:
+        """Ends the coordinator, which removes the board."""
+        self._process.close()
+        self._said.close()
+
+
+@contextmanager
+def _stderr_to(file: IO[bytes]) -> Iterator[None]:
+    """What is started meanwhile writes its stderr there; shown after all if the start fails."""
+    kept = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield
+    except BaseException:
+        file.seek(0)
+        os.write(kept, file.read())
+        raise
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def start(dp_size: int, num_frontends: int) -> Middle:
+    """A group without waves."""
+    return Board(dp_size, num_frontends)
+
+
+def start_with_waves(dp_size: int, num_frontends: int) -> Middle:
+    """A group with waves."""
+    return Board(dp_size, num_frontends, waves=True)
+
+
+class BoardEngine:
+    """An engine's end."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def publish(self, waiting: int, running: int) -> None:
+        self._engine.publish(waiting=waiting, running=running)
+
+    def receive(self, frontend: int) -> None:
+        """A request of that front-end came in."""
+        self._engine.receive(frontend)
+
+    def wait_start(self, timeout_ms: int) -> bool:
+        return self._engine.poll(timeout_ms)
+
+    def wave_complete(self) -> None:
+        self._engine.wave_complete()
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+class BoardFrontend:
+    """A front-end's end. What it knows is what a decision reads: the dense column of loads."""
+
+    def __init__(self, frontend: Frontend, dp_size: int) -> None:
+        self._frontend = frontend
+        self.index = frontend.index
+        self._load: Words = frontend.board.load[:dp_size]
+        self._open: list[deque[Route]] = [deque() for _ in range(dp_size)]
+        self._woken_wave = -1
+
+    def known(self) -> list[int]:
+        return self._load.tolist()  # type: ignore[no-any-return]
+
+    def waiting(self, item: Any) -> int:
+        return unpack_load(item)[0]
+
+    def wait(self, timeout_ms: int) -> None:
+        if timeout_ms:
+            time.sleep(timeout_ms / 1e3)
+
+    def sockets(self) -> list[Any]:
+        return []
+
+    def beliefs(self) -> tuple[list[int], list[int]]:
+        seen = self._frontend.snapshot()
+        return (seen["waiting"] + seen["running"]).tolist(), seen["requests"].tolist()
+
+    def choose(self) -> int:
+        route = self._frontend.route()
+        self._open[route.dp_rank].append(route)
+        return route.dp_rank
+
+    def finished(self, dp_rank: int) -> None:
+        self._open[dp_rank].popleft().done()
+
+    def first_request(self) -> None:
+        route = self._frontend.route()
+        self._woken_wave = route.wave
+        route.done()
+
+    def paused(self) -> bool:
+        board = self._frontend.board
+        return board.phase is Phase.PAUSED and board.wave > self._woken_wave
+
+    def close(self) -> None:
+        del self._load
+        self._frontend.close()
+
+
+def engine_end(spec: Spec, dp_rank: int) -> BoardEngine:
+    """Takes a rank's row."""
+    return BoardEngine(Engine.attach(spec.where, dp_rank))
+
+
+def frontend_end(spec: Spec, index: int) -> BoardFrontend:
+    """Takes a front-end's row."""
+    return BoardFrontend(Frontend.attach(spec.where, owner=f"bench:{index}"), spec.dp_size)

@@ -1,0 +1,152 @@
+"""The ends of the broadcast: sockets and messages as vLLM's engines and API servers have them.
+
+What vLLM's own ends do beside this is left out, in the broadcast's favour: the hop from an engine's step loop to
+its output thread, and the asyncio loop of an API server between the socket and its copy of the counts.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import msgspec
+import zmq
+
+from bench.baselines import Spec
+from dpshm import wire
+
+_decode, _encode = msgspec.msgpack.decode, msgspec.msgpack.encode
+
+
+class Addresses(NamedTuple):
+    """Where the coordinator is bound: front-ends, engines' input, engines' output."""
+
+    frontends: str
+    engine_input: str
+    engine_output: str
+
+
+class StockEngine:
+    """An engine's end: XSUB for READY and START, PUSH for its reports."""
+
+    def __init__(self, spec: Spec, dp_rank: int) -> None:
+        self._rank = dp_rank
+        self._wave, self._runs = 0, False
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._input, self._output = self._context.socket(zmq.XSUB), self._context.socket(zmq.PUSH)
+        self._output.sndhwm = 0  # as vLLM sets it: an engine never waits for the coordinator
+        self._input.connect(spec.where.engine_input)
+        self._output.connect(spec.where.engine_output)
+        self._input.send(wire.SUBSCRIBE)
+        if not self._input.poll(30_000):
+            raise TimeoutError(f"no READY for engine {dp_rank}: are there {spec.dp_size} of them?")
+        self._input.recv()
+
+    def publish(self, waiting: int, running: int) -> None:
+        stats = wire.SchedulerStats(num_running_reqs=running, num_waiting_reqs=waiting)
+        self._output.send(wire.encode_stats(self._rank, stats, timestamp=time.monotonic()))
+
+    def wait_start(self, timeout_ms: int) -> bool:
+        if self._input.poll(timeout_ms):
+            frames = self._input.recv_multipart()
+            if frames[0] == wire.START_FRAME:
+                wave, exclude = _decode(frames[1])
+                if exclude != self._rank and wave >= self._wave and not self._runs:
+                    self._wave, self._runs = wave, True
+                    if self._rank == 0:
+                        self._output.send(wire.encode_wave_started(0, wave))
+        return self._runs
+
+    def wave_complete(self) -> None:
+        if self._rank == 0:
+            self._output.send(wire.encode_wave_complete(0, self._wave))
+        self._wave, self._runs = self._wave + 1, False
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+
+class StockFrontend:
+    """A front-end's end: the copy of the counts, and the choice of vLLM 0.32 made from it, in our own words."""
+
+    def __init__(self, spec: Spec, index: int) -> None:
+        n = spec.dp_size
+        self.index = index
+        self._count = spec.num_frontends
+        self._start = n * index // self._count
+        self._counts: list[list[Any]] = [[0, 0, 0.0] for _ in range(n)]
+        self._own = [0] * n
+        self._wave, self._running, self._woken_wave = 0, False, -1
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._socket = self._context.socket(zmq.XSUB)
+        self._socket.connect(spec.where.frontends)
+        self._socket.send(wire.SUBSCRIBE)
+
+    def _take_in(self) -> None:
+        newest = None
+        while True:
+            try:
+                newest = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+        if newest is not None:  # vLLM's API servers skip all but the newest, too
+            counts, self._wave, self._running = _decode(newest)
+            if counts is not None:
+                self._counts = counts
+
+    def known(self) -> list[list[Any]]:
+        self._take_in()
+        return self._counts
+
+    def waiting(self, item: Any) -> int:
+        return int(item[0])
+
+    def wait(self, timeout_ms: int) -> None:
+        deadline = time.monotonic() + timeout_ms / 1e3
+        self._take_in()
+        while (left := deadline - time.monotonic()) > 0:
+            if self._socket.poll(max(1, round(left * 1e3))):
+                self._take_in()
+
+    def sockets(self) -> list[Any]:
+        return [self._socket]
+
+    def beliefs(self) -> tuple[list[int], list[int]]:
+        # What it raised in its copy stands in for bookings, and is in the copy until the next broadcast.
+        there = [waiting + running for waiting, running, _ in self._counts]
+        return there, there
+
+    def choose(self) -> int:
+        # From the copy as it is: in an API server another task takes in what comes.
+        counts, own, frontends, n = self._counts, self._own, self._count, len(self._counts)
+        best, least = 0, float("inf")
+        for i in range(n):
+            rank = (self._start + i) % n
+            waiting, running, kv_cache_usage = counts[rank]
+            score = max(frontends * own[rank], waiting + running)
+            if waiting:
+                score += 6 * waiting * max(0.0, kv_cache_usage - 0.5)
+            if score < least:
+                best, least = rank, score
+        counts[best][0] += frontends  # the others are taken to do as it does, until the next broadcast
+        self._start = (self._start + 1) % n
+        own[best] += 1
+        return best
+
+    def finished(self, dp_rank: int) -> None:
+        self._own[dp_rank] -= 1
+
+    def first_request(self) -> None:
+        rank = self.choose()
+        self._woken_wave = self._wave
+        # vLLM 0.32 names the engine by its identity, two bytes, which no engine compares equal to its number: so
+        # nobody is excluded, and the engine that gets the request is woken like the others.
+        self._socket.send(_encode((rank.to_bytes(2, "little"), self._wave)))
+        self.finished(rank)
+
+    def paused(self) -> bool:
+        self._take_in()
+        return not self._running and self._wave > self._woken_wave
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)

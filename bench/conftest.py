@@ -1,0 +1,16 @@
+"""Fixtures of the suites: what runs beside them keeps off the timed core, and nothing outlives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def using() -> Iterator[Callable[[Any], Any]]:
+    """`using(x)` gives `x` back and closes it when the benchmark ends, the newest first."""
+    with ExitStack() as stack:
+        yield lambda x: stack.enter_context(closing(x))

@@ -1,0 +1,75 @@
+"""Wake: from a first request, sent while the ranks are paused, until every engine has START.
+
+A front-end process sends it, each engine is a process that sleeps in its socket. Rank 0 then confirms the wave
+and ends it, as vLLM's engines do, and the next trial begins. All processes use all cores.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from typing import Any
+
+from bench.baselines import Spec, Start, engine_end, frontend_end
+from bench.distribution import quantiles
+from bench.processes import Line, Worker
+
+QUIET_S = 0.002  # an engine that is awake leaves the cores to those that are not, before it reports
+POLL_MS = 200
+
+
+def wake(start: Start, *, engines: int = 8, trials: int = 500) -> dict[str, float]:
+    """Measures one peer once; microseconds."""
+    with ExitStack() as stack:
+        middle = start(engines, 1)
+        stack.callback(middle.close)
+        ranks = [stack.enter_context(Worker(sleep_and_wake, middle.spec, e)) for e in range(engines)]
+        frontend = stack.enter_context(Worker(send_first_requests, middle.spec))
+        for worker in (*ranks, frontend):
+            worker.wait_ready()
+            worker.tell()
+        times = []
+        for _ in range(trials):
+            frontend.tell(True)
+            sent_ns = frontend.result()
+            times.append((max(rank.result() for rank in ranks) - sent_ns) / 1e3)
+            for rank in ranks:
+                rank.tell()
+        for worker in (frontend, *ranks):
+            worker.hang_up()
+        return quantiles(times)
+
+
+def sleep_and_wake(line: Line, spec: Spec, dp_rank: int) -> None:
+    """An engine."""
+    end: Any = engine_end(spec, dp_rank)
+    try:
+        line.ready()
+        while True:
+            while not end.wait_start(POLL_MS):
+                if line.told():
+                    return
+            awake_ns = time.monotonic_ns()
+            time.sleep(QUIET_S)
+            line.answer(awake_ns)
+            line.expect()
+            end.wave_complete()
+    finally:
+        end.close()
+
+
+def send_first_requests(line: Line, spec: Spec) -> None:
+    """The front-end."""
+    end: Any = frontend_end(spec, 0)
+    try:
+        line.ready()
+        while True:
+            line.expect()
+            while not end.paused():
+                time.sleep(0.0005)
+            time.sleep(QUIET_S)
+            sent_ns = time.monotonic_ns()
+            end.first_request()
+            line.answer(sent_ns)
+    finally:
+        end.close()

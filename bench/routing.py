@@ -1,0 +1,203 @@
+"""The routing study: runs the scenarios behind ``bench/ROUTING.md`` and writes its tables.
+
+    python bench/routing.py --out build/routing                    run what is not there yet, then print the tables
+    python bench/routing.py --out build/routing --only slow,skew   some scenarios
+    python bench/routing.py --out build/routing --tables           print the tables of what is there
+
+Each scenario is one call of what ``dpshm simulate`` runs, and leaves one JSON file. Traces are read from the
+folder that ``--traces`` or ``DPSHM_TRACES`` names; scenarios whose trace is absent are skipped, and say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from dpshm.sim.laboratory import Plant
+from dpshm.sim.simulate import Comparison, Estimate, Result, SimulationSettings, compare
+
+CODE = "AzureLLMInferenceTrace_code.csv"
+CHAT = "mooncake_conversation_trace.jsonl"
+CHAT_RATE_PER_S = 5.0
+FOUR = ("vllm", "round_robin", "least_loaded", "least_work")
+SLOW = ((3, 2.0),)
+BROADCAST_KINDS = ("broadcast", "broadcast:10", "broadcast-keep", "immediate", "scrape", "live-unbooked", "live")
+TRACE_SEEDS = 3
+
+
+class Scenario(NamedTuple):
+    """One comparison: what it is called, in which table it stands, and what it runs."""
+
+    name: str
+    table: str
+    label: str
+    settings: dict[str, Any]
+    trace: str | None = None
+
+
+def chat(name: str, table: str, label: str, rate_per_s: float, plant: dict[str, Any], **more: Any) -> Scenario:
+    """A scenario on the built-in chat workload."""
+    usual = {"policies": FOUR, "requests": 4000, "seeds": 4, "oracle": False, "rate": rate_per_s / CHAT_RATE_PER_S}
+    return Scenario(name, table, label, {"plant": Plant(**plant), **usual, **more})
+
+
+def traced(name: str, table: str, label: str, trace: str, rate: float, **more: Any) -> Scenario:
+    """A scenario on a recorded trace."""
+    usual = {"policies": FOUR, "seeds": TRACE_SEEDS, "oracle": False, "rate": rate}
+    return Scenario(name, table, label, {"plant": Plant(), **usual, **more}, trace)
+
+
+def scenarios() -> list[Scenario]:
+    """All of them, in the order of the tables."""
+    found = [
+        chat("capacity", "capacity", "640 clients, closed loop", 5, {"clients": 640}),
+        chat("capacity-slow", "capacity", "640 clients, closed loop, one slow", 5, {"clients": 640, "slow": SLOW}),
+    ]
+    for rate in (15.8, 26.4, 36.9, 44.8, 55.0, 62.0, 69.0, 80.0):
+        found.append(chat(f"load-{rate:g}", "load", f"{rate:g}/s", rate, {}, oracle=30 < rate < 60))
+    for rate in (44.8, 52.0, 60.0, 75.0):
+        found.append(chat(f"slow-{rate:g}", "slow", f"{rate:g}/s", rate, {"slow": SLOW}, oracle=rate < 55))
+    for frontends in (1, 4, 16):
+        plant = {"frontends": frontends}
+        found.append(chat(f"frontends-{frontends}", "frontends", f"{frontends} front-ends", 44.8, plant))
+    for skew in (1.0, 2.0):
+        found.append(chat(f"skew-{skew:g}", "skew", f"skew {skew:g}", 44.8, {}, skew=skew))
+    found += [
+        chat("ablation-vllm", "ablation", "vllm", 44.8, {}, policies=("vllm",), information=BROADCAST_KINDS),
+        chat(
+            "ablation-counts",
+            "ablation",
+            "least_loaded",
+            44.8,
+            {},
+            policies=("least_loaded",),
+            information=BROADCAST_KINDS,
+        ),
+        chat(
+            "ablation-work",
+            "ablation",
+            "least_work",
+            44.8,
+            {},
+            policies=("least_work",),
+            information=BROADCAST_KINDS,
+        ),
+    ]
+    for coefficients in ("none", "learnt", "true"):
+        for slow, name in (((), ""), (SLOW, ", one slow")):
+            plant = {"coefficients": coefficients, "slow": slow}
+            found.append(
+                chat(
+                    f"coefficients-{coefficients}{name[-4:]}",
+                    "coefficients",
+                    f"{coefficients}{name}",
+                    44.8,
+                    plant,
+                    policies=("vllm", "least_work"),
+                )
+            )
+    for clients in (100, 200, 400):
+        found.append(chat(f"closed-{clients}", "closed", f"{clients} clients", 5, {"clients": clients}))
+    for rate in (15.8, 26.4, 36.9):
+        found.append(chat(f"lockstep-{rate:g}", "lockstep", f"{rate:g}/s", rate, {"lockstep": True}))
+    found.append(chat("restart", "restart", "44.8/s", 44.8, {"restart": (3, 40.0, 10.0)}))
+    for rate in (3.0, 10.0, 20.0, 25.0, 30.0):
+        found.append(traced(f"code-{rate:g}", "code", f"{rate:g}x ({rate * 2.567:.1f}/s)", CODE, rate))
+    found.append(traced("code-slow", "code", "10x, one slow", CODE, 10.0, plant=Plant(slow=SLOW)))
+    pinned = (*FOUR, "affinity", "affinity:epsilon=1000000")
+    for rate in (1.0, 2.0, 3.0):
+        found.append(
+            traced(
+                f"mooncake-{rate:g}",
+                "mooncake",
+                f"{rate:g}x ({rate * 3.4:.1f}/s)",
+                CHAT,
+                rate,
+                policies=pinned,
+                requests=3000,
+            )
+        )
+    return found
+
+
+def figure(e: Estimate, digits: int = 2) -> str:
+    """A value with its interval."""
+    return f"{e.value:.{digits}f}" + (f" ±{e.plus_minus:.{digits}f}" if e.plus_minus is not None else "")
+
+
+def table(rows: list[tuple[Scenario, Comparison]]) -> str:
+    """One table in Markdown: a row for each scenario and combination."""
+    lines = [
+        "| scenario | policy | information | TTFT mean, ms | p99, ms | mean, ratio | p99, ratio | per token, ms "
+        "| total, ms | tokens/s | imbalance | prefix hits | regret |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for scenario, comparison in rows:
+        lines += [row(scenario.label, result) for result in comparison.results]
+    return "\n".join(lines)
+
+
+def row(label: str, r: Result) -> str:
+    """One row of it."""
+    times = (f"{r.ttft_ms.mean:.1f}", f"{r.ttft_ms.p99:.0f}")
+    ratios = (figure(r.ratio.mean), figure(r.ratio.p99)) if r.ratio else ("", "")
+    hits = "" if r.prefix_hit_rate is None else f"{r.prefix_hit_rate:.1%}"
+    regret = "" if r.regret is None else f"{r.regret:+.1%}"
+    rest = (
+        f"{r.tpot_ms:.1f}",
+        f"{r.e2e_ms.mean:.0f}",
+        f"{r.tokens_per_s:.0f}",
+        f"{r.imbalance:.1f}",
+        hits,
+        regret,
+    )
+    return "| " + " | ".join((label, r.policy, r.information, *times, *ratios, *rest)) + " |"
+
+
+def main() -> None:
+    """Runs what is asked for."""
+    parser = argparse.ArgumentParser(description="The routing study behind bench/ROUTING.md.")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--traces", type=Path, default=os.environ.get("DPSHM_TRACES"), help="folder of the traces")
+    parser.add_argument("--only", default="", help="names of tables or scenarios, with commas")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--tables", action="store_true", help="run nothing")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    only = set(filter(None, given.only.split(",")))
+    chosen = [s for s in scenarios() if not only or s.name in only or s.table in only]
+    for scenario in () if given.tables else chosen:
+        file = given.out / f"{scenario.name}.json"
+        if file.exists():
+            continue
+        settings = dict(scenario.settings)
+        if scenario.trace:
+            path = Path(given.traces or "") / scenario.trace
+            if given.traces is None or not path.exists():
+                print(
+                    f"skipped {scenario.name}: no {scenario.trace}; name its folder with --traces", file=sys.stderr
+                )
+                continue
+            settings["trace"] = path
+        began = time.monotonic()
+        comparison = compare(SimulationSettings(**settings), given.processes)
+        file.write_bytes(msgspec.json.encode(comparison))
+        print(f"{scenario.name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    tables: dict[str, list[tuple[Scenario, Comparison]]] = {}
+    for scenario in chosen:
+        file = given.out / f"{scenario.name}.json"
+        if file.exists():
+            comparison = msgspec.json.decode(file.read_bytes(), type=Comparison)
+            tables.setdefault(scenario.table, []).append((scenario, comparison))
+    for name, rows in tables.items():
+        print(f"\n### {name}\n\n{table(rows)}")
+
+
+if __name__ == "__main__":
+    main()

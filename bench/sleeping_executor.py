@@ -1,0 +1,108 @@
+"""A vLLM executor without a model: a step takes the time that one would take, and gives one token a request.
+
+The engine core, the scheduler, the KV-cache manager, the lockstep all-reduce, the waves and the sockets are
+vLLM's own; only the model is missing, so a whole deployment runs on two cores without a GPU. For
+
+    vllm serve ... --distributed-executor-backend bench.sleeping_executor.SleepingExecutor --no-async-scheduling
+
+A step takes ``base + per_prompt_token * prompt tokens + per_request * requests``; the environment variable
+``SLEEPER_STEP_MS`` gives the three as ``base,per_prompt_token,per_request`` in milliseconds (default 4,0.02,0.05).
+``SLEEPER_KV_BYTES`` is the size of the KV cache that is pretended.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.outputs import ModelRunnerOutput
+
+TOKEN = 7
+
+
+class SleepingExecutor(Executor):
+    """Sleeps for each step. Answers whatever the engine core asks of an executor."""
+
+    uses_ray = False
+    supports_pp = False
+
+    def _init_executor(self) -> None:
+        base, per_prompt_token, per_request = os.environ.get("SLEEPER_STEP_MS", "4,0.02,0.05").split(",")
+        self._base_s = float(base) / 1e3
+        self._per_prompt_token_s = float(per_prompt_token) / 1e3
+        self._per_request_s = float(per_request) / 1e3
+        self._left: dict[str, int] = {}  # prompt tokens not computed, by request
+
+    def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
+        """One step: sleeps, then gives a token to each request whose prompt is computed."""
+        prompt_tokens = 0
+        for new in scheduler_output.scheduled_new_reqs:
+            prompt = new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds
+            self._left[new.req_id] = len(prompt) - new.num_computed_tokens
+        resumed = scheduler_output.scheduled_cached_reqs
+        for req_id, computed in zip(resumed.req_ids, resumed.num_computed_tokens, strict=True):
+            if req_id in resumed.resumed_req_ids:
+                scheduled = scheduler_output.num_scheduled_tokens[req_id]
+                self._left[req_id] = max(scheduled, self._left.get(req_id, 0)) if computed == 0 else scheduled
+        req_ids, tokens = [], []
+        for req_id, scheduled in scheduler_output.num_scheduled_tokens.items():
+            left = self._left.get(req_id, 0)
+            prompt_tokens += min(left, scheduled)
+            self._left[req_id] = left = max(0, left - scheduled)
+            req_ids.append(req_id)
+            tokens.append([] if left else [TOKEN])
+        for req_id in scheduler_output.finished_req_ids:
+            self._left.pop(req_id, None)
+        if req_ids:
+            time.sleep(
+                self._base_s + prompt_tokens * self._per_prompt_token_s + len(req_ids) * self._per_request_s
+            )
+        output = ModelRunnerOutput(req_ids, {r: i for i, r in enumerate(req_ids)}, tokens)
+        if not non_block:
+            return output
+        future: Future[Any] = Future()
+        future.set_result(output)
+        return future
+
+    def execute_dummy_batch(self) -> None:
+        """A step without requests."""
+        time.sleep(self._base_s)
+
+    def collective_rpc(
+        self,
+        method: Any,
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        non_block: bool = False,
+    ) -> Any:
+        """What the one worker would answer; None to whatever needs no answer."""
+        answers = {
+            "get_supported_kv_cache_layouts": ["NHD"],
+            "determine_available_memory": int(os.environ.get("SLEEPER_KV_BYTES", str(256 << 20))),
+            "get_supported_tasks": ("generate",),
+            "supports_draft_weight_updates": False,
+        }
+        if method == "get_kv_cache_spec":
+            return [self._spec()]
+        return [answers.get(method)]
+
+    def compile_or_warm_up_model(self) -> None:
+        """Nothing to compile."""
+
+    def _spec(self) -> dict[str, FullAttentionSpec]:
+        layer = FullAttentionSpec(
+            block_size=self.cache_config.block_size or 16, num_kv_heads=2, head_size=64, dtype=torch.float32
+        )
+        return {"layers.0": layer}
+
+    def check_health(self) -> None:
+        """Always well."""
+
+    def shutdown(self) -> None:
+        """Nothing to end."""

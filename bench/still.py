@@ -1,0 +1,92 @@
+"""A still board: a real segment with real handles on it, and nobody else who moves.
+
+For timing what one process does. There is no coordinator thread beside the timed one, and the handles find a
+board as it is in the middle of the day: all ranks alive, running and loaded, other front-ends there, and as
+many requests on their way as asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from contextlib import ExitStack
+from typing import Literal, cast
+
+from dpshm import Frontend
+from dpshm.board import Board
+from dpshm.layout import DEFAULT_ENGINES, DEFAULT_FRONTENDS, pack_control, pack_load
+from dpshm.liveness import Verdict
+from dpshm.marks import Marks
+from dpshm.policies import Policy
+from dpshm.segment import Segment, coordinator_byte, make_header
+from dpshm.waves import Phase
+
+OnTheirWay = Literal["none", "one each", "all"]
+"""Which requests are on their way: none; from each front-end one; from each front-end one to every rank."""
+SITUATIONS = cast("tuple[OnTheirWay, ...]", ("none", "one each", "all"))
+
+_numbers = itertools.count()
+
+
+class StillBoard:
+    """A board of so many engines and front-ends.
+
+    Attributes:
+        board: the board.
+        frontend: the handle of one of the front-ends.
+    """
+
+    def __init__(
+        self,
+        engines: int,
+        frontends: int,
+        on_their_way: OnTheirWay = "one each",
+        policy: str | Policy = "least_loaded",
+    ) -> None:
+        group = f"bench-still-{os.getpid()}-{next(_numbers)}"
+        header = make_header(
+            group,
+            max(DEFAULT_ENGINES, engines),
+            max(DEFAULT_FRONTENDS, frontends),
+            stats_address=f"inproc://{group}-f",
+            engine_input_address=f"inproc://{group}-i",
+            engine_output_address=f"inproc://{group}-o",
+            settings={"mode": "internal", "waves": False, "counts_with_kv": True},
+        )
+        with ExitStack() as stack:
+            self.board = board = Board(Segment.create(header))
+            stack.callback(board.close)
+            stack.callback(board.segment.unlink)
+            board.segment.unlock(coordinator_byte(header.columns))
+            words, marks = board.words, Marks(board)
+            marks.set_dp_size(engines)
+            words[board.index("control")] = pack_control(1, Phase.RUNNING)
+            self._at_beat = board.index("coordinator_beat")
+            self.beat()
+            for e in range(engines):
+                marks.set_engine(e, verdict=Verdict.ALIVE)
+                words[board.index("load", e)] = pack_load(e % 3, 16 + e % 5, 0.4)
+            for f in range(frontends):
+                self.beat()
+                self.frontend = stack.enter_context(Frontend.attach(group, owner=f"bench:{f}", policy=policy))
+                marks.set_frontend(self.frontend.index, Verdict.ALIVE)
+                self.beat()
+                if on_their_way == "all":
+                    for e in range(engines):
+                        self.frontend.route(dp_rank=e)
+                elif on_their_way == "one each":
+                    self.frontend.route(dp_rank=f % engines)
+            self.close = stack.pop_all().close
+        self.beat()
+        self.frontend.choose()  # what is only done once is done
+
+    def beat(self) -> None:
+        """Stands in for the coordinator's sign of life, without which handles test locks by themselves."""
+        self.board.words[self._at_beat] = time.monotonic_ns()
+
+    def __enter__(self) -> StillBoard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

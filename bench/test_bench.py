@@ -1,0 +1,59 @@
+"""The benchmark's own arithmetic, on values worked out by hand: a figure is no better than what computes it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bench.distribution import compare, quantiles
+from bench.measures.freshness import first_known, sampled_ages
+from bench.measures.truth import HORIZON_MS, Belief, judge
+
+
+def _array(*values: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    return np.array(values, float)
+
+
+def test_an_update_is_known_with_a_newer_one() -> None:
+    """Guards against counting an update that was overtaken as lost, or as known too early."""
+    published = _array(0, 10, 20, 30)
+    known = first_known(published, _array(1, 25, 40), _array(1, 3, 3))
+    assert known.tolist() == [1, 25, 25, np.inf]
+
+
+def test_the_age_is_that_of_the_oldest_unknown() -> None:
+    """Guards against an age that starts anew with each newer update."""
+    ages = sampled_ages(_array(0, 10, 100), _array(50, 60, 101), samples=11)
+    assert ages.tolist() == [0, 10, 20, 30, 40, 40, 0, 0, 0, 0, 0]
+
+
+def test_ratios_are_of_pairs() -> None:
+    """Guards against a ratio of medians, which a slow moment of the machine would shift."""
+    result = compare({"board": [{"us": 1.0}, {"us": 10.0}], "pub": [{"us": 4.0}, {"us": 20.0}]}, "us")
+    assert result["ratios"] == {"pub": {"min": 2.0, "median": 3.0, "max": 4.0}}
+    assert result["pub"] == {"us": 12.0, "rounds": [4.0, 20.0]}
+
+
+def test_a_distribution_of_nothing_is_refused() -> None:
+    """Guards against a figure of a measurement that saw nothing."""
+    with pytest.raises(ValueError, match="nothing"):
+        quantiles([])
+
+
+def test_truth_counts_sent_less_finished() -> None:
+    """Guards against judging a belief by anything but what was sent and finished by then."""
+    sent = [Belief(0.9, [0], [0], 0, 1.0), Belief(1.9, [1], [1], 0, 2.0), Belief(3.5, [2], [1], 0, 4.0)]
+    finished = [_array(3.0)]
+    booked = judge(sent, finished, bookings=True)
+    assert booked["requests_mean"] == 0
+    assert booked["ms_p99"] == 0
+    reported = judge(sent, finished, bookings=False)
+    assert reported["requests_mean"] == pytest.approx(1 / 3)
+    # At 3.5 it believes 2; that ended being so at 3.0.
+    assert reported["ms_mean"] == pytest.approx(500 / 3)
+
+
+def test_a_belief_that_never_was_true_is_as_old_as_can_be() -> None:
+    """Guards against leaving the worst beliefs out of the figure."""
+    wrong = [Belief(0.5, [7], [7], 0, 1.0)]
+    assert judge(wrong, [_array(2.0)], bookings=True)["ms_p50"] == HORIZON_MS

@@ -1,0 +1,100 @@
+"""What a front-end does on its own: snapshot, decide, the policy alone, the whole of `route`.
+
+On a still board (`bench.still`), by number of engines and of front-ends; the peers' decisions beside ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from bench.baselines import flock, frontend_end, pub
+from bench.still import SITUATIONS, StillBoard
+from dpshm.policies import NAMES, Request, View, by_name
+
+ENGINES = (1, 8, 64, 256, 1024)
+FRONTENDS = (1, 4, 16, 64)
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest_benchmark.logger.PytestBenchmarkWarning")
+
+
+def _timed(benchmark: Any, still: StillBoard, call: Callable[[], Any]) -> None:
+    """Times it in short rounds, each after a sign of life, so that the front-end does not test locks."""
+    benchmark.pedantic(call, setup=still.beat, rounds=200, iterations=1, warmup_rounds=5)
+
+
+@pytest.mark.benchmark(group="decide")
+@pytest.mark.parametrize("frontends", FRONTENDS)
+@pytest.mark.parametrize("engines", ENGINES)
+def test_decide(benchmark: Any, using: Any, engines: int, frontends: int) -> None:
+    """Board: read, count every front-end's bookings, choose."""
+    still = using(StillBoard(engines, frontends))
+    _timed(benchmark, still, lambda: [still.frontend.choose(512) for _ in range(20)])
+    assert 0 <= still.frontend.choose(512) < engines
+
+
+@pytest.mark.benchmark(group="decide, by what is on its way")
+@pytest.mark.parametrize("on_their_way", SITUATIONS)
+def test_decide_with_requests_on_their_way(benchmark: Any, using: Any, on_their_way: Any) -> None:
+    """Board, 8 engines and 4 front-ends: whether bookings that are on their way cost anything."""
+    still = using(StillBoard(8, 4, on_their_way))
+    _timed(benchmark, still, lambda: [still.frontend.choose(512) for _ in range(20)])
+
+
+@pytest.mark.benchmark(group="decide")
+@pytest.mark.parametrize("engines", ENGINES)
+@pytest.mark.parametrize("peer", [flock, pub], ids=["flock", "pub_100ms"])
+def test_decide_of_peers(benchmark: Any, using: Any, peer: Any, engines: int) -> None:
+    """The peers: choose from the slots, or from the copy."""
+    end = using(frontend_end(using(peer.start(engines, 4)).spec, 0))
+
+    def decide() -> None:
+        for _ in range(20):
+            end.finished(end.choose())
+
+    benchmark(decide)
+
+
+@pytest.mark.benchmark(group="policy alone")
+@pytest.mark.parametrize("name", NAMES)
+def test_policy(benchmark: Any, using: Any, name: str) -> None:
+    """A policy, given what it sees: 8 engines, 4 front-ends."""
+    policy = by_name(name)
+    seen: list[tuple[View, Request]] = []
+
+    def watch(view: View, request: Request) -> int:
+        seen.append((view, request))
+        return policy(view, request)
+
+    watch.sees_work = True  # type: ignore[attr-defined]
+    still = using(StillBoard(8, 4, policy=watch))
+    still.frontend.choose(512, key="conversation")
+    view, request = seen[-1]
+    chosen = benchmark(policy, view, request)
+    assert chosen in view.ranks
+
+
+@pytest.mark.benchmark(group="route")
+@pytest.mark.parametrize("frontends", FRONTENDS)
+@pytest.mark.parametrize("engines", ENGINES)
+def test_route(benchmark: Any, using: Any, engines: int, frontends: int) -> None:
+    """Board: `route` and `done`, in a running group."""
+    still = using(StillBoard(engines, frontends))
+
+    def route_and_finish() -> None:
+        for route in [still.frontend.route(512) for _ in range(20)]:
+            route.done()
+
+    _timed(benchmark, still, route_and_finish)
+
+
+@pytest.mark.benchmark(group="snapshot")
+@pytest.mark.parametrize("frontends", FRONTENDS)
+@pytest.mark.parametrize("engines", ENGINES)
+def test_snapshot(benchmark: Any, using: Any, engines: int, frontends: int) -> None:
+    """Board: everything about every rank, as a structured array; for tools."""
+    still = using(StillBoard(engines, frontends))
+    benchmark.pedantic(still.frontend.snapshot, setup=still.beat, rounds=20, iterations=1, warmup_rounds=1)
+    assert len(still.frontend.snapshot()) == engines

@@ -33,13 +33,8 @@ def take(folder: Path) -> int | None:
             raise SegmentError(
                 f"cannot make {folder}: {e.strerror}. Set DPSHM_DIR to a folder on a tmpfs that you may write to"
             ) from e
-        info = folder.lstat()
-        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
-            raise SettingError(
-                f"{folder} is not a folder that only uid {os.geteuid()} can enter "
-                f"(mode {stat.filemode(info.st_mode)}, uid {info.st_uid}): remove it"
-            )
         try:
+            _check(folder)
             fd = _lock(folder)
         except FileNotFoundError:
             continue  # its last holder removed it just now
@@ -55,6 +50,15 @@ def remove(folder: Path) -> None:
         if fd is not None:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(fd)
+
+
+def _check(folder: Path) -> None:
+    info = folder.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
+        raise SettingError(
+            f"{folder} is not a folder that only uid {os.geteuid()} can enter "
+            f"(mode {stat.filemode(info.st_mode)}, uid {info.st_uid}): remove it"
+        )
 
 
 def _lock(folder: Path) -> int | None:

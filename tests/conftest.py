@@ -1,0 +1,42 @@
+"""Fixtures that every test may use: a group name of its own, and handles that never outlive the test."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from typing import Any
+
+import pytest
+
+from dpshm import segment
+from tests.support import leftovers
+
+_PREFIX = f"test{os.getpid()}-"
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_stays() -> Iterator[None]:
+    """Fails the run if any of its groups is left in the directory of segments."""
+    yield
+    assert leftovers(_PREFIX) == []
+
+
+@pytest.fixture
+def group() -> Iterator[str]:
+    """A group's name that no other test and no other run uses; fails a test that leaves something of it."""
+    name = f"{_PREFIX}{next(_numbers):05d}"
+    yield name
+    left = leftovers(name)
+    if segment.segment_path(name).exists():
+        segment.sweep(name)
+    assert left == []
+
+
+@pytest.fixture
+def using(group: str) -> Iterator[Callable[[Any], Any]]:
+    """`using(x)` gives `x` back and closes it when the test ends, the newest first."""
+    with ExitStack() as stack:
+        yield lambda x: stack.enter_context(closing(x))

@@ -1,0 +1,46 @@
+"""``dpshm events`` beside a group that things happen to."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.e2e.load import LoadedGroup, environment, run, stat
+from tests.support import wait_until
+
+
+@pytest.mark.slow
+def test_what_happens_is_told_as_it_happens_and_afterwards(group):
+    """Guards against events that only a follower sees, or that come late, twice, or in the wrong order."""
+    with LoadedGroup(group, ranks=4, rate=10, stall_timeout_s=0.5) as loaded:
+        command = [sys.executable, "-m", "dpshm", "events", "--json", "-g", group, "--history", "0"]
+        with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as follower:
+            # Nothing is said before something happens: a drain that it has seen shows that it looks.
+            run("drain", "0", "-g", group, "--no-wait")
+            while "rank_drained" not in follower.stdout.readline():
+                run("undrain", "0", "-g", group)
+                run("drain", "0", "-g", group, "--no-wait")
+            loaded.engines[1].kill()
+            wait_until(lambda: stat(group)["ranks"][1]["state"] == "dead")
+            loaded.engines[2].signal(signal.SIGSTOP)
+            wait_until(lambda: stat(group)["ranks"][2]["state"] == "stalled")
+            loaded.engines[2].signal(signal.SIGCONT)
+            wait_until(lambda: stat(group)["ranks"][2]["state"] in ("running", "idle"))
+            loaded.start_engine(1)
+            live = []
+            while not live or live[-1]["kind"] != "rank_joined":
+                live.append(json.loads(follower.stdout.readline()))
+            follower.send_signal(signal.SIGINT)
+            assert follower.wait(20) == 130
+        later = run("events", "--json", "--no-follow", "-g", group, "--history", "256").stdout.splitlines()
+        text = run("events", "--no-follow", "-g", group, "--history", "1").stdout
+    wanted = [("rank_died", 1), ("rank_stalled", 2), ("rank_recovered", 2), ("rank_joined", 1)]
+    assert [(e["kind"], e["row"]) for e in live][-4:] == wanted
+    assert [(e["kind"], e["row"]) for e in map(json.loads, later)][-4:] == wanted
+    # Wall-clock times of two processes for the same record.
+    assert json.loads(later[-1])["time"] == pytest.approx(live[-1]["time"], abs=0.05)
+    assert text.rstrip().endswith("rank 1 is back in a new process")

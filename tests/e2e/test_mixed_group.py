@@ -1,0 +1,172 @@
+"""Groups of which only some know dpshm: stock engines beside ours, stock front-ends beside ours."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from dpshm import Coordinator, Engine, Frontend, wire
+from dpshm.liveness import Verdict
+from dpshm.waves import Phase
+from tests.support import (
+    Remote,
+    StockEngine,
+    StockFrontend,
+    numbers,
+    polled,
+    publish_forever,
+    verdict,
+    wait_until,
+)
+
+
+def mixed(group, using, **settings):
+    """A coordinator of four ranks, two of ours (0, 1) and two stock ones (2, 3)."""
+    coordinator = using(Coordinator(group=group, dp_size=4, stats_interval_ms=5, **settings))
+    ours = [using(Engine.attach(group, dp_rank)) for dp_rank in (0, 1)]
+    stock = [using(StockEngine(coordinator.engine_addresses, dp_rank)) for dp_rank in (2, 3)]
+    for engine in stock:
+        assert engine.heard() == [wire.READY]
+    for engine in ours:
+        wait_until(lambda engine=engine: engine.poll(10) or engine.ready)
+    wait_until(lambda: [verdict(coordinator.board, e) for e in range(4)] == [Verdict.ALIVE] * 4)
+    return coordinator, ours, stock
+
+
+def test_our_frontends_route_to_all(group, using):
+    """Guards against stock engines that are never chosen, or always, because their row looks different."""
+    coordinator, ours, stock = mixed(group, using)
+    assert coordinator.board.snapshot()["stock"].tolist() == [False, False, True, True]
+    frontends = [using(Frontend.attach(group, owner=str(i))) for i in range(2)]
+    assert Counter(frontends[i % 2].route(10).dp_rank for i in range(20)) == dict.fromkeys(range(4), 5)
+    # Our engines take theirs in; of the stock ones' requests nobody knows but by their reports.
+    for engine in ours:
+        for f in range(2):
+            for _ in range(int(coordinator.board.sent_requests[f, engine.dp_rank])):
+                engine.receive(f, 10)
+        engine.publish(waiting=0, running=5)
+    stock[0].report(0, 5)
+    stock[1].report(1, 9)
+    wait_until(lambda: coordinator.board.snapshot()["requests"].tolist() == [5, 5, 5, 10])
+    assert coordinator.board.snapshot()["unseen"].tolist() == [0, 0, 0, 0]
+    assert Counter(frontends[i % 2].route(10).dp_rank for i in range(15)) == {0: 5, 1: 5, 2: 5}
+
+
+def test_bookings_at_stock_engines_heal(group, using):
+    """Guards against requests that finished on a stock engine and still count as on their way."""
+    coordinator, _, stock = mixed(group, using)
+    frontend = using(Frontend.attach(group))
+    routes = [frontend.route(10, dp_rank=2) for _ in range(4)]
+    assert frontend.snapshot()[2]["unseen"] == 4
+    stock[0].report(4, 0)
+    wait_until(lambda: frontend.snapshot()[2]["unseen"] == 0)
+    assert frontend.snapshot()[2]["requests"] == 4
+    for route in routes:
+        route.done()
+    stock[0].report(0, 0)
+    wait_until(lambda: frontend.snapshot()[2]["requests"] == 0)
+    frontend.route(10, dp_rank=2)
+    assert (frontend.snapshot()[2]["unseen"], frontend.snapshot()[2]["unseen_tokens"]) == (1, 10)
+    assert coordinator.dropped == {}
+
+
+def test_waves_include_everybody(group, using):
+    """Guards against a wave in which only one kind of engine takes part."""
+    coordinator, ours, stock = mixed(group, using)
+    stock_frontend = using(StockFrontend(coordinator.stats_publish_address))
+
+    def everybody_runs(wave, exclude):
+        for engine in stock:
+            assert wire.decode_start(engine.heard()[1]) == wire.StartMessage(wave, exclude)
+        wait_until(lambda: polled(ours))
+        wait_until(lambda: (coordinator.board.wave, coordinator.board.phase) == (wave, Phase.RUNNING))
+        assert stock_frontend.wait_for(lambda state: state.running).wave == wave
+        while any(engine.input.poll(20) for engine in stock):
+            for engine in stock:
+                engine.input.poll(0) and engine.input.recv_multipart()
+
+    def everybody_pauses(wave):
+        for engine in ours:
+            engine.wave_complete()
+        assert stock_frontend.wait_for(lambda state: not state.running).wave == wave + 1
+
+    stock_frontend.send(wire.encode_first_request(3, 0))
+    everybody_runs(0, None)
+    everybody_pauses(0)
+    using(Frontend.attach(group)).route(dp_rank=2)
+    everybody_runs(1, None)
+    everybody_pauses(1)
+    stock[1].send(wire.encode_wave_started(3, 2))
+    everybody_runs(2, 3)
+    everybody_pauses(2)
+    ours[1].receive(None, wave=3)
+    everybody_runs(3, 1)
+
+
+def test_stock_frontends_see_both_kinds(group, using):
+    """Guards against stock front-ends that see only engines which report over ZMQ."""
+    coordinator, ours, stock = mixed(group, using)
+    frontend = using(StockFrontend(coordinator.stats_publish_address))
+    ours[1].publish(waiting=1, running=2, kv_cache_usage=1.0)
+    stock[0].report(3, 4, 0.3)
+    expected = [(0, 0, 0.0), (1, 2, 1.0), (3, 4, 0.3), (0, 0, 0.0)]
+    frontend.wait_for(lambda state: numbers(state) == expected)
+
+
+def test_an_engine_that_changes_sides(group, using):
+    """Guards against a rolling upgrade that needs the whole group to stop, in either direction."""
+    coordinator, ours, stock = mixed(group, using)
+    stock[1].report(7, 7)
+    wait_until(lambda: coordinator.board.snapshot()[3]["requests"] == 14)
+    stock[1].close()
+    upgraded = using(Engine.attach(group, 3))
+    row = coordinator.board.snapshot()[3]
+    assert (row["stock"], row["requests"], row["verdict"]) == (False, 0, "alive")
+    upgraded.publish(waiting=0, running=1)
+    ours[0].close()
+    wait_until(lambda: verdict(coordinator.board, 0) is Verdict.ABSENT)
+    downgraded = using(StockEngine(coordinator.engine_addresses, 0))
+    downgraded.report(0, 2)
+    wait_until(lambda: verdict(coordinator.board, 0) is Verdict.ALIVE)
+    row = coordinator.board.snapshot()[0]
+    assert (row["stock"], row["requests"]) == (True, 2)
+    frontend = using(Frontend.attach(group))
+    assert {frontend.route().dp_rank for _ in range(16)} == {0, 1, 2, 3}
+
+
+def test_our_engines_die_and_stock_ones_stay(group, using):
+    """Guards against verdicts of one kind of engine that reach the other."""
+    coordinator = using(Coordinator(group=group, dp_size=2))
+    remote = using(Remote())
+    remote.run("engine = Engine.attach(group, 0)", group=group)
+    stock = using(StockEngine(coordinator.engine_addresses, 1))
+    assert stock.heard() == [wire.READY]
+    stock.report(0, 9)
+    publish_forever(remote)
+    frontend = using(Frontend.attach(group))
+    wait_until(lambda: coordinator.board.snapshot()["requests"].tolist() == [0, 9])
+    assert frontend.route().dp_rank == 0
+    remote.kill()
+    wait_until(lambda: verdict(coordinator.board, 0) is Verdict.DEAD)
+    assert {frontend.route().dp_rank for _ in range(6)} == {1}
+
+
+def test_stock_engines_survive_a_coordinator(group, using):
+    """Guards against stock engines that are never chosen again after the coordinator was replaced."""
+    first = using(Remote())
+    first.run("coordinator = Coordinator(group=group, dp_size=2)", group=group)
+    addresses = first.eval("coordinator.engine_addresses")
+    ours = using(Engine.attach(group, 0))
+    stock = using(StockEngine(addresses, 1))
+    assert stock.heard() == [wire.READY]
+    stock.report(0, 3)
+    wait_until(lambda: ours.board.snapshot()["stock"].tolist() == [False, True])
+    frontend = using(Frontend.attach(group))
+    first.kill()
+    ours.publish(waiting=0, running=9)
+    assert {frontend.route().dp_rank for _ in range(4)} == {1}
+    second = using(Coordinator(group=group, dp_size=2))
+    assert second.engine_addresses == addresses
+    stock.report(0, 20)
+    wait_until(lambda: second.board.snapshot()[1]["running"] == 20)
+    assert {frontend.route().dp_rank for _ in range(4)} == {0}
+    assert stock.heard()[0] in (wire.READY, wire.START_FRAME)

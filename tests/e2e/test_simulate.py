@@ -1,0 +1,147 @@
+"""``dpshm simulate`` and ``dpshm replay`` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpshm import Engine, Frontend
+from tests.support import LoneBoard, wait_until
+
+PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+SMALL = ("--rate", "9", "--requests", "150", "--seeds", "2")
+
+
+def command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Starts it."""
+    path = os.pathsep.join([PACKAGE_ROOT, os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "dpshm", *arguments],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ran(*arguments: str) -> tuple[int, str, str]:
+    """Its exit status, stdout and stderr."""
+    with command(*arguments) as process:
+        out, err = process.communicate()
+    return process.returncode, out, err
+
+
+@pytest.mark.slow
+def test_simulate_prints_what_it_promises():
+    """Guards against scripts that break: the names in the JSON are documented."""
+    status, out, err = ran("simulate", *SMALL, "--policies", "vllm,least_work", "--slow", "3:2", "--json")
+    assert status == 0
+    assert all(line.startswith("dpshm simulate: ") for line in err.splitlines())  # progress, if it takes long
+    found = json.loads(out)
+    assert [(r["policy"], r["information"]) for r in found["results"]] == [
+        *(("vllm", "broadcast"), ("least_work", "live"), ("oracle", "live")),
+    ]
+    for result in found["results"]:
+        assert {"mean", "p50", "p99"} <= result["ttft_ms"].keys()
+        assert {"mean", "p50", "p99"} <= result["e2e_ms"].keys()
+        assert result["imbalance"] > 0
+        assert result["prefix_hit_rate"] is None
+        assert result["regret"] is not None
+
+
+@pytest.mark.slow
+def test_simulate_for_people():
+    """Guards against a table or a plot that cannot be made."""
+    status, out, err = ran(
+        "simulate",
+        *SMALL,
+        "--policies",
+        "least_work,affinity:epsilon=0.5",
+        "--information",
+        "live,scrape",
+        "--plot",
+    )
+    assert status == 0, err
+    assert "8 engines, 8 front-ends, workload: built-in chat at 9x, 150 requests" in out
+    for name in ("least_work on live", "affinity:epsilon=0.5 on scrape", "oracle on live"):
+        assert name in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--policies", "best"), "no policy 'best': choose one of affinity, "),
+        (("--information", "dead"), "no information model 'dead'"),
+        (("--slow", "3"), "--slow '3' is not RANK:FACTOR, such as 3:2"),
+        (("--restart", "3:1"), "--restart '3:1' is not RANK:AT:FOR"),
+        (("--trace", "/none"), "cannot read the trace /none"),
+        (("--engines", "0"), "engines is 0: choose 1 to 4096"),
+    ],
+)
+def test_simulate_refuses(arguments, message):
+    """Guards against a traceback where a sentence would do."""
+    status, out, err = ran("simulate", *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("dpshm: error: ")
+    assert message in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_simulate_ends_when_it_is_told(signum):
+    """Guards against workers that go on after Ctrl-C."""
+    mark = secrets.token_hex(8)
+
+    def alive() -> int:
+        found = 0
+        for entry in Path("/proc").iterdir():
+            try:
+                found += entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes()
+            except OSError:
+                continue
+        return found
+
+    options = ("--requests", "1000000", "--processes", "2", "--no-oracle")
+    with command("simulate", *options, DPSHM_TEST_RUN=mark) as process:
+        wait_until(lambda: alive() >= 3)
+        process.send_signal(signum)
+        _, err = process.communicate()
+    assert process.returncode == 128 + signum
+    assert f"ended by {signum.name}; nothing is left behind" in err
+    wait_until(lambda: not alive())
+
+
+def test_replay(group, using, tmp_path):
+    """Guards against a recording that the command cannot read, also while it is written."""
+    using(LoneBoard(group, watched=False, dp_size=2))
+    engines = [using(Engine.attach(group, rank)) for rank in (0, 1)]
+    engines[0].publish(waiting=0, running=5)
+    ring = tmp_path / "ring"
+    frontend = using(Frontend.attach(group, policy="round_robin", record=ring))
+    for _ in range(10):
+        frontend.route(100).done()
+    table = tmp_path / "out.csv"
+    arguments = ("replay", str(ring), "--policy", "least_loaded")
+    status, out, err = ran(*arguments, "--json", "--export", str(table))
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert (found["group"], found["decisions"], found["agreed"]) == (group, 10, 5)
+    assert (found["by_rank"], found["other_by_rank"]) == ([5, 5], [0, 10])
+    assert len(table.read_text().splitlines()) == 21
+    status, out, err = ran(*arguments)
+    assert (status, err) == (0, "")
+    assert "10, 5 of them the same (50.0%)" in out
+    status, out, err = ran("replay", str(ring), "--policy", "least_work")
+    assert (status, out) == (2, "")
+    assert "the ring has none" in err
+    status, _, err = ran("replay", str(tmp_path / "none"))
+    assert status == 2
+    assert "cannot read the decision ring" in err

@@ -1,0 +1,38 @@
+"""What must hold of any deployment, asserted the same way with dpshm and without it."""
+
+from __future__ import annotations
+
+from tests.support import wait_until
+
+BURST = [(1 + 37 * i % 300, 1 + 7 * i % 40) for i in range(96)]
+"""Requests as (prompt tokens, tokens to generate)."""
+
+
+def answers_a_burst(server):
+    """Every request of a burst gets as many tokens as it asked for."""
+    assert server.generate_all(BURST) == [max_tokens for _, max_tokens in BURST]
+
+
+def is_idle(board):
+    """Whether nothing waits, runs or is on its way."""
+    rows = board.snapshot()
+    return not rows["requests"].any() and not rows["prefill_backlog"].any() and (rows["state"] == "idle").all()
+
+
+def board_agrees_with_vllm(server):
+    """When idle, the board tells of each rank what vLLM's own metrics tell."""
+    with server.board() as board:
+        wait_until(lambda: is_idle(board))
+        rows = board.snapshot()
+        pairs = {
+            "requests_finished": server.metric("vllm:request_success_total"),
+            "generation_tokens": server.metric("vllm:generation_tokens_total"),
+            "prompt_tokens": server.metric("vllm:prompt_tokens_by_source_total", source="local_compute"),
+            "waiting": server.metric("vllm:num_requests_waiting"),
+            "running": server.metric("vllm:num_requests_running"),
+        }
+        for name, theirs in pairs.items():
+            assert {int(r["dp_rank"]): float(r[name]) for r in rows} == theirs, name
+        sent, received = board.sent_requests, board.received_requests
+        assert (sent[:, : len(rows)] == received[: len(rows), :].T).all()
+        assert (board.sent_tokens[:, : len(rows)] == board.received_tokens[: len(rows), :].T).all()

@@ -1,0 +1,42 @@
+"""Real servers, one at a time: each is started for its tests and ended after them, whatever they did."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.e2e.vllm import environment
+from tests.e2e.vllm.server import Server
+
+
+def pytest_collection_modifyitems(items):
+    """All of it is slow, and none of it runs without vLLM."""
+    reason = environment.why_not()
+    for item in items:
+        if "tests/e2e/vllm/" in item.path.as_posix():
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.timeout(900))
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _dpshm_is_installed():
+    """This checkout is what vLLM's environment has."""
+    if environment.why_not() is None:
+        environment.install_dpshm(environment.folder())
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory):
+    """`serve(model, *arguments, **environment)` gives a server that answers; it ends with the module's tests."""
+    servers = []
+
+    def start(model, *arguments, **env):
+        server = Server(tmp_path_factory.mktemp("vllm"), model, *arguments, **env)
+        servers.append(server)
+        server.wait_ready()
+        return server
+
+    yield start
+    for server in servers:
+        server.stop()

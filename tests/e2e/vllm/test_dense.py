@@ -1,0 +1,35 @@
+"""A real dense model on the CPU with two ranks and two API servers, dpshm installed and nothing else changed."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.e2e.vllm import checks
+
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def server(serve):
+    """The server of this module."""
+    return serve("dense", "--data-parallel-size", str(RANKS), "--api-server-count", "2")
+
+
+def test_the_log_says_that_dpshm_is_active(server):
+    """Guards against a plugin of which nobody can tell whether it works."""
+    assert server.log.count(f"coordinates group '{server.group}': {RANKS} ranks, 2 API servers") == 1
+    assert server.log.count("publishes to the board") == RANKS
+    assert server.log.count("chooses by the board") == 2
+
+
+def test_requests_are_answered_and_the_board_agrees(server):
+    """Guards against requests lost or cut short, and against a board that tells another story than vLLM."""
+    checks.answers_a_burst(server)
+    checks.board_agrees_with_vllm(server)
+
+
+def test_the_coordinator_is_small(server):
+    """Guards against a coordinator that imports the server again: half a gigabyte and seconds of start."""
+    with server.board() as board, open(f"/proc/{int(board.coordinator_pid[0])}/statm") as f:
+        resident_mb = int(f.read().split()[1]) * 4096 / 1e6
+    assert resident_mb < 100

@@ -1,0 +1,244 @@
+"""Processes that die, stop and come back, and what everybody else sees of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from dpshm import Coordinator, Engine, Frontend, NoEngineAvailable, RowInUse
+from dpshm.liveness import Verdict
+from tests.support import (
+    Remote,
+    RemoteError,
+    frontend_verdict,
+    gone,
+    publish_forever,
+    verdict,
+    wait_until,
+)
+
+
+@pytest.fixture
+def coordinator(group, using):
+    """A coordinator of three ranks that calls an engine stalled after 0.3 s."""
+    return using(Coordinator(group=group, dp_size=3, stall_timeout_s=0.3))
+
+
+def attach(using, group, dp_rank):
+    """An engine in a process of its own."""
+    remote = using(Remote())
+    remote.run("engine = Engine.attach(group, dp_rank)", group=group, dp_rank=dp_rank)
+    return remote
+
+
+def chosen(frontend, count=9):
+    """The ranks that a front-end chooses; none if there is nobody to choose."""
+    ranks = set()
+    for _ in range(count):
+        try:
+            route = frontend.route()
+        except NoEngineAvailable:
+            return set()
+        ranks.add(route.dp_rank)
+        route.cancel()
+    return ranks
+
+
+def test_a_killed_engine_is_skipped(coordinator, group, using):
+    """Guards against requests that go to an engine that is gone."""
+    remotes = [attach(using, group, dp_rank) for dp_rank in range(3)]
+    frontend = using(Frontend.attach(group))
+    assert chosen(frontend) == {0, 1, 2}
+    booked = [frontend.route(10, dp_rank=1) for _ in range(5)]
+    remotes[1].kill()
+    wait_until(lambda: verdict(coordinator.board, 1) is Verdict.DEAD)
+    assert chosen(frontend) == {0, 2}
+    with pytest.raises(NoEngineAvailable, match="engine 1"):
+        frontend.route(dp_rank=1)
+    for remote in (remotes[0], remotes[2]):
+        remote.kill()
+    wait_until(lambda: set(coordinator.board.snapshot()["state"].tolist()) == {"dead"})
+    with pytest.raises(NoEngineAvailable, match="0 dead, 1 dead, 2 dead"):
+        frontend.route()
+    again = using(Engine.attach(group, 1))
+    assert chosen(frontend) == {1}
+    for route in booked:
+        route.cancel()
+    again.publish(waiting=0, running=0)
+    assert frontend.snapshot()[1]["requests"] == 0
+
+
+def test_a_stopped_engine_is_skipped_until_it_moves(coordinator, group, using):
+    """Guards against requests that wait for an engine which is wedged, and one that never gets any again."""
+    remotes = [attach(using, group, dp_rank) for dp_rank in range(2)]
+    frontend = using(Frontend.attach(group))
+    for remote in remotes:
+        publish_forever(remote, waiting=1)
+    wait_until(lambda: coordinator.board.snapshot()["waiting"].tolist()[:2] == [1, 1])
+    remotes[0].signal(signal.SIGSTOP)
+    wait_until(lambda: verdict(coordinator.board, 0) is Verdict.STALLED)
+    wait_until(lambda: verdict(coordinator.board, 1) is Verdict.ALIVE)
+    wait_until(lambda: chosen(frontend) == {1})
+    assert frontend.route(dp_rank=0).dp_rank == 0  # it may still be named
+    with pytest.raises(RowInUse, match=str(remotes[0].pid)):  # and it still has its row
+        Engine.attach(group, 0)
+    remotes[0].signal(signal.SIGCONT)
+    wait_until(lambda: verdict(coordinator.board, 0) is Verdict.ALIVE)
+    for _ in range(3):
+        frontend.route(dp_rank=1)  # the other has as many as this one now, and some more
+    wait_until(lambda: chosen(frontend) == {0})
+
+
+def test_a_stopped_engine_without_work_is_alive(coordinator, group, using):
+    """Guards against idle engines being taken out; one that is stopped shows when it gets work."""
+    remote = attach(using, group, 0)
+    frontend = using(Frontend.attach(group))
+    remote.run("engine.publish(waiting=0, running=0)")
+    remote.signal(signal.SIGSTOP)
+    with pytest.raises(AssertionError, match="in vain"):
+        wait_until(lambda: verdict(coordinator.board, 0) is not Verdict.ALIVE, 0.6)
+    frontend.route()
+    wait_until(lambda: verdict(coordinator.board, 0) is Verdict.STALLED)
+    with pytest.raises(NoEngineAvailable, match="0 stalled"):
+        frontend.route()
+    remote.signal(signal.SIGCONT)
+    remote.run("engine.receive(0)\nengine.publish(waiting=0, running=1)")
+    wait_until(lambda: verdict(coordinator.board, 0) is Verdict.ALIVE)
+
+
+def test_a_stopped_engine_that_is_killed_is_dead(coordinator, group, using):
+    """Guards against a stalled engine whose death nobody notices, so that its rank cannot be restarted."""
+    remote = attach(using, group, 0)
+    publish_forever(remote, waiting=1)
+    wait_until(lambda: coordinator.board.snapshot()[0]["waiting"] == 1)
+    remote.signal(signal.SIGSTOP)
+    wait_until(lambda: verdict(coordinator.board, 0) is Verdict.STALLED)
+    remote.kill()
+    wait_until(lambda: verdict(coordinator.board, 0) is Verdict.DEAD)
+    using(Engine.attach(group, 0))
+    assert verdict(coordinator.board, 0) is Verdict.ALIVE
+
+
+def test_a_killed_frontends_bookings_leave_the_sums(coordinator, group, using):
+    """Guards against requests that died with their front-end and weigh on an engine for ever."""
+    using(Engine.attach(group, 0))
+    remotes = [using(Remote()) for _ in range(2)]
+    for i, remote in enumerate(remotes):
+        remote.run(
+            "frontend = Frontend.attach(group, owner=owner)\nroutes = [frontend.route(10) for _ in range(5)]",
+            group=group,
+            owner=str(i),
+        )
+    observer = using(Frontend.attach(group))
+    assert observer.snapshot()[0]["unseen"] == 10
+    index = remotes[0].eval("frontend.index")
+    remotes[0].kill()
+    wait_until(lambda: frontend_verdict(coordinator.board, index) is Verdict.DEAD)
+    assert (observer.snapshot()[0]["unseen"], observer.snapshot()[0]["unseen_tokens"]) == (5, 50)
+    remotes[1].run("frontend.close()")
+    wait_until(lambda: observer.snapshot()[0]["unseen"] == 0)
+
+
+def test_a_stopped_frontends_bookings_stay(coordinator, group, using):
+    """Guards against the bookings of a front-end that is merely slow: its requests are on their way."""
+    using(Engine.attach(group, 0))
+    remote = using(Remote())
+    remote.run("frontend = Frontend.attach(group)\nroute = frontend.route()", group=group)
+    remote.signal(signal.SIGSTOP)
+    with pytest.raises(AssertionError, match="in vain"):
+        wait_until(lambda: coordinator.board.snapshot()[0]["unseen"] != 1, 0.6)
+    remote.signal(signal.SIGCONT)
+
+
+def test_a_forked_worker_that_outlives_its_engine(coordinator, group, using):
+    """Guards against an engine kept alive by a worker that it forked: such a worker may hang for long."""
+    remote = attach(using, group, 0)
+    remote.run(
+        """
+if (child := os.fork()) == 0:
+    if (grandchild := os.fork()) == 0:
+        signal.pause()
+    signal.pause()
+    os._exit(0)
+"""
+    )
+    child = remote.eval("child")
+    try:
+        remote.kill()
+        wait_until(lambda: verdict(coordinator.board, 0) is Verdict.DEAD)
+        assert not gone(child)
+    finally:
+        for pid in (*_children(child), child):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as f:
+        return [int(p) for p in f.read().split()]
+
+
+def test_a_worker_made_by_multiprocessing_does_not_keep_the_row(coordinator, group, using):
+    """Guards against the default way in which servers make workers; children see the handle as forked."""
+    remote = using(Remote())
+    remote.run(
+        """
+import multiprocessing, threading
+engine = Engine.attach(group, 0)
+
+def work(connection):
+    try:
+        engine.publish(waiting=1, running=1)
+    except HandleForked:
+        connection.send(os.getpid())
+    signal.pause()
+
+multiprocessing.current_process()._config["daemon"] = False
+ours, theirs = multiprocessing.Pipe()
+worker = multiprocessing.get_context("fork").Process(target=work, args=(theirs,), daemon=True)
+worker.start()
+pid = ours.recv()
+""",
+        group=group,
+    )
+    pid = remote.eval("pid")
+    try:
+        remote.kill()
+        wait_until(lambda: verdict(coordinator.board, 0) is Verdict.DEAD)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_without_a_coordinator(group, using):
+    """Guards against routing that needs a coordinator: dead ones are skipped, new ones found, bookings counted."""
+    keeper = using(Remote())
+    keeper.run("coordinator = Coordinator(group=group, dp_size=3)", group=group)
+    remotes = [attach(using, group, dp_rank) for dp_rank in range(2)]
+    frontend = using(Frontend.attach(group))
+    other = using(Remote())
+    other.run(
+        "frontend = Frontend.attach(group)\nroutes = [frontend.route(dp_rank=0) for _ in range(4)]", group=group
+    )
+    keeper.kill()
+    assert chosen(frontend) == {1}  # the other's bookings are seen
+    remotes[1].kill()
+    wait_until(lambda: chosen(frontend) == {0})
+    third = attach(using, group, 2)
+    wait_until(lambda: chosen(frontend) == {2})
+    other.kill()
+    wait_until(lambda: chosen(frontend) == {0, 2})
+    coordinator = using(Coordinator(group=group, dp_size=3))
+    assert coordinator.board.snapshot()["verdict"].tolist() == ["alive", "dead", "alive"]
+    assert chosen(frontend) == {0, 2}
+    third.kill()
+    wait_until(lambda: chosen(frontend) == {0})
+
+
+def test_the_dead_cannot_be_heard(coordinator, group, using):
+    """Guards against tests of this module that cannot fail: a killed process has to be gone."""
+    remote = attach(using, group, 0)
+    remote.kill()
+    assert gone(remote.pid)
+    with pytest.raises((RemoteError, BrokenPipeError, ConnectionResetError)):
+        remote.eval("1")

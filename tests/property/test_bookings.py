@@ -1,0 +1,244 @@
+"""Bookings heal: whatever becomes of requests, engines and front-ends, and in whatever order, the sums come right.
+
+One board, its engines and its front-ends in one process, driven by hypothesis step by step; the watcher's rounds
+are called by hand, so nothing waits. A request's message is in its engine's inbox until it is received; it may be
+refused by the sender's socket, lost, or taken in; processes may be killed with messages on their way.
+
+In half of the runs there are *ghosts* too: messages that arrive although their request was given up before (its
+client left), or at a successor of the engine that they were sent to. Nobody can count these right at once, so
+there only the end is checked: nothing may last.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from dpshm import Engine, Frontend, NoEngineAvailable
+from tests.support import HandWatch, LoneBoard
+
+RANKS = 2
+ROWS = 24
+RESTARTS = ROWS - 6
+_numbers = itertools.count()
+
+indexes = st.integers(0, 1 << 16)
+
+
+class Request:
+    """One request, its booking and its message."""
+
+    def __init__(self, route, frontend):
+        self.route = route
+        self.frontend = frontend
+        self.row = frontend.index
+        self.dp_rank = route.dp_rank
+        self.tokens = route.prompt_tokens
+        self.over = False  # its front-end has called done or cancel, or is gone
+
+
+class Bookings(RuleBasedStateMachine):
+    """The group; see the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.group = f"test{os.getpid()}-bookings-{next(_numbers)}"
+        self.board = LoneBoard(self.group, engines=RANKS, frontends=ROWS, waves=False)
+        self.watch = HandWatch(self.board)
+        self.engines = [None] * RANKS
+        self.frontends = []
+        self.restarts = 0
+        self.open = []  # requests that their front-ends still wait for
+        self.inbox = [[] for _ in range(RANKS)]  # on their way
+        self.received = [[] for _ in range(RANKS)]  # by the engine, and not published
+        self.holding = [0] * RANKS  # requests that the engine has
+        self.pick = 0
+        for dp_rank in range(RANKS):
+            self.start_engine(dp_rank)
+
+    @initialize(ghosts=st.booleans())
+    def begin(self, ghosts):
+        self.ghosts = ghosts
+        self.start_frontend("a")
+
+    # Front-ends.
+
+    def policy(self, view, request):
+        assert view.unseen == self.board.snapshot()["unseen"].tolist()
+        return view.ranks[self.pick % len(view.ranks)]
+
+    @precondition(lambda self: len(self.frontends) < 3 and self.restarts < RESTARTS)
+    @rule(owner=st.sampled_from("ab"))
+    def start_frontend(self, owner):
+        frontend = Frontend.attach(self.group, owner=owner, policy=self.policy)
+        self.watch.after(0.05)
+        if not self.ghosts:
+            for dp_rank, inbox in enumerate(self.inbox):
+                assert self.engines[dp_rank] is None or frontend.index not in {r.row for r in inbox}
+        self.frontends.append(frontend)
+
+    @precondition(lambda self: self.frontends)
+    @rule(which=indexes, killed=st.booleans())
+    def end_frontend(self, which, killed):
+        frontend = self.frontends.pop(which % len(self.frontends))
+        self.restarts += 1
+        for request in self.open:
+            request.over |= request.frontend is frontend
+        self.open = [request for request in self.open if not request.over]
+        if killed:
+            frontend.board.close()  # the lock goes and nothing else happens, as with SIGKILL
+        else:
+            frontend.close()
+        self.watch.after(0.05)
+
+    # Requests.
+
+    @precondition(lambda self: self.frontends)
+    @rule(which=indexes, pick=indexes, tokens=st.integers(0, 50), pinned=st.booleans())
+    def route(self, which, pick, tokens, pinned):
+        frontend = self.frontends[which % len(self.frontends)]
+        self.pick = pick
+        try:
+            route = frontend.route(tokens, dp_rank=pick % RANKS if pinned else None)
+        except NoEngineAvailable:
+            assert self.engines[pick % RANKS] is None if pinned else self.engines == [None] * RANKS
+            return
+        request = Request(route, frontend)
+        self.open.append(request)
+        self.inbox[request.dp_rank].append(request)
+
+    @precondition(lambda self: any(self.inbox))
+    @rule(which=indexes, told=st.booleans())
+    def lose(self, which, told):
+        on_their_way = [r for inbox in self.inbox for r in inbox if r.frontend in self.frontends and not r.over]
+        if not on_their_way:
+            return
+        request = on_their_way[which % len(on_their_way)]
+        self.inbox[request.dp_rank].remove(request)
+        if told:  # the socket refused it
+            self.open.remove(request)
+            request.over = True
+            request.route.cancel()
+            request.route.cancel()
+
+    @precondition(lambda self: self.open)
+    @rule(which=indexes, cancel=st.booleans())
+    def end(self, which, cancel):
+        request = self.open[which % len(self.open)]
+        unseen = request in self.inbox[request.dp_rank] or request in self.received[request.dp_rank]
+        if unseen and not self.ghosts:
+            return
+        self.open.remove(request)
+        request.over = True
+        if cancel and self.ghosts:
+            request.route.cancel()  # although it was sent
+        request.route.done()
+
+    # Engines.
+
+    @rule(dp_rank=st.integers(0, RANKS - 1), which=indexes, many=st.booleans())
+    def receive(self, dp_rank, which, many):
+        engine, inbox = self.engines[dp_rank], self.inbox[dp_rank]
+        if engine is None or not inbox:
+            return
+        for _ in range(len(inbox) if many else 1):
+            request = inbox.pop(which % len(inbox))
+            engine.receive(request.row, request.tokens)
+            self.received[dp_rank].append(request)
+
+    @rule(dp_rank=st.integers(0, RANKS - 1))
+    def publish(self, dp_rank):
+        if self.engines[dp_rank] is not None:
+            self.holding[dp_rank] += len(self.received[dp_rank])
+            self.received[dp_rank].clear()
+            self.engines[dp_rank].publish(waiting=self.holding[dp_rank], running=0)
+
+    @rule(dp_rank=st.integers(0, RANKS - 1), killed=st.booleans())
+    def end_engine(self, dp_rank, killed):
+        engine, self.engines[dp_rank] = self.engines[dp_rank], None
+        if engine is None:
+            return
+        if killed:
+            engine.socket.close()
+            engine._output.close()
+            engine.board.close()
+        else:
+            engine.close()
+        self.watch.after(0.05)
+
+    @rule(dp_rank=st.integers(0, RANKS - 1))
+    def start_engine(self, dp_rank):
+        if self.engines[dp_rank] is not None:
+            return
+        self.engines[dp_rank] = Engine.attach(self.group, dp_rank)
+        self.watch.after(0.05)
+        self.received[dp_rank].clear()
+        self.holding[dp_rank] = 0
+        assert self.board.snapshot()[dp_rank]["unseen"] == 0  # what its predecessor had not received is gone
+        if not getattr(self, "ghosts", False):
+            self.inbox[dp_rank].clear()  # what was on its way went to a socket that is gone
+
+    # What always holds.
+
+    @invariant()
+    def no_live_booking_is_missed(self):
+        snapshot = self.board.snapshot()
+        for frontend in self.frontends:
+            assert frontend.snapshot()["unseen"].tolist() == snapshot["unseen"].tolist()
+        for dp_rank in range(RANKS):
+            unseen, unseen_tokens = snapshot[dp_rank]["unseen"], snapshot[dp_rank]["unseen_tokens"]
+            assert unseen <= sum(request.dp_rank == dp_rank for request in self.open)
+            if self.ghosts:
+                continue
+            on_their_way = [
+                request
+                for request in self.inbox[dp_rank] + self.received[dp_rank]
+                if not request.over and request.frontend in self.frontends
+            ]
+            assert unseen >= len(on_their_way)
+            assert unseen_tokens >= sum(request.tokens for request in on_their_way)
+
+    def teardown(self):
+        try:
+            self.everything_ends()
+        finally:
+            for handle in [*self.frontends, *self.engines, self.watch, self.board]:
+                if handle is not None:
+                    handle.close()
+
+    def everything_ends(self):
+        for dp_rank in range(RANKS):
+            self.start_engine(dp_rank)
+            self.receive(dp_rank, 0, True)
+            self.publish(dp_rank)
+        for request in self.open:
+            request.route.done()
+        snapshot = self.board.snapshot()
+        assert snapshot["unseen"].tolist() == [0] * RANKS
+        assert snapshot["unseen_tokens"].tolist() == [0] * RANKS
+        assert snapshot["waiting"].tolist() == self.holding
+        for frontend in self.frontends:  # and the next one counts
+            for dp_rank in range(RANKS):
+                frontend.route(7, dp_rank=dp_rank)
+        assert self.board.snapshot()["unseen"].tolist() == [len(self.frontends)] * RANKS
+        assert self.board.snapshot()["unseen_tokens"].tolist() == [7 * len(self.frontends)] * RANKS
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="stores of one thread are seen in order on x86 alone")
+class TestBookings(Bookings.TestCase):
+    """Guards against counts that a lost, refused, late or doubled message, or a restart, leaves wrong for ever."""
+
+    settings = settings(
+        max_examples=40,
+        stateful_step_count=40,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )

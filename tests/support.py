@@ -1,0 +1,355 @@
+"""What several test modules need: waiting, processes told what to do line by line, the sockets of stock peers.
+
+Nothing here knows how long anything may take: `wait_until` has one generous deadline, so that a test which
+hangs ends with a sentence and not with the run.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+import msgspec
+import zmq
+
+from dpshm import Engine, segment, wire
+from dpshm import board as board_module
+from dpshm.board import Board
+from dpshm.liveness import Verdict
+from dpshm.marks import Marks
+from dpshm.segment import Segment, coordinator_byte, make_header
+from dpshm.watch_thread import WatchThread
+
+PATIENCE_S = 30.0
+HEARING_S = 10.0
+NOWHERE = "ipc:///nowhere/dpshm"
+HOUR_NS = 3_600_000_000_000
+_encode = msgspec.msgpack.encode
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
+    """Calls `condition` until it gives something true, and returns that.
+
+    Raises:
+        AssertionError: it did not within `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"waited {timeout_s:g} s in vain"
+        time.sleep(0.002)
+    return result
+
+
+def polled(engines: Iterable[Engine]) -> bool:
+    """Has each engine look at its messages; whether all of them run."""
+    return all([engine.poll(1) for engine in engines])  # noqa: C419 - each has to look
+
+
+def count_fds() -> int:
+    """How many descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def count_threads() -> int:
+    """How many threads of dpshm this process has."""
+    return sum(thread.name.startswith("dpshm") for thread in threading.enumerate())
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended (a zombie has)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:
+            stat = f.read()
+    except OSError:
+        return True
+    return stat[stat.rindex(b")") + 2 :].split()[0] in (b"Z", b"X")
+
+
+class LoneBoard(Board):
+    """A board without any coordinator: nobody holds its lock, and no thread changes it behind the test's back.
+
+    Its addresses are nowhere, and what handles on it send waits in their sockets. Its marks are the test's to set;
+    they count for the front-ends of this process, which believe for an hour that somebody watches. With `watched`
+    False nobody ever did, and front-ends test the locks by themselves.
+    """
+
+    def __init__(
+        self,
+        group: str,
+        *,
+        engines: int = 4,
+        frontends: int = 4,
+        dp_size: int = 2,
+        waves: bool = True,
+        watched: bool = True,
+    ) -> None:
+        header = make_header(
+            group,
+            engines,
+            frontends,
+            stats_address=NOWHERE,
+            engine_input_address=NOWHERE,
+            engine_output_address=NOWHERE,
+            settings={"mode": "internal", "waves": waves, "counts_with_kv": True},
+        )
+        super().__init__(Segment.create(header))
+        self.segment.unlock(coordinator_byte(header.columns))
+        self.marks = Marks(self)
+        self.marks.set_dp_size(dp_size)
+        self._patience_ns = board_module.COORDINATOR_SILENCE_NS
+        if watched:
+            board_module.COORDINATOR_SILENCE_NS = HOUR_NS
+            self.coordinator_beat[0] = time.monotonic_ns()
+            self.mark(range(dp_size), Verdict.ALIVE)
+            for f in range(frontends):
+                self.marks.set_frontend(f, Verdict.ALIVE)
+
+    def mark(self, dp_ranks: Iterable[int], verdict: Verdict) -> None:
+        """Gives some engines a verdict."""
+        for dp_rank in dp_ranks:
+            self.marks.set_engine(dp_rank, verdict=verdict)
+
+    def close(self) -> None:
+        """Removes the segment too."""
+        board_module.COORDINATOR_SILENCE_NS = self._patience_ns
+        if self.segment.usable:
+            self.segment.unlink()
+        super().close()
+
+
+class HandWatch(WatchThread):
+    """A watch thread whose rounds the test calls, at times of its choosing; the thread runs only to be ended."""
+
+    def __init__(self, board: LoneBoard, stall_timeout_ns: int = 60_000_000_000) -> None:
+        super().__init__(board, board.marks, stall_timeout_ns)
+        self.board = board
+        self.now_ns = time.monotonic_ns()
+
+    def after(self, seconds: float) -> Verdict:
+        """A round so much later; the verdict on rank 0."""
+        self.now_ns += round(seconds * 1e9)
+        self.round(self.now_ns)
+        return verdict(self.board, 0)
+
+    def close(self) -> None:
+        """Ends it."""
+        self._stop_asked = True
+        self.start()
+        self.stop()
+
+
+def leftovers(group_prefix: str) -> list[str]:
+    """What groups of such names have left in the directory of segments."""
+    wanted = segment.FILE_PREFIX + group_prefix
+    return sorted(name for name in os.listdir(segment.directory()) if name.startswith(wanted))
+
+
+def verdict(board: Board, dp_rank: int) -> Verdict:
+    """An engine's verdict."""
+    return Verdict(int(board.engine_mark[dp_rank]) & 3)
+
+
+def frontend_verdict(board: Board, index: int) -> Verdict:
+    """A front-end's verdict."""
+    return Verdict(int(board.frontend_mark[index]) & 3)
+
+
+# Processes.
+
+
+class RemoteError(Exception):
+    """What was raised in a `Remote`: its type's name and its message."""
+
+
+class Remote:
+    """A process that runs the code it is told, in one thread and one namespace, until it is closed or killed.
+
+    The namespace has all of dpshm, `os`, `time`, and `told()`: whether there is something new to do, which ends
+    the loops given to `begin`. It comes from multiprocessing's fork server, a clean process with one thread that
+    has imported all this already. A `Remote` whose parent dies ends by itself.
+    """
+
+    def __init__(self) -> None:
+        ours, theirs = _context.Pipe()
+        self._connection = ours
+        self._begun = False
+        self._process = _context.Process(target=_remote_main, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def run(self, code: str, **values: Any) -> None:
+        """Runs statements there; `values` become names first."""
+        self._ask("exec", code, values)
+
+    def eval(self, code: str, **values: Any) -> Any:
+        """The value of an expression there."""
+        return self._ask("eval", code, values)
+
+    def begin(self, code: str, **values: Any) -> None:
+        """Begins statements there and returns at once; they end when `told()`, that is at the next call here."""
+        self._settle()
+        self._connection.send(("exec", code, values))
+        self._begun = True
+
+    def signal(self, number: int) -> None:
+        """Sends it a signal."""
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL; returns once it is gone."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        wait_until(lambda: gone(self.pid))
+        self._process.join()
+
+    def close(self) -> None:
+        """Ends it, whatever it is in."""
+        self._connection.close()
+        if self._process.is_alive():
+            self.kill()
+        self._process.join()
+        self._process.close()
+
+    def _ask(self, kind: str, code: str, values: dict[str, Any]) -> Any:
+        self._settle()
+        self._connection.send((kind, code, values))
+        return self._answer()
+
+    def _settle(self) -> None:
+        if self._begun:
+            self._begun = False
+            self._connection.send(("eval", "None", {}))
+            self._answer()
+            self._answer()
+
+    def _answer(self) -> Any:
+        assert self._connection.poll(PATIENCE_S), f"process {self.pid} did not answer"
+        try:
+            fine, value = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            raise RemoteError(f"it ended with exit status {self._process.exitcode}") from None
+        if not fine:
+            raise RemoteError(value)
+        return value
+
+
+def _remote_main(connection: Connection) -> None:
+    names: dict[str, Any] = {"told": lambda: connection.poll(0)}
+    exec("import os, time, signal, threading\nfrom dpshm import *", names)
+    while True:
+        try:
+            kind, code, values = connection.recv()
+        except (EOFError, OSError):
+            os._exit(0)
+        names.update(values)
+        try:
+            value = eval(code, names) if kind == "eval" else exec(code, names)
+            connection.send((True, value))
+        except Exception as e:
+            connection.send((False, f"{type(e).__name__}: {e}"))
+
+
+_context = get_context("forkserver")
+_context.set_forkserver_preload(["dpshm", "msgspec", "zmq"])
+
+LOOP = """
+while not told():
+    {0}.poll(1)
+    {0}.publish(waiting={1}, running={2})
+"""
+
+
+def publish_forever(remote: Remote, waiting: int = 0, running: int = 0) -> None:
+    """Has a `Remote`'s `engine` poll and publish until it is told something else."""
+    remote.begin(LOOP.format("engine", waiting, running))
+
+
+# Stock peers: plain sockets, as vLLM's engines and front-ends have them.
+
+
+class StockEngine:
+    """The sockets of a vLLM engine: XSUB for READY and START, PUSH for its reports."""
+
+    def __init__(self, addresses: tuple[str, str], dp_rank: int) -> None:
+        context = zmq.Context.instance()
+        self.dp_rank = dp_rank
+        self.input = context.socket(zmq.XSUB)
+        self.output = context.socket(zmq.PUSH)
+        for s, address in zip((self.input, self.output), addresses, strict=True):
+            s.linger = 0
+            s.connect(address)
+        self.input.send(wire.SUBSCRIBE)
+
+    def heard(self, timeout_s: float = HEARING_S) -> list[bytes]:
+        """The next message from the coordinator, frame by frame; none in time is a failure."""
+        assert self.input.poll(round(timeout_s * 1000)), f"engine {self.dp_rank} heard nothing"
+        return self.input.recv_multipart()
+
+    def send(self, data: bytes) -> None:
+        """Sends an encoded report."""
+        self.output.send(data)
+
+    def report(self, waiting: int, running: int, kv: float = 0.0, *, step: int = 0, wave: int = 0) -> None:
+        """Sends its queues, as vLLM encodes them."""
+        stats = wire.SchedulerStats(running, waiting, step, wave, kv)
+        self.send(wire.encode_stats(self.dp_rank, stats, timestamp=1.5))
+
+    def close(self) -> None:
+        """Leaves."""
+        self.input.close()
+        self.output.close()
+
+
+class StockFrontend:
+    """The socket of a vLLM front-end: an XSUB that hears counts and states and speaks upstream."""
+
+    def __init__(self, address: str) -> None:
+        self.socket = zmq.Context.instance().socket(zmq.XSUB)
+        self.socket.linger = 0
+        self.socket.connect(address)
+        self.socket.send(wire.SUBSCRIBE)
+
+    def send(self, data: bytes) -> None:
+        """Sends a message upstream."""
+        self.socket.send(data)
+
+    def heard(self, timeout_s: float = HEARING_S) -> bytes:
+        """The next publication; none in time is a failure."""
+        assert self.socket.poll(round(timeout_s * 1000)), "the front-end heard nothing"
+        return self.socket.recv()
+
+    def heard_state(self) -> wire.StateMessage:
+        """The next publication, decoded."""
+        return wire.decode_state(self.heard())
+
+    def wait_for(self, condition: Callable[[wire.StateMessage], Any]) -> wire.StateMessage:
+        """The first publication from now on that fulfils `condition`."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition(state := self.heard_state()):
+            assert time.monotonic() < deadline, f"last heard {state}"
+        return state
+
+    def is_silent(self, for_s: float) -> bool:
+        """Whether nothing is published for a while."""
+        return not self.socket.poll(round(for_s * 1000))
+
+    def close(self) -> None:
+        """Leaves."""
+        self.socket.close()
+
+
+def numbers(state: wire.StateMessage) -> list[tuple[int, int, float]] | None:
+    """The counts of a publication as plain tuples."""
+    if state.counts is None:
+        return None
+    return [(c.waiting, c.running, c.kv_cache_usage) for c in state.counts]

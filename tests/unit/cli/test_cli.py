@@ -1,0 +1,57 @@
+"""The command line as a whole: its help, its errors, its completion."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import pytest
+
+from dpshm import Coordinator
+from dpshm.cli import COMMANDS
+from tests.e2e.load import run
+
+OPERATORS = ("coordinator", "top", "stat", "events", "drain", "undrain", "doctor", "dashboard", "web")
+
+
+def test_every_command_of_the_operator_is_there():
+    """Guards against a command that is written and not registered."""
+    assert set(OPERATORS) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_help_has_an_example(name: str):
+    """Guards against options that nobody knows how to use."""
+    command = getattr(importlib.import_module(f"dpshm.cli.{name}"), name)
+    text = inspect.getdoc(command) or ""
+    assert "Example" in text
+    assert f"dpshm {name}" in text
+
+
+@pytest.mark.slow
+def test_help_is_printed_as_it_is_written():
+    """Guards against examples that are filled into one paragraph."""
+    text = run("drain", "--help").stdout
+    assert "\n    dpshm drain 3\n" in text
+    assert "\\b" not in text
+
+
+@pytest.mark.slow
+def test_an_unknown_option_says_where_to_look():
+    """Guards against an error without a way on."""
+    done = run("stat", "--jsn", expect=2)
+    assert "No such option: --jsn" in done.stderr
+    assert "--json" in done.stderr
+
+
+@pytest.mark.slow
+def test_groups_are_completed(group, using):
+    """Guards against a completion that offers nothing, or fails in the middle of somebody's line."""
+    using(Coordinator(group=group, dp_size=1))
+    words = f"dpshm stat --group {group[:-2]}"
+    offered = run("", _DPSHM_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD="3", expect=None)
+    offered = run(
+        "stat", expect=None, **{"__MAIN___COMPLETE": "x", "_DPSHM_COMPLETE": "complete_bash"},
+        COMP_WORDS=words, COMP_CWORD="3",
+    )  # fmt: skip
+    assert group in offered.stdout.split()

@@ -1,0 +1,132 @@
+"""Imports run one way, and few things are imported."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dpshm
+
+PACKAGE = Path(dpshm.__file__).parent
+
+
+def module_name(path: Path) -> str:
+    """The name under which a file is imported."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(name: str) -> set[str]:
+    """What a module imports, in functions too; not what it imports for type checkers alone."""
+    found: set[str] = set()
+
+    def look(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for other in node.orelse:
+                look(other)
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} imports relatively"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in FILES else str(node.module))
+        for child in ast.iter_child_nodes(node):
+            look(child)
+
+    look(ast.parse(FILES[name].read_text(encoding="utf-8")))
+    return found
+
+
+GRAPH = {name: imports(name) for name in FILES}
+
+
+def reach(name: str) -> set[str]:
+    """Everything that a module imports, directly or not, itself not counted; foreign modules included."""
+    seen: set[str] = set()
+    todo = [name]
+    while todo:
+        for other in GRAPH.get(todo.pop(), set()) - seen:
+            seen.add(other)
+            todo.append(other)
+    return seen
+
+
+def test_the_graph_is_the_real_one():
+    """Guards against a test of imports that sees none."""
+    assert {"dpshm.engine", "dpshm.errors", "dpshm.cli", "dpshm.sim"} <= FILES.keys()
+    assert {"dpshm.layout", "dpshm.wire", "dpshm.board", "zmq"} <= GRAPH["dpshm.engine"]
+    assert "dpshm.board" not in GRAPH["dpshm.wave_thread"]  # for type checkers alone
+    assert "dpshm.waves" in reach("dpshm.policies")  # through the layout
+
+
+def test_imports_run_one_way():
+    """Guards against two modules that need each other, also where one hides it in a function."""
+    ours = {name: {other for other in others if other in FILES} for name, others in GRAPH.items()}
+    order = list(graphlib.TopologicalSorter(ours).static_order())  # raises CycleError, naming the cycle
+    assert set(order) == FILES.keys()
+
+
+ENGINE = {"dpshm.engine"}
+FRONTEND = {"dpshm.frontend"}
+COORDINATOR = {"dpshm.coordinator", "dpshm.wave_thread", "dpshm.watch_thread", "dpshm.marks", "dpshm.process"}
+
+
+@pytest.mark.parametrize(
+    ("role", "others"),
+    [(ENGINE, FRONTEND | COORDINATOR), (FRONTEND, ENGINE | COORDINATOR), (COORDINATOR, ENGINE | FRONTEND)],
+    ids=["engine", "front-end", "coordinator"],
+)
+def test_roles_do_not_know_each_other(role: set[str], others: set[str]):
+    """Guards against an engine that brings a coordinator's code along; they share the board and the wire."""
+    assert role <= FILES.keys()
+    for name in role:
+        assert reach(name) & (others | {"dpshm"}) == set(), name
+
+
+@pytest.mark.parametrize(
+    "name", ["waves", "liveness", "policies", "evidence", "stock", "layout", "wire", "errors"]
+)
+def test_what_decides_is_pure(name: str):
+    """Guards against a decision that looks at a clock, a socket or a memory map by itself."""
+    foreign = {other.partition(".")[0] for other in reach(f"dpshm.{name}") if other not in FILES}
+    allowed = {"__future__", "bisect", "collections", "enum", "hashlib", "math", "msgspec", "numpy", "operator"}
+    allowed.add("typing")
+    assert foreign <= allowed, foreign - allowed
+
+
+def test_the_core_imports_neither_tools_nor_simulations():
+    """Guards against engines that load the command line, and simulated peers in a real group."""
+    heavy = {name for name in FILES if name.startswith(("dpshm.cli", "dpshm.sim", "dpshm.vllm"))}
+    assert reach("dpshm") & heavy == set()
+
+
+def loaded(imported: str) -> set[str]:
+    """The foreign packages that an import loads into a new interpreter."""
+    code = f"import sys; before = set(sys.modules); import {imported}; print(*set(sys.modules) - before)"
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in done.stdout.split()} - set(sys.stdlib_module_names)
+
+
+def test_import_dpshm_loads_three_foreign_packages():
+    """Guards against a dependency that every engine and API server would pay for, also through another one."""
+    assert loaded("dpshm") == {"dpshm", *loaded("zmq, msgspec, numpy")}
+    assert {"zmq", "msgspec", "numpy"} <= loaded("dpshm")
+
+
+def test_no_module_of_ours_hides_one_of_pythons():
+    """Guards against `process` or `select` meaning two things when a file is run by its path."""
+    ours = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert "frontend" in ours
+    assert ours & set(sys.stdlib_module_names) == set()

@@ -1,0 +1,87 @@
+"""Tests of `dpshm.vllm.backlog`."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from dpshm.vllm.backlog import PrefillBacklog
+
+
+class Prompted:
+    """A request as vLLM's scheduler keeps it, the part that counts."""
+
+    def __init__(self, request_id, prompt):
+        self.request_id = request_id
+        self.num_prompt_tokens = prompt
+        self.num_computed_tokens = 0
+        self.prefill_stats = SimpleNamespace(num_cached_tokens=0)
+        self.finished = False
+
+    def is_finished(self):
+        """Whether it ended."""
+        return self.finished
+
+
+def backlog_of(*requests):
+    """A backlog that has taken these in."""
+    backlog = PrefillBacklog()
+    for request in requests:
+        backlog.add(request)
+    return backlog
+
+
+def test_it_falls_as_prompts_are_computed():
+    """Guards against a backlog that only grows, or counts a prompt twice."""
+    a, b = Prompted("a", 100), Prompted("b", 50)
+    backlog = backlog_of(a, b)
+    assert backlog.tokens == 150
+    assert backlog.look([], 2, [a, b]) == 0
+    a.num_computed_tokens = 64
+    assert backlog.look([a], 1, [a, b]) == 64
+    assert backlog.tokens == 86
+    a.num_computed_tokens = 101  # its prompt, and a token of its own
+    assert backlog.look([a], 1, [a, b]) == 36
+    assert backlog.tokens == 50
+    assert backlog.look([a], 1, [a, b]) == 0
+    b.num_computed_tokens = 50
+    assert backlog.look([a, b], 0, [a, b]) == 50
+    assert backlog.tokens == 0
+
+
+def test_what_a_cache_held_was_not_computed():
+    """Guards against prefix-cache hits that pass for work, and make a step look faster than it was."""
+    a = Prompted("a", 100)
+    backlog = backlog_of(a)
+    stats, a.prefill_stats = a.prefill_stats, None  # the first token takes it off the request
+    stats.num_cached_tokens, a.num_computed_tokens = 48, 100
+    assert backlog.look([a], 0, [a]) == 52
+    assert backlog.tokens == 0
+
+
+def test_a_request_that_ended_early_leaves():
+    """Guards against aborted prompts that stay in the backlog for ever, from the batch or from the queue."""
+    a, b, c = Prompted("a", 100), Prompted("b", 10), Prompted("c", 1)
+    backlog = backlog_of(a, b, c)
+    a.num_computed_tokens = 30
+    assert backlog.look([a], 2, [a, b, c]) == 30
+    b.finished = True  # in the queue
+    assert backlog.look([a], 1, [a, c]) == 0
+    assert backlog.tokens == 71
+    a.finished = True  # in the batch, and it left at once
+    assert backlog.look([], 1, [c]) == 0
+    assert backlog.tokens == 1
+    ended = Prompted("d", 5)
+    ended.finished = True
+    backlog.add(ended)
+    assert backlog.tokens == 1
+
+
+def test_a_preempted_request_counts_again():
+    """Guards against a prompt that has to be computed anew and is in nobody's sum."""
+    a, b = Prompted("a", 100), Prompted("b", 10)
+    backlog = backlog_of(a, b)
+    a.num_computed_tokens = 120
+    assert backlog.look([a], 1, [a, b]) == 100
+    a.num_computed_tokens = 0  # preempted: it waits beside b, and is not followed
+    assert backlog.look([], 2, [a, b]) == 0
+    assert backlog.tokens == 110

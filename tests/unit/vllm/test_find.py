@@ -1,0 +1,47 @@
+"""Tests of `dpshm.vllm.find`: a process finds its board by an address."""
+
+from __future__ import annotations
+
+from dpshm import Coordinator, Frontend, layout, segment
+from dpshm.vllm.find import group_at, owner_name
+from tests.support import LoneBoard
+
+
+def test_the_address_leads_to_the_board(group, using):
+    """Guards against a process that does not find the board of its own deployment, or finds another's."""
+    mine = using(Coordinator(group=group, dp_size=2))
+    using(Coordinator(group=f"{group}-other", dp_size=2))
+    assert group_at(mine.stats_publish_address) == group
+    assert group_at("ipc:///nowhere") is None
+    assert group_at(None) is None
+    assert group_at("") is None
+
+
+def test_a_dead_groups_board_is_not_found(group, using, monkeypatch):
+    """Guards against a new server that writes to what a killed one left."""
+    monkeypatch.setattr(segment, "groups", lambda: [group])  # all lone boards have one address
+    board = using(LoneBoard(group))
+    address = board.segment.header.stats_address
+    assert group_at(address) is None
+    using(Frontend.attach(group))
+    assert group_at(address) == group
+
+
+def test_a_damaged_board_is_passed_over(group, using):
+    """Guards against one broken file on the node that keeps every server from its board."""
+    broken = LoneBoard(f"{group}-broken")
+    try:
+        with open(broken.segment.path, "r+b") as f:
+            f.write(b"rubbish!")
+        mine = using(Coordinator(group=group, dp_size=1))
+        assert group_at(mine.stats_publish_address) == group
+    finally:
+        broken.segment.unlink()
+        broken.close()
+
+
+def test_owner_names_fit_and_differ():
+    """Guards against API servers of two launchers that take each other's row: both count from 0."""
+    names = {owner_name(i, a) for i in (0, 63) for a in ("tcp://10.0.0.1:5555", "ipc:///tmp/" + "x" * 80)}
+    assert len(names) == 4
+    assert all(len(name.encode()) <= layout.OWNER_BYTES for name in names)

@@ -1,0 +1,41 @@
+"""Tests of `dpshm.vllm.metrics`: what vLLM's page shows of the board."""
+
+from __future__ import annotations
+
+import pytest
+
+from dpshm import Coordinator, Frontend
+from dpshm.vllm import metrics
+
+pytest.importorskip("prometheus_client")
+
+
+@pytest.fixture
+def shown(group):
+    """The group is on the page of this process."""
+    metrics.show(group)
+    yield group
+    metrics.hide(group)
+
+
+def value(name, rank):
+    """A sample of the page."""
+    families = {f.name: f for f in metrics._COLLECTOR.collect()}
+    return next(s.value for s in families[name].samples if s.labels["dp_rank"] == str(rank))
+
+
+def test_each_scrape_reads_the_board(shown, using):
+    """Guards against figures of the moment when the server started."""
+    with Coordinator(group=shown, dp_size=2) as coordinator:
+        frontend = using(Frontend.attach(shown))
+        coordinator._marks.set_engine(1, verdict=1)
+        assert value("dpshm_rank_unseen_requests", 1) == 0
+        frontend.route(100, dp_rank=1)
+        assert value("dpshm_rank_unseen_requests", 1) == 1
+        assert value("dpshm_rank_prefill_backlog_tokens", 1) == 100
+
+
+def test_a_board_that_is_gone_does_not_break_the_page(shown):
+    """Guards against a scrape that fails for all of vLLM because the board is not there."""
+    assert list(metrics._COLLECTOR.collect()) == []
+    assert list(metrics._COLLECTOR.describe()) == []

@@ -36,7 +36,7 @@ from dpshm.errors import NoEngineAvailable, SettingError
 from dpshm.exclusive import Turnstile
 from dpshm.frontend_row import take_row
 from dpshm.liveness import Verdict
-from dpshm.policies import VECTOR_FROM, Policy, Request, View, Work, by_name, key_of
+from dpshm.policies import VECTOR_FROM, Policy, Request, View, Work, by_name, key_of, shared
 from dpshm.recorder import Recorder, default_path
 from dpshm.segment import Segment
 from dpshm.unseen import Unseen
@@ -347,7 +347,10 @@ class Frontend:
         self._steps = board.step_model[:n, : len(layout.STEP_WORDS)]
         models = board.step_model[:n, len(layout.STEP_WORDS) :]
         # Copied here and not in each decision: what engines have learnt changes slowly.
-        self._models: Any = np.positive(models) if n >= VECTOR_FROM else models.tolist()
+        learnt = models.tolist()
+        if self._segment.header.settings.get("waves", True):
+            learnt = shared(learnt)  # ranks that have waves step together
+        self._models: Any = np.array(learnt, np.int64) if n >= VECTOR_FROM else learnt
         self._beats = board.beat[:n]
         counted = board.counted_frontends()
         if (counted, n) != (self._counted, self._counted_engines):

@@ -376,14 +376,12 @@ class WaveThread(threading.Thread):
         before = self._state
         self._state, commands = handle_coordinator(before, event, exclude_named=self._settings.exclude_receiver)
         if self._state != before:
-            logger.debug("%s: %s -> %s", event, before, self._state)
+            # The board before the messages: whoever hears of the change finds it there.
+            self._words[self._at_control] = layout.pack_control(*self._state)
             if self._state.phase is Phase.RUNNING and (
                 before.phase is not Phase.RUNNING or self._state.wave > before.wave
             ):
                 self._count("waves_started")
-            self._time_wake_up(before.phase)
-            # The board before the messages: whoever hears of the change finds it there.
-            self._words[self._at_control] = layout.pack_control(*self._state)
         for command in commands:
             match command:
                 case StartWave(wave, exclude):
@@ -397,6 +395,9 @@ class WaveThread(threading.Thread):
                         wave,
                         self._settings.wake_timeout_s,
                     )
+        if self._state != before:  # noted afterwards: who waits for START waits less
+            logger.debug("%s: %s -> %s", event, before, self._state)
+            self._time_wake_up(before.phase)
 
     def _time_wake_up(self, before: Phase) -> None:
         phase = self._state.phase

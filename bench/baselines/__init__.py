@@ -45,6 +45,9 @@ class EngineEnd(Protocol):
 class WaveEngineEnd(EngineEnd, Protocol):
     """An engine's end, of a peer that runs request waves."""
 
+    def wait_ready(self) -> None:
+        """Waits until what is sent to all engines reaches this one."""
+
     def wait_start(self, timeout_ms: int) -> bool:
         """Waits for START; whether this rank now runs. Rank 0 confirms, as vLLM's engines do."""
 

@@ -86,6 +86,14 @@ class BoardEngine:
         """A request of that front-end came in."""
         self._engine.receive(frontend)
 
+    def wait_ready(self) -> None:
+        """Waits until the coordinator hears every engine, this one too."""
+        deadline = time.monotonic() + 30
+        while not self._engine.ready:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no READY for engine {self._engine.dp_rank}")
+            self._engine.poll(100)
+
     def wait_start(self, timeout_ms: int) -> bool:
         return self._engine.poll(timeout_ms)
 

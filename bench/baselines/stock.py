@@ -46,6 +46,9 @@ class StockEngine:
         stats = wire.SchedulerStats(num_running_reqs=running, num_waiting_reqs=waiting)
         self._output.send(wire.encode_stats(self._rank, stats, timestamp=time.monotonic()))
 
+    def wait_ready(self) -> None:
+        """It has heard READY already."""
+
     def wait_start(self, timeout_ms: int) -> bool:
         if self._input.poll(timeout_ms):
             frames = self._input.recv_multipart()

@@ -44,6 +44,7 @@ def sleep_and_wake(line: Line, spec: Spec, dp_rank: int) -> None:
     """An engine."""
     end: Any = engine_end(spec, dp_rank)
     try:
+        end.wait_ready()
         line.ready()
         while True:
             while not end.wait_start(POLL_MS):

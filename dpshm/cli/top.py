@@ -68,4 +68,5 @@ def _print_once(watcher: Watcher, signs: Glyphs) -> None:
         time.sleep(ONCE_S)
     console = Console(width=shutil.get_terminal_size((PIPE_WIDTH, 24)).columns, highlight=False)
     for line in screen(watcher.look(), history, console.width, signs):
+        line.rstrip()
         console.print(line, no_wrap=True, overflow="crop", crop=True)

@@ -133,7 +133,7 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
         waves: whether ranks run in lockstep.
         phase: paused, waking or running.
         revision: how many changes of marks there have been.
-        waves_per_minute: started, over the rates' window.
+        waves_per_minute: started, over the rates' window; null for a dense group.
         balance: the most requests on a rank over their mean, over the routable ranks; null when there are none.
         rates_over_s: the window of the rates.
     """

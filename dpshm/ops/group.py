@@ -66,13 +66,17 @@ def _sockets(board: Board, frame: Frame) -> Iterator[Finding]:
         "engines' input": header.engine_input_address,
         "engines' output": header.engine_output_address,
     }
-    problems = {name: problem for name, a in named.items() if (problem := connect_problem(a)) is not None}
-    for name, problem in problems.items():
+    problems: dict[str, list[str]] = defaultdict(list)
+    for name, address in named.items():
+        problem = connect_problem(address)
+        if problem is not None:
+            problems[problem].append(f"the {name} {address}")
+    for problem, sockets in problems.items():
         yield Finding(
             severity="error",
             check="sockets",
             group=frame.group,
-            what=f"the {name} socket {named[name]} does not answer: {problem}",
+            what=f"a socket does not answer: {problem} ({', '.join(sockets)})",
             why="no wake-up reaches the ranks: a paused group stays asleep until an engine wakes the others",
             fix=f"restart the coordinator, pid {frame.coordinator.pid}; engines and front-ends reconnect",
         )

@@ -134,11 +134,11 @@ def frontend_columns(glyphs: Glyphs) -> list[Column[Frontend]]:
 
 def screen(frame: Frame, history: History, width: int, glyphs: Glyphs) -> list[Text]:
     """All of a frame, as long as it is: headline, ranks, front-ends."""
-    title, ranks = rank_lines(frame.ranks, history, width, glyphs)
-    lines = [*headline(frame, width, glyphs), Text(), title, *ranks]
+    title, rank_line = rank_table(history, width, glyphs)
+    lines = [*headline(frame, width, glyphs), Text(), title, *map(rank_line, frame.ranks)]
     if frame.frontends:
-        title, frontends = frontend_lines(frame.frontends, width, glyphs)
-        lines += [Text(), title, *frontends]
+        title, frontend_line = frontend_table(width, glyphs)
+        lines += [Text(), title, *map(frontend_line, frame.frontends)]
     return lines
 
 
@@ -180,34 +180,35 @@ def warnings(frame: Frame) -> list[str]:
     return found[:2]
 
 
-def rank_lines(ranks: Sequence[Rank], history: History, width: int, glyphs: Glyphs) -> tuple[Text, list[Text]]:
-    """The heading, and a line for each rank given, in that order."""
+def rank_table(history: History, width: int, glyphs: Glyphs) -> tuple[Text, Callable[[Rank], Text]]:
+    """The heading, and what makes a rank's line."""
     columns, rest = _fit(rank_columns(glyphs, wide=width >= 110), width, spare=SPARK_MIN if history.of else 0)
     spark = min(rest - 1, 60) if history.of else 0
     top = history.top()
-    lines = []
-    for rank in ranks:
-        line = _row(columns, rank)
+
+    def line(rank: Rank) -> Text:
+        made = _row(columns, rank)
         if spark:
-            line.append(" " + glyphs.spark(list(history.of.get(rank.dp_rank, ())), top, spark), "#009E73")
-        lines.append(line)
-    return _heading(columns, "history" if spark else "", spark), lines
+            made.append(" " + glyphs.spark(list(history.of.get(rank.dp_rank, ())), top, spark), "#009E73")
+        return made
+
+    return _heading(columns, "history" if spark else "", spark), line
 
 
-def frontend_lines(frontends: Sequence[Frontend], width: int, glyphs: Glyphs) -> tuple[Text, list[Text]]:
+def frontend_table(width: int, glyphs: Glyphs) -> tuple[Text, Callable[[Frontend], Text]]:
     """The same for front-ends; at the right, for each rank what is on its way to it, and the share it was sent."""
     columns, rest = _fit(frontend_columns(glyphs), width, spare=22)
     half = max(0, (rest - 2) // 2)
-    lines = []
-    for frontend in frontends:
-        line = _row(columns, frontend)
+
+    def line(frontend: Frontend) -> Text:
+        made = _row(columns, frontend)
         for values, style in ((frontend.unseen_by_rank, "#E69F00"), (frontend.sent_by_rank, "#009E73")):
-            line.append(" " + _by_rank(values, half, glyphs).ljust(half), style)
-        lines.append(line)
+            made.append(" " + _by_rank(values, half, glyphs).ljust(half), style)
+        return made
+
     heading = _heading(columns, "", 0)
     names = ("in flight by rank", "sent by rank") if half >= 17 else ("in flight", "sent to")
-    heading.append(f" {names[0]:<{half}} {names[1]}")
-    return heading, lines
+    return heading.append(f" {names[0]:<{half}} {names[1]}"), line
 
 
 def _by_rank(values: Sequence[int], width: int, glyphs: Glyphs) -> str:

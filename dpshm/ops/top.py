@@ -16,7 +16,7 @@ from textual.widgets import Footer, Input, Static
 
 from dpshm.errors import DpshmError, SettingError
 from dpshm.ops.frame import Frontend, Rank
-from dpshm.ops.screen import Column, History, frontend_columns, frontend_lines, headline, rank_columns, rank_lines
+from dpshm.ops.screen import Column, History, frontend_columns, frontend_table, headline, rank_columns, rank_table
 from dpshm.ops.select import arrange, number
 from dpshm.ops.steer import check_some_stay, set_drained
 from dpshm.ops.text import Glyphs
@@ -100,18 +100,20 @@ class Top(App[None]):
 
     def _draw(self) -> None:
         frame, glyphs, screen = self._frame, self._glyphs, self.screen_stack[0]
-        width = screen.query_one(Rows).width
+        rows = screen.query_one(Rows)
+        width = rows.width
         if self._frontends:
             frontends = self._arrange(frame.frontends, frontend_columns(glyphs))
-            title, rows = frontend_lines(frontends, width, glyphs)
+            title, frontend_line = frontend_table(width, glyphs)
+            rows.show(len(frontends), lambda i: frontend_line(frontends[i]))
             self._shown = [number(f) for f in frontends]
         else:
             ranks = self._arrange(frame.ranks, rank_columns(glyphs))
-            title, rows = rank_lines(ranks, self._history, width, glyphs)
+            title, rank_line = rank_table(self._history, width, glyphs)
+            rows.show(len(ranks), lambda i: rank_line(ranks[i]))
             self._shown = [number(r) for r in ranks]
         screen.query_one("#headline", Static).update(Text("\n").join(headline(frame, self.size.width, glyphs)))
         screen.query_one("#title", Static).update(title)
-        screen.query_one(Rows).show(rows)
         screen.query_one("#mode", Static).update(Text(self._mode(), "dim"))
 
     def _arrange(self, rows: Sequence[T], columns: list[Column[T]]) -> list[T]:

@@ -74,7 +74,7 @@ def with_rates(before: Frame, now: Frame) -> Frame:
     return msgspec.structs.replace(
         now,
         rates_over_s=seconds,
-        waves_per_minute=waves * 60 / seconds,
+        waves_per_minute=waves * 60 / seconds if now.waves else None,
         ranks=[_rank(ranks.get(rank.dp_rank), rank, seconds) for rank in now.ranks],
         frontends=[_frontend(frontends.get(f.index), f, seconds) for f in now.frontends],
     )

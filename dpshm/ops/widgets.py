@@ -5,6 +5,7 @@ Only what is visible of the rows is drawn, so 256 ranks cost what 24 do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from rich.style import Style
@@ -37,26 +38,27 @@ class Rows(ScrollView, can_focus=True):
 
     def __init__(self) -> None:
         super().__init__()
-        self._lines: list[Text] = []
+        self._count = 0
+        self._line: Callable[[int], Text] = lambda i: Text()
 
     @property
     def width(self) -> int:
         """What is left beside the scroll bar."""
         return self.scrollable_content_region.width
 
-    def show(self, lines: list[Text]) -> None:
-        """Draws these lines instead of those before."""
-        self._lines = lines
-        self.virtual_size = Size(self.width, len(lines))
-        self.cursor = max(0, min(self.cursor, len(lines) - 1))
+    def show(self, count: int, line: Callable[[int], Text]) -> None:
+        """Draws so many lines instead of those before; makes those that are seen."""
+        self._count, self._line = count, line
+        self.virtual_size = Size(self.width, count)
+        self.cursor = max(0, min(self.cursor, count - 1))
         self.refresh()
 
     def render_line(self, y: int) -> Strip:
         """One line of the screen."""
         at = y + int(self.scroll_offset.y)
-        if at >= len(self._lines):
+        if at >= self._count:
             return Strip.blank(self.size.width)
-        segments = list(self._lines[at].render(self.app.console))
+        segments = list(self._line(at).render(self.app.console))
         strip = Strip(segments).adjust_cell_length(self.size.width)
         return strip.apply_style(_CURSOR) if at == self.cursor else strip
 
@@ -65,7 +67,7 @@ class Rows(ScrollView, can_focus=True):
 
     def action_move(self, by: int) -> None:
         """Moves the cursor, and the view with it."""
-        self.cursor = max(0, min(self.cursor + by, len(self._lines) - 1))
+        self.cursor = max(0, min(self.cursor + by, self._count - 1))
         top, height = int(self.scroll_offset.y), self.size.height
         if self.cursor < top:
             self.scroll_to(y=self.cursor, animate=False)

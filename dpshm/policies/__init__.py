@@ -21,7 +21,7 @@ from dpshm.policies.affinity import Affinity
 from dpshm.policies.counts import PowerOfTwo, least_loaded, round_robin, vllm
 from dpshm.policies.hashing import key_of
 from dpshm.policies.view import OVERLOADED_KV, VECTOR_FROM, Policy, Request, Sequence64, View, Work
-from dpshm.policies.work import LeastWork
+from dpshm.policies.work import LeastWork, shared
 
 __all__ = [
     "NAMES",
@@ -39,6 +39,7 @@ __all__ = [
     "key_of",
     "least_loaded",
     "round_robin",
+    "shared",
     "vllm",
 ]
 

@@ -79,6 +79,19 @@ class LeastWork(msgspec.Struct, frozen=True):
         return scores
 
 
+def shared(models: list[list[int]]) -> list[list[int]]:
+    """The models as ranks in lockstep should be given: with the mean of all coefficients in each.
+
+    Such ranks wait for each other, so all see equally long steps, and each explains their length by what it holds
+    itself. A rank with twice the others' batch learns that a request costs half as much, and would get more of them.
+    """
+    learnt = [m for m in models if m[0]]
+    if not learnt:
+        return models
+    mean = [sum(m[i] for m in learnt) // len(learnt) for i in range(3)]
+    return [[*mean, *m[3:]] for m in models]
+
+
 def _filled(models: list[list[int]]) -> list[Any]:
     """The rows, with those of engines that have learnt nothing replaced by the mean of the others; or none."""
     learnt = [m for m in models if m[0]]

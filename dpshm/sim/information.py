@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpshm.errors import SettingError
-from dpshm.policies import View, Work
+from dpshm.policies import View, Work, shared
 from dpshm.sim.rank import Job, Row, SimRank
 
 NEVER_S = float("inf")
@@ -34,12 +34,14 @@ class Information(ABC):
         ranks: all ranks.
         own: by front-end and rank, its unfinished requests.
         next_tick_s: when `tick` wants to be called next.
+        lockstep: whether the ranks step together.
     """
 
     def __init__(self, ranks: list[SimRank], own: list[list[int]]) -> None:
         self.ranks = ranks
         self.own = own
         self.next_tick_s = NEVER_S
+        self.lockstep = False
 
     @abstractmethod
     def view(self, frontend: int, order: list[int], now_s: float) -> View:
@@ -66,11 +68,12 @@ class Information(ABC):
         unseen: list[int],
         unseen_tokens: list[int],
     ) -> View:
+        models = [list(r.model[2:]) for r in rows]
         work = Work(
             [r.backlog for r in rows],
             unseen_tokens,
             [r.model[:2] for r in rows],
-            [r.model[2:] for r in rows],
+            shared(models) if self.lockstep else models,
             int(now_s * 1e9),
         )
         return View(order, [r.load for r in rows], unseen, self.own[frontend], len(self.own), work)

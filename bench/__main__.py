@@ -22,6 +22,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m bench", description="dpshm's board side by side with its peers.")
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run? under a minute")
     parser.add_argument("--json", action="store_true", help="print the result for machines, and no table")
+    parser.add_argument("--markdown", action="store_true", help="print what was to be reached and was, as a table")
     parser.add_argument("--plot", metavar="DIR", type=Path, help="draw the charts into this folder")
     parser.add_argument("--vllm-python", metavar="PATH", type=Path, help="an interpreter that has vLLM 0.32")
     parser.add_argument("--rounds", metavar="N", type=int, help="measure everything so many times")
@@ -48,6 +49,10 @@ def main(argv: list[str]) -> int:
     if options.json:
         json.dump(result, sys.stdout, indent=1)
         print()
+    elif options.markdown:
+        from bench.report import markdown
+
+        print(markdown(result))
     else:
         from bench.report import show
 

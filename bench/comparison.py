@@ -55,7 +55,7 @@ class Sizes(NamedTuple):
     rest_s: float
 
 
-FULL = Sizes(5, 4.0, (1, 4, 16), (1, 8, 64, 256, 1024), 300, 1_000_000, 200_000, 40_000, 400, 20.0, 2, 10.0)
+FULL = Sizes(5, 3.0, (1, 4, 16), (1, 8, 64, 256, 1024), 300, 1_000_000, 200_000, 40_000, 300, 12.0, 2, 8.0)
 QUICK = Sizes(2, 0.7, (1, 4), (8, 64, 1024), 40, 100_000, 10_000, 4_000, 50, 2.0, 1, 1.0)
 
 
@@ -75,6 +75,7 @@ def run(sizes: Sizes, vllm_python: Path | None, say: Callable[[str], None]) -> R
         for name, section in SECTIONS.items():
             say(name)
             section(result, sizes, peers)
+    result["machine"]["load_after"] = os.getloadavg()[0]
     return result
 
 

@@ -4,14 +4,15 @@ Real ranks (`dpshm.sim.torch_engine`), each on a GPU of its own where there are 
 on the CPU; a coordinator process; this process in the place of a front-end. In this order, on one set of ranks:
 
 - *steps*: under a steady load the ranks alternate between no reports, the board and the broadcast's reports
-  (`bench.gpu_rank`). Of each way: the time of a turn of the engine's loop, of pure decode steps alone.
+  (`bench.gpu_rank`). Of each way: the time of a turn of the engine's loop, of pure decode steps alone; and, over
+  the rounds of alternation, what a way adds to the median turn without reports of the same round.
 - *publish*: the time of each `publish()` call in these busy engines.
 - *freshness*: meanwhile a reader looks at the board as fast as it can. From the call of `publish()` until the
   reader sees that report, or a newer one of the same rank; and from its last store.
 - *wake*: requests at random times, most of them to paused ranks. Every request must be answered, and every wave
-  end. For those to paused ranks, from just before `route()`: until the engine has the request (*arrive*) and enters
-  its step (*enter*), until the last of the others, woken by START, enters it too (*others*: what waking adds), until
-  all know that (*exchange*), until the first token is there (*compute*), and until the reply is (*reply*).
+  end. For those to paused ranks, from just before `route()`: until the engine has the request (*arrive*), until it
+  enters its step (*enter*), until the last of the others, woken by START, enters it too (*others*: what waking
+  adds), until all know that (*exchange*), until the first token is there (*compute*), until the reply (*reply*).
 - *fault*: under load one rank is killed in mid-step; when what was noticed; then new ranks on the same board.
 """
 
@@ -35,7 +36,6 @@ import numpy as np
 import zmq
 
 from bench.distribution import quantiles
-from bench.gpu_rank import WAYS, run_rank, watch
 from bench.processes import Worker
 from dpshm import CoordinatorProcess, Frontend, NoEngineAvailable, Route
 from dpshm.sim.messages import (
@@ -48,12 +48,20 @@ from dpshm.sim.messages import (
 )
 from dpshm.waves import Phase
 
+try:
+    from bench.gpu_rank import BLOCK, WAYS, run_rank, watch
+except ModuleNotFoundError as e:
+    sys.exit(f"python -m bench gpu needs PyTorch ({e}): pip install 'dpshm[torch]'")
+
 STEP_LIMIT_S = 20.0
 """A rank whose step lasts longer prints its stacks and ends."""
 PATIENCE_S = 60.0
 LOAD_PER_RANK = 16
 LOAD_PROMPT_TOKENS = 256
 SPARE_OUTPUT_TOKENS = 64
+SETTLE_STEPS = 2
+"""At the start of a block, left out of the comparison."""
+RESAMPLES = 2000
 WAKE_PROMPT_TOKENS = 32
 SPLIT = ("arrive", "enter", "others", "exchange", "compute", "reply", "wake", "all")
 """Of the time to the first token of a request that wakes the ranks; the first six follow each other."""
@@ -189,6 +197,9 @@ def measure_steps(driver: Driver, ranks: Sequence[Worker], reader: Worker, steps
     for way, name in enumerate(WAYS):
         of_way = full_decode & alternating & (steps_of_all[:, 0] == way)
         result["turn_ms"][name] = quantiles((steps_of_all[of_way, 2] - steps_of_all[of_way, 1]) / 1e6)
+    result["adds_ms"] = {
+        name: added([n["steps"][:steps] for n in notes], way) for way, name in enumerate(WAYS) if way
+    }
     begun, ended = steps_of_all[full_decode, 1].min(), steps_of_all[full_decode, 2].max()
     publishes = [n["publishes"] for n in notes]
     publishes = [p[(p[:, 0] > begun) & (p[:, 1] < ended)] for p in publishes]  # under load alone
@@ -203,6 +214,31 @@ def measure_steps(driver: Driver, ranks: Sequence[Worker], reader: Worker, steps
     result["freshness_us"] = quantiles(called)
     result["freshness_since_stored_us"] = quantiles(stored)
     return result
+
+
+def added(steps_of_ranks: Sequence[Any], way: int) -> dict[str, float]:
+    """What a way adds to the median turn without reports, round by round of the alternation; milliseconds.
+
+    Returns:
+        The median over the rounds of all ranks, and a 95 % interval of it from resampled rounds.
+    """
+    differences = []
+    for steps in steps_of_ranks:
+        for start in range(0, len(steps) - BLOCK * len(WAYS) + 1, BLOCK * len(WAYS)):
+            turns: dict[int, Any] = {}
+            for block in range(start, start + BLOCK * len(WAYS), BLOCK):
+                settled = steps[block + SETTLE_STEPS : block + BLOCK]
+                settled = settled[(settled[:, 4] == 0) & (settled[:, 3] == LOAD_PER_RANK)]
+                if len(settled) == BLOCK - SETTLE_STEPS:
+                    turns[int(settled[0, 0])] = np.median(settled[:, 2] - settled[:, 1]) / 1e6
+            if len(turns) == len(WAYS):
+                differences.append(turns[way] - turns[0])
+    if not differences:
+        raise Stuck("no round of alternation was under load from start to end: more --steps are needed")
+    sample = np.array(differences)
+    picks = np.random.default_rng(0).integers(len(sample), size=(RESAMPLES, len(sample)))
+    low, high = np.quantile(np.median(sample[picks], axis=1), (0.025, 0.975))
+    return {"median": float(np.median(sample)), "low": float(low), "high": float(high), "rounds": len(sample)}
 
 
 def measure_wakes(
@@ -377,14 +413,21 @@ def show(result: dict[str, Any]) -> str:
         ("all", "all together"),
     ):
         row(text, wake["to_first_token_ms"][name], "ms")
+    for way, text in (("board", "The board"), ("pub", "The PUB path")):
+        a = steps["adds_ms"][way]
+        lines += [
+            "",
+            f"{text} adds {a['median']:+.3f} ms to a turn (95 %: {a['low']:+.3f} to {a['high']:+.3f}; "
+            f"{a['rounds']} rounds).",
+        ]
     lines += [
         "",
         f"{wake['waves']} pause/wake cycles, {wake['requests']} requests at random times, {wake['hangs']} hangs. "
-        f"Of {wake['of_them_to_sleeping_ranks_alone']} requests that woke the ranks, {wake['start_came_first']} came "
-        "to their engine after START and waited for the end of a step without them.",
+        f"Of {wake['of_them_to_sleeping_ranks_alone']} requests that woke the ranks, {wake['start_came_first']} "
+        "came to their engine after START and waited for the end of a step without them.",
         "",
-        f"A rank killed in mid-step: called dead after {fault['killed_rank_dead_ms']:.1f} ms; `route()` raises after "
-        f"{fault['route_raises_ms']:.1f} ms: {fault['route_says']!r}. The survivors ended with exit status "
+        f"A rank killed in mid-step: called dead after {fault['killed_rank_dead_ms']:.1f} ms; `route()` raises "
+        f"after {fault['route_raises_ms']:.1f} ms: {fault['route_says']!r}. The survivors ended with exit status "
         f"{fault['survivors_exit_status']}. New ranks on the same board took {fault['restart_s']:.1f} s to start "
         f"and answered {fault['answered_after_restart']} requests.",
     ]

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from dpshm.sim.comparison import Comparison, Estimate, Result
 from dpshm.sim.laboratory import Plant
-from dpshm.sim.simulate import Comparison, Estimate, Result, SimulationSettings, compare
+from dpshm.sim.simulate import SimulationSettings, compare
 
 CODE = "AzureLLMInferenceTrace_code.csv"
 CHAT = "mooncake_conversation_trace.jsonl"

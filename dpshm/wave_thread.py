@@ -288,7 +288,7 @@ class WaveThread(threading.Thread):
             return
         match wire.decode_frontend_message(data):
             case wire.FirstRequestMessage(engine, wave):
-                self._handle(FirstRequest(engine, wave))
+                self._take_event(FirstRequest(engine, wave))
             case wire.ScaleMessage(dp_size):
                 try:
                     self.scale(dp_size)
@@ -341,9 +341,9 @@ class WaveThread(threading.Thread):
         if message.scheduler_stats is not None:
             self._take_stats(e, message.scheduler_stats)
         if message.wave_complete is not None:
-            self._handle(WaveCompleted(message.wave_complete))
+            self._take_event(WaveCompleted(message.wave_complete))
         if message.start_wave is not None:
-            self._handle(WaveStarted(e, message.start_wave))
+            self._take_event(WaveStarted(e, message.start_wave))
 
     def _take_stats(self, e: int, stats: wire.SchedulerStats) -> None:
         board, words = self._board, self._words
@@ -366,11 +366,11 @@ class WaveThread(threading.Thread):
         self._marks.set_engine(e, verdict=Verdict.ALIVE, on_behalf=True)
         # The engines of 2025 never confirm a START in words; their work does.
         if self._state.phase is Phase.WAKING and stats.num_running_reqs:
-            self._handle(SeenRunning(e, stats.current_wave))
+            self._take_event(SeenRunning(e, stats.current_wave))
 
     # Waves.
 
-    def _handle(self, event: CoordinatorEvent) -> None:
+    def _take_event(self, event: CoordinatorEvent) -> None:
         if not self._settings.waves:
             return
         before = self._state
@@ -474,7 +474,7 @@ class WaveThread(threading.Thread):
             elif mark & layout.ON_BEHALF:
                 stock += 1
         for event in self._rows.look(now, self._state, rows, unseen_ranks=stock):
-            self._handle(event)
+            self._take_event(event)
 
     def _counts_now(self) -> list[RankCounts]:
         """By rank: a stock engine's last complete step, or what one of ours has on the board."""

@@ -108,8 +108,6 @@ class LoneBoard(Board):
             board_module.COORDINATOR_SILENCE_NS = HOUR_NS
             self.coordinator_beat[0] = time.monotonic_ns()
             self.mark(range(dp_size), Verdict.ALIVE)
-            for f in range(frontends):
-                self.marks.set_frontend(f, Verdict.ALIVE)
 
     def mark(self, dp_ranks: Iterable[int], verdict: Verdict) -> None:
         """Gives some engines a verdict."""

@@ -15,7 +15,7 @@ All of it stands on the board. The counts are reported plus unseen. ``base``, ``
 ``chunk``, ``places`` and ``ending`` are what each engine has learnt of its own steps (`dpshm.learning`), so an
 engine that is slow, or of another kind, or slows down, is seen as what it is, and nothing has to be tuned. An
 engine that has learnt nothing yet, because it has just started or is a stock one, is taken to be like the mean
-of those that have. If none has, there is no telling, and requests are counted, as `least_loaded` does.
+of those that have. If none has, or the view has no tokens, requests are counted, as `least_loaded` does.
 
 Source: the idea that a request should go where the *work* in front of it, not the number of requests, is least
 is old: Harchol-Balter, Crovella, Murta, "On choosing a task assignment policy for a distributed server system",
@@ -30,7 +30,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from dpshm.policies.view import Request, View
+from dpshm.policies.view import Request, View, Work
 
 
 class LeastWork(msgspec.Struct, frozen=True):
@@ -44,17 +44,18 @@ class LeastWork(msgspec.Struct, frozen=True):
 
     def expected_ns(self, view: View, request: Request) -> Any:
         """By rank, nanoseconds from now to this request's first token; if none has learnt, a count of requests."""
-        if not isinstance(view.load, list):
-            return _vector(view, request.prompt_tokens)
         work = view.work
-        assert work is not None, "a policy that has `sees_work` is given a view with work"
+        if work is None:  # whoever made the view knows no tokens: a broadcast of vLLM's counts has none
+            return _counts(view)
+        if not isinstance(view.load, list):
+            return _vector(view, work, request.prompt_tokens)
         now, prompt = work.now_ns, request.prompt_tokens
         models = work.models
         for model in models:
             if not model[0]:
                 models = _filled(models)
                 if not models:
-                    return [requests + 1 for requests in view.requests]
+                    return _counts(view)
                 break
         scores = []
         # One item a rank in each; `strict` would cost a tenth of the decision.
@@ -79,11 +80,17 @@ class LeastWork(msgspec.Struct, frozen=True):
         return scores
 
 
+def _counts(view: View) -> Any:
+    """Requests, with this one."""
+    requests = view.requests
+    return [n + 1 for n in requests] if isinstance(requests, list) else requests + 1
+
+
 def shared(models: list[list[int]]) -> list[list[int]]:
     """The models as ranks in lockstep should be given: with the mean of all coefficients in each.
 
-    Such ranks wait for each other, so all see equally long steps, and each explains their length by what it holds
-    itself. A rank with twice the others' batch learns that a request costs half as much, and would get more of them.
+    Such ranks wait for each other, so all see equally long steps, and each explains their length by what it
+    holds itself. A rank with twice the others' batch learns that a request costs half as much, and would get more.
     """
     learnt = [m for m in models if m[0]]
     if not learnt:
@@ -101,15 +108,13 @@ def _filled(models: list[list[int]]) -> list[Any]:
     return [m if m[0] else (*mean, 0, 0, 0) for m in models]
 
 
-def _vector(view: View, prompt: int) -> NDArray[np.int64]:
+def _vector(view: View, work: Work, prompt: int) -> NDArray[np.int64]:
     """The same for arrays."""
-    work = view.work
-    assert work is not None, "a policy that has `sees_work` is given a view with work"
     models: NDArray[np.int64] = work.models
     if not models[:, 0].all():
         filled = _filled(models.tolist())
         if not filled:
-            return view.requests + 1  # type: ignore[return-value]
+            return _counts(view)  # type: ignore[no-any-return]
         models = np.array(filled, np.int64)
     step_end, step_tokens = work.steps.T
     base, per_request, per_token, chunk, places, ending = models.T

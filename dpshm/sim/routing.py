@@ -81,6 +81,7 @@ class BoardRouter(Router):
             self._note(used_ns, newest_ns)
             return rank
 
+        vars(watched)["sees_work"] = getattr(choose, "sees_work", False)  # a front-end asks the policy itself
         self.frontend = Frontend.attach(settings.group, owner=f"demo:{settings.index}", policy=watched)
         self._beat = self.frontend.board.beat[: settings.dp_size]
         self._load = self.frontend.board.load[: settings.dp_size]

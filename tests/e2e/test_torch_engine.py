@@ -1,8 +1,8 @@
 """The engine that computes (``dpshm demo --engine torch``), on the CPU: two ranks, gloo, a tiny model.
 
-PyTorch is too large for the environment of the other tests. Where it is missing, one test makes an environment of
-its own, once, in ``DPSHM_TORCH_ENV`` (default: a folder in ``~/.cache/dpshm``), and runs this file in it; the
-others are skipped, and say where they run.
+PyTorch is too large for the environment of the other tests. Where it is missing and ``DPSHM_TEST_TORCH=1`` is set,
+one test makes an environment of its own, once, in ``DPSHM_TORCH_ENV`` (default: a folder in ``~/.cache/dpshm``),
+and runs this file in it; the others are skipped, and say where they run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -57,17 +56,13 @@ def environment() -> Path:
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two runs of the suite at a time make one environment
         interpreter = folder / "bin" / "python"
-        if (
-            subprocess.run([interpreter, "-c", "import torch, pytest_timeout"], check=False).returncode
-            if (interpreter.exists())
-            else True
-        ):
-            shutil.rmtree(folder, ignore_errors=True)
+        if not interpreter.exists():
             subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        has_all = [interpreter, "-c", "import torch, pytest_timeout, msgspec, zmq, typer"]
+        if subprocess.run(has_all, capture_output=True, check=False).returncode:
             install = [interpreter, "-m", "pip", "install", "--quiet", "--only-binary=:all:", *NEEDS]
             done = subprocess.run(install, capture_output=True, text=True, check=False)
             if done.returncode:
-                shutil.rmtree(folder)
                 said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
                 pytest.skip(f"{TORCH} for Python {python} cannot be installed here; pip said: {said}")
     return interpreter

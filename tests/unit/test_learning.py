@@ -163,7 +163,7 @@ def test_a_running_step_says_when_it_ends():
 
 def test_the_board_shows_what_an_engine_has_learnt(group, using):
     """Guards against words that are learnt and not stored, or stored where front-ends do not look."""
-    using(LoneBoard(group, watched=False, dp_size=2))
+    using(LoneBoard(group, watched=False, dp_size=2, waves=False))
     engine = using(Engine.attach(group, 1))
     seen: list[View] = []
 

@@ -259,6 +259,15 @@ def test_least_work_counts_the_steps_of_a_long_backlog():
     assert expected[0] - expected[1] == 7 * (10_000_000 + 100_000)
 
 
+def test_models_of_ranks_in_lockstep_are_shared():
+    """Guards against a mean that counts ranks which have learnt nothing, or takes what belongs to each rank."""
+    one, other, new = [10, 2, 6, 100, 64, 7], [20, 4, 2, 200, 32, 9], [0] * 6
+    assert policies.shared([one, new, other]) == [
+        *([15, 3, 4, 100, 64, 7], [15, 3, 4, 0, 0, 0], [15, 3, 4, 200, 32, 9]),
+    ]
+    assert policies.shared([new, new]) == [new, new]
+
+
 @pytest.mark.parametrize("epsilon", ["0", "-1", "nan", "inf", "1e-30", "1e308"])
 def test_every_bound_that_is_accepted_leaves_a_rank(epsilon: str):
     """Guards against a parameter that passes and then makes `route` raise."""

@@ -23,7 +23,7 @@ from tests.support import wait_until
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 60.0
 REQUEST_TIMEOUT_S = 120.0
-SCALE_OUT_SINCE = (0, 32)  # before, /inference/v1/generate was there unasked
+SCALE_OUT_SINCE = (0, 31)  # in 0.28, /inference/v1/generate was there unasked
 _SIZES = {
     "hidden_size": 256,
     "intermediate_size": 512,

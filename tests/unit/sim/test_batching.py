@@ -166,3 +166,38 @@ def test_same_calls_same_answers():
         return [(s, [r.key for r in f.completed]) for s, f in run(batcher)]
 
     assert trace() == trace()
+
+
+def test_work_is_what_the_step_says_and_finish_takes():
+    """Guards against an accelerator that computes other tokens than those which the scheduler counts."""
+    batcher = Batcher(StepCost(max_running=3, max_prompt_tokens=7, kv_tokens=60))
+    requests = [SimRequest(n, prompt, output) for n, (prompt, output) in enumerate([(20, 9), (3, 12), (15, 20)])]
+    for request in requests:
+        batcher.add(request)
+    computed = dict.fromkeys(requests, 0)
+    preempted = batcher.preemptions
+    while batcher.unfinished:
+        step = batcher.plan()
+        work = batcher.work(step)
+        left = {request: request.prompt_left for request, _ in work.chunks}
+        assert sum(tokens for _, tokens in work.chunks) == step.prompt_tokens
+        assert len(work.decoding) + len(work.chunks) == step.batch
+        ending = [request for request, tokens in work.chunks if tokens == request.prompt_left]
+        assert len(work.decoding) + len(ending) == step.output_tokens
+        assert all(batcher.is_running(request) for request in (*work.decoding, *left))
+        finished = batcher.finish(step)
+        for request, tokens in work.chunks:
+            computed[request] += tokens
+            assert request.prompt_left == left[request] - tokens
+        for request in finished.completed:
+            assert not batcher.is_running(request)
+    assert batcher.preemptions == preempted
+    assert [computed[request] for request in requests] == [20, 3, 15]
+
+
+def test_a_request_longer_than_a_row_is_refused():
+    """Guards against a request that outgrows its row of a static KV cache."""
+    batcher = Batcher(StepCost(kv_tokens=100, max_context=40))
+    batcher.add(SimRequest("fits", 30, 10))
+    with pytest.raises(SettingError, match="max_context 40"):
+        batcher.add(SimRequest("does not", 30, 11))

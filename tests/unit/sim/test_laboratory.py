@@ -140,6 +140,14 @@ def test_least_work_learns_what_it_needs():
     assert ttft["least_work"] < 0.9 * ttft["least_loaded"]
 
 
+def test_ranks_in_lockstep_stay_balanced():
+    """Guards against ranks that learn from common steps that their own requests cost nothing."""
+    plant = Plant(lockstep=True)
+    found = {p: run(plant, chat(1500, 26), p, "live") for p in ("least_work", "least_loaded")}
+    assert found["least_work"].imbalance < 4 * found["least_loaded"].imbalance
+    assert found["least_work"].ttft_s.mean() < 1.02 * found["least_loaded"].ttft_s.mean()
+
+
 def busy_ranks(count: int) -> list[SimRank]:
     """Ranks in the middle of a step, with more work behind it."""
     rng, ranks = random.Random(count), []

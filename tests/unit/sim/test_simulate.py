@@ -9,8 +9,9 @@ from collections import Counter
 import pytest
 
 from dpshm.errors import SettingError
+from dpshm.sim.comparison import estimate, figures_of
 from dpshm.sim.laboratory import Plant, run
-from dpshm.sim.simulate import SimulationSettings, compare, estimate, figures_of, make_jobs
+from dpshm.sim.simulate import SimulationSettings, compare, make_jobs
 from dpshm.sim.traces import TraceError
 
 SMALL = {"requests": 250, "rate": 9.0, "seeds": 2, "policies": ("vllm", "least_work")}

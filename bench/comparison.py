@@ -56,7 +56,7 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(5, 3.0, (1, 4, 16), (1, 8, 64, 256, 1024), 300, 1_000_000, 200_000, 40_000, 300, 12.0, 2, 8.0)
-QUICK = Sizes(2, 0.7, (1, 4), (8, 64, 1024), 40, 100_000, 10_000, 4_000, 50, 2.0, 1, 1.0)
+QUICK = Sizes(2, 0.4, (1, 4), (8, 64, 1024), 30, 100_000, 10_000, 4_000, 30, 1.0, 1, 0.5)
 
 
 def run(sizes: Sizes, vllm_python: Path | None, say: Callable[[str], None]) -> Result:

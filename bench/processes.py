@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import get_context
@@ -132,8 +133,8 @@ class Worker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and self._process.is_alive():
-            self._process.kill()
+        if kind is not None:
+            self._process.terminate()
         self.close()
 
 
@@ -146,10 +147,12 @@ def _main(
     use_cores(where[0])
     _all_cores[:] = where[1]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # As an exception, so that what it has made is removed on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     try:
         connection.send(("value", function(Line(connection), *arguments)))
-    except (Told, BrokenPipeError):
+    except (Told, BrokenPipeError, SystemExit):
         return
     except BaseException as e:
         with suppress(BrokenPipeError):

@@ -70,7 +70,7 @@ class Decision(NamedTuple):
         time_ns: CLOCK_MONOTONIC.
         view: what the policy saw.
         request: what it was asked about.
-        choice: the rank that it chose, and on which the request was booked.
+        choice: the rank that it chose, on which `route` then booked the request (`choose` books none).
         age_ns: by rank, how old its newest report was; -1 where there was none.
     """
 

@@ -2,7 +2,7 @@
 
 A `Worker` runs one function in a process of its own, from multiprocessing's fork server: a process with one
 thread that has imported the libraries already and no state of the parent. It dies with its parent, however
-that ends: the kernel kills it when the fork server goes, and the fork server ends when the parent does.
+that ends: the kernel terminates it when the fork server goes, and that ends when the parent does.
 
 CPU time is read from ``/proc/PID/task/*/schedstat``: nanoseconds that each thread has run, ZMQ's own threads
 among them, where ``/proc/PID/stat`` counts in ticks of 10 ms.

@@ -105,7 +105,9 @@ class View(msgspec.Struct, eq=False, gc=False):
             best = int(min(ranks, key=scores.__getitem__))
         else:
             best = int(ranks[int(scores[ranks].argmin())])
-        if self.overloaded(best):  # rare, so it is looked at last: the least of all is the least of the free
+        # `overloaded`, spelt out. It is rare, so it is looked at last: the least of all is the least of the free.
+        word = self.load[best]
+        if word >> 40 > 0 and word & 0xFFFF > OVERLOADED_KV:
             best = min(self.free(), key=scores.__getitem__)
         return best
 

@@ -9,7 +9,7 @@ import inspect
 from importlib import import_module
 from typing import NamedTuple
 
-TRIED = ("0.28.0", "0.32.0")
+TRIED = ("0.28.0", "0.31.0", "0.32.0")
 """Releases on which the tests of ``tests/e2e/vllm`` passed: all of them on the last, those of lockstep ranks
 (``test_moe.py``) on the others."""
 

@@ -6,6 +6,8 @@ import json
 import signal
 import subprocess
 import sys
+import threading
+from queue import Queue
 
 import pytest
 
@@ -19,11 +21,16 @@ def test_what_happens_is_told_as_it_happens_and_afterwards(group):
     with LoadedGroup(group, ranks=4, rate=10, stall_timeout_s=0.5) as loaded:
         command = [sys.executable, "-m", "dpshm", "events", "--json", "-g", group, "--history", "0"]
         with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as follower:
-            # Nothing is said before something happens: a drain that it has seen shows that it looks.
-            run("drain", "0", "-g", group, "--no-wait")
-            while "rank_drained" not in follower.stdout.readline():
-                run("undrain", "0", "-g", group)
+            lines: Queue[str] = Queue()
+            threading.Thread(target=lambda: [lines.put(line) for line in follower.stdout], daemon=True).start()
+
+            def follows() -> bool:
+                """Whether it has begun to look: it told of something that was done since."""
                 run("drain", "0", "-g", group, "--no-wait")
+                run("undrain", "0", "-g", group)
+                return not lines.empty()
+
+            wait_until(follows)
             loaded.engines[1].kill()
             wait_until(lambda: stat(group)["ranks"][1]["state"] == "dead")
             loaded.engines[2].signal(signal.SIGSTOP)
@@ -33,7 +40,7 @@ def test_what_happens_is_told_as_it_happens_and_afterwards(group):
             loaded.start_engine(1)
             live = []
             while not live or live[-1]["kind"] != "rank_joined":
-                live.append(json.loads(follower.stdout.readline()))
+                live.append(json.loads(lines.get(timeout=30)))
             follower.send_signal(signal.SIGINT)
             assert follower.wait(20) == 130
         later = run("events", "--json", "--no-follow", "-g", group, "--history", "256").stdout.splitlines()

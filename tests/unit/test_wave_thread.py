@@ -283,7 +283,7 @@ def test_counts_never_mix_two_steps(group, using):
     coordinator = using(Coordinator(group=group, dp_size=4, stats_interval_ms=20))
     (engine, *_) = greeted(using, coordinator, 4)
     frontend = using(StockFrontend(coordinator.stats_publish_address))
-    steps = 80
+    steps = 40
     held_up = {0}  # before the first step there is none to publish
     ended = threading.Event()
 

@@ -18,6 +18,9 @@ _contexts: dict[int, zmq.Context[Socket]] = {}
 def context() -> zmq.Context[Socket]:
     """The context of this process; a forked child gets its own and leaves its parent's alone."""
     pid = os.getpid()
+    # setdefault is one step: two first callers at once get the same one, and the spare is closed unused.
     if pid not in _contexts:
-        _contexts[pid] = zmq.Context()
+        spare: zmq.Context[Socket] = zmq.Context()
+        if _contexts.setdefault(pid, spare) is not spare:
+            spare.term()
     return _contexts[pid]

@@ -14,12 +14,13 @@ import time
 from typing import NamedTuple
 
 from dpshm import layout, procs
-from dpshm.board import Board
+from dpshm.board import Board, count_unseen
 from dpshm.liveness import Signs, Verdict, judge
 from dpshm.marks import Marks
 
 logger = logging.getLogger(__name__)
 
+_S = 1_000_000_000
 WATCH_INTERVAL_S = 0.08
 """The dead are to be known within 100 ms; where a pidfd can be had, it is at once. Each round costs the idle
 coordinator CPU time."""
@@ -48,6 +49,8 @@ class WatchThread(threading.Thread):
         self._occupants: dict[tuple[str, int], Occupant] = {}
         self._moved: dict[int, tuple[tuple[int, int], int]] = {}
         self._pid_namespace = procs.namespace_inode("pid")
+        self._has_work: list[bool] = []
+        self._next_work_ns = 0
         self._warned_unlinked = False
 
     def poke(self) -> None:
@@ -83,8 +86,13 @@ class WatchThread(threading.Thread):
     def round(self, now_ns: int) -> None:
         """Judges every row once."""
         board = self._board
-        for e in range(board.dp_size):
-            self._judge_engine(e, now_ns)
+        n = board.dp_size
+        if now_ns >= self._next_work_ns or len(self._has_work) != n:
+            # A tenth of the timeout is soon enough, and a look at all bookings costs more than the locks.
+            self._next_work_ns = now_ns + min(self._stall_timeout_ns // 10, _S)
+            self._has_work = self._find_work(n)
+        for e in range(n):
+            self._judge_engine(e, self._has_work[e], now_ns)
         for f in range(board.frontends_used()):
             self._judge_frontend(f)
         board.coordinator_beat[0] = now_ns
@@ -97,7 +105,7 @@ class WatchThread(threading.Thread):
                 board.segment.group,
             )
 
-    def _judge_engine(self, e: int, now_ns: int) -> None:
+    def _judge_engine(self, e: int, has_work: bool, now_ns: int) -> None:
         board, marks = self._board, self._marks
         locked = board.engine_alive(e)
         stock = bool(marks.engine(e) & layout.ON_BEHALF)
@@ -107,11 +115,8 @@ class WatchThread(threading.Thread):
         self._follow(("engine", e), incarnation, int(board.engine_pid[e]), int(board.engine_start_time[e]))
         paused = layout.unpack_state(int(board.engine_state[e]))[2]
         still_ns = self._still_ns(e, incarnation, now_ns)
-        # Work is only looked up for a row that has been still for long: it costs a look at all bookings.
-        suspicious = 0 < self._stall_timeout_ns <= still_ns
-        has_work = suspicious and self._has_work(e)
-        if suspicious and not has_work:
-            del self._moved[e]  # idle: the timeout counts from when it has work
+        if not has_work:
+            self._moved.pop(e, None)  # the timeout counts from when it has work
             still_ns = 0
         signs = Signs(bool(board.engine_pid[e]), locked, has_work, paused, still_ns)
         verdict = judge(signs, self._stall_timeout_ns)
@@ -130,9 +135,12 @@ class WatchThread(threading.Thread):
             marks.set_frontend(f, verdict)
             self._report("front-end", f, int(board.frontend_pid[f]), before, verdict)
 
-    def _has_work(self, e: int) -> bool:
-        row = self._board.snapshot()[e]
-        return bool(self._board.step_start[e] or row["waiting"] or row["unseen"])
+    def _find_work(self, n: int) -> list[bool]:
+        """By rank, whether it is in a step, or has requests waiting or on their way."""
+        board = self._board
+        unseen = count_unseen(board.sent_requests, board.received_requests, board.counted_frontends(), n)
+        busy: list[bool] = ((board.step_start[:n] != 0) | (board.load[:n] >> 40 != 0) | (unseen != 0)).tolist()
+        return busy
 
     def _still_ns(self, e: int, incarnation: int, now_ns: int) -> int:
         """How long the beat of this incarnation has not moved, by our clock."""

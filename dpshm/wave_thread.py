@@ -12,6 +12,7 @@ at a limited rate, and over with that message.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BATCH = 256
+_numbers = itertools.count()
 LOOK_INTERVAL_NS = 100_000_000
 _MS = 1_000_000
 _S = 1_000_000_000
@@ -135,7 +137,7 @@ class WaveThread(threading.Thread):
         self._nudge_lock = threading.Lock()
         self._nudge = context().socket(zmq.PAIR)
         self._nudge.linger = 0
-        self._nudge_address = f"inproc://dpshm-wave-{id(self)}"
+        self._nudge_address = f"inproc://dpshm-wave-{next(_numbers)}"  # never again: ZMQ frees names late
         self._nudge.bind(self._nudge_address)
         self._stop_asked = False
         self.opened: Future[Board] = Future()

@@ -178,7 +178,7 @@ class Remote:
         ours, theirs = _context.Pipe()
         self._connection = ours
         self._begun = False
-        self._process = _context.Process(target=_remote_main, args=(theirs,), daemon=True)
+        self._process = _context.Process(target=_remote_main, args=(theirs, dict(os.environ)), daemon=True)
         self._process.start()
         theirs.close()
         assert self._process.pid is not None
@@ -241,7 +241,10 @@ class Remote:
         return value
 
 
-def _remote_main(connection: Connection) -> None:
+def _remote_main(connection: Connection, environment: dict[str, str]) -> None:
+    # The fork server has the environment of whichever test came first.
+    os.environ.clear()
+    os.environ.update(environment)
     names: dict[str, Any] = {"told": lambda: connection.poll(0)}
     exec("import os, time, signal, threading\nfrom dpshm import *", names)
     while True:

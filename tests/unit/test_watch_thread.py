@@ -123,6 +123,7 @@ def test_the_timeout_counts_from_the_work(watch, engine, group, using):
     watch.after(59.97)
     frontend.route(dp_rank=0)
     assert watch.after(0.05) is Verdict.ALIVE
+    assert watch.after(1) is Verdict.ALIVE  # work is looked for once a second
     assert watch.after(59) is Verdict.ALIVE
     assert watch.after(1.05) is Verdict.STALLED
 

@@ -125,7 +125,11 @@ def test_a_message_that_is_cut_is_none(golden: bytes):
 
 @deterministic
 @given(
-    engine=st.integers(0, 65535), wave=st.integers(0, 2**31 - 1), number=COUNT, usage=st.floats(allow_nan=False), running=st.booleans()
+    engine=st.integers(0, 65535),
+    wave=st.integers(0, 2**31 - 1),
+    number=COUNT,
+    usage=st.floats(allow_nan=False),
+    running=st.booleans(),
 )
 def test_what_is_encoded_is_decoded(engine: int, wave: int, number: int, usage: float, running: bool):
     """Guards against a number that comes out of its message as another."""

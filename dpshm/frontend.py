@@ -140,7 +140,7 @@ class Frontend:
         *,
         owner: str | None = None,
         ranks: Iterable[int] | None = None,
-        policy: str | Policy = "least_work",
+        policy: str | Policy = "least_loaded",
         exclusive: bool = False,
         record: bool | str | Path = False,
     ) -> Frontend:

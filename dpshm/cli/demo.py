@@ -44,7 +44,7 @@ def demo(  # noqa: PLR0917 - typer makes options of parameters
         ),
     ] = None,
     rate: Annotated[float, typer.Option(help="How many times the recorded speed.")] = 1.0,
-    policy: Annotated[str, typer.Option(help=f"How an engine is chosen: {', '.join(NAMES)}.")] = "least_work",
+    policy: Annotated[str, typer.Option(help=f"How an engine is chosen: {', '.join(NAMES)}.")] = "least_loaded",
     stats: Annotated[
         StatsPath,
         typer.Option(help="What front-ends decide from: the board, or a broadcast every 100 ms."),

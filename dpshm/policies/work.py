@@ -34,7 +34,7 @@ from dpshm.policies.view import Request, View, Work
 
 
 class LeastWork(msgspec.Struct, frozen=True):
-    """The least expected time to first token, the default; the formula stands at the top of this module."""
+    """The least expected time to first token; the formula stands at the top of this module."""
 
     sees_work: ClassVar[bool] = True
 

@@ -46,7 +46,7 @@ class DemoSettings:
     rate: float = 1.0
     trace: Path | None = None
     stats: Stats = "board"
-    policy: str = "least_work"
+    policy: str = "least_loaded"
     seed: int = 0
     engine: EngineKind = "sim"
 

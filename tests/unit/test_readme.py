@@ -28,7 +28,8 @@ def test_the_library_example_runs_as_printed() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert re.match(r"send it to rank [01] stamped with 0 and 0\n", done.stdout)
-    assert done.stdout.count(" running 0 requests\n") + done.stdout.count(" idle 0 requests\n") == 2
+    # The other rank may still be on its way from paused to running.
+    assert len(re.findall(r"^[01] (?:idle|waking|running) 0 requests$", done.stdout, re.MULTILINE)) == 2
 
 
 @pytest.mark.parametrize("marker", ["demo", "test"])

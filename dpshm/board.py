@@ -188,10 +188,6 @@ class Board:
         """Takes the lock of a front-end's row; false if another has it."""
         return self.segment.lock(frontend_byte(self._columns, index))
 
-    def unlock_frontend(self, index: int) -> None:
-        """Gives the lock of a front-end's row back."""
-        self.segment.unlock(frontend_byte(self._columns, index))
-
     # Facts, decoded.
 
     @property

@@ -87,7 +87,9 @@ class WatchThread(threading.Thread):
         """Judges every row once."""
         board = self._board
         n = board.dp_size
-        if now_ns >= self._next_work_ns or len(self._has_work) != n:
+        if not self._stall_timeout_ns:
+            self._has_work = [False] * n  # nobody is ever called stalled, so nobody asks
+        elif now_ns >= self._next_work_ns or len(self._has_work) != n:
             # A tenth of the timeout is soon enough, and a look at all bookings costs more than the locks.
             self._next_work_ns = now_ns + min(self._stall_timeout_ns // 10, _S)
             self._has_work = self._find_work(n)

@@ -11,33 +11,25 @@ x86-64 and on Armv8, and numpy's scalar access, ``ndarray.tolist()``, elementwis
 and copies through ``memcpy`` promise nothing per word on Arm: hot columns are not read through slices'
 ``copy()``.
 
-Between words, order matters in one place, rule 3 of the board: *load is reported plus unseen*.
-
-    engine      take requests into its queue; store load, backlog; then received tokens; then received requests
-    reader      load sent; then received; then load, backlog
-
-An engine never shows a request as received before it shows it as waiting, and a reader looks the other
-way round, so on x86-64 (stores stay in order, and so do loads) a request that was booked is counted at
-least once: as unseen, as waiting, or, for the instant between the engine's stores, as both. On Arm neither
-order is promised without fences, which numpy does not have: a single read may miscount a report that is
-being stored at that instant, either way; nothing accumulates, and the next read is right.
+Between words no order matters to a decision: what is outstanding at an engine is a difference of counts of which
+each is a whole word (`dpshm.outstanding`).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpshm import layout
+from dpshm.descriptors import explained
 from dpshm.liveness import Signs, Verdict, judge
+from dpshm.outstanding import Outstanding, Words
 from dpshm.segment import Segment, coordinator_byte, engine_byte, frontend_byte
 from dpshm.waves import Phase
-
-Words: TypeAlias = NDArray[np.int64]
 
 SNAPSHOT_DTYPE = np.dtype(
     [
@@ -97,6 +89,8 @@ class Board:
     wake_bucket: Words
     # Written by each engine: [engine], and [engine, front-end].
     load: Words
+    request_balance: Words
+    token_balance: Words
     engine_state: Words
     progress: Words
     prefill_backlog: Words
@@ -134,6 +128,7 @@ class Board:
                 )
 
     @classmethod
+    @explained()
     def attach(cls, group: str, *, readonly: bool = True) -> Board:
         """Opens the board of a group, to look at unless told otherwise.
 
@@ -184,6 +179,10 @@ class Board:
         """Takes the lock of an engine's row; false if another has it."""
         return self.segment.lock(engine_byte(self._columns, dp_rank))
 
+    def unlock_engine(self, dp_rank: int) -> None:
+        """Gives the lock of an engine's row back."""
+        self.segment.unlock(engine_byte(self._columns, dp_rank))
+
     def lock_frontend(self, index: int) -> bool:
         """Takes the lock of a front-end's row; false if another has it."""
         return self.segment.lock(frontend_byte(self._columns, index))
@@ -216,6 +215,11 @@ class Board:
         while not condition() and time.monotonic() < deadline and self.coordinator_alive():
             time.sleep(0.002)
 
+    def nothing_outstanding(self, dp_rank: int) -> None:
+        """Stores that an engine has ended all that it received: by the engine, or on its behalf."""
+        self.request_balance[dp_rank] = -self.received_requests[dp_rank].sum()
+        self.token_balance[dp_rank] = -self.received_tokens[dp_rank].sum()
+
     def owner_of(self, index: int) -> str:
         """The name under which a front-end took its row."""
         return bytes(self.owner[index].tobytes()).rstrip(b"\0").decode("utf-8", "replace")
@@ -243,21 +247,37 @@ class Board:
             return [f for f in taken if self.frontend_mark[f] != Verdict.DEAD]
         return [f for f in taken if self.frontend_alive(f)]
 
-    def snapshot(self, now_ns: int | None = None) -> NDArray[Any]:
+    def outstanding(self, counted: Sequence[int]) -> tuple[Outstanding, Outstanding]:
+        """What counts requests, and what counts prompt tokens; good until the board's marks change.
+
+        Args:
+            counted: the front-ends whose bookings count.
+        """
+        used, n = self.frontends_used(), self.dp_size
+
+        def table(balance: str, sent: str) -> Words:
+            at, strides = self._columns[balance].offset, self._columns[sent].strides
+            return np.ndarray((1 + used, n), np.int64, self.words.cast("B"), at, strides)
+
+        return (
+            Outstanding(table("request_balance", "sent_requests"), self.received_requests[:n, :used], counted),
+            Outstanding(table("token_balance", "sent_tokens"), self.received_tokens[:n, :used], counted),
+        )
+
+    def snapshot(self, now_ns: int | None = None, counted: Sequence[int] | None = None) -> NDArray[Any]:
         """What each rank does, as far as the board tells.
 
         Args:
             now_ns: CLOCK_MONOTONIC; ages are counted up to it. Without it they are -1.
+            counted: the front-ends whose bookings count; default `counted_frontends`.
 
         Returns:
             An array of shape (dp_size,) and dtype `SNAPSHOT_DTYPE`, a copy.
         """
         n = self.dp_size
-        counted, verdicts = self.counted_frontends(), self.engine_verdicts()
-        # SYNC: the reader's half of rule 3: sent, then received, then load and backlog. Each line below
-        # has finished its loads before the next begins (`unseen` copies `sent` first).
-        unseen = count_unseen(self.sent_requests, self.received_requests, counted, n).tolist()
-        unseen_tokens = count_unseen(self.sent_tokens, self.received_tokens, counted, n).tolist()
+        counted = self.counted_frontends() if counted is None else counted
+        verdicts = self.engine_verdicts()
+        requests, tokens = (outstanding.count().tolist() for outstanding in self.outstanding(counted))
         load = self.load[:n].tolist()
         backlog = self.prefill_backlog[:n].tolist()
         out = np.zeros(n, SNAPSHOT_DTYPE)
@@ -266,9 +286,11 @@ class Board:
             row = out[e]
             row["dp_rank"] = e
             row["waiting"], row["running"], row["kv_cache_usage"] = layout.unpack_load(load[e])
-            row["unseen"], row["unseen_tokens"] = unseen[e], unseen_tokens[e]
-            row["requests"] = row["waiting"] + row["running"] + unseen[e]
-            row["prefill_backlog"] = _sane(backlog[e]) + unseen_tokens[e]
+            # What was outstanding an instant before these loads, and may have ended since.
+            row["requests"] = max(_sane(requests[e]), row["waiting"] + row["running"])
+            row["prefill_backlog"] = max(_sane(tokens[e]), _sane(backlog[e]))
+            row["unseen"] = row["requests"] - row["waiting"] - row["running"]
+            row["unseen_tokens"] = row["prefill_backlog"] - _sane(backlog[e])
             row["wave"], running, paused = layout.unpack_state(int(self.engine_state[e]))
             row["step"] = layout.unpack_progress(int(self.progress[e]))[1]
             mark = int(self.engine_mark[e])
@@ -291,30 +313,20 @@ _NAMES = frozenset(
         *layout.COORDINATOR_WORDS,
         *layout.ENGINE_WORDS,
         *layout.FRONTEND_WORDS,
-        *("load", "engine_mark", "frontend_mark", "owner", "change", "change_time", "wake_bucket"),
+        *(
+            "load",
+            "request_balance",
+            "token_balance",
+            "engine_mark",
+            "frontend_mark",
+            "owner",
+            "change",
+            "change_time",
+            "wake_bucket",
+        ),
         *("received_requests", "received_tokens", "sent_requests", "sent_tokens", "step_model"),
     )
 ) - {"dp_size"}  # a property, clipped
-
-
-def count_unseen(sent: Words, received: Words, frontends: Sequence[int], num_engines: int) -> Words:
-    """By rank, what the given front-ends sent and the engine has not received.
-
-    Args:
-        sent: shape (front-ends, engines).
-        received: shape (engines, front-ends).
-        frontends: the rows that count.
-        num_engines: how many ranks.
-
-    A negative difference counts as 0: it comes from a front-end that restarted with messages on their way.
-    """
-    if not frontends:
-        return np.zeros(num_engines, np.int64)
-    rows = list(frontends)
-    # SYNC: rule 3: all of `sent` is loaded before any of `received`. The fancy index copies item by item.
-    before = sent[rows, :num_engines]
-    difference = before - received[:num_engines, rows].T
-    return np.clip(difference, 0, _SANE // len(rows)).sum(axis=0)  # type: ignore[no-any-return]
 
 
 def _sane(value: int) -> int:

@@ -14,15 +14,20 @@ import os
 import threading
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from dpshm import layout, procs
 from dpshm.board import Board
+from dpshm.descriptors import explained
 from dpshm.errors import CapacityExceeded, RowInUse, SettingError, WrongThread
 from dpshm.learning import StepModel
 from dpshm.liveness import Verdict
 from dpshm.segment import Segment
 from dpshm.version import version_word
+
+
+ROW_PATIENCE_S = 0.05
+"""A coordinator that scales holds a row for an instant, and the kernel a dead process's locks for some more."""
 
 
 class Step:
@@ -68,6 +73,8 @@ class EngineRow:
         self._step = Step(self)
         words = self._words = board.words
         self._at_load = board.index("load", dp_rank)
+        self._at_request_balance = board.index("request_balance", dp_rank)
+        self._at_token_balance = board.index("token_balance", dp_rank)
         self._at_state = board.index("engine_state", dp_rank)
         self._at_progress = board.index("progress", dp_rank)
         self._at_backlog = board.index("prefill_backlog", dp_rank)
@@ -79,7 +86,7 @@ class EngineRow:
         self._at_received_tokens = board.index("received_tokens", dp_rank)
         self._received_requests = [words[self._at_received_requests + f] for f in range(board.frontends)]
         self._received_tokens = [words[self._at_received_tokens + f] for f in range(board.frontends)]
-        self._unpublished: set[int] = set()
+        self._all_requests, self._all_tokens = sum(self._received_requests), sum(self._received_tokens)
         self._counters = [0] * 5  # steps, dummy steps, busy ns, prompt tokens, generation tokens
         self._finished = 0
         self._wave = 0
@@ -87,10 +94,12 @@ class EngineRow:
         self._model = StepModel()
 
     @classmethod
-    def attach(cls, group: str, dp_rank: int) -> Self:
+    @explained()
+    def attach(cls, group: str, dp_rank: int, **options: Any) -> Self:
         """Takes the row of a rank; returns once a living coordinator has marked it alive.
 
-        Attach late: in the process and the thread that run the scheduler, after any fork.
+        Attach late: in the process and the thread that run the scheduler, after any fork. Options are the
+        constructor's.
 
         Raises:
             SegmentNotFound: there is no such group on this node.
@@ -104,13 +113,20 @@ class EngineRow:
                     f"dp_rank {dp_rank} is outside 0 to {board.engines - 1}, for which the board of group "
                     f"{group!r} was made: start its coordinator with a larger max_engines"
                 )
-            if not board.lock_engine(dp_rank):
-                raise RowInUse(
-                    f"rank {dp_rank} of group {group!r} is taken by the live process "
-                    f"{int(board.engine_pid[dp_rank])}"
-                )
+            deadline = time.monotonic() + ROW_PATIENCE_S
+            while not board.lock_engine(dp_rank):
+                if time.monotonic() > deadline:
+                    raise RowInUse(
+                        f"rank {dp_rank} of group {group!r} is taken by the live process "
+                        f"{int(board.engine_pid[dp_rank])}"
+                    )
+                time.sleep(0.002)
             _initialise(board, dp_rank)
-            engine = cls(board, dp_rank)
+            try:
+                engine = cls(board, dp_rank, **options)
+            except BaseException:
+                board.words[board.index("engine_pid", dp_rank)] = 0  # left, not died
+                raise
             board.wait_for_coordinator(
                 lambda: (
                     dp_rank >= board.dp_size
@@ -135,7 +151,7 @@ class EngineRow:
         self._words[self._at_state] = layout.pack_state(wave, flags)
 
     def count_received(self, frontend: int | None, prompt_tokens: int = 0) -> None:
-        """Counts a request that came in; stored with the next `publish`, which must count it in its queue.
+        """Counts a request that came in; the next `publish` must count it in its queue, or as ended.
 
         Args:
             frontend: the index of the front-end that sent it; None if it has no row (a stock one).
@@ -149,11 +165,15 @@ class EngineRow:
             return
         if not 0 <= frontend < len(self._received_requests):
             raise SettingError(f"frontend {frontend} is outside 0 to {len(self._received_requests) - 1}")
-        self._received_requests[frontend] += 1
-        self._received_tokens[frontend] = layout.saturate(
-            self._received_tokens[frontend] + max(0, min(prompt_tokens, layout.MAX_PROMPT_TOKENS))
-        )
-        self._unpublished.add(frontend)
+        tokens = max(0, min(int(prompt_tokens), layout.MAX_PROMPT_TOKENS))
+        words = self._words
+        self._all_requests += 1
+        self._all_tokens += tokens
+        self._received_requests[frontend] = requests = self._received_requests[frontend] + 1
+        self._received_tokens[frontend] = tokens = layout.saturate(self._received_tokens[frontend] + tokens)
+        # SYNC: tokens, then requests; `Frontend._settle` loads them the other way round.
+        words[self._at_received_tokens + frontend] = tokens
+        words[self._at_received_requests + frontend] = requests
 
     def publish(
         self,
@@ -175,18 +195,13 @@ class EngineRow:
         """
         self._check()
         words = self._words
-        # SYNC: the writer's half of rule 3 (`dpshm.board`): load and backlog first, then received tokens,
-        # then received requests; readers load them in the opposite order. x86-64 keeps the order of stores.
-        words[self._at_load] = layout.pack_load(waiting, running, kv_cache_usage)
-        words[self._at_backlog] = layout.saturate(prefill_backlog)
+        # SYNC: what a decision needs is whole in each of these words (`dpshm.outstanding`), whatever their order.
+        words[self._at_load] = load = layout.pack_load(waiting, running, kv_cache_usage)
+        words[self._at_request_balance] = (load >> 40) + (load >> 16 & 0xFFFFFF) - self._all_requests
+        words[self._at_backlog] = backlog = layout.saturate(prefill_backlog)
+        words[self._at_token_balance] = backlog - self._all_tokens
         if self._model.left(waiting, running, prefill_backlog):
             self._store_model()
-        if self._unpublished:
-            for f in self._unpublished:
-                words[self._at_received_tokens + f] = self._received_tokens[f]
-            for f in self._unpublished:
-                words[self._at_received_requests + f] = self._received_requests[f]
-            self._unpublished.clear()
         words[self._at_progress] = layout.pack_progress(self._wave, step)
         words[self._at_finished] = self._finished
         # SYNC: the beat comes last, so a reader that has seen it (x86-64) sees the report that it dates.
@@ -218,6 +233,7 @@ class EngineRow:
         words = self._words
         for at in (self._at_load, self._at_backlog, self._at_step_start, self._at_model, self._at_model + 1):
             words[at] = 0
+        words[self._at_request_balance], words[self._at_token_balance] = -self._all_requests, -self._all_tokens
         words[self._at_state] = layout.pack_state(self._wave, 0)
         words[self.board.index("engine_pid", self.dp_rank)] = 0  # left, not died
         del self._step  # which refers back: without the cycle the memory goes with this handle
@@ -273,6 +289,8 @@ def _initialise(board: Board, dp_rank: int) -> None:
     if not board.segment.linked:
         raise RowInUse(f"group {board.segment.group!r} ended while rank {dp_rank} attached; try again")
     incarnation = words[board.index("engine_incarnation", dp_rank)]
+    # First of all nobody: who looks now must not take these counters, which fall, for those of the last process.
+    words[board.index("engine_pid", dp_rank)] = 0
     for name in ("load", *layout.ENGINE_WORDS):
         if name != "engine_incarnation":
             words[board.index(name, dp_rank)] = 0
@@ -281,6 +299,7 @@ def _initialise(board: Board, dp_rank: int) -> None:
     for f in range(board.frontends):
         words[board.index("received_tokens", dp_rank, f)] = words[board.index("sent_tokens", f, dp_rank)]
         words[board.index("received_requests", dp_rank, f)] = words[board.index("sent_requests", f, dp_rank)]
+    board.nothing_outstanding(dp_rank)
     pid = os.getpid()
     words[board.index("engine_pid", dp_rank)] = pid
     words[board.index("engine_start_time", dp_rank)] = procs.start_time(pid)

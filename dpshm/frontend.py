@@ -32,14 +32,15 @@ from numpy.typing import NDArray
 from dpshm import layout, wire
 from dpshm.board import Board
 from dpshm.context import Socket, context
+from dpshm.descriptors import explained
 from dpshm.errors import NoEngineAvailable, SettingError
 from dpshm.exclusive import Turnstile
 from dpshm.frontend_row import take_row
+from dpshm.keys import ClientKeys, Folder, connect, keys_for
 from dpshm.liveness import Verdict
 from dpshm.policies import VECTOR_FROM, Policy, Request, View, Work, by_name, key_of, shared
 from dpshm.recorder import Recorder, default_path
 from dpshm.segment import Segment
-from dpshm.unseen import Unseen
 from dpshm.waves import Phase
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ class Frontend:
         policy: Policy,
         *,
         exclusive: bool = False,
+        keys: ClientKeys | None = None,
     ) -> None:
         self.board = board
         self.index = index
@@ -105,6 +107,7 @@ class Frontend:
         # Reentrant: the collector, or a signal, may end a request in the thread that is routing one.
         self._lock = threading.RLock()
         self._wake_socket: Socket | None = None
+        self._keys = keys
         self._warned_unlinked = False
 
         words = self._words = board.words
@@ -126,14 +129,13 @@ class Frontend:
 
         self._turn = index * TURN_STRIDE  # so that equal loads do not send all front-ends to one engine
         self._next_look_ns = 0
-        self._counted: list[int] = []
-        self._counted_engines = -1
         self._sees_work = bool(getattr(policy, "sees_work", False))
         self._turnstile = Turnstile(board.segment) if exclusive else None
         self._recorder: Recorder | None = None
         self._refresh()
 
     @classmethod
+    @explained()
     def attach(
         cls,
         group: str,
@@ -143,6 +145,7 @@ class Frontend:
         policy: str | Policy = "least_loaded",
         exclusive: bool = False,
         record: bool | str | Path = False,
+        curve_dir: Folder | None = None,
     ) -> Frontend:
         """Takes a front-end's row of a group.
 
@@ -158,6 +161,8 @@ class Frontend:
                 ask for it ever choose from the same state (`dpshm.exclusive`).
             record: keeps the newest decisions in a ring in shared memory, for ``dpshm replay``: a file's name, or
                 True for one that goes with the group (`dpshm.recorder`).
+            curve_dir: folder of the group's keys, where its sockets ask for them; default: the environment's
+                ``DPSHM_CURVE_DIR``.
 
         Raises:
             SegmentNotFound: there is no such group on this node.
@@ -174,8 +179,9 @@ class Frontend:
             only = None if ranks is None else sorted(set(ranks))
             if only is not None and not (only and only[0] >= 0 and only[-1] < board.engines):
                 raise SettingError(f"ranks {only} must be some of 0 to {board.engines - 1}")
+            keys = keys_for(board.segment.header, curve_dir)
             index = take_row(board, encoded)
-            frontend = cls(board, index, name, only, chosen, exclusive=exclusive)
+            frontend = cls(board, index, name, only, chosen, exclusive=exclusive, keys=keys)
             # Whoever decides looks again when marks change: from now on, all count this one's bookings.
             board.wait_for_coordinator(lambda: board.frontend_mark[index] == Verdict.ALIVE)
             if record is not False:
@@ -320,21 +326,17 @@ class Frontend:
         work = self._work(now_ns) if self._sees_work else None
         n = self._num_engines
         own = self._own if len(self._own) == n else self._own[:n]
-        num_frontends = len(self._counted)
-        # SYNC: rule 3: all of `sent`, then all of `received` (`Unseen.count`), then `load`: the other way round
-        # than an engine stores. Each call has loaded every word, one 64-bit access each, when it returns.
-        unseen = self._unseen.count()
+        requests = self._requests.count()
         if n >= VECTOR_FROM:
-            return View(ranks, np.positive(self._load), unseen, own, num_frontends, work)
-        return View(ranks, self._load.tolist(), unseen.tolist(), own, num_frontends, work)
+            return View(ranks, np.positive(self._load), requests, own, self._num_frontends, work)
+        return View(ranks, self._load.tolist(), requests.tolist(), own, self._num_frontends, work)
 
     def _work(self, now_ns: int) -> Work:
         """Tokens and step times, for policies that ask for them."""
-        # SYNC: rule 3 for tokens: sent, then received, then the backlog.
-        unseen = self._unseen_tokens.count()
+        tokens = self._tokens.count()
         if self._num_engines >= VECTOR_FROM:
-            return Work(np.positive(self._backlog), unseen, np.positive(self._steps), self._models, now_ns)
-        return Work(self._backlog.tolist(), unseen.tolist(), self._steps.tolist(), self._models, now_ns)
+            return Work(tokens, np.positive(self._steps), self._models, now_ns)
+        return Work(tokens.tolist(), self._steps.tolist(), self._models, now_ns)
 
     def _refresh(self) -> None:
         """Works out again who may be chosen and whose bookings count."""
@@ -343,7 +345,6 @@ class Frontend:
         self._revision = self._words[self._at_revision]
         n = self._num_engines = board.dp_size
         self._load = board.load[:n]
-        self._backlog = board.prefill_backlog[:n]
         self._steps = board.step_model[:n, : len(layout.STEP_WORDS)]
         models = board.step_model[:n, len(layout.STEP_WORDS) :]
         # Copied here and not in each decision: what engines have learnt changes slowly.
@@ -353,10 +354,8 @@ class Frontend:
         self._models: Any = np.array(learnt, np.int64) if n >= VECTOR_FROM else learnt
         self._beats = board.beat[:n]
         counted = board.counted_frontends()
-        if (counted, n) != (self._counted, self._counted_engines):
-            self._counted, self._counted_engines = counted, n
-            self._unseen = Unseen(board, "sent_requests", "received_requests", counted, n)
-            self._unseen_tokens = Unseen(board, "sent_tokens", "received_tokens", counted, n)
+        self._num_frontends = len(counted)
+        self._requests, self._tokens = board.outstanding(counted)
         self._verdicts = board.engine_verdicts()
         drained = [bool(mark & layout.DRAINED) for mark in board.engine_mark[:n].tolist()]
         eligible = [
@@ -400,16 +399,16 @@ class Frontend:
     def _wake(self, dp_rank: int | None, wave: int) -> None:
         if not self._segment.header.settings.get("waves", True):
             return
-        if self._wake_socket is None:
-            # An XSUB that subscribes to nothing: it speaks upstream, and nothing is published to it.
-            wake = context().socket(zmq.XSUB)
-            wake.linger = 0
-            wake.reconnect_ivl = 50
-            wake.connect(self._segment.header.stats_address)
-            self._wake_socket = wake
         try:
+            if self._wake_socket is None:
+                # An XSUB that subscribes to nothing: it speaks upstream, and nothing is published to it.
+                wake = context().socket(zmq.XSUB)
+                wake.linger = 0
+                wake.reconnect_ivl = 50
+                connect(wake, self._segment.header.stats_address, self._keys)
+                self._wake_socket = wake
             self._wake_socket.send(wire.encode_first_request(dp_rank, wave), zmq.NOBLOCK)
-        except zmq.ZMQError as e:
+        except (OSError, zmq.ZMQError) as e:  # no descriptor for a socket, or no room in it
             logger.warning("could not send a wake-up: %s; the engine will wake the others", e)
 
     def _end(self, route: Route, *, unbook: bool) -> None:

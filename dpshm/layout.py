@@ -14,7 +14,8 @@
                     | front-end rows [front-end]           128 bytes each, ids inside  |
                     +------------------------------------------------------------------+
                     | received requests, tokens  [engine, front-end]   rows padded     |
-                    | sent requests, tokens      [front-end, engine]   rows padded     |
+                    | balance [engine], sent requests [front-end, engine]  rows padded |
+    | the same of tokens                                               |
                     +------------------------------------------------------------------+
                     | changes: the newest `CHANGES` of marks, dp_size and coordinator  |
                     | wake buckets: how long wake-ups took                             |
@@ -188,14 +189,14 @@ def make_layout(engines: int, frontends: int) -> Layout:
     owners = rows(frontends, FRONTEND_WORDS) + OWNER_OFFSET
     owner_words = OWNER_BYTES // WORD_BYTES
     columns["owner"] = Column(owners, (frontends, owner_words), (ROW_BYTES, WORD_BYTES))
-    for name, outer, inner in (
-        ("received_requests", engines, frontends),
-        ("received_tokens", engines, frontends),
-        ("sent_requests", frontends, engines),
-        ("sent_tokens", frontends, engines),
-    ):
-        stride = _padded(inner * WORD_BYTES, ROW_BYTES)
-        columns[name] = Column(take(outer * stride), (outer, inner), (stride, WORD_BYTES))
+    stride = _padded(frontends * WORD_BYTES, ROW_BYTES)
+    for name in ("received_requests", "received_tokens"):
+        columns[name] = Column(take(engines * stride), (engines, frontends), (stride, WORD_BYTES))
+    stride = _padded(engines * WORD_BYTES, ROW_BYTES)
+    for balance, sent in (("request_balance", "sent_requests"), ("token_balance", "sent_tokens")):
+        # The balances are the row before the first front-end's: `dpshm.outstanding` sums them all as one table.
+        columns[balance] = Column(take(stride), (engines,), (WORD_BYTES,))
+        columns[sent] = Column(take(frontends * stride), (frontends, engines), (stride, WORD_BYTES))
     for name, count in (
         ("change_time", CHANGES),  # CLOCK_MONOTONIC ns
         ("change", CHANGES),
@@ -213,16 +214,12 @@ def pack_load(waiting: int, running: int, kv_cache_usage: float) -> int:
         running: requests in the batch; saturates at 2**24 - 1.
         kv_cache_usage: a fraction; saturates at 0.0 and 1.0, NaN counts as 0.0.
     """
-    kv = (
-        int(kv_cache_usage * _KV_ONE + 0.5)
-        if 0.0 < kv_cache_usage < 1.0
-        else _KV_ONE
-        if kv_cache_usage >= 1.0
-        else 0
-    )
-    waiting, running = int(waiting), int(running)  # numpy's narrow integers would wrap in the shift
-    waiting = 0 if waiting < 0 else waiting if waiting <= _BITS_23 else _BITS_23
-    running = 0 if running < 0 else running if running <= _BITS_24 else _BITS_24
+    if 0 <= waiting <= 0x7FFFFF and 0 <= running <= 0xFFFFFF and 0.0 <= kv_cache_usage <= 1.0:
+        word = waiting << 40 | running << 16 | int(kv_cache_usage * 65535 + 0.5)
+        if word.__class__ is int:  # numpy's narrow integers would have wrapped
+            return word
+    waiting, running = max(0, min(int(waiting), _BITS_23)), max(0, min(int(running), _BITS_24))
+    kv = int(kv_cache_usage * _KV_ONE + 0.5) if 0.0 < kv_cache_usage < 1.0 else _KV_ONE * (kv_cache_usage >= 1.0)
     return waiting << 40 | running << 16 | kv
 
 

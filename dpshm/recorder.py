@@ -56,10 +56,10 @@ class _Record(msgspec.Struct, array_like=True, gc=False):
     num_frontends: int
     ranks: list[int]
     load: list[int]
-    unseen: list[int]
+    requests: list[int]
     own: list[int]
     beats: list[int]
-    work: tuple[list[int], list[int], list[list[int]], list[list[int]]] | None
+    work: tuple[list[int], list[list[int]], list[list[int]]] | None
 
 
 class Decision(NamedTuple):
@@ -143,23 +143,23 @@ class Recorder:
 
     def record(self, now_ns: int, view: View, request: Request, choice: int, beats: list[int]) -> None:
         """Keeps one decision; the oldest makes room for it."""
-        ranks, load, unseen, own, work = view.ranks, view.load, view.unseen, view.own, view.work
+        ranks, load, requests, own, work = view.ranks, view.load, view.requests, view.own, view.work
         rows: Any = None
         if not isinstance(load, list):
-            ranks, load, unseen = ranks.tolist(), load.tolist(), unseen.tolist()
+            ranks, load, requests = ranks.tolist(), load.tolist(), requests.tolist()
         if work is not None:
             if work.models is not self._models:
                 self._models = work.models
                 models = work.models if isinstance(work.models, list) else work.models.tolist()
                 self._encoded_models = msgspec.Raw(self._encode(models))
-            rows = (work.backlog, work.unseen_tokens, work.steps)
-            if not isinstance(work.backlog, list):
+            rows = (work.tokens, work.steps)
+            if not isinstance(work.tokens, list):
                 rows = tuple(row.tolist() for row in rows)
             rows = (*rows, self._encoded_models)
         data = self._encode(
             (
                 *(now_ns, choice, request.prompt_tokens, request.key, view.num_frontends),
-                *(ranks, load, unseen, own, beats, rows),
+                *(ranks, load, requests, own, beats, rows),
             )
         )
         number, words = self._written, self._words
@@ -238,26 +238,25 @@ def _records(header: RingHeader, data: bytes) -> Iterator[tuple[int, _Record]]:
 
 def _is_whole(record: _Record) -> bool:
     n = len(record.load)
-    rows: list[Any] = [record.unseen, record.own, record.beats, *(record.work or ())]
+    rows: list[Any] = [record.requests, record.own, record.beats, *(record.work or ())]
     if any(len(row) != n for row in rows) or not record.ranks:
         return False
     if record.work and not (
-        all(len(step) == len(STEP_WORDS) for step in record.work[2])
-        and all(len(model) == len(MODEL_WORDS) for model in record.work[3])
+        all(len(step) == len(STEP_WORDS) for step in record.work[1])
+        and all(len(model) == len(MODEL_WORDS) for model in record.work[2])
     ):
         return False
     return record.choice in record.ranks and all(0 <= r < n for r in record.ranks)
 
 
 def _as_decision(number: int, record: _Record) -> Decision:
-    ranks, load, unseen, rows = record.ranks, record.load, record.unseen, record.work
+    ranks, load, requests, rows = record.ranks, record.load, record.requests, record.work
     as_seen: Any = list if len(load) < VECTOR_FROM else np.array  # as the front-end had them
     work = None
     if rows is not None:
-        backlog, tokens, steps, models = map(as_seen, rows)
-        work = Work(backlog, tokens, steps, models, record.time_ns)
+        work = Work(*map(as_seen, rows), record.time_ns)
     view = View(
-        *(as_seen(ranks), as_seen(load), as_seen(unseen)),
+        *(as_seen(ranks), as_seen(load), as_seen(requests)),
         *(record.own, record.num_frontends, work),
     )
     age_ns = [max(0, record.time_ns - beat) if beat else -1 for beat in record.beats]

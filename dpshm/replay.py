@@ -142,8 +142,7 @@ def rows(replayed: Iterable[Replayed]) -> Iterator[dict[str, int]]:
                 "unseen": int(d.view.unseen[rank]),
                 "own": d.view.own[rank],
                 "age_ns": d.age_ns[rank],
-                "prefill_backlog": int(work.backlog[rank]) if work else -1,
-                "unseen_tokens": int(work.unseen_tokens[rank]) if work else -1,
+                "outstanding_tokens": int(work.tokens[rank]) if work else -1,
                 "chosen": int(rank == r.choice),
                 "other": int(rank == r.other),
             }

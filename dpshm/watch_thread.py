@@ -14,7 +14,7 @@ import time
 from typing import NamedTuple
 
 from dpshm import layout, procs
-from dpshm.board import Board, count_unseen
+from dpshm.board import Board
 from dpshm.liveness import Signs, Verdict, judge
 from dpshm.marks import Marks
 
@@ -43,8 +43,8 @@ class WatchThread(threading.Thread):
         self._marks = marks
         self._stall_timeout_ns = stall_timeout_ns
         self._stop_asked = False
+        self._epoll = select.epoll()  # closes itself, should there be no descriptor for the other
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._epoll = select.epoll()
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._occupants: dict[tuple[str, int], Occupant] = {}
         self._moved: dict[int, tuple[tuple[int, int], int]] = {}
@@ -61,7 +61,8 @@ class WatchThread(threading.Thread):
         """Ends the thread and waits for it."""
         self._stop_asked = True
         self.poke()
-        self.join(timeout=5.0)
+        if self.ident is not None:  # else it was never started
+            self.join(timeout=5.0)
         for occupant in self._occupants.values():
             if occupant.pidfd is not None:
                 os.close(occupant.pidfd)
@@ -140,8 +141,9 @@ class WatchThread(threading.Thread):
     def _find_work(self, n: int) -> list[bool]:
         """By rank, whether it is in a step, or has requests waiting or on their way."""
         board = self._board
-        unseen = count_unseen(board.sent_requests, board.received_requests, board.counted_frontends(), n)
-        busy: list[bool] = ((board.step_start[:n] != 0) | (board.load[:n] >> 40 != 0) | (unseen != 0)).tolist()
+        requests, _ = board.outstanding(board.counted_frontends())
+        not_running = requests.count() > (board.load[:n] >> 16 & 0xFFFFFF)
+        busy: list[bool] = ((board.step_start[:n] != 0) | not_running).tolist()
         return busy
 
     def _still_ns(self, e: int, incarnation: int, now_ns: int) -> int:

@@ -354,13 +354,16 @@ class WaveThread(threading.Thread):
         waiting, running, kv = stats.num_waiting_reqs, stats.num_running_reqs, stats.kv_cache_usage
         if not self._counts.report(e, stats.current_wave, stats.step_counter, (waiting, running, kv)):
             logger.debug("engine %d reported step %d late", e, stats.step_counter)
-        # SYNC: on a stock engine's behalf, in the order in which an engine would store it (rule 3). It cannot
-        # say what it has taken in, so whatever was sent by now counts as received.
+        # SYNC: on a stock engine's behalf, in the order in which an engine would store it (`EngineRow.publish`).
+        # It cannot say what it has taken in, so whatever was sent by now counts as received.
+        used = board.frontends_used()
         sent_requests = board.sent_requests[:, e].tolist()
         sent_tokens = board.sent_tokens[:, e].tolist()
         words[board.index("load", e)] = layout.pack_load(waiting, running, kv)
+        words[board.index("request_balance", e)] = waiting + running - sum(sent_requests[:used])
+        words[board.index("token_balance", e)] = -sum(sent_tokens[:used])
         at_tokens, at_requests = board.index("received_tokens", e), board.index("received_requests", e)
-        for f in range(board.frontends_used()):
+        for f in range(used):
             words[at_tokens + f] = sent_tokens[f]
             words[at_requests + f] = sent_requests[f]
         words[board.index("progress", e)] = layout.pack_progress(stats.current_wave, stats.step_counter)
@@ -423,6 +426,7 @@ class WaveThread(threading.Thread):
             if not board.engine_alive(e):
                 for name in ("load", *layout.ENGINE_WORDS):
                     self._words[board.index(name, e)] = 0
+                board.nothing_outstanding(e)
             self._marks.clear_engine(e)
         self._marks.set_dp_size(dp_size)
         for e in range(dp_size, old):

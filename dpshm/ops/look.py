@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dpshm import layout, procs
-from dpshm.board import Board, count_unseen
+from dpshm.board import Board
 from dpshm.liveness import Verdict
 from dpshm.ops.frame import SCHEMA_VERSION, Coordinator, Frame, Frontend, Rank
 from dpshm.version import version_text
@@ -98,10 +98,10 @@ def _coordinator(board: Board, now_ns: int | None) -> Coordinator:
 
 
 def _ranks(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Rank]:
-    rows = board.snapshot(now_ns)
+    # Nobody has marked those who died since nobody watches.
+    counted = None if marks_fresh else [f for f in range(board.frontends_used()) if board.frontend_alive(f)]
+    rows = board.snapshot(now_ns, counted)
     waves = bool(board.segment.header.settings.get("waves", True))
-    if not marks_fresh:
-        _count_by_locks(board, rows)
     names = rows.dtype.names or ()
     ranks = []
     for values in rows.tolist():
@@ -132,16 +132,6 @@ _SAME = (
 )
 
 
-def _count_by_locks(board: Board, rows: Any) -> None:
-    """Leaves the bookings of front-ends that died since nobody watches out of the sums."""
-    live = [f for f in range(board.frontends_used()) if board.frontend_alive(f)]
-    unseen = count_unseen(board.sent_requests, board.received_requests, live, len(rows))
-    tokens = count_unseen(board.sent_tokens, board.received_tokens, live, len(rows))
-    rows["requests"] += unseen - rows["unseen"]
-    rows["prefill_backlog"] += tokens - rows["unseen_tokens"]
-    rows["unseen"], rows["unseen_tokens"] = unseen, tokens
-
-
 def _state_by_lock(board: Board, e: int, row: dict[str, Any]) -> str:
     if not board.engine_alive(e):
         return "dead" if row["pid"] else "absent"
@@ -153,7 +143,7 @@ def _state_by_lock(board: Board, e: int, row: dict[str, Any]) -> str:
 
 def _frontends(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Frontend]:
     used, n = board.frontends_used(), board.dp_size
-    # SYNC: rule 3: sent before received.
+    # SYNC: sent before received: what arrives in between is not unseen any more.
     sent = np.positive(board.sent_requests[:used, :n])
     unseen = np.maximum(sent - board.received_requests[:n, :used].T, 0)
     marks = board.frontend_mark[:used].tolist()

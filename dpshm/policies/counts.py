@@ -26,10 +26,11 @@ def vllm(view: View, request: Request) -> int:
     Source: ``DPLBAsyncMPClient.get_core_engine_for_request``. Where vLLM raises the waiting count in its own
     copy for each request sent, the board has the bookings of all front-ends: they count as waiting here.
     """
+    unseen = view.unseen
 
     def score(rank: int) -> float:
         waiting, running, kv_cache_usage = layout.unpack_load(int(view.load[rank]))
-        waiting += int(view.unseen[rank])
+        waiting += int(unseen[rank])
         pressure = 6 * waiting * max(0.0, kv_cache_usage - 0.5)
         return max(view.num_frontends * int(view.own[rank]), waiting + running) + pressure
 

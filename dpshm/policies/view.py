@@ -23,9 +23,6 @@ OVERLOADED_KV = round(0.95 * 0xFFFF)
 """A rank with a queue and more of its KV cache in use than this (the low 16 bits of a load word, so 95 %) is
 overloaded: what it admits next may push out what it runs."""
 
-# The shifts and the mask of a load word, as arrays: numpy takes half as long with them as with Python's numbers.
-_WAITING, _RUNNING, _COUNT = np.array(40), np.array(16), np.array(0xFFFFFF)
-
 Sequence64: TypeAlias = "list[int] | NDArray[np.int64]"
 
 
@@ -45,16 +42,14 @@ class Work(msgspec.Struct, eq=False, gc=False):
     """What the ranks have to compute and how fast they are, by rank.
 
     Attributes:
-        backlog: prompt tokens that the engine took in and has not computed, as reported.
-        unseen_tokens: prompt tokens that any front-end sent and the engine has not received.
+        tokens: prompt tokens that any front-end sent and the engine has not computed.
         steps: by rank the words of `dpshm.layout.STEP_WORDS`: the running step.
         models: by rank the words of `dpshm.layout.MODEL_WORDS`: what the engine has learnt of its steps. They
             change slowly and may be some tenths of a second old.
         now_ns: CLOCK_MONOTONIC.
     """
 
-    backlog: Any
-    unseen_tokens: Any
+    tokens: Any
     steps: Any
     models: Any
     now_ns: int
@@ -66,7 +61,7 @@ class View(msgspec.Struct, eq=False, gc=False):
     Attributes:
         ranks: who may be chosen, never empty, in the order that breaks ties.
         load: reported load, packed (`dpshm.layout.unpack_load`).
-        unseen: requests that any front-end sent and the engine has not received, by rank.
+        requests: by rank those waiting, running, and sent by any front-end but not received (`unseen`).
         own: requests of this front-end that are unfinished, by rank.
         num_frontends: live front-ends.
         work: tokens and step times, for policies that ask for them.
@@ -74,20 +69,18 @@ class View(msgspec.Struct, eq=False, gc=False):
 
     ranks: Any
     load: Any
-    unseen: Any
+    requests: Any
     own: list[int]
     num_frontends: int
     work: Work | None = None
 
     @property
-    def requests(self) -> Sequence64:
-        """Requests by rank: waiting, running and unseen."""
-        load, unseen = self.load, self.unseen
+    def unseen(self) -> Sequence64:
+        """Requests by rank that were sent and not received: those that are neither waiting nor running."""
+        load, requests = self.load, self.requests
         if isinstance(load, list):
-            # Both have one item a rank; `strict` would cost a tenth of the decision.
-            return [(w >> 40) + (w >> 16 & 0xFFFFFF) + u for w, u in zip(load, unseen)]  # noqa: B905
-        total: NDArray[np.int64] = (load >> _WAITING) + (load >> _RUNNING & _COUNT) + unseen
-        return total
+            return [max(0, n - (w >> 40) - (w >> 16 & 0xFFFFFF)) for n, w in zip(requests, load, strict=True)]
+        return np.maximum(requests - (load >> 40) - (load >> 16 & 0xFFFFFF), 0)
 
     def overloaded(self, rank: int) -> bool:
         """Whether a rank has a queue and hardly any KV cache left."""

@@ -7,7 +7,7 @@ What a new request waits for, at an engine that serves first come, first served 
                 steps * (base + per_request * (requests + 1)) + per_token * tokens
                 ending * (requests + 1 - places)
 
-    tokens = backlog - those of the running step + unseen tokens + its own;   steps = ceil(tokens / chunk)
+    tokens = sent and not computed - those of the running step + its own;   steps = ceil(tokens / chunk)
 
 The first is the work in front of it. The second is the wait for a place, if that many requests have to end first.
 
@@ -59,15 +59,11 @@ class LeastWork(msgspec.Struct, frozen=True):
                 break
         scores = []
         # One item a rank in each; `strict` would cost a tenth of the decision.
-        for word, unseen, backlog, unseen_tokens, step, model in zip(  # noqa: B905
-            view.load, view.unseen, work.backlog, work.unseen_tokens, work.steps, models
-        ):
+        for requests, waiting, step, model in zip(view.requests, work.tokens, work.steps, models):  # noqa: B905
             step_end, step_tokens = step
             base, per_request, per_token, chunk, places, ending = model
-            requests = (word >> 40) + (word >> 16 & 0xFFFFFF) + unseen + 1
-            tokens = unseen_tokens + prompt
-            if backlog > step_tokens:
-                tokens += backlog - step_tokens
+            requests += 1  # noqa: PLW2901
+            tokens = waiting - step_tokens + prompt if waiting > step_tokens else prompt
             ns = base + per_request * requests
             if 0 < chunk < tokens:
                 ns *= -(-tokens // chunk)
@@ -118,8 +114,8 @@ def _vector(view: View, work: Work, prompt: int) -> NDArray[np.int64]:
         models = np.array(filled, np.int64)
     step_end, step_tokens = work.steps.T
     base, per_request, per_token, chunk, places, ending = models.T
-    requests = (view.load >> 40) + (view.load >> 16 & 0xFFFFFF) + view.unseen + 1
-    tokens = np.maximum(work.backlog - step_tokens, 0) + work.unseen_tokens + prompt
+    requests = view.requests + 1
+    tokens = np.maximum(work.tokens - step_tokens, 0) + prompt
     ns = base + per_request * requests
     ns *= np.where(chunk > 0, np.maximum(-(-tokens // np.maximum(chunk, 1)), 1), 1)
     ns += per_token * tokens

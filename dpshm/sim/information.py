@@ -70,13 +70,14 @@ class Information(ABC):
     ) -> View:
         models = [list(r.model[2:]) for r in rows]
         work = Work(
-            [r.backlog for r in rows],
-            unseen_tokens,
+            [r.backlog + tokens for r, tokens in zip(rows, unseen_tokens, strict=True)],
             [r.model[:2] for r in rows],
             shared(models) if self.lockstep else models,
             int(now_s * 1e9),
         )
-        return View(order, [r.load for r in rows], unseen, self.own[frontend], len(self.own), work)
+        load = [r.load for r in rows]
+        requests = [(w >> 40) + (w >> 16 & 0xFFFFFF) + u for w, u in zip(load, unseen, strict=True)]
+        return View(order, load, requests, self.own[frontend], len(self.own), work)
 
 
 class Live(Information):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from math import ceil
+from operator import add
 from typing import Annotated
 
 import msgspec
@@ -129,7 +130,8 @@ class StatsCopy:
         self._turn += 1
         ranks = [(self._turn + i) % n for i in range(n)]
         load = list(map(layout.pack_load, self._waiting, self._running, self._kv_cache_usage))
-        rank = self._policy(View(ranks, load, [0] * n, own, self._num_frontends), request)
+        requests = list(map(add, self._waiting, self._running))
+        rank = self._policy(View(ranks, load, requests, own, self._num_frontends), request)
         self._waiting[rank] += self._num_frontends
         return rank
 

@@ -7,7 +7,6 @@ older. Writers are killed in the middle of it, again and again.
 
 from __future__ import annotations
 
-import platform
 import random
 import signal
 import time
@@ -43,8 +42,8 @@ board = Board.attach(group)
 # What only grows within an incarnation, and in which order one publish stores it.
 GROWING = ("engine_incarnation", "steps", "prompt_tokens", "generation_tokens", "progress", "requests_finished",
            "beat")
-counts = {"reads": 0, "torn": 0, "backwards": 0, "early": 0}
-last = [dict.fromkeys((*GROWING, "load", "received"), 0) for _ in range(RANKS)]
+counts = {"reads": 0, "torn": 0, "backwards": 0}
+last = [dict.fromkeys((*GROWING, "load", "received", "balance"), 0) for _ in range(RANKS)]
 
 def look(e):
     seen = last[e]
@@ -53,21 +52,19 @@ def look(e):
     received = int(board.received_requests[e, e])
     word = int(board.load[e])
     waiting, running, _ = layout.unpack_load(word)
-    whole = running == 2 * waiting and word & 0xFFFF == waiting % KV_ONE
+    balance = int(board.request_balance[e])  # those in the load, less those received: twice the counter
+    whole = running == 2 * waiting and word & 0xFFFF == waiting % KV_ONE and balance % 2 == 0 <= balance
     values = {name: int(getattr(board, name)[e]) for name in GROWING}
     if int(board.engine_incarnation[e]) != before or before != seen["engine_incarnation"]:
-        last[e] = {**values, "engine_incarnation": before, "load": 0, "received": 0}
+        last[e] = {**values, "engine_incarnation": before, "load": 0, "received": 0, "balance": 0}
         counts["torn"] += not whole  # a word is whole at any time
         return
     counts["torn"] += not whole
-    values |= {"load": waiting, "received": received}
+    values |= {"load": waiting, "received": received, "balance": balance}
     if e == RANKS - 1:  # a successor may be clearing the row: it stores its incarnation last
         counts["backwards"] += sum(0 != value < seen[name] for name, value in values.items())
-        counts["early"] += 0 != waiting < received
     else:
         counts["backwards"] += sum(value < seen[name] for name, value in values.items())
-        # Loaded before the load, and stored after it: what was received has to be waiting.
-        counts["early"] += waiting < received
     last[e] = values
 """
 
@@ -83,8 +80,6 @@ def check(counts):
     """What a reader has counted is all right."""
     assert counts["torn"] == 0
     assert counts["backwards"] == 0
-    if platform.machine() == "x86_64":
-        assert counts["early"] == 0
 
 
 def test_writers_readers_and_a_writer_that_is_killed(group, using):
@@ -116,7 +111,8 @@ def test_writers_readers_and_a_writer_that_is_killed(group, using):
         steps = int(board.steps[last])
         assert waiting <= steps <= waiting + 1
         assert steps - 1 <= board.prompt_tokens[last] // 3 <= steps
-        assert board.received_requests[last, last] in (waiting, waiting - 1)
+        assert board.received_requests[last, last] in (waiting, waiting + 1)
+        assert board.request_balance[last] in (2 * waiting, 2 * (waiting - 1))
         wait_until(lambda: verdict(board, last) is Verdict.DEAD)
 
     for writer in steady:

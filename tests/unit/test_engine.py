@@ -95,18 +95,30 @@ def test_a_request_with_an_absurd_size_does_not_stop_the_reports(board, group, u
     assert board.snapshot()[0]["running"] == 1
 
 
-def test_received_is_stored_with_the_next_publish(board, group, using):
-    """Guards against a request that leaves the bookings before it shows in the engine's own queue."""
+def test_a_received_request_is_outstanding_until_it_ends(board, group, using):
+    """Guards against a request that counts twice or not at all while it goes from a socket into the queue."""
     engine = using(Engine.attach(group, 0))
+
+    def outstanding():
+        requests, tokens = board.outstanding([0, 1, 2, 3])
+        return requests.count()[0], tokens.count()[0]
+
+    board.frontend_incarnation[:] = 1
+    board.sent_requests[[0, 2], 0] = [1, 2]
+    board.sent_tokens[2, 0] = 42
+    assert outstanding() == (3, 42)
     engine.receive(2, 30)
+    assert outstanding() == (3, 42)
     engine.receive(2, 12)
     engine.receive(0, -7)
-    assert not board.received_requests[0].any()
-    engine.publish(waiting=3, running=0)
     assert board.received_requests[0].tolist() == [1, 0, 2, 0]
     assert board.received_tokens[0].tolist() == [0, 0, 42, 0]
-    engine.publish(waiting=3, running=0)
-    assert board.received_requests[0].tolist() == [1, 0, 2, 0]
+    assert outstanding() == (3, 42)
+    for waiting, running, backlog in ((3, 0, 42), (1, 2, 12), (1, 1, 12), (0, 0, 0)):
+        engine.publish(waiting=waiting, running=running, prefill_backlog=backlog)
+        assert outstanding() == (waiting + running, backlog)
+    engine.publish(waiting=1 << 70, running=0)
+    assert outstanding() == (board.snapshot()[0]["waiting"], 0)
 
 
 @pytest.mark.parametrize("frontend", [-1, 4])

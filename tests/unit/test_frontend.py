@@ -212,6 +212,7 @@ def test_a_policy_of_ones_own(board, group, using):
         return 1
 
     board.load[:2] = [layout.pack_load(1, 2, 0.5), layout.pack_load(0, 4, 0.0)]
+    board.request_balance[:2] = [3, 4]
     frontend = using(Frontend.attach(group, policy=last))
     frontend.route(prompt_tokens=9)
     frontend.route()
@@ -802,7 +803,7 @@ def test_what_a_policy_sees_has_the_groups_size(board, group, using, dp_size):
 def test_choose_books_nothing(board, group, using):
     """Guards against a question that changes the answer: `choose` only looks."""
     frontend = using(Frontend.attach(group))
-    board.words[board.index("load", 0)] = layout.pack_load(5, 0, 0.0)
+    board.load[0], board.request_balance[0] = layout.pack_load(5, 0, 0.0), 5
     assert frontend.choose(100) == 1
     assert frontend.choose(100) == frontend.route(100).dp_rank == 1
     assert board.sent_requests[frontend.index, :2].tolist() == [0, 1]

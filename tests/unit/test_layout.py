@@ -55,12 +55,12 @@ def test_no_two_words_are_the_same(engines: int, frontends: int):
 
 
 def writer(name: str) -> str:
-    """Who writes a column; all engines together write the dense one of loads, on purpose."""
+    """Who writes a column; all engines together write the dense ones, on purpose."""
     if name in layout.ENGINE_WORDS or name.startswith("received_"):
         return "engine"
     if name in layout.FRONTEND_WORDS or name.startswith("sent_") or name == "owner":
         return "front-end"
-    return "engines" if name == "load" else "coordinator"
+    return "engines" if name in ("load", "request_balance", "token_balance") else "coordinator"
 
 
 def test_no_two_writers_share_two_lines():

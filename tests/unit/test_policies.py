@@ -35,7 +35,11 @@ MODEL, UNLEARNT = learnt(), [0] * len(STEP_MODEL_WORDS)
 def seen(arrays: bool, ranks: list[int], load: list[int], **more: Any) -> View:
     """What a front-end shows of a group: lists, or what a large group has, of which `own` is a list too."""
     zeros = [0] * len(load)
-    rows = {name: more.get(name, zeros) for name in ("unseen", "backlog", "unseen_tokens")}
+    unseen, tokens = more.get("unseen", zeros), more.get("tokens", zeros)
+    # As the board's own words would: what overflows wraps.
+    counts = [(word >> 40) + (word >> 16 & 0xFFFFFF) + n for word, n in zip(load, unseen, strict=True)]
+    requests = [(n + (1 << 63)) % (1 << 64) - (1 << 63) for n in counts]
+    rows = {"requests": requests, "tokens": tokens}
     rows |= {"ranks": ranks, "load": load, "models": more.get("models", [MODEL] * len(load))}
     if arrays:
         rows = {name: np.array(row, np.int64) for name, row in rows.items()}
@@ -43,9 +47,9 @@ def seen(arrays: bool, ranks: list[int], load: list[int], **more: Any) -> View:
     models = [model[2:] for model in rows["models"]]
     if arrays:
         steps, models = np.array(steps, np.int64), np.array(models, np.int64)
-    work = Work(rows["backlog"], rows["unseen_tokens"], steps, models, NOW)
+    work = Work(rows["tokens"], steps, models, NOW)
     own, num_frontends = list(more.get("own", zeros)), more.get("num_frontends", 1)
-    return View(rows["ranks"], rows["load"], rows["unseen"], own, num_frontends, work)
+    return View(rows["ranks"], rows["load"], rows["requests"], own, num_frontends, work)
 
 
 def choose(policy: Policy, ranks: list[int], load: list[int], *, request: Request = REQUEST, **more: Any) -> int:
@@ -74,8 +78,7 @@ def group(rng: random.Random, *, wild: bool = False) -> dict[str, Any]:
         "unseen": column(4),
         "own": [rng.randrange(4) for _ in range(n)],
         "num_frontends": rng.randint(1, 8),
-        "backlog": column(2000),
-        "unseen_tokens": column(2000),
+        "tokens": column(4000),
         "models": [
             learnt(step_end=end, step_tokens=tokens) if rng.random() < 0.8 else UNLEARNT
             for end, tokens in zip(step_end, step_tokens, strict=True)
@@ -200,8 +203,7 @@ def test_least_work_goes_where_the_first_token_comes_first():
     slow = learnt(base_ns=10_000_000, per_request_ns=100_000, per_token_ns=100_000)
     two = {"ranks": [0, 1], "load": [pack_load(1, 0, 0), pack_load(3, 0, 0)]}
     assert choose(LeastWork(), **two) == 0
-    assert choose(LeastWork(), **two, backlog=[9000, 30]) == 1
-    assert choose(LeastWork(), **two, unseen_tokens=[9000, 30]) == 1
+    assert choose(LeastWork(), **two, tokens=[9000, 30]) == 1
     assert choose(LeastWork(), **two, models=[slow, MODEL], request=Request(4000)) == 1
     assert choose(LeastWork(), **two, models=[slow, slow], request=Request(4000)) == 0
     busy = learnt(step_end=NOW + 500_000_000)
@@ -223,7 +225,7 @@ def test_a_popular_key_is_shared_out():
     """Guards against one rank that gets all requests of one key, beyond its bound."""
     requests, tokens = [0] * 4, [0] * 4
     for _ in range(60):
-        rows = {"ranks": [0, 1, 2, 3], "load": [0] * 4, "unseen": requests, "unseen_tokens": tokens}
+        rows = {"ranks": [0, 1, 2, 3], "load": [0] * 4, "unseen": requests, "tokens": tokens}
         chosen = choose(Affinity(epsilon=0.25), **rows)
         expected = LeastWork().expected_ns(seen(False, **rows), REQUEST)
         assert expected[chosen] <= 1.25 * sum(expected) / 4

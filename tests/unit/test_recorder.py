@@ -26,13 +26,13 @@ def view_of(rng: random.Random, n: int, *, with_work: bool, arrays: bool = False
         return [rng.randrange(1 << rng.randrange(1, 63)) for _ in range(n)]
 
     ranks = rng.sample(range(n), rng.randint(1, n))
-    load, unseen = [pack_load(rng.randrange(9), rng.randrange(99), rng.random()) for _ in range(n)], column()
-    work = Work(column(), column(), [[NOW, 5] for _ in range(n)], [column()[:1] * 6 for _ in range(n)], NOW)
+    load, requests = [pack_load(rng.randrange(9), rng.randrange(99), rng.random()) for _ in range(n)], column()
+    work = Work(column(), [[NOW, 5] for _ in range(n)], [column()[:1] * 6 for _ in range(n)], NOW)
     if arrays:
-        ranks, load, unseen = np.array(ranks), np.array(load), np.array(unseen)
-        rows = (np.array(row) for row in (work.backlog, work.unseen_tokens, work.steps, work.models))
+        ranks, load, requests = np.array(ranks), np.array(load), np.array(requests)
+        rows = (np.array(row) for row in (work.tokens, work.steps, work.models))
         work = Work(*rows, NOW)
-    return View(ranks, load, unseen, [rng.randrange(9) for _ in range(n)], 4, work if with_work else None)
+    return View(ranks, load, requests, [rng.randrange(9) for _ in range(n)], 4, work if with_work else None)
 
 
 def plain(view: View) -> object:
@@ -41,8 +41,8 @@ def plain(view: View) -> object:
     def listed(x):
         return np.asarray(x).tolist()
 
-    work = view.work and [listed(x) for x in (view.work.backlog, view.work.unseen_tokens, view.work.models)]
-    return [listed(view.ranks), listed(view.load), listed(view.unseen), view.own, view.num_frontends, work]
+    work = view.work and [listed(x) for x in (view.work.tokens, view.work.models)]
+    return [listed(view.ranks), listed(view.load), listed(view.requests), view.own, view.num_frontends, work]
 
 
 @pytest.mark.parametrize("with_work", [False, True])
@@ -87,7 +87,7 @@ def test_a_record_of_the_largest_numbers_fits(tmp_path):
         path = tmp_path / str(n)
         recorder = Recorder.create(path, engines=n, group="g", frontend=0, slots=2)
         top = (1 << 63) - 1
-        work = Work([top] * n, [top] * n, [[top] * 2] * n, [[top] * 6] * n, top)
+        work = Work([top] * n, [[top] * 2] * n, [[top] * 6] * n, top)
         view = View(list(range(n)), [top] * n, [top] * n, [top] * n, top, work)
         for _ in range(2):
             recorder.record(top, view, Request(top, top), 0, [top] * n)

@@ -19,9 +19,14 @@ MODEL = [10_000_000, 100_000, 50_000, 0, 0, 0]
 def decision(number: int, running: tuple[int, int], backlog: tuple[int, int] | None = None, choice: int = 0):
     """A decision between two ranks."""
     load = [pack_load(0, n, 0.5) for n in running]
-    work = backlog and Work(list(backlog), [0, 0], [[0, 0]] * 2, [MODEL] * 2, 1000)
+    work = backlog and Work(list(backlog), [[0, 0]] * 2, [MODEL] * 2, 1000)
     return Decision(
-        number, 1000, View([0, 1], load, [0, 0], [1, 0], 2, work), Request(100), choice, [2_000_000, 1_000_000]
+        number,
+        1000,
+        View([0, 1], load, list(running), [1, 0], 2, work),
+        Request(100),
+        choice,
+        [2_000_000, 1_000_000],
     )
 
 
@@ -66,7 +71,7 @@ def test_export_to_csv(tmp_path):
         *(("7", "0", "3", "1", "0"), ("7", "1", "1", "0", "1")),
         *(("8", "0", "1", "1", "1"), ("8", "1", "3", "0", "0")),
     ]
-    assert [r["prefill_backlog"] for r in rows] == ["10", "20", "-1", "-1"]
+    assert [r["outstanding_tokens"] for r in rows] == ["10", "20", "-1", "-1"]
     assert rows[0]["age_ns"] == "2000000"
 
 

@@ -33,14 +33,13 @@ class World:
         self.information.published(rank, now_s)
 
     def seen(self, frontend: int, now_s: float) -> tuple[list[int], list[int]]:
-        """Requests, and tokens (backlog and unseen), by rank."""
+        """Requests, and tokens, by rank."""
         while self.information.next_tick_s <= now_s:
             self.information.tick(self.information.next_tick_s)
         view: View = self.information.view(frontend, [0, 1], now_s)
         work = view.work
         assert work is not None
-        tokens = [b + u for b, u in zip(work.backlog, work.unseen_tokens, strict=True)]
-        return list(view.requests), tokens
+        return list(view.requests), list(work.tokens)
 
 
 @pytest.mark.parametrize(

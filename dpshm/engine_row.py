@@ -25,7 +25,6 @@ from dpshm.liveness import Verdict
 from dpshm.segment import Segment
 from dpshm.version import version_word
 
-
 ROW_PATIENCE_S = 0.05
 """A coordinator that scales holds a row for an instant, and the kernel a dead process's locks for some more."""
 
@@ -89,9 +88,10 @@ class EngineRow:
         self._all_requests, self._all_tokens = sum(self._received_requests), sum(self._received_tokens)
         self._counters = [0] * 5  # steps, dummy steps, busy ns, prompt tokens, generation tokens
         self._finished = 0
-        self._wave = 0
+        self._wave = self._progress = 0
         self._at_model = board.index("step_model", dp_rank)
         self._model = StepModel()
+        self._stepped = False  # and not published since
 
     @classmethod
     @explained()
@@ -146,7 +146,7 @@ class EngineRow:
             running: whether it steps, with work or to keep step with the others.
             paused: whether the user paused it.
         """
-        self._wave = wave
+        self._wave, self._progress = wave, layout.pack_progress(wave, 0)
         flags = (layout.RUNNING if running else 0) | (layout.PAUSED_BY_USER if paused else 0)
         self._words[self._at_state] = layout.pack_state(wave, flags)
 
@@ -165,8 +165,9 @@ class EngineRow:
             return
         if not 0 <= frontend < len(self._received_requests):
             raise SettingError(f"frontend {frontend} is outside 0 to {len(self._received_requests) - 1}")
-        tokens = max(0, min(int(prompt_tokens), layout.MAX_PROMPT_TOKENS))
-        words = self._words
+        words, tokens = self._words, prompt_tokens
+        if not 0 <= tokens <= layout.MAX_PROMPT_TOKENS:
+            tokens = 0 if tokens < 0 else layout.MAX_PROMPT_TOKENS
         self._all_requests += 1
         self._all_tokens += tokens
         self._received_requests[frontend] = requests = self._received_requests[frontend] + 1
@@ -191,7 +192,7 @@ class EngineRow:
             running: requests in the batch.
             kv_cache_usage: fraction of the KV cache in use.
             prefill_backlog: prompt tokens received and not yet computed.
-            step: number of the step, growing within an incarnation.
+            step: number of the step, growing within an incarnation; 0 if it does not fit 32 bits.
         """
         self._check()
         words = self._words
@@ -200,10 +201,11 @@ class EngineRow:
         words[self._at_request_balance] = (load >> 40) + (load >> 16 & 0xFFFFFF) - self._all_requests
         words[self._at_backlog] = backlog = layout.saturate(prefill_backlog)
         words[self._at_token_balance] = backlog - self._all_tokens
-        if self._model.left(waiting, running, prefill_backlog):
+        if self._stepped:
+            self._stepped = False
+            self._model.left(waiting, running, backlog)
             self._store_model()
-        words[self._at_progress] = layout.pack_progress(self._wave, step)
-        words[self._at_finished] = self._finished
+        words[self._at_progress] = self._progress | (step if 0 <= step <= layout.MAX_STEP else 0)
         # SYNC: the beat comes last, so a reader that has seen it (x86-64) sees the report that it dates.
         words[self._at_beat] = time.monotonic_ns()
 
@@ -220,9 +222,10 @@ class EngineRow:
         return self._step
 
     def finished(self, requests: int = 1) -> None:
-        """Counts requests that ended; stored with the next `publish`."""
+        """Counts requests that ended."""
         self._check()
         self._finished += requests
+        self._words[self._at_finished] = self._finished
         self._model.finished(requests)
 
     def close(self) -> None:
@@ -268,6 +271,7 @@ class EngineRow:
         words[self._at_step_start] = 0
         self._model.end(duration_ns, prefill_tokens, batch)
         self._store_model()
+        self._stepped = True
 
     def _step_began(self, now_ns: int, prefill_tokens: int, batch: int) -> None:
         words, at = self._words, self._at_model

@@ -66,6 +66,7 @@ _BITS_31 = (1 << 31) - 1
 _BITS_32 = (1 << 32) - 1
 _KV_ONE = (1 << 16) - 1
 MAX_WORD = (1 << 63) - 1
+MAX_STEP = _BITS_32
 MAX_PROMPT_TOKENS = _BITS_31  # of one request: what is booked and what is received saturate alike
 
 # Flags of an engine's state word, below its wave.
@@ -252,7 +253,7 @@ def unpack_state(word: int) -> tuple[int, bool, bool]:
 def pack_progress(wave: int, step: int) -> int:
     """The progress word: wave 31 bits, step within the incarnation 32 bits."""
     wave = 0 if wave < 0 else wave if wave <= MAX_WAVE else MAX_WAVE
-    step = 0 if step < 0 else step if step <= _BITS_32 else _BITS_32
+    step = 0 if step < 0 else step if step <= MAX_STEP else MAX_STEP
     return wave << 32 | step
 
 

@@ -254,7 +254,8 @@ def _as_decision(number: int, record: _Record) -> Decision:
     as_seen: Any = list if len(load) < VECTOR_FROM else np.array  # as the front-end had them
     work = None
     if rows is not None:
-        work = Work(*map(as_seen, rows), record.time_ns)
+        tokens, steps, models = map(as_seen, rows)
+        work = Work(tokens, steps, models, record.time_ns)
     view = View(
         *(as_seen(ranks), as_seen(load), as_seen(requests)),
         *(record.own, record.num_frontends, work),

@@ -23,12 +23,13 @@ import fcntl
 import mmap
 import os
 import re
-import shutil
 import stat
 import struct
 import weakref
 import zlib
+from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,13 @@ class Segment:
         """Whether any handle, this one included, holds the lock on a byte."""
         return byte in self._held or self._others_hold(byte, 1)
 
+    def each_locked(self, in_bytes: Iterable[int]) -> list[bool]:
+        """`is_locked` of each of these bytes."""
+        fd, held = self.fileno(), self._held
+        return [
+            byte in held or fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _query(byte))[:2] != _UNLOCKED for byte in in_bytes
+        ]
+
     def is_shared(self) -> bool:
         """Whether any other handle holds a lock on any byte."""
         return self._others_hold(0, 0)
@@ -319,7 +327,7 @@ class Segment:
         if same:
             # The folder first: while the name is there nobody else can create the group.
             if len(self._open_fds) > 1:  # it is ours
-                shutil.rmtree(sockets_path(self.group), ignore_errors=True)
+                sockets_folder.clear(sockets_path(self.group))
             else:
                 sockets_folder.remove(sockets_path(self.group))
             self.path.unlink(missing_ok=True)
@@ -429,6 +437,15 @@ def _close_all(fds: list[int]) -> None:
 
 def _flock(kind: int, start: int, length: int) -> bytes:
     return struct.pack(_FLOCK, kind, os.SEEK_SET, start, length, 0)
+
+
+@cache
+def _query(byte: int) -> bytes:
+    """Asks whether a byte could be locked; the answer begins with `_UNLOCKED` if so."""
+    return _flock(fcntl.F_WRLCK, byte, 1)
+
+
+_UNLOCKED = struct.pack("h", fcntl.F_UNLCK)
 
 
 def _open_directory(path: Path) -> int:

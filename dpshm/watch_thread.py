@@ -1,7 +1,8 @@
 """The watch thread: looks at every row's lock and beat, and publishes its verdicts as marks on the board.
 
 A round every `WATCH_INTERVAL_S` tests the locks, which alone decide who is dead. A pidfd for each process
-that this pid namespace can see ends the wait between rounds at once when one exits.
+that this pid namespace can see ends the wait between rounds at once when one exits. Rows are judged only when
+something changed of what verdicts follow from, or when somebody could have stalled since.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dpshm import layout, procs
 from dpshm.board import Board
 from dpshm.liveness import Signs, Verdict, judge
 from dpshm.marks import Marks
+from dpshm.segment import engine_byte, frontend_byte
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +51,10 @@ class WatchThread(threading.Thread):
         self._occupants: dict[tuple[str, int], Occupant] = {}
         self._moved: dict[int, tuple[tuple[int, int], int]] = {}
         self._pid_namespace = procs.namespace_inode("pid")
-        self._has_work: list[bool] = []
-        self._next_work_ns = 0
+        self._judged: object = None  # what the last verdicts followed from
+        self._next_judging_ns = 0
+        self._rows: tuple[int, bytes] = (0, b"")
+        self._row_bytes: list[int] = []
         self._warned_unlinked = False
 
     def poke(self) -> None:
@@ -74,6 +78,7 @@ class WatchThread(threading.Thread):
         """The thread."""
         while not self._stop_asked:
             for fd, _ in self._epoll.poll(WATCH_INTERVAL_S):
+                self._judged = None
                 if fd == self._wake_fd:
                     os.eventfd_read(fd)
                 else:
@@ -85,20 +90,41 @@ class WatchThread(threading.Thread):
                 time.sleep(WATCH_INTERVAL_S)
 
     def round(self, now_ns: int) -> None:
-        """Judges every row once."""
+        """Looks once, and judges every row if that shows anything new."""
+        board = self._board
+        signs = self._look()
+        if signs != self._judged or now_ns >= self._next_judging_ns:
+            # To see who stalls, a tenth of the timeout is soon enough.
+            self._next_judging_ns = now_ns + min(self._stall_timeout_ns // 10 or _S, _S)
+            self._judge(now_ns)
+            self._judged = signs
+        board.coordinator_beat[0] = now_ns
+
+    def _look(self) -> object:
+        """What verdicts follow from, but for stalls: who holds which lock, and who took or left which row."""
+        board = self._board
+        incarnations = board.frontend_incarnation.tobytes()
+        if (rows := (board.dp_size, incarnations)) != self._rows:
+            self._rows = rows
+            columns, used = board.segment.header.columns, board.frontends_used()
+            self._row_bytes = [engine_byte(columns, e) for e in range(board.dp_size)]
+            self._row_bytes += [frontend_byte(columns, f) for f in range(used)]
+        n = board.dp_size
+        return (
+            *(rows, board.frontend_pid.tobytes(), board.segment.each_locked(self._row_bytes)),
+            *(board.engine_incarnation[:n].tobytes(), board.engine_pid[:n].tobytes()),
+        )
+
+    def _judge(self, now_ns: int) -> None:
         board = self._board
         n = board.dp_size
-        if not self._stall_timeout_ns:
-            self._has_work = [False] * n  # nobody is ever called stalled, so nobody asks
-        elif now_ns >= self._next_work_ns or len(self._has_work) != n:
-            # A tenth of the timeout is soon enough, and a look at all bookings costs more than the locks.
-            self._next_work_ns = now_ns + min(self._stall_timeout_ns // 10, _S)
-            self._has_work = self._find_work(n)
+        has_work = (
+            self._find_work(n) if self._stall_timeout_ns else [False] * n
+        )  # 0: nobody is ever called stalled
         for e in range(n):
-            self._judge_engine(e, self._has_work[e], now_ns)
+            self._judge_engine(e, has_work[e], now_ns)
         for f in range(board.frontends_used()):
             self._judge_frontend(f)
-        board.coordinator_beat[0] = now_ns
         if not self._warned_unlinked and not board.segment.linked:
             self._warned_unlinked = True
             logger.warning(
@@ -123,6 +149,8 @@ class WatchThread(threading.Thread):
             still_ns = 0
         signs = Signs(bool(board.engine_pid[e]), locked, has_work, paused, still_ns)
         verdict = judge(signs, self._stall_timeout_ns)
+        if verdict is Verdict.STALLED:
+            self._next_judging_ns = 0  # the next round sees whether it moves again
         before = marks.engine_verdict(e)
         if verdict is not before or stock:
             marks.set_engine(e, verdict=verdict, on_behalf=False if locked else None)

@@ -16,14 +16,12 @@ Coordinator, state ``(wave, phase)``, starts ``(0, PAUSED)``; nothing ever lower
                              waking, running               -                    -
     WaveCompleted(w)         wave <= w                     w + 1, paused        PublishState
                              w < wave                      -                    -
-    WaveStarted(e, w)        w > wave, or w == wave and    w, running           StartWave(w, exclude e),
-                             not running                                        PublishState
-                             w < wave, paused              waking               StartWave(wave, nobody)
-                             otherwise                     -                    -
-    SeenRunning(e, w)        w == wave, waking             running              PublishState
-                             w > wave, or w == wave and    w, running           StartWave(w, exclude e),
-                             paused                                             PublishState
-                             otherwise                     -                    -
+    WaveStarted(e, w),       w > wave, or w == wave and    w, running           StartWave(w, exclude e),
+    SeenRunning(e, w)        paused                                             PublishState
+                             w == wave, waking             running              the same START if
+                                                                                `repeat_start`, PublishState
+                             otherwise, but for:           -                    -
+    WaveStarted(e, w)        w < wave, paused              waking               StartWave(wave, nobody)
     WakeTimer(expired=no)    waking                        -                    StartWave(wave, nobody)
     WakeTimer(expired=yes)   waking                        paused               WarnWakeFailed, PublishState
     RanksSplit(w)            always                        max(wave, w),        StartWave(that, nobody),
@@ -34,6 +32,11 @@ Coordinator, state ``(wave, phase)``, starts ``(0, PAUSED)``; nothing ever lower
 or never get it, and then it would sleep while the others wait for it in a collective (a real vLLM 0.32
 server hung so). ``exclude_named=True`` brings the exclusion back for engines that take whatever they
 are sent. `WaveStarted` does exclude its sender, which is awake for certain.
+
+All were told when the group began to wake, so a second START when the first engine confirms is for those who
+missed it, and costs every rank a message at the moment when all are busy waking. ``repeat_start=False`` leaves
+it out, for groups whose rows tell who sleeps (`RanksSplit`); a stock engine's row does not, and
+``exclude_named`` has left one out.
 
 `SeenRunning` in a paused group starts the wave like `WaveStarted` does: the engine's own message may be
 the one that was lost, and if it is only late, the second start changes nothing. Seen in an old wave it
@@ -222,7 +225,7 @@ EngineCommand = SendWaveStarted | SendWaveCompleted
 
 
 def handle_coordinator(
-    state: CoordinatorState, event: CoordinatorEvent, *, exclude_named: bool = False
+    state: CoordinatorState, event: CoordinatorEvent, *, exclude_named: bool = False, repeat_start: bool = True
 ) -> tuple[CoordinatorState, list[CoordinatorCommand]]:
     """One step of the coordinator's machine: the first table above.
 
@@ -230,6 +233,7 @@ def handle_coordinator(
         state: where it is.
         event: what happened.
         exclude_named: leave the engine that a `FirstRequest` names out of its START.
+        repeat_start: send START again when the first engine confirms a wake-up.
     """
     wave, phase = state
     event = _within_limits(event)
@@ -239,14 +243,13 @@ def handle_coordinator(
             return CoordinatorState(wave, Phase.WAKING), [StartWave(wave, exclude)]
         case WaveCompleted(w) if w >= wave:
             return CoordinatorState(min(w + 1, MAX_WAVE), Phase.PAUSED), [PublishState()]
-        case WaveStarted(engine, w) if w > wave or (w == wave and phase is not Phase.RUNNING):
+        case WaveStarted(engine, w) | SeenRunning(engine, w) if w > wave or (w == wave and phase is Phase.PAUSED):
             return CoordinatorState(w, Phase.RUNNING), [StartWave(w, engine), PublishState()]
+        case WaveStarted(engine, w) | SeenRunning(engine, w) if w == wave and phase is Phase.WAKING:
+            again: list[CoordinatorCommand] = [StartWave(w, engine)] if repeat_start else []
+            return CoordinatorState(wave, Phase.RUNNING), [*again, PublishState()]
         case WaveStarted(_, w) if w < wave and phase is Phase.PAUSED:
             return CoordinatorState(wave, Phase.WAKING), [StartWave(wave, None)]
-        case SeenRunning(_, w) if w == wave and phase is Phase.WAKING:
-            return CoordinatorState(wave, Phase.RUNNING), [PublishState()]
-        case SeenRunning(engine, w) if w > wave or (w == wave and phase is Phase.PAUSED):
-            return CoordinatorState(w, Phase.RUNNING), [StartWave(w, engine), PublishState()]
         case WakeTimer(expired) if phase is Phase.WAKING:
             if not expired:
                 return state, [StartWave(wave, None)]

@@ -80,7 +80,8 @@ class View(msgspec.Struct, eq=False, gc=False):
         load, requests = self.load, self.requests
         if isinstance(load, list):
             return [max(0, n - (w >> 40) - (w >> 16 & 0xFFFFFF)) for n, w in zip(requests, load, strict=True)]
-        return np.maximum(requests - (load >> 40) - (load >> 16 & 0xFFFFFF), 0)
+        unseen: NDArray[np.int64] = np.maximum(requests - (load >> 40) - (load >> 16 & 0xFFFFFF), 0)
+        return unseen
 
     def overloaded(self, rank: int) -> bool:
         """Whether a rank has a queue and hardly any KV cache left."""
@@ -94,8 +95,9 @@ class View(msgspec.Struct, eq=False, gc=False):
     def least(self, scores: Any) -> int:
         """The first of the ranks that may be chosen whose score is least; an overloaded one only if all are."""
         ranks = self.ranks
+        best: int
         if isinstance(scores, list):
-            best = int(min(ranks, key=scores.__getitem__))
+            best = min(ranks, key=scores.__getitem__)
         else:
             best = int(ranks[int(scores[ranks].argmin())])
         # `overloaded`, spelt out. It is rare, so it is looked at last: the least of all is the least of the free.

@@ -99,12 +99,22 @@ class Group:
     Args:
         dp_size: number of engines.
         named: the coordinator leaves the engine that a first request names out of its START.
+        repeat_start: it sends START again when the first engine confirms a wake-up.
         without: kinds of events, or of engines' commands, that never get through: what a mutant lacks.
         wave: where all begin.
     """
 
-    def __init__(self, dp_size: int, *, named: bool = False, without: Iterable[type] = (), wave: int = 0) -> None:
+    def __init__(
+        self,
+        dp_size: int,
+        *,
+        named: bool = False,
+        repeat_start: bool = False,
+        without: Iterable[type] = (),
+        wave: int = 0,
+    ) -> None:
         self.named = named
+        self.repeat_start = repeat_start
         self.without = tuple(without)
         self.now = 0
         self.state = CoordinatorState(wave)
@@ -126,7 +136,9 @@ class Group:
         """The coordinator takes an event."""
         if isinstance(event, self.without):
             return
-        self.state, commands = handle_coordinator(self.state, event, exclude_named=self.named)
+        self.state, commands = handle_coordinator(
+            self.state, event, exclude_named=self.named, repeat_start=self.repeat_start
+        )
         self.state = CoordinatorState(*layout.unpack_control(layout.pack_control(*self.state)))  # the board's
         self.commands += len(commands)
         for command in commands:
@@ -317,7 +329,7 @@ STEPS = st.lists(st.tuples(st.sampled_from([*FAIR, *UNFAIR, *RARE]), st.integers
 @example(dp_size=3, steps=[("request", 4), ("lose", 0), ("arrive", 0), ("lose", 0)], named=False)
 def test_all_work_is_done_and_the_group_comes_to_rest(dp_size: int, steps: list[tuple[str, int]], named: bool):
     """Guards against a rank that sleeps on a request, one that runs alone, and a wave that never ends."""
-    group = Group(dp_size, named=named)
+    group = Group(dp_size, named=named, repeat_start=named)
     for what, k in steps:
         before = group.state.wave
         group.happens(what, k)

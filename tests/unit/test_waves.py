@@ -63,7 +63,7 @@ COORDINATOR: list[tuple[CoordinatorEvent, object, object, object]] = [
         (6, RUNNING, [start(6, 2), PUBLISH]),
     ),
     (SeenRunning(2, 4), KEEPS, KEEPS, KEEPS),
-    (SeenRunning(2, 5), (5, RUNNING, [start(5, 2), PUBLISH]), (5, RUNNING, [PUBLISH]), KEEPS),
+    (SeenRunning(2, 5), (5, RUNNING, [start(5, 2), PUBLISH]), (5, RUNNING, [start(5, 2), PUBLISH]), KEEPS),
     (
         SeenRunning(2, 6),
         (6, RUNNING, [start(6, 2), PUBLISH]),
@@ -105,6 +105,18 @@ def test_coordinator_that_excludes_who_was_named(
     if isinstance(event, FirstRequest):
         commands = [start(5, event.engine) for _ in commands]
     state, sent = handle_coordinator(CoordinatorState(5, phase), event, exclude_named=True)
+    assert (state, sent) == (CoordinatorState(wave, became), commands)
+
+
+@pytest.mark.parametrize(("event", "phase", "after"), COORDINATOR_CELLS, ids=lambda x: str(x)[:36])
+def test_coordinator_that_does_not_repeat_start(
+    event: CoordinatorEvent, phase: Phase, after: tuple[int, Phase, list[object]] | None
+):
+    """Guards against `repeat_start` changing more than what the first confirmation of a wake-up sends."""
+    wave, became, commands = (5, phase, []) if after is None else after
+    if phase is WAKING and became is RUNNING and wave == 5:
+        commands = [PUBLISH]
+    state, sent = handle_coordinator(CoordinatorState(5, phase), event, repeat_start=False)
     assert (state, sent) == (CoordinatorState(wave, became), commands)
 
 

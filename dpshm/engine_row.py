@@ -11,8 +11,8 @@ copied into its ``received``: what a predecessor had, or what was on its way to 
 from __future__ import annotations
 
 import os
-import threading
 import time
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Self
 
@@ -68,7 +68,7 @@ class EngineRow:
         self.board = board
         self.dp_rank = dp_rank
         self._segment = board.segment
-        self._thread = threading.get_ident()
+        self._thread = get_ident()
         self._step = Step(self)
         words = self._words = board.words
         self._at_load = board.index("load", dp_rank)
@@ -83,8 +83,9 @@ class EngineRow:
         self._at_finished = board.index("requests_finished", dp_rank)
         self._at_received_requests = board.index("received_requests", dp_rank)
         self._at_received_tokens = board.index("received_tokens", dp_rank)
-        self._received_requests = [words[self._at_received_requests + f] for f in range(board.frontends)]
-        self._received_tokens = [words[self._at_received_tokens + f] for f in range(board.frontends)]
+        mask, frontends = layout.COUNT_MASK, range(board.frontends)
+        self._received_requests = [words[self._at_received_requests + f] & mask for f in frontends]
+        self._received_tokens = [words[self._at_received_tokens + f] & mask for f in frontends]
         self._all_requests, self._all_tokens = sum(self._received_requests), sum(self._received_tokens)
         self._counters = [0] * 5  # steps, dummy steps, busy ns, prompt tokens, generation tokens
         self._finished = 0
@@ -194,10 +195,18 @@ class EngineRow:
             prefill_backlog: prompt tokens received and not yet computed.
             step: number of the step, growing within an incarnation; 0 if it does not fit 32 bits.
         """
-        self._check()
+        # The check and `layout.pack_load` are written out, for what a rank usually says: it publishes with cold
+        # caches, where each call costs some microseconds until others see the load.
+        if not self._segment.usable or get_ident() != self._thread:
+            self._check()
         words = self._words
+        whole = waiting.__class__ is int is running.__class__  # numpy's narrow integers would wrap
+        if whole and 0 <= waiting <= 0x7FFFFF and 0 <= running <= 0xFFFFFF and 0.0 <= kv_cache_usage <= 1.0:
+            load = waiting << 40 | running << 16 | int(kv_cache_usage * 65535 + 0.5)
+        else:
+            load = layout.pack_load(waiting, running, kv_cache_usage)
         # SYNC: what a decision needs is whole in each of these words (`dpshm.outstanding`), whatever their order.
-        words[self._at_load] = load = layout.pack_load(waiting, running, kv_cache_usage)
+        words[self._at_load] = load
         words[self._at_request_balance] = (load >> 40) + (load >> 16 & 0xFFFFFF) - self._all_requests
         words[self._at_backlog] = backlog = layout.saturate(prefill_backlog)
         words[self._at_token_balance] = backlog - self._all_tokens
@@ -251,7 +260,7 @@ class EngineRow:
     def _check(self) -> None:
         if not self._segment.usable:
             raise self._segment.why_unusable()
-        if threading.get_ident() != self._thread:
+        if get_ident() != self._thread:
             raise WrongThread(
                 f"engine {self.dp_rank} belongs to the thread that attached it: call it from there, or attach "
                 "in the thread that runs the scheduler"
@@ -292,7 +301,7 @@ def _initialise(board: Board, dp_rank: int) -> None:
     words = board.words
     if not board.segment.linked:
         raise RowInUse(f"group {board.segment.group!r} ended while rank {dp_rank} attached; try again")
-    incarnation = words[board.index("engine_incarnation", dp_rank)]
+    incarnation = words[board.index("engine_incarnation", dp_rank)] & layout.COUNT_MASK
     # First of all nobody: who looks now must not take these counters, which fall, for those of the last process.
     words[board.index("engine_pid", dp_rank)] = 0
     for name in ("load", *layout.ENGINE_WORDS):
@@ -301,8 +310,12 @@ def _initialise(board: Board, dp_rank: int) -> None:
     for i in range(len(layout.STEP_MODEL_WORDS)):
         words[board.index("step_model", dp_rank, i)] = 0
     for f in range(board.frontends):
-        words[board.index("received_tokens", dp_rank, f)] = words[board.index("sent_tokens", f, dp_rank)]
-        words[board.index("received_requests", dp_rank, f)] = words[board.index("sent_requests", f, dp_rank)]
+        words[board.index("received_tokens", dp_rank, f)] = (
+            words[board.index("sent_tokens", f, dp_rank)] & layout.COUNT_MASK
+        )
+        words[board.index("received_requests", dp_rank, f)] = (
+            words[board.index("sent_requests", f, dp_rank)] & layout.COUNT_MASK
+        )
     board.nothing_outstanding(dp_rank)
     pid = os.getpid()
     words[board.index("engine_pid", dp_rank)] = pid

@@ -1,4 +1,4 @@
-"""``python -m bench``: the comparison. ``python -m bench vllm`` and ``routing``: the larger studies.
+"""``python -m bench``: the comparison. ``python -m bench vllm``, ``routing``, ``gpu`` and ``faults``: the studies.
 
 The comparison runs without any argument, for some minutes; ``--quick`` shows in less than one that all of it
 works, with figures that are only rough.
@@ -12,7 +12,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-STUDIES = ("vllm", "routing", "gpu")
+STUDIES = ("vllm", "routing", "gpu", "faults")
 
 
 def main(argv: list[str]) -> int:

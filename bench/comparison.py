@@ -80,6 +80,11 @@ def run(sizes: Sizes, vllm_python: Path | None, say: Callable[[str], None]) -> R
 
 
 def machine(sizes: Sizes) -> Result:
+    """What it runs on, and how much was measured."""
+    return machine_facts() | {"sizes": sizes._asdict()}
+
+
+def machine_facts() -> Result:
     """What it runs on."""
     model = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
@@ -92,7 +97,6 @@ def machine(sizes: Sizes) -> Result:
         "libzmq": zmq.zmq_version(),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "load_before": os.getloadavg()[0],
-        "sizes": sizes._asdict(),
     }
 
 

@@ -22,6 +22,7 @@ from dpshm.errors import (
     SegmentNotFound,
     SettingError,
     StartupTimeout,
+    TooManyFiles,
     WireError,
     WrongThread,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "SegmentNotFound",
     "SettingError",
     "StartupTimeout",
+    "TooManyFiles",
     "WireError",
     "WrongThread",
     "__version__",

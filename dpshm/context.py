@@ -10,6 +10,8 @@ from typing import TypeAlias
 
 import zmq
 
+from dpshm.descriptors import check_spare
+
 Socket: TypeAlias = "zmq.Socket[bytes]"
 
 _contexts: dict[int, zmq.Context[Socket]] = {}
@@ -20,6 +22,7 @@ def context() -> zmq.Context[Socket]:
     pid = os.getpid()
     # setdefault is one step: two first callers at once get the same one, and the spare is closed unused.
     if pid not in _contexts:
+        check_spare()
         spare: zmq.Context[Socket] = zmq.Context()
         if _contexts.setdefault(pid, spare) is not spare:
             spare.term()

@@ -23,13 +23,16 @@ from typing import Any
 
 from dpshm import procs, sockets_folder
 from dpshm.board import Board
+from dpshm.descriptors import explained
 from dpshm.errors import GroupInUse, SegmentError, SegmentInvalid, SegmentNotFound, SettingError, StartupTimeout
+from dpshm.keys import HEADER_SETTING, ServerKeys
 from dpshm.marks import Marks
 from dpshm.segment import Segment, make_header, sockets_path, sweep
 from dpshm.settings import IMMUTABLE, make_settings
 from dpshm.version import version_word
 from dpshm.watch_thread import WatchThread
-from dpshm.wave_thread import Sockets, WaveThread
+from dpshm.wave_sockets import Sockets
+from dpshm.wave_thread import WaveThread
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ class Coordinator:
     """Coordinates one group from threads of this process, until `close`.
 
     Takes the settings of `dpshm.settings.Settings` as keyword arguments; `group` and `dp_size` are needed.
+    `own_process` says that this process is nothing else: then what peers can make it grow by is bounded.
 
     Attributes:
         settings: what it was told.
@@ -56,27 +60,28 @@ class Coordinator:
     """
 
     _watch: WatchThread | None = None
+    _finalizer: weakref.finalize[..., Coordinator] | None = None
 
-    def __init__(self, **settings: Any) -> None:
+    @explained()
+    def __init__(self, *, own_process: bool = False, **settings: Any) -> None:
         self.settings = make_settings(**settings)
-        self._wave = WaveThread(self.settings, self._open_board, self._poke_watch)
-        self._wave.start()
+        self._wave = WaveThread(self.settings, self._open_board, self._poke_watch, own_process=own_process)
         try:
+            self._wave.start()
             error = self._wave.opened.exception()
             if error is not None:
                 # Without its traceback, whose frames keep the segment open until the collector comes by.
                 raise error.with_traceback(None)
             self.board = self._wave.opened.result()
         except BaseException:
+            # A Ctrl-C too, which may find the board made and its watch running.
             self._wave.stop()
+            if self._finalizer is not None:
+                self._finalizer()
             raise
         header = self.board.segment.header
         self.stats_publish_address = header.stats_address
         self.engine_addresses = (header.engine_input_address, header.engine_output_address)
-        assert self._watch is not None  # _open_board made it
-        self._finalizer: weakref.finalize[..., Coordinator] = weakref.finalize(
-            self, _shut_down, os.getpid(), self._wave, self._watch, self.board.segment
-        )
         self.metrics_address: tuple[str, int] | None = None
         if self.settings.metrics_port is not None:
             try:
@@ -145,7 +150,8 @@ class Coordinator:
         """Ends the threads, closes the sockets, removes the segment and the sockets' folder."""
         if self.metrics_address is not None:
             self._metrics_finalizer()
-        self._finalizer()
+        if self._finalizer is not None:
+            self._finalizer()
 
     def __enter__(self) -> Coordinator:
         return self
@@ -171,6 +177,7 @@ class Coordinator:
             os.close(folder)
             raise
         segment.keep_sockets(folder)
+        watch: WatchThread | None = None
         try:
             header = segment.header
             sockets.bind((header.stats_address, header.engine_input_address, header.engine_output_address))
@@ -185,9 +192,12 @@ class Coordinator:
             marks.begin_epoch()
             watch = WatchThread(board, marks, round(self.settings.stall_timeout_s * 1e9))
             watch.round(time.monotonic_ns())
-            self._watch = watch
             watch.start()
+            self._watch = watch
+            self._finalizer = weakref.finalize(self, _shut_down, os.getpid(), self._wave, watch, segment)
         except BaseException:
+            if watch is not None:
+                watch.stop()
             if not segment.is_shared():
                 segment.unlink()
             segment.close()
@@ -222,7 +232,7 @@ class Coordinator:
                 board = Board(segment)
                 owned = board.lock_coordinator()
                 if owned and segment.linked and segment.is_shared():
-                    self._check_takeover(segment)
+                    self._check_takeover(segment, sockets.keys)
                     logger.info("taking over the live board of group %r at wave %d", group, board.wave)
                     return segment
                 if owned and segment.lock_all():
@@ -240,10 +250,11 @@ class Coordinator:
     def _create(self, sockets: Sockets) -> Segment:
         settings = self.settings
         folder = sockets_path(settings.group)
+        frontends, to_engines, from_engines = sockets_folder.NAMES
         wanted = (
-            _endpoint(settings.frontends_local, folder, "frontends", settings.host),
-            _endpoint(settings.engines_local, folder, "to-engines", settings.host),
-            _endpoint(settings.engines_local, folder, "from-engines", settings.host),
+            _endpoint(settings.frontends_local, folder, frontends, settings.host),
+            _endpoint(settings.engines_local, folder, to_engines, settings.host),
+            _endpoint(settings.engines_local, folder, from_engines, settings.host),
         )
         # A port is known once it is bound, and the header names it: so tcp is bound before the group is ours,
         # which steals nothing, and ipc after.
@@ -255,7 +266,7 @@ class Coordinator:
             stats_address=addresses[0],
             engine_input_address=addresses[1],
             engine_output_address=addresses[2],
-            settings={name: getattr(settings, name) for name in IMMUTABLE},
+            settings={name: getattr(settings, name) for name in IMMUTABLE} | _public_key(sockets.keys),
         )
         try:
             return Segment.create(header, file_mode=settings.file_mode, file_gid=_gid(settings.file_group))
@@ -263,7 +274,7 @@ class Coordinator:
             sockets.unbind()
             raise
 
-    def _check_takeover(self, segment: Segment) -> None:
+    def _check_takeover(self, segment: Segment, keys: ServerKeys | None) -> None:
         for name in IMMUTABLE:
             theirs, ours = segment.header.settings.get(name), getattr(self.settings, name)
             if theirs != ours:
@@ -271,6 +282,16 @@ class Coordinator:
                     f"group {segment.group!r} is alive with {name}={theirs!r}, and this coordinator was told "
                     f"{ours!r}: start it with the group's settings, or stop the group first"
                 )
+        theirs, ours = segment.header.settings.get(HEADER_SETTING), _public_key(keys).get(HEADER_SETTING)
+        if theirs != ours:
+            raise SettingError(
+                f"group {segment.group!r} is alive with the server key {theirs}, and this coordinator has {ours}: "
+                "start it with the group's --curve-dir, or stop the group first"
+            )
+
+
+def _public_key(keys: ServerKeys | None) -> dict[str, str]:
+    return {HEADER_SETTING: keys.public.decode()} if keys else {}
 
 
 def _endpoint(local: bool, folder: Path, name: str, host: str) -> str:

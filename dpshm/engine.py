@@ -8,6 +8,7 @@ take, and whatever is lost the board tells (`dpshm.waves`). An engine that start
 from __future__ import annotations
 
 import logging
+from typing import Any, Self
 
 import zmq
 
@@ -16,6 +17,7 @@ from dpshm.board import Board
 from dpshm.context import context
 from dpshm.engine_row import EngineRow
 from dpshm.errors import WireError
+from dpshm.keys import Folder, connect, keys_for
 from dpshm.waves import (
     AllIdle,
     AllPaused,
@@ -45,22 +47,44 @@ class Engine(EngineRow):
         ready: the coordinator has said that all ranks are there.
     """
 
-    def __init__(self, board: Board, dp_rank: int) -> None:
+    def __init__(self, board: Board, dp_rank: int, *, curve_dir: Folder | None = None) -> None:
+        header = board.segment.header
+        keys = keys_for(header, curve_dir)
         super().__init__(board, dp_rank)
         self.ready = False
         self._state = EngineState()
 
-        header = self._segment.header
         self.socket = context().socket(zmq.SUB)
         self._output = context().socket(zmq.PUSH)
         for s in (self.socket, self._output):
             s.linger = 0
             s.reconnect_ivl = 50
             s.maxmsgsize = wire.MAX_MESSAGE_BYTES
-        self.socket.connect(header.engine_input_address)
+        connect(self.socket, header.engine_input_address, keys)
         self.socket.subscribe(b"")
-        self._output.connect(header.engine_output_address)
+        connect(self._output, header.engine_output_address, keys)
         self._handle(Attached(layout.unpack_control(board.words[board.index("control")])[0]))
+
+    @classmethod
+    def attach(cls, group: str, dp_rank: int, *, curve_dir: Folder | None = None, **options: Any) -> Self:
+        """Takes the row of a rank; returns once a living coordinator has marked it alive.
+
+        Attach late: in the process and the thread that run the scheduler, after any fork.
+
+        Args:
+            group: the group's name.
+            dp_rank: the rank.
+            curve_dir: folder of the group's keys, where its sockets ask for them; default: the environment's
+                ``DPSHM_CURVE_DIR``.
+            options: of a subclass's constructor.
+
+        Raises:
+            SegmentNotFound: there is no such group on this node.
+            RowInUse: a live process has that rank.
+            CapacityExceeded: the segment has no such row.
+            SettingError: the group's keys are needed.
+        """
+        return super().attach(group, dp_rank, curve_dir=curve_dir, **options)
 
     @property
     def wave(self) -> int:

@@ -16,6 +16,7 @@
      |    +-- WrongThread          an `Engine` belongs to one thread
      +-- WireError                 a message that is not what the wire says
      +-- SettingError              an option or argument out of range
+     +-- TooManyFiles              this process has no file descriptor left
 
 Every message says what was found, what was expected, and what to do.
 """
@@ -85,3 +86,7 @@ class WireError(DpshmError):
 
 class SettingError(DpshmError):
     """An option or argument is out of range."""
+
+
+class TooManyFiles(DpshmError):
+    """This process, or the machine, has no file descriptor left."""

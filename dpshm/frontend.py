@@ -38,13 +38,14 @@ from dpshm.exclusive import Turnstile
 from dpshm.frontend_row import take_row
 from dpshm.keys import ClientKeys, Folder, connect, keys_for
 from dpshm.liveness import Verdict
-from dpshm.policies import VECTOR_FROM, Policy, Request, View, Work, by_name, key_of, shared
+from dpshm.policies import VECTOR_FROM, Policy, Request, View, Work, by_name, comparable, key_of
 from dpshm.recorder import Recorder, default_path
 from dpshm.segment import Segment
 from dpshm.waves import Phase
 
 logger = logging.getLogger(__name__)
 
+_COUNT_MASK = layout.COUNT_MASK
 LOOK_INTERVAL_NS = 100_000_000
 """How often a deciding front-end looks at what it need not look at each time: see `Frontend._look`."""
 TURN_STRIDE = 5
@@ -123,10 +124,10 @@ class Frontend:
         self._at_received_tokens = [board.index("received_tokens", e, index) for e in range(board.engines)]
 
         # This front-end's own counts; the board holds copies that only it writes.
-        self._sent_requests = [words[self._at_sent_requests + e] for e in range(board.engines)]
-        self._sent_tokens = [words[self._at_sent_tokens + e] for e in range(board.engines)]
+        self._sent_requests = [words[self._at_sent_requests + e] & _COUNT_MASK for e in range(board.engines)]
+        self._sent_tokens = [words[self._at_sent_tokens + e] & _COUNT_MASK for e in range(board.engines)]
         self._own = [0] * board.engines
-        self._routed = words[self._at_routed]
+        self._routed = words[self._at_routed] & _COUNT_MASK
 
         self._turn = index * TURN_STRIDE  # so that equal loads do not send all front-ends to one engine
         self._next_look_ns = 0
@@ -226,12 +227,12 @@ class Frontend:
                 # SYNC: requests and tokens are each one store; a reader between them sees the request without its
                 # tokens for an instant. A predecessor's late message may have made the engine count more than was
                 # sent: the booking starts from what it counted, or it would not show.
-                received = words[self._at_received_requests[dp_rank]]
+                received = words[self._at_received_requests[dp_rank]] & _COUNT_MASK
                 sent = self._sent_requests[dp_rank]
                 self._sent_requests[dp_rank] = sent = (sent if sent > received else received) + 1
                 words[self._at_sent_requests + dp_rank] = sent
                 if prompt_tokens > 0:
-                    received = words[self._at_received_tokens[dp_rank]]
+                    received = words[self._at_received_tokens[dp_rank]] & _COUNT_MASK
                     sent = self._sent_tokens[dp_rank]
                     self._sent_tokens[dp_rank] = sent = (sent if sent > received else received) + prompt_tokens
                     words[self._at_sent_tokens + dp_rank] = sent
@@ -351,10 +352,9 @@ class Frontend:
         self._steps = board.step_model[:n, : len(layout.STEP_WORDS)]
         models = board.step_model[:n, len(layout.STEP_WORDS) :]
         # Copied here and not in each decision: what engines have learnt changes slowly.
-        learnt = models.tolist()
-        if self._segment.header.settings.get("waves", True):
-            learnt = shared(learnt)  # ranks that have waves step together
-        self._models: Any = np.array(learnt, np.int64) if n >= VECTOR_FROM else learnt
+        # Ranks that have waves step together.
+        learnt = comparable(models.tolist(), lockstep=bool(self._segment.header.settings.get("waves", True)))
+        self._models: Any = np.array(learnt, np.int64, order="F") if n >= VECTOR_FROM else learnt
         self._beats = board.beat[:n]
         counted = board.counted_frontends()
         self._num_frontends = len(counted)
@@ -433,10 +433,10 @@ class Frontend:
         words = self._words
         # SYNC: received requests are loaded before received tokens, and the engine stores them the other way
         # round: once its request count equals ours, the token count that we load is complete.
-        received = words[self._at_received_requests[e]]
+        received = words[self._at_received_requests[e]] & _COUNT_MASK
         sent = self._sent_requests[e]
         settled = max(received, min(sent, received + self._own[e]))
         self._sent_requests[e] = words[self._at_sent_requests + e] = settled
-        received_tokens = words[self._at_received_tokens[e]]
+        received_tokens = words[self._at_received_tokens[e]] & _COUNT_MASK
         tokens = received_tokens if settled == received else max(self._sent_tokens[e], received_tokens)
         self._sent_tokens[e] = words[self._at_sent_tokens + e] = tokens

@@ -67,6 +67,9 @@ _BITS_32 = (1 << 32) - 1
 _KV_ONE = (1 << 16) - 1
 MAX_WORD = (1 << 63) - 1
 MAX_STEP = _BITS_32
+COUNT_MASK = (1 << 48) - 1
+"""Of a count that somebody else stored and that is counted on from: whatever was scribbled there, no sum over all
+rows overflows. Honest counts never get there."""
 MAX_PROMPT_TOKENS = _BITS_31  # of one request: what is booked and what is received saturate alike
 
 # Flags of an engine's state word, below its wave.
@@ -215,10 +218,6 @@ def pack_load(waiting: int, running: int, kv_cache_usage: float) -> int:
         running: requests in the batch; saturates at 2**24 - 1.
         kv_cache_usage: a fraction; saturates at 0.0 and 1.0, NaN counts as 0.0.
     """
-    if 0 <= waiting <= 0x7FFFFF and 0 <= running <= 0xFFFFFF and 0.0 <= kv_cache_usage <= 1.0:
-        word = waiting << 40 | running << 16 | int(kv_cache_usage * 65535 + 0.5)
-        if word.__class__ is int:  # numpy's narrow integers would have wrapped
-            return word
     waiting, running = max(0, min(int(waiting), _BITS_23)), max(0, min(int(running), _BITS_24))
     kv = int(kv_cache_usage * _KV_ONE + 0.5) if 0.0 < kv_cache_usage < 1.0 else _KV_ONE * (kv_cache_usage >= 1.0)
     return waiting << 40 | running << 16 | kv

@@ -8,26 +8,41 @@ from collections import Counter
 
 
 class LimitedLog:
-    """Counts occurrences by reason and logs the first of each, then at most one line an interval.
+    """Counts occurrences by reason and logs the first of each, then at most so many lines an interval.
+
+    Args:
+        logger: where the lines go.
+        interval_s: how long an interval is.
+        lines: how many of each reason it may have.
+        level: of the lines.
 
     Attributes:
         counts: occurrences by reason, since the start.
     """
 
-    def __init__(self, logger: logging.Logger, interval_s: float = 5.0) -> None:
+    def __init__(
+        self, logger: logging.Logger, interval_s: float = 5.0, *, lines: int = 1, level: int = logging.WARNING
+    ) -> None:
         self._logger = logger
         self._interval_s = interval_s
+        self._lines = lines
+        self._level = level
         self._next_at: dict[str, float] = {}
+        self._said: Counter[str] = Counter()
         self._silent: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
 
-    def warn(self, reason: str, detail: object) -> None:
+    def note(self, reason: str, detail: object) -> None:
         """Notes one occurrence; `reason` is one of a few fixed words."""
         self.counts[reason] += 1
         now = time.monotonic()
-        if now < self._next_at.get(reason, 0.0):
+        if now >= self._next_at.get(reason, 0.0):
+            self._next_at[reason] = now + self._interval_s
+            self._said[reason] = 0
+        if self._said[reason] >= self._lines:
             self._silent[reason] += 1
             return
-        self._next_at[reason] = now + self._interval_s
+        self._said[reason] += 1
         more = self._silent.pop(reason, 0)
-        self._logger.warning("%s: %s%s", reason, detail, f" (and {more} more like it)" if more else "")
+        tail = f" (and {more} more like it)" if more else ""
+        self._logger.log(self._level, "%s: %s%s", reason, detail, tail)

@@ -82,13 +82,15 @@ class Marks:
     def begin_epoch(self) -> None:
         """Notes that this coordinator has the board now."""
         with self._lock:
-            self._store(ChangeKind.COORDINATOR, 0, self._at_epoch, self._words[self._at_epoch] + 1)
+            self._store(
+                ChangeKind.COORDINATOR, 0, self._at_epoch, (self._words[self._at_epoch] & layout.COUNT_MASK) + 1
+            )
 
     def _store(self, kind: ChangeKind, row: int, at: int, value: int) -> None:
         words = self._words
         before = words[at]
         if before != value:
-            revision = words[self._at_revision] + 1
+            revision = (words[self._at_revision] & layout.COUNT_MASK) + 1
             slot = revision % layout.CHANGES
             # SYNC: the change and its record, then the revision; a front-end loads the revision, then what
             # changed. On Arm it may see the new revision with the old mark; it looks again every

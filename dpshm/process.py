@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from dpshm import errors, procs
+from dpshm import descriptors, errors, procs
 from dpshm.coordinator import Coordinator
 from dpshm.errors import DpshmError, StartupTimeout
 from dpshm.settings import Settings, make_settings
@@ -213,6 +213,7 @@ def main(argv: list[str]) -> int:
     _, parent_pid, report_fd, settings_json = argv
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s dpshm %(message)s")
     procs.ignore_interrupts()
+    descriptors.raise_limit()
     settings: dict[str, Any] = msgspec.json.decode(settings_json)
     procs.set_title(f"dpshm-coord {settings.get('group')}")
     parent = procs.parent_pidfd(int(parent_pid))
@@ -222,7 +223,7 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)
     with os.fdopen(int(report_fd), "wb") as report:
         try:
-            coordinator = Coordinator(**settings)
+            coordinator = Coordinator(own_process=True, **settings)
         except DpshmError as e:
             report.write(msgspec.json.encode(Report(error=str(e), error_type=type(e).__name__)))
             return 1

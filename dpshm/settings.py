@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Any, Literal
 
 import msgspec
@@ -25,6 +26,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         mode: who balances: the front-ends of this deployment (internal), of each node (hybrid), or somebody
             outside (external). Not internal makes the front-ends' socket tcp.
         host: the address that tcp sockets are bound to.
+        curve_dir: folder of the keys (`dpshm keygen`) that peers must have who come in through a tcp socket.
+        insecure: tcp sockets without keys may be bound to other addresses than the loopback's: whoever reaches
+            them may start waves and drain ranks.
         waves: whether ranks run in lockstep (mixture of experts); dense models need no waves.
         stats_interval_ms: stock front-ends hear changed counts at most this often; 0: never. Default: 100, and
             0 in external mode.
@@ -51,6 +55,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     dp_size_local: int | None = None
     mode: Mode = "internal"
     host: str = "127.0.0.1"
+    curve_dir: str | None = None
+    insecure: bool = False
     waves: bool = True
     stats_interval_ms: int | None = None
     idle_refresh_ms: int = 4000
@@ -89,6 +95,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """Whether engines connect over ipc."""
         return self.dp_size_local is None or self.dp_size_local == self.dp_size
 
+    @property
+    def needs_tcp(self) -> bool:
+        """Whether any socket is tcp."""
+        return not (self.frontends_local and self.engines_local)
+
 
 def make_settings(**given: Any) -> Settings:
     """Settings from keyword arguments or a decoded file.
@@ -125,4 +136,22 @@ def make_settings(**given: Any) -> Settings:
             f"file_mode is 0o{settings.file_mode:o}, and must be 0o600, 0o640, 0o604 or 0o644: whoever else "
             "could write to the board could break every process of the group"
         )
+    if (
+        settings.needs_tcp
+        and settings.curve_dir is None
+        and not settings.insecure
+        and not _is_loopback(settings.host)
+    ):
+        raise SettingError(
+            f"host is {settings.host!r}, where other machines can connect, and there are no keys: make some with "
+            "`dpshm keygen DIR` and give curve_dir=DIR (--curve-dir DIR), or say insecure=True (--insecure) if "
+            "whoever reaches that address may start waves and drain ranks"
+        )
     return settings
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in ("localhost", "lo")

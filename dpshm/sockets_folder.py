@@ -16,6 +16,9 @@ from pathlib import Path
 
 from dpshm.errors import SegmentError, SettingError
 
+NAMES = ("frontends", "to-engines", "from-engines")
+"""The ipc sockets."""
+
 
 def take(folder: Path) -> int | None:
     """Makes the folder if need be and locks it. A descriptor that holds the lock, or None if another does.
@@ -25,8 +28,10 @@ def take(folder: Path) -> int | None:
         SettingError: something else is in its place, or others may enter it.
     """
     while True:
+        made = False
         try:
             folder.mkdir(mode=0o700)
+            made = True
         except FileExistsError:
             pass
         except OSError as e:
@@ -38,6 +43,11 @@ def take(folder: Path) -> int | None:
             fd = _lock(folder)
         except FileNotFoundError:
             continue  # its last holder removed it just now
+        except OSError:  # no descriptor left
+            if made:
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
         if fd is None or os.fstat(fd).st_nlink:
             return fd
         os.close(fd)
@@ -48,8 +58,19 @@ def remove(folder: Path) -> None:
     with suppress(OSError):
         fd = _lock(folder)
         if fd is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            clear(folder)
             os.close(fd)
+
+
+def clear(folder: Path) -> None:
+    """Removes a folder whose lock is held, and what is in it."""
+    for name in NAMES:  # by name: a process without a descriptor left cannot list a folder
+        with suppress(OSError):
+            (folder / name).unlink()
+    try:
+        folder.rmdir()
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check(folder: Path) -> None:

@@ -12,26 +12,29 @@ at a limited rate, and over with that message.
 
 from __future__ import annotations
 
-import itertools
 import logging
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import zmq
 
 from dpshm import layout, wire
-from dpshm.context import Socket, context
+from dpshm.context import Socket
 from dpshm.errors import HandleClosed, SettingError, StartupTimeout, WireError
 from dpshm.evidence import EngineRow, RowWatch
+from dpshm.keys import server_keys
 from dpshm.limited import LimitedLog
 from dpshm.liveness import Verdict
+from dpshm.memory import Growth
 from dpshm.settings import Settings
 from dpshm.stock import RankCounts, StepCounts
+from dpshm.wave_sockets import Sockets
 from dpshm.waves import (
     CoordinatorEvent,
     CoordinatorState,
@@ -53,65 +56,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BATCH = 256
-_numbers = itertools.count()
 LOOK_INTERVAL_NS = 100_000_000
+MAX_IN_A_ROW = 1 << 15
+"""Messages from front-ends, or joins of engines, without the socket once being empty: libzmq queues them without a
+limit, and all others wait behind them. Honest peers send a few a wave; thousands at worst, in a burst while none
+has heard yet that the ranks were woken."""
+MAX_GROWTH_BYTES = 256 << 20
+"""Of a process that is a coordinator alone: a group of 4096 engines needs a tenth of it."""
+RENEW_PAUSE_S = 0.2
+START_PATIENCE_S = 0.5
 _MS = 1_000_000
 _S = 1_000_000_000
-
-Addresses: TypeAlias = tuple[str, str, str]  # front-ends, to engines, from engines
-
-
-class Sockets:
-    """The three bound sockets, and how each is bound. Used in the wave thread alone."""
-
-    def __init__(self) -> None:
-        self.frontends = context().socket(zmq.XPUB)
-        self.to_engines = context().socket(zmq.XPUB)
-        self.from_engines = context().socket(zmq.PULL)
-        self._bound: dict[Socket, str] = {}
-        for s in self.all:
-            s.linger = 0
-            s.maxmsgsize = wire.MAX_MESSAGE_BYTES
-        for s in (self.frontends, self.to_engines):
-            s.setsockopt(zmq.XPUB_VERBOSER, 1)  # every join and leave is passed on, doubles too
-
-    @property
-    def all(self) -> tuple[Socket, Socket, Socket]:
-        """All three."""
-        return self.frontends, self.to_engines, self.from_engines
-
-    def bind_ports(self, addresses: Addresses) -> Addresses:
-        """Binds those that end in ``:*`` to a free port each; returns all, the ports filled in."""
-        bound = [
-            self._bind(s, address) if address.endswith(":*") else address
-            for s, address in zip(self.all, addresses, strict=True)
-        ]
-        return bound[0], bound[1], bound[2]
-
-    def bind(self, addresses: Addresses) -> None:
-        """Binds those of the three that are not bound yet."""
-        for s, address in zip(self.all, addresses, strict=True):
-            if s not in self._bound:
-                self._bind(s, address)
-
-    def unbind(self) -> None:
-        """Takes back what was bound."""
-        for s, address in self._bound.items():
-            s.unbind(address)
-        self._bound.clear()
-
-    def _bind(self, s: Socket, address: str) -> str:
-        try:
-            s.bind(address)
-        except zmq.ZMQError as e:
-            raise SettingError(f"cannot bind {address}: {e.strerror}") from e
-        self._bound[s] = s.getsockopt_string(zmq.LAST_ENDPOINT)
-        return self._bound[s]
-
-    def close(self) -> None:
-        """Closes all three."""
-        for s in self.all:
-            s.close()
 
 
 class WaveThread(threading.Thread):
@@ -121,6 +76,7 @@ class WaveThread(threading.Thread):
         settings: what it was told.
         open_board: called in the thread with its unbound sockets; binds them and gives the board and marks.
         joined: called whenever an engine subscribes, so that the watch looks at once.
+        own_process: this process is a coordinator alone: if it grows, that is the peers' doing.
     """
 
     def __init__(
@@ -128,6 +84,8 @@ class WaveThread(threading.Thread):
         settings: Settings,
         open_board: Callable[[Sockets], tuple[Board, Marks]],
         joined: Callable[[], None],
+        *,
+        own_process: bool = False,
     ) -> None:
         super().__init__(name="dpshm-wave", daemon=True)
         self._settings = settings
@@ -135,14 +93,13 @@ class WaveThread(threading.Thread):
         self._joined = joined
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._nudge_lock = threading.Lock()
-        self._nudge = context().socket(zmq.PAIR)
-        self._nudge.linger = 0
-        self._nudge_address = f"inproc://dpshm-wave-{next(_numbers)}"  # never again: ZMQ frees names late
-        self._nudge.bind(self._nudge_address)
+        self._nudge_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._growth = Growth(MAX_GROWTH_BYTES) if own_process else None
         self._stop_asked = False
         self.opened: Future[Board] = Future()
         self.all_ready: Future[None] = Future()
         self.dropped = LimitedLog(logger)
+        self._news = LimitedLog(logger, lines=100, level=logging.INFO)  # what peers may ask for, and repeat
 
     # From other threads.
 
@@ -172,13 +129,24 @@ class WaveThread(threading.Thread):
         """Ends the thread and waits for it."""
         self._stop_asked = True
         self._wake()
-        self.join(timeout=5.0)
+        deadline = time.monotonic() + START_PATIENCE_S
+        while True:
+            try:
+                self.join(timeout=5.0)
+                break
+            except RuntimeError:  # not started; or a Ctrl-C ended `start`, and it is about to
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.001)
         with self._nudge_lock:
-            self._nudge.close()
+            if self._nudge_fd >= 0 and not self.is_alive():
+                os.close(self._nudge_fd)
+                self._nudge_fd = -1
 
     def _wake(self) -> None:
-        with self._nudge_lock, suppress(zmq.ZMQError):
-            self._nudge.send(b"", zmq.NOBLOCK)
+        with self._nudge_lock:
+            if self._nudge_fd >= 0:
+                os.eventfd_write(self._nudge_fd, 1)
 
     # The thread.
 
@@ -186,11 +154,10 @@ class WaveThread(threading.Thread):
         """The thread: opens sockets and board, reports, serves until told to stop, closes the sockets."""
         with ExitStack() as stack:
             try:
-                sockets = Sockets()
+                folder = self._settings.curve_dir
+                keys = server_keys(folder) if folder is not None and self._settings.needs_tcp else None
+                sockets = Sockets(keys, lambda who: self._drop("peer refused", who))
                 stack.callback(sockets.close)
-                nudged = context().socket(zmq.PAIR)
-                stack.callback(nudged.close)
-                nudged.connect(self._nudge_address)
                 self._board, self._marks = self._open_board(sockets)
                 self._prepare(sockets)
             except BaseException as e:
@@ -198,7 +165,7 @@ class WaveThread(threading.Thread):
                 del self._open_board, self._joined
                 return
             self.opened.set_result(self._board)
-            self._serve(nudged)
+            self._serve()
         if not self.all_ready.done():
             self.all_ready.set_exception(StartupTimeout("the coordinator was closed before all ranks came"))
         del self._open_board, self._joined  # which refer back: the memory goes with the last handle
@@ -219,25 +186,20 @@ class WaveThread(threading.Thread):
         self._next_look_ns = now
         self._next_counts_ns = now
         self._next_refresh_ns = now
+        self._recount_at_ns: int | None = None
+        self._topic_bytes = 0
+        self._flooded = ""
         self._ready_deadline_ns = now + round(settings.ready_timeout_s * _S) if settings.ready_timeout_s else None
         self._ready = self._words[board.index("ready")] == 1
         if self._ready:
             self.all_ready.set_result(None)
 
-    def _serve(self, nudged: Socket) -> None:
-        poller = zmq.Poller()
-        for s in (nudged, *self._sockets.all):
-            poller.register(s, zmq.POLLIN)
-        takers: dict[Socket, Callable[[list[bytes]], None]] = {
-            self._sockets.frontends: self._from_frontend,
-            self._sockets.to_engines: self._engine_subscription,
-            self._sockets.from_engines: self._from_engine,
-        }
+    def _serve(self) -> None:
+        poller, takers = self._listen()
         while not self._stop_asked:
             readable = dict(poller.poll(self._timeout_ms()))
-            if nudged in readable:
-                with suppress(zmq.Again):
-                    nudged.recv(zmq.NOBLOCK)
+            if self._nudge_fd in readable:
+                os.eventfd_read(self._nudge_fd)
                 with suppress(queue.Empty):
                     while True:
                         self._calls.get_nowait()()
@@ -249,12 +211,53 @@ class WaveThread(threading.Thread):
             except Exception:
                 logger.exception("the wave thread goes on after an error of its own")
                 time.sleep(0.05)
+            if self._flooded:
+                self._renew()
+                poller, takers = self._listen()
+
+    def _listen(self) -> tuple[zmq.Poller, dict[Socket, Callable[[list[bytes]], None]]]:
+        """What to wait for, and what takes the messages of each socket."""
+        self._in_a_row = {self._sockets.frontends: 0, self._sockets.to_engines: 0}
+        takers: dict[Socket, Callable[[list[bytes]], None]] = {
+            self._sockets.frontends: self._from_frontend,
+            self._sockets.to_engines: self._engine_subscription,
+            self._sockets.from_engines: self._from_engine,
+        }
+        if self._sockets.doorkeeper is not None:
+            takers |= self._sockets.doorkeeper.takers
+        poller = zmq.Poller()
+        for s in (self._nudge_fd, *takers):
+            poller.register(s, zmq.POLLIN)
+        return poller, takers
+
+    def _renew(self) -> None:
+        """Ends every connection: see `dpshm.wave_sockets`. Honest peers subscribe again and are counted again."""
+        self._drop("flood", f"{self._flooded}: every connection was ended; honest peers come back by themselves")
+        self._flooded = ""
+        self._topic_bytes = self._stock_frontends = self._subscribed_engines = 0
+        while not self._stop_asked:
+            try:
+                self._sockets.renew()
+                break
+            except (SettingError, OSError) as e:
+                self.dropped.note("the sockets cannot be opened again yet", e)
+                time.sleep(RENEW_PAUSE_S)
+        if self._growth is not None:
+            self._growth.settle()
+
+    def _count_topic(self, data: bytes) -> None:
+        """Notes a subscription. Honest peers subscribe to everything, whose topic is empty."""
+        self._topic_bytes += len(data) - 1
+        if self._topic_bytes > wire.MAX_TOPIC_BYTES:
+            self._flooded = f"peers subscribed to topics of {self._topic_bytes} bytes, where there are none"
 
     def _receive(self, s: Socket, take: Callable[[list[bytes]], None]) -> None:
         for _ in range(BATCH):
             try:
                 frames = s.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
+                if s in self._in_a_row:
+                    self._in_a_row[s] = 0
                 return
             try:
                 take(frames)
@@ -263,10 +266,14 @@ class WaveThread(threading.Thread):
             except Exception as e:
                 self._drop("message that could not be handled", repr(e))
             self._count("messages_received")  # afterwards: what waits for an answer waits less
+        if s in self._in_a_row:
+            self._in_a_row[s] += BATCH
+            if self._in_a_row[s] > MAX_IN_A_ROW:
+                self._flooded = f"peers sent {self._in_a_row[s]} messages in a row without a pause"
 
     def _drop(self, reason: str, detail: object) -> None:
         self._count("messages_dropped")
-        self.dropped.warn(reason, detail)
+        self.dropped.note(reason, detail)
 
     def _count(self, name: str, by: int = 1, *, row: int = 0) -> None:
         at = self._board.index(name, row)
@@ -279,6 +286,7 @@ class WaveThread(threading.Thread):
             raise WireError(f"not a front-end's message: {len(frames)} frames")
         data = frames[0]
         if data[:1] == wire.SUBSCRIBE:
+            self._count_topic(data)
             self._stock_frontends += 1
             if self._settings.interval_ms:
                 self._publish_counts(time.monotonic_ns(), self._counts_now())
@@ -305,11 +313,14 @@ class WaveThread(threading.Thread):
     def _engine_subscription(self, frames: list[bytes]) -> None:
         data = frames[0]
         if data[:1] == wire.SUBSCRIBE:
+            self._count_topic(data)
             self._subscribed_engines += 1
+            self._recount_at_ns = time.monotonic_ns() + LOOK_INTERVAL_NS
             self._joined()
             self._greet()
         elif data[:1] == wire.UNSUBSCRIBE:
             self._subscribed_engines = max(0, self._subscribed_engines - 1)
+            self._recount_at_ns = time.monotonic_ns() + LOOK_INTERVAL_NS
             if not self._subscribed_engines:
                 self._counts = StepCounts()  # whoever comes next counts steps and waves from 0
         else:
@@ -317,23 +328,30 @@ class WaveThread(threading.Thread):
 
     def _greet(self) -> None:
         """READY to all once all are there, and again for whoever comes later (the others skip it)."""
+        n = self._board.dp_size
         if self._ready:
             self._sockets.to_engines.send(wire.READY)
-        elif self._subscribed_engines >= self._board.dp_size:
-            self._ready = True
-            self._sockets.to_engines.send(wire.READY)
-            self._words[self._board.index("ready")] = 1
-            logger.info("all %d engines of group %r are ready", self._board.dp_size, self._settings.group)
-            if not self.all_ready.done():  # it may have failed at its deadline
-                self.all_ready.set_result(None)
-        if self._subscribed_engines >= self._board.dp_size:
-            self._mark_stock()
+        elif self._subscribed_engines >= n and all(map(self._board.engine_alive, range(n))):
+            self._all_are_there()
 
-    def _mark_stock(self) -> None:
+    def _recount(self) -> None:
+        """Whether all are there, a while after the last came or left: who is back at once counts twice first."""
+        self._recount_at_ns = None
+        if self._subscribed_engines >= self._board.dp_size:
+            self._all_are_there()
+
+    def _all_are_there(self) -> None:
         """All ranks are connected: those that never took their row are stock engines, which have none."""
         for e in range(self._board.dp_size):
             if not self._board.engine_incarnation[e] and not self._board.engine_alive(e):
                 self._marks.set_engine(e, verdict=Verdict.ALIVE, on_behalf=True)
+        if not self._ready:
+            self._ready = True
+            self._words[self._board.index("ready")] = 1
+            self._sockets.to_engines.send(wire.READY)
+            logger.info("all %d engines of group %r are ready", self._board.dp_size, self._settings.group)
+            if not self.all_ready.done():  # it may have failed at its deadline
+                self.all_ready.set_result(None)
 
     def _from_engine(self, frames: list[bytes]) -> None:
         message = wire.decode_engine_message(frames[0])
@@ -379,7 +397,10 @@ class WaveThread(threading.Thread):
         if not self._settings.waves:
             return
         before = self._state
-        self._state, commands = handle_coordinator(before, event, exclude_named=self._settings.exclude_receiver)
+        named = self._settings.exclude_receiver
+        self._state, commands = handle_coordinator(
+            before, event, exclude_named=named, repeat_start=named or self._has_stock_engines()
+        )
         if self._state != before:
             # The board before the messages: whoever hears of the change finds it there.
             self._words[self._at_control] = layout.pack_control(*self._state)
@@ -404,6 +425,10 @@ class WaveThread(threading.Thread):
             logger.debug("%s: %s -> %s", event, before, self._state)
             self._time_wake_up(before.phase)
 
+    def _has_stock_engines(self) -> bool:
+        """Whether some ranks' rows say nothing about whether they step."""
+        return any(self._marks.engine(e) & layout.ON_BEHALF for e in range(self._board.dp_size))
+
     def _time_wake_up(self, before: Phase) -> None:
         phase = self._state.phase
         if phase is Phase.WAKING and before is not Phase.WAKING:
@@ -423,19 +448,19 @@ class WaveThread(threading.Thread):
             )
         old = board.dp_size
         for e in range(old, dp_size):
-            if not board.engine_alive(e):
+            if board.lock_engine(e):  # nobody takes the row meanwhile; who has it keeps what it stored
                 for name in ("load", *layout.ENGINE_WORDS):
                     self._words[board.index(name, e)] = 0
                 board.nothing_outstanding(e)
+                board.unlock_engine(e)
             self._marks.clear_engine(e)
         self._marks.set_dp_size(dp_size)
         for e in range(dp_size, old):
             self._marks.clear_engine(e)
         self._counts.keep_only(dp_size)
-        logger.info("group %r scaled from %d to %d ranks", self._settings.group, old, dp_size)
+        self._news.note("steering", f"group {self._settings.group!r} scaled from {old} to {dp_size} ranks")
         self._joined()
-        if self._subscribed_engines >= dp_size:
-            self._greet()
+        self._recount_at_ns = time.monotonic_ns() + LOOK_INTERVAL_NS
 
     def set_drained(self, dp_rank: int, drained: bool) -> None:
         """Takes a rank out of routing, or puts it back. Called in this thread."""
@@ -443,7 +468,8 @@ class WaveThread(threading.Thread):
             raise SettingError(f"dp_rank {dp_rank} is outside 0 to {self._board.dp_size - 1}")
         if bool(self._marks.engine(dp_rank) & layout.DRAINED) != drained:
             self._marks.set_engine(dp_rank, drained=drained)
-            logger.info("engine %d is %s by an operator", dp_rank, "drained" if drained else "undrained")
+            done = "drained" if drained else "undrained"
+            self._news.note("steering", f"engine {dp_rank} is {done} by an operator")
 
     # Time.
 
@@ -457,6 +483,8 @@ class WaveThread(threading.Thread):
         if now >= self._next_look_ns:
             self._next_look_ns = now + LOOK_INTERVAL_NS
             self._look(now)
+            if self._recount_at_ns is not None and now >= self._recount_at_ns:
+                self._recount()
             if self._ready_deadline_ns is not None and now >= self._ready_deadline_ns:
                 self._ready_deadline_ns = None
                 self._report_missing()
@@ -467,6 +495,8 @@ class WaveThread(threading.Thread):
                 self._publish_counts(now, counts)
 
     def _look(self, now: int) -> None:
+        if self._growth is not None and self._growth.is_too_much():
+            self._flooded = f"peers made this process grow by {self._growth.bytes() >> 20} MiB"
         if not self._settings.waves:
             return
         board, marks = self._board, self._marks

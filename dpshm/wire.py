@@ -34,6 +34,10 @@ DRAIN: Final = "DPSHM_DRAIN"
 UNDRAIN: Final = "DPSHM_UNDRAIN"
 MAX_MESSAGE_BYTES: Final = 1 << 20
 """Larger messages are refused by the sockets: the largest honest one, 4096 engines' counts, is 80 KiB."""
+MAX_UPSTREAM_BYTES: Final = 1 << 10
+"""And so are these where XSUB peers speak: honest ones need 30 bytes, and with keys 300 for the handshake."""
+MAX_TOPIC_BYTES: Final = 1 << 20
+"""Of topics that peers subscribe to, all together, before it is called a flood: honest ones have the empty one."""
 
 ENGINE_LIMIT: Final = 1 << 16
 """Ranks are named by two bytes at most."""

@@ -198,6 +198,10 @@ class Remote:
         self._connection.send(("exec", code, values))
         self._begun = True
 
+    def ended(self) -> bool:
+        """Whether what was begun there has ended by itself, or the process has; the next call here tells how."""
+        return self._connection.poll(0)
+
     def signal(self, number: int) -> None:
         """Sends it a signal."""
         os.kill(self.pid, number)

@@ -27,7 +27,7 @@ class Board:
         group = f"bench-{os.getpid()}-{next(_numbers)}"
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
         began = time.monotonic()
-        with _stderr_to(self._said):  # its log is none of the report
+        with stderr_to(self._said):  # its log is none of the report
             self._process = CoordinatorProcess(
                 group=group,
                 dp_size=dp_size,
@@ -48,7 +48,7 @@ class Board:
 
 
 @contextmanager
-def _stderr_to(file: IO[bytes]) -> Iterator[None]:
+def stderr_to(file: IO[bytes]) -> Iterator[None]:
     """What is started meanwhile writes its stderr there; shown after all if the start fails."""
     kept = os.dup(2)
     os.dup2(file.fileno(), 2)
@@ -113,6 +113,7 @@ class BoardFrontend:
         self._load: Words = frontend.board.load[:dp_size]
         self._open: list[deque[Route]] = [deque() for _ in range(dp_size)]
         self._woken_wave = -1
+        self._waking: Route | None = None
 
     def known(self) -> list[int]:
         return self._load.tolist()  # type: ignore[no-any-return]
@@ -140,11 +141,13 @@ class BoardFrontend:
         self._open[dp_rank].popleft().done()
 
     def first_request(self) -> None:
-        route = self._frontend.route()
-        self._woken_wave = route.wave
-        route.done()
+        self._waking = self._frontend.route()
 
     def paused(self) -> bool:
+        if self._waking is not None:  # that request is answered, after the ranks woke up
+            self._woken_wave = self._waking.wave
+            self._waking.done()
+            self._waking = None
         board = self._frontend.board
         return board.phase is Phase.PAUSED and board.wave > self._woken_wave
 

@@ -17,7 +17,7 @@ from dpshm.errors import DpshmError
 
 COMMANDS = (
     *("demo", "simulate", "replay"),
-    *("coordinator", "top", "stat", "events", "drain", "undrain", "doctor", "dashboard", "web"),
+    *("coordinator", "top", "stat", "events", "drain", "undrain", "doctor", "dashboard", "web", "keygen"),
 )
 
 EXIT_USAGE = 2

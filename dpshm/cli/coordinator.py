@@ -50,6 +50,14 @@ def coordinator(  # noqa: PLR0917 - typer makes options of parameters
         Balancing | None, typer.Option(help="Who balances: its front-ends, each node's, or somebody outside.")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address that tcp sockets are bound to.")] = None,
+    curve_dir: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Keys (dpshm keygen) that peers need who come in through a tcp socket."),
+    ] = None,
+    insecure: Annotated[
+        bool | None,
+        typer.Option("--insecure", help="tcp without keys on another address than loopback: anybody comes in."),
+    ] = None,
     waves: Annotated[
         bool | None, typer.Option("--waves/--no-waves", help="Whether ranks run in lockstep.")
     ] = None,
@@ -103,6 +111,8 @@ def coordinator(  # noqa: PLR0917 - typer makes options of parameters
         "dp_size_local": dp_size_local,
         "mode": balancing.value if balancing else None,
         "host": host,
+        "curve_dir": curve_dir,
+        "insecure": insecure,
         "waves": waves,
         "max_engines": max_engines,
         "max_frontends": max_frontends,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dpshm import procs
 from dpshm.board import Board
 from dpshm.errors import DpshmError
+from dpshm.keys import keys_for
 from dpshm.ops.finding import Finding
 from dpshm.ops.frame import Frame, Rank
 from dpshm.ops.look import look
@@ -83,7 +84,19 @@ def _sockets(board: Board, frame: Frame) -> Iterator[Finding]:
     if problems:
         return
     try:
-        fine = publishes(header.stats_address)
+        keys = keys_for(header)
+    except DpshmError as e:
+        yield Finding(
+            severity="note",
+            check="sockets",
+            group=frame.group,
+            what=f"the sockets ask for keys that this command has not: {e}",
+            why="whether the wave thread answers cannot be told from here, and `dpshm drain` cannot reach it",
+            fix="DPSHM_CURVE_DIR=DIR dpshm doctor",
+        )
+        return
+    try:
+        fine = publishes(header.stats_address, keys=keys)
     except DpshmError:
         fine = False
     if not fine:

@@ -12,6 +12,7 @@ from contextlib import suppress
 import zmq
 
 from dpshm.context import Socket, context
+from dpshm.keys import ClientKeys, connect
 from dpshm.wire import decode_state
 
 TIMEOUT_S = 1.0
@@ -37,12 +38,12 @@ def connect_problem(address: str, timeout_s: float = TIMEOUT_S) -> str | None:
     return None
 
 
-def publishes(address: str, timeout_s: float = TIMEOUT_S) -> bool:
+def publishes(address: str, timeout_s: float = TIMEOUT_S, *, keys: ClientKeys | None = None) -> bool:
     """Whether a new subscriber of the front-ends' socket is told the state."""
     s: Socket = context().socket(zmq.SUB)
     try:
         s.linger = 0
-        s.connect(address)
+        connect(s, address, keys)
         s.subscribe(b"")
         if not s.poll(round(timeout_s * 1000)):
             return False

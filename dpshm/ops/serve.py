@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dpshm import procs
+from dpshm import descriptors, procs
 from dpshm.coordinator import Coordinator
 from dpshm.errors import SettingError
 from dpshm.ops.systemd import notify, watchdog_interval_s
@@ -53,6 +53,7 @@ def serve(settings: dict[str, Any]) -> None:
         DpshmError: it could not start.
         CoordinatorFailed: it ended by itself.
     """
+    descriptors.raise_limit()
     asked: list[int] = []
 
     def ask(signum: int, frame: FrameType | None) -> None:
@@ -62,7 +63,7 @@ def serve(settings: dict[str, Any]) -> None:
     before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     wakeup = signal.set_wakeup_fd(write_fd)  # ends the wait below at once
     try:
-        with Coordinator(**settings) as coordinator:
+        with Coordinator(own_process=True, **settings) as coordinator:
             group = coordinator.settings.group
             procs.set_title(f"dpshm-coord {group}")
             _announce(coordinator)

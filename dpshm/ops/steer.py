@@ -15,6 +15,7 @@ from dpshm import layout, wire
 from dpshm.board import Board
 from dpshm.context import Socket, context
 from dpshm.errors import DpshmError, SettingError
+from dpshm.keys import connect, keys_for
 from dpshm.marks import Marks
 from dpshm.ops.frame import Frame
 from dpshm.segment import Segment
@@ -87,10 +88,11 @@ def set_drained(board: Board, ranks: Sequence[int], drained: bool) -> None:
 
 def _ask(board: Board, ranks: Sequence[int], drained: bool) -> None:
     """Sends one message a rank, and waits a while for the board to show them done."""
+    keys = keys_for(board.segment.header)
     socket: Socket = context().socket(zmq.XSUB)  # subscribes to nothing: nothing is published to it
     try:
         socket.linger = 0
-        socket.connect(board.segment.header.stats_address)
+        connect(socket, board.segment.header.stats_address, keys)
         for e in ranks:
             socket.send(wire.encode_drain(e, drained), zmq.NOBLOCK)
         again = time.monotonic() + ASK_AGAIN_S

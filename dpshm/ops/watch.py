@@ -81,8 +81,8 @@ def with_rates(before: Frame, now: Frame) -> Frame:
 
 
 def _rank(before: Rank | None, now: Rank, seconds: float) -> Rank:
-    if before is None or before.incarnation != now.incarnation or now.stock:
-        return now
+    if before is None or (before.incarnation, before.pid) != (now.incarnation, now.pid) or now.stock:
+        return now  # counters start again with each process, the last word of whose row is its incarnation
     steps, busy_s = now.steps - before.steps, now.busy_s - before.busy_s
     return msgspec.structs.replace(
         now,

@@ -86,6 +86,9 @@ def _settings(parallel_config: Any, waves: bool, options: Options) -> dict[str, 
         "dp_size_local": parallel_config.data_parallel_size_local,
         "mode": "external" if external else "hybrid" if hybrid else "internal",
         "host": parallel_config.data_parallel_master_ip,
+        # vLLM's own coordinator binds that address without keys, and its engines have none: the same network is
+        # trusted as without dpshm, which must not refuse what works.
+        "insecure": True,
         "waves": waves,
         "counts_with_kv": _counts_have_kv(),
         "max_frontends": max(64, parallel_config.data_parallel_size + api_servers + FRONTENDS_TO_SPARE),

@@ -167,6 +167,42 @@ def run(*arguments: str, expect: int | None = 0, **more: str) -> subprocess.Comp
     return done
 
 
+COMMAND_LINE = """
+import contextlib, io, sys
+from dpshm.cli import main
+def command(arguments, environment):
+    os.environ.update(environment)
+    out, err = io.StringIO(), io.StringIO()
+    sys.argv = ["dpshm", *arguments]
+    code = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as e:
+            code = e.code or 0
+    for name in environment:
+        del os.environ[name]
+    return code, out.getvalue(), err.getvalue()
+"""
+
+
+class CommandLine:
+    """Runs many ``dpshm`` commands that end by themselves, an error each, for the price of one interpreter."""
+
+    def __init__(self) -> None:
+        self._remote = Remote()
+        self._remote.run(COMMAND_LINE)
+
+    def run(self, *arguments: str, **more: str) -> tuple[int, str, str]:
+        """Exit status, stdout and stderr of one; `more` are environment variables."""
+        status, out, err = self._remote.eval("command(arguments, more)", arguments=list(arguments), more=more)
+        return status, out, err
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._remote.close()
+
+
 def stat(group: str) -> Any:
     """What ``dpshm stat --json`` would print of a group, without the process."""
     with Board.attach(group) as board:

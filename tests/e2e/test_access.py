@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from dpshm import Coordinator, SettingError
-from dpshm.segment import segment_path
+from dpshm import Board, Coordinator, GroupInUse, SegmentInvalid, SettingError
+from dpshm.segment import segment_path, sockets_path
 from tests.e2e.load import environment
 
 NOBODY = 65534
@@ -83,3 +86,86 @@ def test_nobody_else_may_ever_write(group, mode: int):
     """Guards against a board that any user of the machine can scribble over."""
     with pytest.raises(SettingError, match="file_mode is"):
         Coordinator(group=group, dp_size=1, file_mode=mode)
+
+
+FORCE = """
+import ctypes, sys
+from dpshm import Board
+board = Board.attach(sys.argv[1])
+at = board.load.__array_interface__["data"][0]
+print("reads", ctypes.c_int64.from_address(at).value, flush=True)
+ctypes.c_int64.from_address(at).value = 7  # past Python and numpy, as a bug in some library would
+print("wrote")
+"""
+
+
+def test_who_looks_cannot_write(group, using):
+    """Guards against a tool that damages what it looks at: by numpy, by a memoryview, or past both."""
+    coordinator = using(Coordinator(group=group, dp_size=2))
+    before = np.array(coordinator.board.engine_mark)
+    board = using(Board.attach(group))
+    columns = [value for value in vars(board).values() if isinstance(value, np.ndarray)]
+    assert len(columns) > 20
+    for column in columns:
+        assert not column.flags.writeable
+        with pytest.raises(ValueError, match="cannot set WRITEABLE"):
+            column.setflags(write=True)
+        with pytest.raises(ValueError, match="read-only"):
+            column[...] = 1
+    with pytest.raises(TypeError, match="read-only"):
+        board.words[board.index("load")] = 1
+    with pytest.raises(TypeError, match="read-only"):
+        board.words.cast("B")[0] = 0
+    (line,) = [x for x in Path("/proc/self/maps").read_text().splitlines() if "dpshm-" in x and " r--s " in x]
+    assert line.split()[1] == "r--s"
+    done = subprocess.run(
+        [sys.executable, "-c", FORCE, group],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == "reads 0\n"
+    assert done.returncode == -signal.SIGSEGV
+    assert coordinator.board.load[0] == 0
+    assert (coordinator.board.engine_mark == before).all()
+
+
+def test_a_folder_of_sockets_that_others_could_enter(group):
+    """Guards against sockets in a folder that somebody else linked, or may put a socket of their own into."""
+    folder = sockets_path(group)
+    folder.mkdir(mode=0o700)
+    folder.chmod(0o770)
+    with pytest.raises(SettingError, match=r"is not a folder that only uid \d+ can enter \(mode drwxrwx---"):
+        Coordinator(group=group, dp_size=1)
+    folder.rmdir()
+    elsewhere = sockets_path(f"{group}b")
+    elsewhere.mkdir(mode=0o700)
+    folder.symlink_to(elsewhere)
+    with pytest.raises(SettingError, match=r"is not a folder .* \(mode l"):
+        Coordinator(group=group, dp_size=1)
+    assert list(elsewhere.iterdir()) == []
+    folder.unlink()
+    elsewhere.rmdir()
+
+
+@needs_root
+def test_a_folder_and_a_segment_of_another_user(group):
+    """Guards against a group that another user prepared: who owns the folder could swap the sockets."""
+    folder = sockets_path(group)
+    folder.mkdir(mode=0o700)
+    os.chown(folder, NOBODY, NOBODY)
+    with pytest.raises(SettingError, match=f"can enter .* uid {NOBODY}\\): remove it"):
+        Coordinator(group=group, dp_size=1)
+    folder.rmdir()
+    with Coordinator(group=group, dp_size=1):
+        os.chown(segment_path(group), NOBODY, NOBODY)
+        with pytest.raises(SegmentInvalid, match=f"belongs to uid {NOBODY} and this process is uid 0"):
+            Board.attach(group, readonly=False)
+        os.chown(segment_path(group), 0, 0)
+        segment_path(group).chmod(0o620)
+        with pytest.raises(SegmentInvalid, match="may be written by others"):
+            Board.attach(group, readonly=False)
+        with pytest.raises((SegmentInvalid, GroupInUse)):
+            Coordinator(group=group, dp_size=1)

@@ -16,7 +16,7 @@ import pytest
 
 from dpshm import Engine, Frontend
 from dpshm.segment import segment_path
-from tests.e2e.load import environment, run
+from tests.e2e.load import CommandLine, environment, run
 from tests.support import leftovers, wait_until
 
 
@@ -108,7 +108,9 @@ def test_a_log_line_for_each_change_and_none_for_requests(group, service):
     records = [json.loads(line) for line in lines]
     assert all({"time", "level", "logger", "pid", "message"} <= set(record) for record in records)
     new = [record["message"] for record in records[before:]]
-    assert [message for message in new if "front-end" not in message] == ["engine 0 is drained by an operator"]
+    assert [message for message in new if "front-end" not in message] == [
+        "steering: engine 0 is drained by an operator"
+    ]
 
 
 @pytest.mark.slow
@@ -137,10 +139,11 @@ def test_a_second_one_of_the_group_is_refused_with_status_3(group, service):
 
 
 @pytest.mark.slow
-def test_errors_say_what_to_do_and_have_their_status(group, tmp_path: Path):
+def test_errors_say_what_to_do_and_have_their_status(group, using, tmp_path: Path):
     """Guards against a service manager that cannot tell what restarting helps."""
     config = tmp_path / "bad.toml"
     config.write_text("dp_size 8")
+    line = using(CommandLine())
     for arguments, status, words in (
         (["-g", group], 2, "dp_size is needed: --dp-size"),
         (["-g", group, "--dp-size", "0"], 2, "dp_size is 0, and must be from 1"),
@@ -151,8 +154,8 @@ def test_errors_say_what_to_do_and_have_their_status(group, tmp_path: Path):
         (["-g", group, "--dp-size", "1", "--file-group", "no such"], 2, "no group of this machine"),
         (["-g", group, "--dp-size", "1", "--metrics-host", "300.1.1.1", "--metrics-port", "0"], 2, "cannot serve"),
     ):
-        assert words in run("coordinator", *arguments, expect=status).stderr
-    assert (
-        "Set DPSHM_DIR" in run("coordinator", "-g", group, "--dp-size", "1", expect=4, DPSHM_DIR="/nowhere").stderr
-    )
+        found, _, err = line.run("coordinator", *arguments)
+        assert (found, words in err) == (status, True), err
+    found, _, err = line.run("coordinator", "-g", group, "--dp-size", "1", DPSHM_DIR="/nowhere")
+    assert (found, "Set DPSHM_DIR" in err) == (4, True), err
     assert leftovers(group) == []

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 
 from dpshm import Coordinator, Engine, Frontend, NoEngineAvailable, RowInUse
 from dpshm.liveness import Verdict
+from dpshm.procs import start_time
 from tests.support import (
     Remote,
     RemoteError,
@@ -89,6 +91,44 @@ def test_a_stopped_engine_is_skipped_until_it_moves(coordinator, group, using):
     for _ in range(3):
         frontend.route(dp_rank=1)  # the other has as many as this one now, and some more
     wait_until(lambda: chosen(frontend) == {0})
+
+
+def test_an_engine_wedged_in_a_step_is_skipped_until_it_moves(coordinator, group, using):
+    """Guards against requests that go to an engine whose step hangs in a kernel or a collective: it does live."""
+    remotes = [attach(using, group, dp_rank) for dp_rank in range(2)]
+    frontend = using(Frontend.attach(group))
+    for remote in remotes:
+        remote.run("engine.publish(waiting=0, running=1)")
+    publish_forever(remotes[1], running=1)
+    remotes[0].begin("with engine.step(batch=1):\n    while not told(): time.sleep(0.01)")
+    wait_until(lambda: verdict(coordinator.board, 0) is Verdict.STALLED)
+    assert verdict(coordinator.board, 1) is Verdict.ALIVE
+    wait_until(lambda: chosen(frontend) == {1})
+    remotes[0].run("engine.publish(waiting=0, running=0)")  # told: the step ends
+    wait_until(lambda: verdict(coordinator.board, 0) is Verdict.ALIVE)
+    wait_until(lambda: 0 in chosen(frontend))
+
+
+def test_a_pid_that_is_used_again_is_not_the_engine(coordinator, group, using):
+    """Guards against a dead engine that looks alive, or whose death shows late, because its pid has a new owner.
+
+    The kernel hands pids out in turn, so the row is made to look as it would: a live process's pid, and the start
+    time of the one that is gone.
+    """
+    frontend = using(Frontend.attach(group))
+    using(Engine.attach(group, 2))
+    bystander = using(Remote())
+    board = coordinator.board
+    for _ in range(3):
+        time.sleep(0.05)  # start times are in ticks of 10 ms
+        remote = attach(using, group, 0)
+        board.engine_pid[0] = bystander.pid
+        assert board.engine_start_time[0] != start_time(bystander.pid)
+        remote.kill()
+        wait_until(lambda: verdict(coordinator.board, 0) is Verdict.DEAD)
+        assert chosen(frontend) == {2}
+        assert not gone(bystander.pid)
+        wait_until(lambda: coordinator._watch._occupants["engine", 0].pidfd is None)
 
 
 def test_a_stopped_engine_without_work_is_alive(coordinator, group, using):

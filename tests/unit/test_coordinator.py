@@ -25,6 +25,7 @@ from dpshm import (
     SegmentNotFound,
     SettingError,
     StartupTimeout,
+    layout,
     segment,
     sockets_folder,
     wire,
@@ -85,7 +86,7 @@ def test_nothing_is_left_open(group):
         with Coordinator(group=group, dp_size=1, mode="external"):
             pass
         with pytest.raises(SettingError):
-            Coordinator(group=group, dp_size=1, mode="hybrid", host="no such host")
+            Coordinator(group=group, dp_size=1, mode="hybrid", host="no such host", insecure=True)
 
     cycle()
     before, threads = count_fds(), count_threads()
@@ -267,6 +268,38 @@ ended = subprocess.run([sys.executable, "-c", code, group], env={**os.environ, "
     assert leftovers(group) == []
 
 
+def test_an_interrupt_while_it_starts(group):
+    """Guards against Ctrl-C in the constructor, after which a watch thread and a board stay for good."""
+    threads, starting, interrupted = count_threads(), [], 0
+
+    def interrupt(*_):
+        if starting:
+            starting.clear()
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        for i in range(60):
+            us = threading.main_thread().ident
+            late = threading.Timer(i * 0.0005, signal.pthread_kill, (us, signal.SIGUSR1))
+            late.start()
+            coordinator = None
+            try:
+                starting.append(True)
+                coordinator = Coordinator(group=group, dp_size=1)
+                starting.clear()
+            except KeyboardInterrupt:
+                interrupted += coordinator is None
+            late.join()
+            if coordinator is not None:
+                coordinator.close()
+            assert leftovers(group) == [], i
+            assert count_threads() == threads, i
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert interrupted > 3
+
+
 def test_a_closed_coordinator_says_so(group):
     """Guards against calls that wait for a thread that has ended, or fail with errors of released memory."""
     coordinator = Coordinator(group=group, dp_size=1)
@@ -344,6 +377,23 @@ def test_engines_that_leave_are_not_counted(group, using):
     wait_until(lambda: subscribed(coordinator) == 1)
     assert not engine.poll(20)
     assert not engine.ready
+
+
+def test_an_engine_that_comes_back_counts_once(group, using):
+    """Guards against READY, and a stock engine on the board, for one that is back before its old link is gone."""
+    coordinator = using(Coordinator(group=group, dp_size=2))
+    before = StockEngine(coordinator.engine_addresses, 0)
+    wait_until(lambda: subscribed(coordinator) == 1)
+    again = using(StockEngine(coordinator.engine_addresses, 0))
+    wait_until(lambda: subscribed(coordinator) == 2)
+    before.close()
+    wait_until(lambda: subscribed(coordinator) == 1)
+    assert not again.input.poll(400)
+    assert word(coordinator, "ready") == 0
+    assert coordinator.board.snapshot()["state"].tolist() == ["absent", "absent"]
+    other = using(StockEngine(coordinator.engine_addresses, 1))
+    assert [again.heard(), other.heard()] == [[wire.READY]] * 2
+    assert coordinator.board.snapshot()["stock"].tolist() == [True, True]
 
 
 def test_a_close_ends_the_wait(group):
@@ -453,6 +503,29 @@ def test_an_engine_that_comes_before_the_group_grows(group, using):
     coordinator.scale(2)
     wait_until(lambda: verdict(coordinator.board, 1) is Verdict.ALIVE)
     assert coordinator.board.snapshot()[1]["running"] == 3
+
+
+def test_scaling_holds_a_row_while_it_clears_it(group, using, monkeypatch):
+    """Guards against a rank whose row is cleared under it because it came while the group grew."""
+    coordinator = using(Coordinator(group=group, dp_size=1, max_engines=3))
+    observer = using(Board.attach(group))
+    held = []
+
+    class Names(tuple):
+        def __iter__(self):
+            held.append(observer.engine_alive(2))
+            return super().__iter__()
+
+    monkeypatch.setattr(layout, "ENGINE_WORDS", Names(layout.ENGINE_WORDS))
+    coordinator.scale(3)
+    assert held[-1]
+    assert not observer.engine_alive(2)
+    with Engine.attach(group, 2) as engine:
+        engine.publish(waiting=0, running=4)
+        coordinator.scale(1)
+        coordinator.scale(3)
+        assert coordinator.board.snapshot()[2]["running"] == 4
+        wait_until(lambda: verdict(coordinator.board, 2) is Verdict.ALIVE)
 
 
 def test_scaling_by_message(group, using):
@@ -644,7 +717,7 @@ def test_a_segment_unlinked_under_the_living(group, using, caplog):
     frontend.route()
     wait_until(lambda: engine.poll(10))
     coordinator.close()
-    segment.shutil.rmtree(segment.sockets_path(group))
+    sockets_folder.clear(segment.sockets_path(group))
 
 
 def test_a_folder_that_is_full(group, using, tmp_path):

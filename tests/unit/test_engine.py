@@ -85,15 +85,13 @@ def test_publish_saturates(board, group, using):
 
 
 @pytest.mark.parametrize("kind", [int, np.int8, np.int32, np.uint16, np.int64, np.uint64])
-@pytest.mark.parametrize(
-    ("waiting", "running", "kv"), [(0, 0, 0.0), (3, 100, 0.4), (1, 2, 1.0), (5, 0, np.float32(0.7))]
-)
-def test_a_load_is_packed_as_the_layout_says(board, group, using, kind, waiting, running, kv):
+def test_a_load_is_packed_as_the_layout_says(board, group, using, kind):
     """Guards against `publish`, which packs the usual case itself, storing another word than `pack_load` makes."""
     engine = using(Engine.attach(group, 0))
-    engine.publish(waiting=kind(waiting), running=kind(running), kv_cache_usage=kv)
-    assert board.load[0] == layout.pack_load(waiting, running, kv)
-    assert board.request_balance[0] == waiting + running
+    for waiting, running, kv in ((0, 0, 0.0), (3, 100, 0.4), (1, 2, 1.0), (5, 0, np.float32(0.7))):
+        engine.publish(waiting=kind(waiting), running=kind(running), kv_cache_usage=kv)
+        assert board.load[0] == layout.pack_load(waiting, running, kv)
+        assert board.request_balance[0] == waiting + running
 
 
 def test_a_request_with_an_absurd_size_does_not_stop_the_reports(board, group, using):

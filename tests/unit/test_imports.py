@@ -130,3 +130,29 @@ def test_no_module_of_ours_hides_one_of_pythons():
     ours = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
     assert "frontend" in ours
     assert ours & set(sys.stdlib_module_names) == set()
+
+
+UNPICKLERS = {"pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "copyreg", "multiprocessing"}
+"""multiprocessing: its connections and queues unpickle what comes in."""
+TURN_DATA_INTO_CODE = {"eval", "exec", "compile", "recv_pyobj", "loads", "unsafe_load", "recv_serialized"}
+
+
+def test_nothing_is_ever_unpickled():
+    """Guards against a message, a file or shared memory that runs code of whoever wrote it."""
+    # The one exception is the pool of `dpshm simulate`: its own children, over pipes that nobody else has.
+    found = {name for name, others in GRAPH.items() if {other.partition(".")[0] for other in others} & UNPICKLERS}
+    assert found == {"dpshm.sim.simulate"}
+    called = {
+        (name, ast.unparse(node.func))
+        for name, path in FILES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in TURN_DATA_INTO_CODE
+    }
+    assert {(name, call) for name, call in called if call not in ("re.compile", "tomllib.loads")} == set()
+    keywords = {
+        name
+        for name, path in FILES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle"
+    }
+    assert keywords == set()

@@ -44,7 +44,7 @@ def seen(arrays: bool, ranks: list[int], load: list[int], **more: Any) -> View:
     if arrays:
         rows = {name: np.array(row, np.int64) for name, row in rows.items()}
     steps = [model[:2] for model in rows["models"]]
-    models = [model[2:] for model in rows["models"]]
+    models = policies.comparable([list(map(int, model[2:])) for model in rows["models"]])
     if arrays:
         steps, models = np.array(steps, np.int64), np.array(models, np.int64)
     work = Work(rows["tokens"], steps, models, NOW)
@@ -261,13 +261,19 @@ def test_least_work_counts_the_steps_of_a_long_backlog():
     assert expected[0] - expected[1] == 7 * (10_000_000 + 100_000)
 
 
-def test_models_of_ranks_in_lockstep_are_shared():
+def test_models_are_made_comparable():
     """Guards against a mean that counts ranks which have learnt nothing, or takes what belongs to each rank."""
-    one, other, new = [10, 2, 6, 100, 64, 7], [20, 4, 2, 200, 32, 9], [0] * 6
-    assert policies.shared([one, new, other]) == [
-        *([15, 3, 4, 100, 64, 7], [15, 3, 4, 0, 0, 0], [15, 3, 4, 200, 32, 9]),
+    one, other, new = [10, 2, 6, 100, 64, 7], [20, 4, 2, 200, 0, 9], [0] * 6
+    never = 1 << 40
+    assert policies.comparable([one, new, other]) == [
+        *(one, [15, 3, 4, never, never, 0], [20, 4, 2, 200, never, 0]),
     ]
-    assert policies.shared([new, new]) == [new, new]
+    assert policies.comparable([one, new, other], lockstep=True) == [
+        *([15, 3, 4, 100, 64, 7], [15, 3, 4, never, never, 0], [15, 3, 4, 200, never, 0]),
+    ]
+    assert policies.comparable([new, new]) == [new, new]
+    again = policies.comparable([one, new, [-5, 1, 1, -1, -1, 1]])
+    assert policies.comparable(again) == again
 
 
 @pytest.mark.parametrize("epsilon", ["0", "-1", "nan", "inf", "1e-30", "1e308"])

@@ -21,6 +21,8 @@ def test_the_defaults_are_those_that_the_documentation_names():
         "dp_size_local": None,
         "mode": "internal",
         "host": "127.0.0.1",
+        "curve_dir": None,
+        "insecure": False,
         "waves": True,
         "stats_interval_ms": None,
         "idle_refresh_ms": 4000,
@@ -151,6 +153,26 @@ def test_engines_elsewhere_need_tcp():
     """Guards against ipc paths that ranks of another node cannot reach."""
     local = [make_settings(group="g", dp_size=4, dp_size_local=n).engines_local for n in (None, 4, 3, 0)]
     assert local == [True, True, False, False]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "*", "10.0.0.1", "::", "eth0", "node7.example", "127.0.0.1.example"])
+@pytest.mark.parametrize("tcp", [{"mode": "hybrid"}, {"mode": "external"}, {"dp_size_local": 3}])
+def test_other_machines_come_in_with_keys_or_on_purpose(host: str, tcp: dict[str, Any]):
+    """Guards against sockets that a whole network can reach because nobody thought of it."""
+    given = {"group": "g", "dp_size": 4, "host": host, **tcp}
+    with pytest.raises(
+        SettingError, match=r"other machines can connect.* no keys: .*`dpshm keygen DIR`.*--insecure"
+    ):
+        make_settings(**given)
+    assert make_settings(**given, insecure=True).needs_tcp
+    assert make_settings(**given, curve_dir="keys").needs_tcp
+    assert not make_settings(group="g", dp_size=4, host=host).needs_tcp  # ipc: nobody is bound there
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost", "lo"])
+def test_this_machine_alone_needs_no_keys(host: str):
+    """Guards against keys asked for where only this machine comes in."""
+    assert make_settings(group="g", dp_size=4, host=host, mode="hybrid").host == host
 
 
 def test_settings_survive_the_way_to_the_daemon():

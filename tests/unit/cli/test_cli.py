@@ -13,7 +13,7 @@ from dpshm import Coordinator
 from dpshm.cli import COMMANDS
 from tests.e2e.load import environment, run
 
-OPERATORS = ("coordinator", "top", "stat", "events", "drain", "undrain", "doctor", "dashboard", "web")
+OPERATORS = ("coordinator", "top", "stat", "events", "drain", "undrain", "doctor", "dashboard", "web", "keygen")
 
 
 def test_every_command_of_the_operator_is_there():

@@ -36,6 +36,9 @@ def test_a_restart_gives_no_rates():
     ranks = with_rates(before, after).ranks
     assert ranks[0].requests_per_s is None
     assert ranks[1].requests_per_s == 0.0
+    # Its counters are cleared, and its incarnation, which it stores last, is still that of the one before.
+    clearing = make_frame([make_rank(0, steps=0, pid=0), make_rank(1, steps=901)], monotonic_s=101.0)
+    assert with_rates(before, clearing).ranks[0].requests_per_s is None
 
 
 def test_ranks_that_are_new_give_no_rates():

@@ -12,6 +12,7 @@ import pytest
 
 from dpshm import Board, Engine, segment
 from dpshm.segment import segment_path
+from dpshm.settings import make_settings
 from dpshm.vllm import coordinator as module
 from dpshm.vllm.coordinator import WatchedCoordinator, coordinator_factory
 from dpshm.vllm.options import Options
@@ -171,3 +172,12 @@ def test_boards_of_killed_servers_are_removed(monkeypatch, parallel_config, envs
     finally:
         dead.segment.unlink()
         dead.close()
+
+
+def test_a_server_on_a_network_starts_as_it_does_without_us(parallel_config):
+    """Guards against a plugin that asks for keys, which no stock engine has: vLLM's coordinator asks for none."""
+    parallel_config.data_parallel_master_ip = "10.0.0.1"
+    parallel_config.data_parallel_hybrid_lb = True
+    given = module._settings(parallel_config, True, Options())
+    settings = make_settings(**given)
+    assert (settings.host, settings.needs_tcp, settings.curve_dir) == ("10.0.0.1", True, None)

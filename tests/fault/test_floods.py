@@ -1,0 +1,184 @@
+"""Peers that send as much as they can: the others are served, and the coordinator's memory has a bound.
+
+Each hostile peer is a process that writes prepared frames into a plain socket, faster than any ZMQ library would.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+
+from dpshm import CoordinatorProcess
+from dpshm.wave_thread import MAX_GROWTH_BYTES
+from tests.hostile import Honest, dial, frame, resident_bytes, send_while_taken
+from tests.support import HEARING_S, Remote, StockFrontend, wait_until
+
+SLACK_BYTES = 300 << 20
+"""What may come in between two looks at the memory, at the speed of this machine's memory."""
+
+FLOOD = """
+import os, time
+from tests.hostile import *
+def topics(size, count):
+    return b"".join(frame(b"\\x01" + os.urandom(size)) for _ in range(count))
+while not told():
+    try:
+        s = dial(addresses[which], kind)
+        while not told():
+            try:
+                s.sendall(eval(what))
+            except TimeoutError:
+                pass
+    except OSError:
+        time.sleep(0.01)  # it was thrown out, and comes again
+    finally:
+        s.close()
+"""
+FLOODS = {
+    "scaling and draining": (
+        0,
+        b"XSUB",
+        "b''.join(map(frame, (wire.encode_scale(3), wire.encode_scale(2), wire.encode_drain(1, True), "
+        "wire.encode_drain(1, False)))) * 1000",
+    ),
+    "rubbish from front-ends": (0, b"XSUB", 'frame(b"\\xc1") * 4000'),
+    "joins of front-ends": (0, b"XSUB", 'frame(b"\\x01") * 4000'),
+    "joins of engines": (1, b"XSUB", 'frame(b"\\x01") * 4000'),
+    "rubbish from engines": (2, b"PUSH", 'frame(b"\\xc1") * 4000'),
+    "large messages": (2, b"PUSH", 'frame(b"x" * 1_000_000)'),
+    "short topics": (0, b"XSUB", "topics(16, 1000)"),
+    "long topics": (1, b"XSUB", "topics(1000, 50)"),
+    "endless parts from engines": (2, b"PUSH", 'frame(b"x" * 65_000, more=True) * 8'),
+    "endless parts from front-ends": (0, b"XSUB", 'frame(b"x" * 1000, more=True) * 500'),
+}
+
+
+def addresses(coordinator):
+    """Of the three sockets."""
+    return coordinator.stats_publish_address, *coordinator.engine_addresses
+
+
+def ended(s):
+    """Whether the other side hung up, within the socket's timeout."""
+    try:
+        while s.recv(4096):
+            pass
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flood", FLOODS)
+def test_a_flood_starves_nobody_and_has_a_bound(group, using, flood):
+    """Guards against one peer that keeps all others from being heard, or makes the coordinator eat the machine."""
+    which, kind, what = FLOODS[flood]
+    coordinator = using(CoordinatorProcess(group=group, dp_size=2))
+    honest = using(Honest(group))
+    honest.go_round()
+    pid = coordinator.proc.pid
+    before = resident_bytes(pid)
+    hostile = using(Remote())
+    hostile.begin(FLOOD, addresses=addresses(coordinator), which=which, kind=kind, what=what)
+    most, rounds, deadline = 0, 0, time.monotonic() + 2.0
+    while rounds < 3 or time.monotonic() < deadline:
+        honest.go_round()
+        rounds += 1
+        most = max(most, resident_bytes(pid))
+    hostile.kill()
+    assert most - before < MAX_GROWTH_BYTES + SLACK_BYTES
+    honest.go_round()
+    assert coordinator.proc.is_alive()
+    stock = using(StockFrontend(coordinator.stats_publish_address))
+    assert stock.heard_state().counts is not None
+
+
+@pytest.mark.slow
+def test_a_message_that_is_too_long_ends_its_own_connection(group, using):
+    """Guards against a peer that makes the coordinator hold what it likes, and against others paying for it."""
+    coordinator = using(CoordinatorProcess(group=group, dp_size=2))
+    honest = using(Honest(group))
+    before = resident_bytes(coordinator.proc.pid)
+    for address, kind, size in zip(
+        addresses(coordinator), (b"XSUB", b"XSUB", b"PUSH"), (1100, 1100, (1 << 20) + 1), strict=True
+    ):
+        with dial(address, kind) as bystander, dial(address, kind) as s:
+            send_while_taken(s, [frame(b"x" * size)] * 3)
+            s.settimeout(HEARING_S)
+            assert ended(s)
+            bystander.sendall(frame(b"\xc1"))
+            bystander.settimeout(0.2)
+            assert not ended(bystander)
+    honest.go_round()
+    assert resident_bytes(coordinator.proc.pid) - before < 64 << 20
+
+
+@pytest.mark.slow
+def test_who_does_not_listen_holds_nobody_up(group, using):
+    """Guards against publishing that waits for a peer which stopped reading, or that piles up for it."""
+    coordinator = using(CoordinatorProcess(group=group, dp_size=2, stats_interval_ms=1))
+    honest = using(Honest(group))
+    deaf = [dial(coordinator.stats_publish_address, b"XSUB") for _ in range(4)]
+    deaf += [dial(coordinator.engine_addresses[0], b"XSUB") for _ in range(4)]
+    for s in deaf:
+        s.sendall(frame(b"\x01"))
+    listener = using(StockFrontend(coordinator.stats_publish_address))
+    listener.heard()
+    before = resident_bytes(coordinator.proc.pid)
+    published = honest.board.index("counts_published")
+    for i in range(4000):
+        honest.engines[0].publish(waiting=i % 1000, running=i % 7)
+        if listener.socket.poll(1):
+            listener.heard()
+    assert honest.board.words[published] > 1000
+    honest.go_round()
+    assert resident_bytes(coordinator.proc.pid) - before < 64 << 20
+    for s in deaf:
+        s.close()
+
+
+@pytest.mark.slow
+def test_connections_that_say_nothing_or_rubbish(group, using):
+    """Guards against half-open connections, and bytes that are not ZMTP at all, that keep honest peers out."""
+    settings = {"mode": "hybrid", "dp_size_local": 0}  # tcp: anybody on this machine gets so far
+    coordinator = using(CoordinatorProcess(group=group, dp_size=2, **settings))
+    honest = using(Honest(group))
+    silent = [dial(a, None) for a in addresses(coordinator) for _ in range(60)]
+    ends = [b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, bytes(64), os.urandom(64), b"\xff" + bytes(8) + b"\x7f\x03"]
+    for address in addresses(coordinator):
+        for data in ends:
+            with dial(address, None) as s:
+                send_while_taken(s, [data])
+            with dial(address, b"XSUB") as s:
+                send_while_taken(s, [data, os.urandom(1000)])
+    honest.go_round()
+    for s in silent:
+        s.close()
+    honest.go_round()
+
+
+@pytest.mark.slow
+def test_all_connections_are_made_anew_while_waves_go_round(group, using):
+    """Guards against a cure that is worse than the illness: honest peers come back by themselves, each time."""
+    coordinator = using(CoordinatorProcess(group=group, dp_size=2))
+    honest = using(Honest(group))
+    listener = using(StockFrontend(coordinator.stats_publish_address))
+    listener.heard()
+    dropped = honest.board.index("messages_dropped")
+    for times in range(1, 4):
+        with dial(coordinator.stats_publish_address, b"XSUB") as s:
+            topics = (b"".join(frame(b"\x01" + os.urandom(1000)) for _ in range(20)) for _ in range(200))
+            sender = threading.Thread(target=send_while_taken, args=(s, topics))
+            sender.start()
+            wait_until(lambda times=times: honest.board.words[dropped] >= times)
+            sender.join()
+        honest.go_round()
+        while listener.socket.poll(0):
+            listener.heard()
+        honest.engines[0].publish(waiting=times, running=0)
+        listener.wait_for(lambda state, times=times: (state.counts or [None])[0].waiting == times)

@@ -1,0 +1,46 @@
+"""The soak of `tests.soak`, short, and that it notices when something does not add up."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.soak.soak import Soak
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SECONDS = float(os.environ.get("DPSHM_SOAK_S", "60"))
+ENOUGH_KILLS_S = 20.0
+
+
+def test_soak():
+    """Guards against requests, counts, memory, descriptors or threads that are lost or left when processes die.
+
+    16 engines and 16 front-ends at full speed, killed, stopped and restarted, the coordinator too. `DPSHM_SOAK_S`
+    says for how long.
+    """
+    result = Soak(SECONDS).run()
+    assert result["problems"] == []
+    assert result["sent"] == (
+        result["completed"] + result["lost_with_their_engine"] + result["lost_with_their_frontend"]
+    )
+    assert result["completed"] > 100 * SECONDS
+    if SECONDS >= ENOUGH_KILLS_S:
+        assert min(result[f"{who}_killed"] for who in ("engines", "frontends", "coordinators")) > 0
+        assert result["epoch"] == result["coordinators_killed"] + 1
+
+
+class Spoiled(Soak):
+    """A soak in which one word is wrong."""
+
+    def _check_books(self):
+        spoilt = self._frontends[0]
+        self._ledger.words[self._ledger.at(spoilt.life, "completed")] -= 1
+        super()._check_books()
+
+
+def test_the_soak_can_fail():
+    """Guards against books that always balance: one request that was sent and never answered must show."""
+    result = Spoiled(1.0, engines=3, frontends=3).run()
+    assert result["problems"] == ["front-end 0: sent and without an answer: 1, expected 0"]

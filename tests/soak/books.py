@@ -1,0 +1,99 @@
+"""The sums over a soak's ledger and board: what was sent is completed, or lost for a reason that is known.
+
+They are done while everybody is alive and nothing is on its way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dpshm import Board
+from tests.soak.ledger import Ledger
+from tests.soak.members import UNTOUCHED, Member
+from tests.soak.processes import WINDOW
+
+
+class Books:
+    """What all processes, the dead too, have counted."""
+
+    def __init__(self, ledger: Ledger, engines: Sequence[Member], frontends: Sequence[Member]) -> None:
+        self._ledger = ledger
+        self._engines, self._frontends = engines, frontends
+        self._problems: list[str] = []
+
+    def totals(self) -> dict[str, int]:
+        """Over all lives."""
+        engines = [life for m in self._engines for life in m.lives]
+        frontends = [life for m in self._frontends for life in m.lives]
+        ended = [life for m in self._frontends for life in m.killed]
+        return {
+            **{name: self._sum(name, frontends) for name in ("sent", "refused", "completed")},
+            "lost_with_their_engine": self._sum("lost", frontends),
+            "lost_with_their_frontend": sum(map(self._out, ended)),
+            "no_engine": sum(self._ledger.get(life, "no_engine") for life in frontends),
+            "finished": sum(self._ledger.get(life, "finished") for life in engines),
+            "undeliverable": sum(self._ledger.get(life, "undeliverable") for life in engines),
+        }
+
+    def check(self, board: Board) -> list[str]:
+        """What does not add up."""
+        rows = board.snapshot()
+        for name in ("waiting", "running", "unseen", "unseen_tokens", "prefill_backlog"):
+            self._expect(f"{name} by rank", rows[name].tolist(), [0] * len(rows))
+        for engine in self._engines:
+            finished = self._ledger.get(engine.life, "finished")
+            self._expect(f"{engine}: requests_finished", int(board.requests_finished[engine.slot]), finished)
+            self._expect(f"{engine}: taken in", self._sum("taken", [engine.life]), finished)
+            for frontend in self._frontends:
+                self._check_bookings(board, engine, frontend)
+        for frontend in self._frontends:
+            for life in frontend.lives:
+                self._check_life(frontend, life)
+        for engine in self._engines[:UNTOUCHED]:
+            for frontend in self._frontends:
+                self._check_pair(engine, frontend)
+        return self._problems
+
+    def _sum(self, name: str, lives: Sequence[int]) -> int:
+        return sum(sum(self._ledger.by_peer(life, name)) for life in lives)
+
+    def _out(self, life: int) -> int:
+        """What a front-end has sent and heard nothing of."""
+        return self._sum("sent", [life]) - self._sum("completed", [life]) - self._sum("lost", [life])
+
+    def _expect(self, what: str, found: Any, expected: Any) -> None:
+        if found != expected:
+            self._problems.append(f"{what}: {found}, expected {expected}")
+
+    def _check_bookings(self, board: Board, engine: Member, frontend: Member) -> None:
+        e, f = engine.slot, self._ledger.get(frontend.life, "index")
+        for kind, sent, received in (
+            ("requests", board.sent_requests, board.received_requests),
+            ("tokens", board.sent_tokens, board.received_tokens),
+        ):
+            self._expect(f"{frontend} to {engine}: {kind} received", int(received[e, f]), int(sent[f, e]))
+
+    def _check_life(self, frontend: Member, life: int) -> None:
+        """Sent = completed + lost with their engines, and for a front-end that was killed what it had out."""
+        ledger, out = self._ledger, self._out(life)
+        if life not in frontend.killed:
+            self._expect(f"{frontend}: sent and without an answer", out, 0)
+            tried = self._sum("sent", [life]) + self._sum("refused", [life])
+            self._expect(f"{frontend}: sent or refused", tried, ledger.get(life, "attempted"))
+        elif not 0 <= out <= WINDOW + 1:
+            self._problems.append(
+                f"{frontend}, life {life}: died with {out} out, and never had more than {WINDOW}"
+            )
+        self._expect(f"{frontend}: answers to nothing", ledger.get(life, "unexpected"), 0)
+        lost = ledger.by_peer(life, "lost")[:UNTOUCHED]
+        self._expect(f"{frontend}: lost at engines that nobody touched", lost, [0] * UNTOUCHED)
+
+    def _check_pair(self, engine: Member, frontend: Member) -> None:
+        """What was sent to an engine that always lived has all come in; each killed front-end may owe one."""
+        sent = sum(self._ledger.by_peer(life, "sent")[engine.slot] for life in frontend.lives)
+        taken = self._ledger.by_peer(engine.life, "taken")[frontend.slot]
+        if not taken <= sent <= taken + len(frontend.killed):
+            self._expect(
+                f"{engine}: taken in from {frontend}, which ended {len(frontend.killed)} times", taken, sent
+            )

@@ -140,7 +140,11 @@ class Engine(EngineRow):
         return self._state.running
 
     def wave_complete(self) -> None:
-        """An all-reduce said that no rank has work; every rank calls this at the same step."""
+        """An all-reduce said that no rank has work; every rank calls this at the same step.
+
+        Ask in every few steps (vLLM: every 32nd), not in each. A rank that restarted may run a wave late, and START,
+        which would tell it, is heard between two such questions alone.
+        """
         self._check()
         self._handle(AllIdle())
 

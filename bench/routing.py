@@ -29,7 +29,9 @@ CHAT_RATE_PER_S = 5.0
 FOUR = ("vllm", "round_robin", "least_loaded", "least_work")
 SLOW = ((3, 2.0),)
 BROADCAST_KINDS = ("broadcast", "broadcast:10", "broadcast-keep", "immediate", "scrape", "live-unbooked", "live")
-TRACE_SEEDS = 3
+SEEDS = 8
+CODE_RATE = 10.0
+"""Of the code trace, in the scenarios whose table is not about its load."""
 
 
 class Scenario(NamedTuple):
@@ -44,18 +46,29 @@ class Scenario(NamedTuple):
 
 def chat(name: str, table: str, label: str, rate_per_s: float, plant: dict[str, Any], **more: Any) -> Scenario:
     """A scenario on the built-in chat workload."""
-    usual = {"policies": FOUR, "requests": 4000, "seeds": 4, "oracle": False, "rate": rate_per_s / CHAT_RATE_PER_S}
+    usual = {
+        "policies": FOUR,
+        "requests": 4000,
+        "seeds": SEEDS,
+        "oracle": False,
+        "rate": rate_per_s / CHAT_RATE_PER_S,
+    }
     return Scenario(name, table, label, {"plant": Plant(**plant), **usual, **more})
 
 
 def traced(name: str, table: str, label: str, trace: str, rate: float, **more: Any) -> Scenario:
     """A scenario on a recorded trace."""
-    usual = {"policies": FOUR, "seeds": TRACE_SEEDS, "oracle": False, "rate": rate}
+    usual = {"policies": FOUR, "seeds": SEEDS, "oracle": False, "rate": rate}
     return Scenario(name, table, label, {"plant": Plant(), **usual, **more}, trace)
 
 
 def scenarios() -> list[Scenario]:
     """All of them, in the order of the tables."""
+    return [*chats(), *traces()]
+
+
+def chats() -> list[Scenario]:
+    """Those on the built-in chat workload."""
     found = [
         chat("capacity", "capacity", "640 clients, closed loop", 5, {"clients": 640}),
         chat("capacity-slow", "capacity", "640 clients, closed loop, one slow", 5, {"clients": 640, "slow": SLOW}),
@@ -65,31 +78,13 @@ def scenarios() -> list[Scenario]:
     for rate in (44.8, 52.0, 60.0, 75.0):
         found.append(chat(f"slow-{rate:g}", "slow", f"{rate:g}/s", rate, {"slow": SLOW}, oracle=rate < 55))
     for frontends in (1, 4, 16):
-        plant = {"frontends": frontends}
+        plant: dict[str, Any] = {"frontends": frontends}
         found.append(chat(f"frontends-{frontends}", "frontends", f"{frontends} front-ends", 44.8, plant))
     for skew in (1.0, 2.0):
         found.append(chat(f"skew-{skew:g}", "skew", f"skew {skew:g}", 44.8, {}, skew=skew))
-    found += [
-        chat("ablation-vllm", "ablation", "vllm", 44.8, {}, policies=("vllm",), information=BROADCAST_KINDS),
-        chat(
-            "ablation-counts",
-            "ablation",
-            "least_loaded",
-            44.8,
-            {},
-            policies=("least_loaded",),
-            information=BROADCAST_KINDS,
-        ),
-        chat(
-            "ablation-work",
-            "ablation",
-            "least_work",
-            44.8,
-            {},
-            policies=("least_work",),
-            information=BROADCAST_KINDS,
-        ),
-    ]
+    for policy in ("vllm", "least_loaded", "least_work"):
+        only = {"policies": (policy,), "information": BROADCAST_KINDS}
+        found.append(chat(f"ablation-{policy}", "ablation", policy, 44.8, {}, **only))
     for coefficients in ("none", "learnt", "true"):
         for slow, name in (((), ""), (SLOW, ", one slow")):
             plant = {"coefficients": coefficients, "slow": slow}
@@ -108,9 +103,38 @@ def scenarios() -> list[Scenario]:
     for rate in (15.8, 26.4, 36.9):
         found.append(chat(f"lockstep-{rate:g}", "lockstep", f"{rate:g}/s", rate, {"lockstep": True}))
     found.append(chat("restart", "restart", "44.8/s", 44.8, {"restart": (3, 40.0, 10.0)}))
+    return found
+
+
+def traces() -> list[Scenario]:
+    """Those on the recorded traces."""
+    found = []
     for rate in (3.0, 10.0, 20.0, 25.0, 30.0):
         found.append(traced(f"code-{rate:g}", "code", f"{rate:g}x ({rate * 2.567:.1f}/s)", CODE, rate))
-    found.append(traced("code-slow", "code", "10x, one slow", CODE, 10.0, plant=Plant(slow=SLOW)))
+    for label, plant, skew in (
+        ("one slow", Plant(slow=SLOW), 0.0),
+        ("1 front-end", Plant(frontends=1), 0.0),
+        ("4 front-ends", Plant(frontends=4), 0.0),
+        ("16 front-ends", Plant(frontends=16), 0.0),
+        ("skew 2", Plant(), 2.0),
+        ("one restarted", Plant(restart=(3, 40.0, 10.0)), 0.0),
+    ):
+        name = "code-" + label.replace(" ", "-")
+        found.append(
+            traced(name, "code-plants", f"10x, {label}", CODE, CODE_RATE, plant=plant, skew=skew, requests=4000)
+        )
+    for rate in (6.0, 12.0):
+        found.append(
+            traced(
+                f"code-lockstep-{rate:g}",
+                "code-lockstep",
+                f"{rate:g}x",
+                CODE,
+                rate,
+                plant=Plant(lockstep=True),
+                requests=4000,
+            )
+        )
     pinned = (*FOUR, "affinity", "affinity:epsilon=1000000")
     for rate in (1.0, 2.0, 3.0):
         found.append(
@@ -132,20 +156,22 @@ def figure(e: Estimate, digits: int = 2) -> str:
     return f"{e.value:.{digits}f}" + (f" ±{e.plus_minus:.{digits}f}" if e.plus_minus is not None else "")
 
 
+HEAD = (
+    *("scenario", "policy", "information", "TTFT mean, ms", "p99, ms", "mean, ratio", "p99, ratio"),
+    *("per token, ms", "total, ms", "tokens/s", "imbalance", "prefix hits", "regret"),
+)
+
+
 def table(rows: list[tuple[Scenario, Comparison]]) -> str:
-    """One table in Markdown: a row for each scenario and combination."""
-    lines = [
-        "| scenario | policy | information | TTFT mean, ms | p99, ms | mean, ratio | p99, ratio | per token, ms "
-        "| total, ms | tokens/s | imbalance | prefix hits | regret |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for scenario, comparison in rows:
-        lines += [row(scenario.label, result) for result in comparison.results]
-    return "\n".join(lines)
+    """One table in Markdown: a row for each scenario and combination, without columns that are empty."""
+    lines = [HEAD, *(row(scenario.label, result) for scenario, c in rows for result in c.results)]
+    shown = [i for i in range(len(HEAD)) if any(line[i] for line in lines[1:])]
+    lines.insert(1, ("---",) * len(HEAD))
+    return "\n".join("| " + " | ".join(line[i] for i in shown) + " |" for line in lines)
 
 
-def row(label: str, r: Result) -> str:
-    """One row of it."""
+def row(label: str, r: Result) -> tuple[str, ...]:
+    """One row of it, a text for each of `HEAD`."""
     times = (f"{r.ttft_ms.mean:.1f}", f"{r.ttft_ms.p99:.0f}")
     ratios = (figure(r.ratio.mean), figure(r.ratio.p99)) if r.ratio else ("", "")
     hits = "" if r.prefix_hit_rate is None else f"{r.prefix_hit_rate:.1%}"
@@ -158,7 +184,7 @@ def row(label: str, r: Result) -> str:
         hits,
         regret,
     )
-    return "| " + " | ".join((label, r.policy, r.information, *times, *ratios, *rest)) + " |"
+    return (label, r.policy, r.information, *times, *ratios, *rest)
 
 
 def main() -> None:

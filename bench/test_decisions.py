@@ -1,7 +1,7 @@
 """What each policy's decision costs, and what exclusive mode and the recorder add.
 
-`route` and `done` on a still board (`bench.still`) of 8 engines and 4 front-ends, all of which have learnt
-their step times and are in a step.
+`route` and `done` on a still board (`bench.still`) of 8, 64 and 1024 engines and 4 front-ends, all of which have
+learnt their step times and are in a step; the lock and the recorder with 8.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest_benchmark.logger.PytestB
 BATCH = 20
 
 
-def still_board(name: str) -> StillBoard:
+def still_board(name: str, engines: int = 8) -> StillBoard:
     """A board on which front-ends decide by that policy."""
-    still = StillBoard(8, 4, policy=by_name(name))
+    still = StillBoard(engines, 4, policy=by_name(name))
     model = (8_000_000, 200_000, 40_000, 4096, 64, 90_000_000)
-    for e in range(8):
+    for e in range(engines):
         row = (time.monotonic_ns() + 3_600_000_000_000, 512, *model)
         for i in range(len(STEP_MODEL_WORDS)):
             still.board.step_model[e, i] = row[i]
@@ -47,25 +47,30 @@ def timed(benchmark: Any, still: StillBoard, key: str | None = None) -> None:
 
 
 @pytest.mark.benchmark(group="route and done, by policy")
+@pytest.mark.parametrize("engines", [8, 64, 1024])
 @pytest.mark.parametrize("name", NAMES)
-def test_route_by_policy(benchmark: Any, using: Any, name: str) -> None:
+def test_route_by_policy(benchmark: Any, using: Any, name: str, engines: int) -> None:
     """One policy."""
-    timed(benchmark, using(still_board(name)), "conversation" if name == "affinity" else None)
+    timed(benchmark, using(still_board(name, engines)), "conversation" if name == "affinity" else None)
 
 
 @pytest.mark.benchmark(group="route and done, exclusive")
+@pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize("name", ["least_loaded", "least_work"])
-def test_route_exclusive(benchmark: Any, using: Any, name: str) -> None:
-    """With the lock, nobody else asking for it."""
+def test_route_exclusive(benchmark: Any, using: Any, name: str, exclusive: bool) -> None:
+    """Without the lock, and with it and nobody else asking for it."""
     still = using(still_board(name))
-    still.frontend._turnstile = Turnstile(still.board.segment)
+    if exclusive:
+        still.frontend._turnstile = Turnstile(still.board.segment)
     timed(benchmark, still)
 
 
 @pytest.mark.benchmark(group="route and done, recorded")
+@pytest.mark.parametrize("record", [False, True])
 @pytest.mark.parametrize("name", ["least_loaded", "least_work"])
-def test_route_recorded(benchmark: Any, using: Any, tmp_path: Path, name: str) -> None:
-    """With the recorder."""
+def test_route_recorded(benchmark: Any, using: Any, tmp_path: Path, name: str, record: bool) -> None:
+    """Without the recorder and with it."""
     still = using(still_board(name))
-    still.frontend._recorder = Recorder.create(tmp_path / "ring", engines=8, group="bench", frontend=0)
+    if record:
+        still.frontend._recorder = Recorder.create(tmp_path / "ring", engines=8, group="bench", frontend=0)
     timed(benchmark, still)

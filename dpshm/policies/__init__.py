@@ -21,7 +21,7 @@ from dpshm.policies.affinity import Affinity
 from dpshm.policies.counts import PowerOfTwo, least_loaded, round_robin, vllm
 from dpshm.policies.hashing import key_of
 from dpshm.policies.view import OVERLOADED_KV, VECTOR_FROM, Policy, Request, Sequence64, View, Work
-from dpshm.policies.work import LeastWork, shared
+from dpshm.policies.work import LeastWork, comparable
 
 __all__ = [
     "NAMES",
@@ -36,10 +36,10 @@ __all__ = [
     "View",
     "Work",
     "by_name",
+    "comparable",
     "key_of",
     "least_loaded",
     "round_robin",
-    "shared",
     "vllm",
 ]
 

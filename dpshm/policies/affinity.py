@@ -20,9 +20,10 @@ from math import isfinite
 from typing import ClassVar
 
 import msgspec
+import numpy as np
 
 from dpshm.errors import SettingError
-from dpshm.policies.hashing import mix
+from dpshm.policies.hashing import mix, mix_array, mixed, mixed_array
 from dpshm.policies.view import Request, View
 from dpshm.policies.work import LeastWork
 
@@ -53,10 +54,17 @@ class Affinity(msgspec.Struct, frozen=True):
         key = request.key
         if key is None:
             return _least_work(view, request)
-        ranks = view.free()
-        expected_ns = _least_work.expected_ns(view, request)
-        load = [int(expected_ns[r]) for r in ranks]
-        bound = (1 + self.epsilon) * sum(load) / len(load)
-        within = [r for r, ns in zip(ranks, load, strict=True) if ns <= bound]
+        ranks, load = view.free(), _least_work.expected_ns(view, request)
+        n = len(view.load)
         # The least loaded is never above the mean, so `within` is empty only where the board was scribbled upon.
-        return max(within or ranks, key=lambda r: mix(key ^ mix(r)))
+        if isinstance(ranks, list):
+            bound = (1 + self.epsilon) * sum(load[r] for r in ranks) / len(ranks)
+            order = mixed(n)
+            within = [r for r in ranks if load[r] <= bound]
+            return int(max(within or ranks, key=lambda r: mix(key ^ order[r])))
+        load = load[ranks]
+        bound = (1 + self.epsilon) * int(load.sum()) / len(ranks)
+        within = ranks[load <= bound]
+        if len(within):
+            ranks = within
+        return int(ranks[mix_array(mixed_array(n)[ranks] ^ np.uint64(key)).argmax()])

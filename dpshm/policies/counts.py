@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
+import numpy as np
 
 from dpshm import layout
 from dpshm.policies.hashing import mix
-from dpshm.policies.view import Request, View
+from dpshm.policies.view import Request, View, first_least
 
 
 def least_loaded(view: View, request: Request) -> int:
@@ -26,15 +29,20 @@ def vllm(view: View, request: Request) -> int:
     Source: ``DPLBAsyncMPClient.get_core_engine_for_request``. Where vLLM raises the waiting count in its own
     copy for each request sent, the board has the bookings of all front-ends: they count as waiting here.
     """
-    unseen = view.unseen
-
-    def score(rank: int) -> float:
-        waiting, running, kv_cache_usage = layout.unpack_load(int(view.load[rank]))
-        waiting += int(unseen[rank])
-        pressure = 6 * waiting * max(0.0, kv_cache_usage - 0.5)
-        return max(view.num_frontends * int(view.own[rank]), waiting + running) + pressure
-
-    return int(min(view.ranks, key=score))
+    if isinstance(view.load, list):
+        scores: Any = []
+        # One item a rank in each; `strict` would cost a tenth of the decision.
+        for word, requests, own in zip(view.load, view.requests, view.own):  # noqa: B905
+            waiting, running, kv_cache_usage = layout.unpack_load(word)
+            waiting = max(waiting, requests - running)
+            pressure = 6 * waiting * max(0.0, kv_cache_usage - 0.5)
+            scores.append(max(view.num_frontends * own, waiting + running) + pressure)
+    else:
+        waiting, running, kv_cache_usage = layout.unpack_load(view.load)  # elementwise
+        waiting = np.maximum(waiting, view.requests - running)
+        pressure = 6 * waiting * np.maximum(kv_cache_usage - 0.5, 0.0)
+        scores = np.maximum(view.num_frontends * np.array(view.own), waiting + running) + pressure
+    return first_least(view.ranks, scores)
 
 
 def round_robin(view: View, request: Request) -> int:
@@ -57,15 +65,18 @@ class PowerOfTwo(msgspec.Struct, frozen=True):
 
     def __call__(self, view: View, request: Request) -> int:
         """See `dpshm.policies.Policy`."""
-        ranks = view.free()
-        if len(ranks) == 1:
-            return ranks[0]
-        requests = view.requests
-        # The order of ranks turns with every decision and the counts change, so the draw does too.
-        drawn = mix(self.seed)
-        for word in (ranks[0], request.prompt_tokens, *view.own):
+        one, other = self._draw(view.ranks, view, request)
+        if view.overloaded(one) or view.overloaded(other):  # rare
+            one, other = self._draw(view.free(), view, request)
+        return one if view.requests[one] <= view.requests[other] else other
+
+    def _draw(self, ranks: Any, view: View, request: Request) -> tuple[int, int]:
+        """Two different ones of these ranks, if there are two."""
+        n = len(ranks)
+        drawn, at = self.seed, int(ranks[0])
+        # The order of ranks turns with every decision and what a rank has changes, so the draw does too.
+        for word in (at, request.prompt_tokens, int(view.load[at]), int(view.requests[at]), view.own[at]):
             drawn = mix(drawn ^ word)
-        first = drawn % len(ranks)
-        second = (first + 1 + (drawn >> 32) % (len(ranks) - 1)) % len(ranks)
-        one, other = ranks[first], ranks[second]
-        return one if requests[one] <= requests[other] else other
+        first = drawn % n
+        second = (first + 1 + (drawn >> 32) % max(1, n - 1)) % n
+        return int(ranks[first]), int(ranks[second])

@@ -44,8 +44,8 @@ class Work(msgspec.Struct, eq=False, gc=False):
     Attributes:
         tokens: prompt tokens that any front-end sent and the engine has not computed.
         steps: by rank the words of `dpshm.layout.STEP_WORDS`: the running step.
-        models: by rank the words of `dpshm.layout.MODEL_WORDS`: what the engine has learnt of its steps. They
-            change slowly and may be some tenths of a second old.
+        models: by rank the words of `dpshm.layout.MODEL_WORDS`: what the engine has learnt of its steps, made
+            comparable (`dpshm.policies.comparable`). They change slowly and may be some tenths of a second old.
         now_ns: CLOCK_MONOTONIC.
     """
 
@@ -88,23 +88,31 @@ class View(msgspec.Struct, eq=False, gc=False):
         word = int(self.load[rank])
         return word >> 40 > 0 and word & 0xFFFF > OVERLOADED_KV
 
-    def free(self) -> list[int]:
-        """The ranks that may be chosen and are not overloaded; if all are, all of them."""
-        return [int(r) for r in self.ranks if not self.overloaded(r)] or [int(r) for r in self.ranks]
+    def free(self) -> Any:
+        """The ranks that may be chosen and are not overloaded, in their order; if all are, all of them."""
+        ranks = self.ranks
+        if isinstance(ranks, list):
+            return [r for r in ranks if not self.overloaded(r)] or ranks
+        words = self.load[ranks]
+        free = ranks[(words >> 40 <= 0) | (words & 0xFFFF <= OVERLOADED_KV)]
+        return free if len(free) else ranks
 
     def least(self, scores: Any) -> int:
         """The first of the ranks that may be chosen whose score is least; an overloaded one only if all are."""
         ranks = self.ranks
-        best: int
-        if isinstance(scores, list):
-            best = min(ranks, key=scores.__getitem__)
-        else:
-            best = int(ranks[int(scores[ranks].argmin())])
+        best: int = min(ranks, key=scores.__getitem__) if isinstance(scores, list) else first_least(ranks, scores)
         # `overloaded`, spelt out. It is rare, so it is looked at last: the least of all is the least of the free.
         word = self.load[best]
         if word >> 40 > 0 and word & 0xFFFF > OVERLOADED_KV:
-            best = min(self.free(), key=scores.__getitem__)
+            best = first_least(self.free(), scores)
         return best
+
+
+def first_least(ranks: Any, scores: Any) -> int:
+    """The first of some ranks whose score is least; both are lists, or both are arrays."""
+    if isinstance(scores, list):
+        return int(min(ranks, key=scores.__getitem__))
+    return int(ranks[scores[ranks].argmin()])
 
 
 Policy: TypeAlias = Callable[[View, Request], int]

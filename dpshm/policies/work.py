@@ -30,7 +30,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from dpshm.layout import MODEL_WORDS
 from dpshm.policies.view import Request, View, Work
+
+_NO_LIMIT = 1 << 40
+"""Tokens or requests."""
 
 
 class LeastWork(msgspec.Struct, frozen=True):
@@ -48,18 +52,13 @@ class LeastWork(msgspec.Struct, frozen=True):
         if work is None:  # whoever made the view knows no tokens: a broadcast of vLLM's counts has none
             return _counts(view)
         if not isinstance(view.load, list):
-            return _vector(view, work, request.prompt_tokens)
-        now, prompt = work.now_ns, request.prompt_tokens
-        models = work.models
-        for model in models:
-            if not model[0]:
-                models = _filled(models)
-                if not models:
-                    return _counts(view)
-                break
+            return _vector(view, work, max(1, request.prompt_tokens))
+        if not work.models[0][0]:  # nobody has learnt: see `comparable`
+            return _counts(view)
+        now, prompt = work.now_ns, max(1, request.prompt_tokens)
         scores = []
         # One item a rank in each; `strict` would cost a tenth of the decision.
-        for requests, waiting, step, model in zip(view.requests, work.tokens, work.steps, models):  # noqa: B905
+        for requests, waiting, step, model in zip(view.requests, work.tokens, work.steps, work.models):  # noqa: B905
             step_end, step_tokens = step
             base, per_request, per_token, chunk, places, ending = model
             requests += 1  # noqa: PLW2901
@@ -68,7 +67,7 @@ class LeastWork(msgspec.Struct, frozen=True):
             if 0 < chunk < tokens:
                 ns *= -(-tokens // chunk)
             ns += per_token * tokens
-            if places and requests > places:
+            if requests > places:
                 ns = max(ns, ending * (requests - places))
             if step_end > now:
                 ns += step_end - now
@@ -82,43 +81,46 @@ def _counts(view: View) -> Any:
     return [n + 1 for n in requests] if isinstance(requests, list) else requests + 1
 
 
-def shared(models: list[list[int]]) -> list[list[int]]:
-    """The models as ranks in lockstep should be given: with the mean of all coefficients in each.
+def comparable(models: list[list[int]], *, lockstep: bool = False) -> list[list[int]]:
+    """Learnt models as decisions compare ranks by them, or all zero if none has learnt.
 
-    Such ranks wait for each other, so all see equally long steps, and each explains their length by what it
-    holds itself. A rank with twice the others' batch learns that a request costs half as much, and would get more.
+    One that has learnt nothing gets the mean coefficients of those that have. What an engine has never met, a full
+    step or a full batch, gets a limit that is never reached.
+
+    Ranks in lockstep wait for each other, so all see equally long steps, and each explains their length by what it
+    holds itself: a rank with twice the others' batch learns that a request costs half as much, and would get more.
+    So all of them get the mean.
+
+    Args:
+        models: by rank the words of `dpshm.layout.MODEL_WORDS`, as published; they are not trusted.
+        lockstep: whether the ranks step together.
     """
-    learnt = [m for m in models if m[0]]
+    learnt = [model for model in models if model[0] > 0]
     if not learnt:
-        return models
-    mean = [sum(m[i] for m in learnt) // len(learnt) for i in range(3)]
-    return [[*mean, *m[3:]] for m in models]
-
-
-def _filled(models: list[list[int]]) -> list[Any]:
-    """The rows, with those of engines that have learnt nothing replaced by the mean of the others; or none."""
-    learnt = [m for m in models if m[0]]
-    if not learnt:
-        return []
-    mean = [sum(m[i] for m in learnt) // len(learnt) for i in range(3)]
-    return [m if m[0] else (*mean, 0, 0, 0) for m in models]
+        return [[0] * len(MODEL_WORDS) for _ in models]
+    mean = [sum(model[i] for model in learnt) // len(learnt) for i in range(3)]
+    return [
+        [
+            *(mean if lockstep or base <= 0 else (base, per_request, per_token)),
+            chunk if chunk > 0 else _NO_LIMIT,
+            *((places, ending) if places > 0 else (_NO_LIMIT, 0)),
+        ]
+        for base, per_request, per_token, chunk, places, ending in models
+    ]
 
 
 def _vector(view: View, work: Work, prompt: int) -> NDArray[np.int64]:
     """The same for arrays."""
     models: NDArray[np.int64] = work.models
-    if not models[:, 0].all():
-        filled = _filled(models.tolist())
-        if not filled:
-            return _counts(view)  # type: ignore[no-any-return]
-        models = np.array(filled, np.int64)
+    if not models[0, 0]:
+        return _counts(view)  # type: ignore[no-any-return]
     step_end, step_tokens = work.steps.T
     base, per_request, per_token, chunk, places, ending = models.T
     requests = view.requests + 1
     tokens = np.maximum(work.tokens - step_tokens, 0) + prompt
     ns = base + per_request * requests
-    ns *= np.where(chunk > 0, np.maximum(-(-tokens // np.maximum(chunk, 1)), 1), 1)
+    ns *= -(-tokens // chunk)
     ns += per_token * tokens
-    ns = np.maximum(ns, np.where(places > 0, (requests - places) * ending, 0))
+    ns = np.maximum(ns, (requests - places) * ending)
     ns += np.maximum(step_end - work.now_ns, 0)
     return ns  # type: ignore[no-any-return]

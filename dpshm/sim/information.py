@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpshm.errors import SettingError
-from dpshm.policies import View, Work, shared
+from dpshm.policies import View, Work, comparable
 from dpshm.sim.rank import Job, Row, SimRank
 
 NEVER_S = float("inf")
@@ -68,11 +68,10 @@ class Information(ABC):
         unseen: list[int],
         unseen_tokens: list[int],
     ) -> View:
-        models = [list(r.model[2:]) for r in rows]
         work = Work(
             [r.backlog + tokens for r, tokens in zip(rows, unseen_tokens, strict=True)],
             [r.model[:2] for r in rows],
-            shared(models) if self.lockstep else models,
+            comparable([list(r.model[2:]) for r in rows], lockstep=self.lockstep),
             int(now_s * 1e9),
         )
         load = [r.load for r in rows]

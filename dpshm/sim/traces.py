@@ -150,7 +150,7 @@ def _shown(line: bytes) -> str:
 def _parse_mooncake(line: bytes) -> Arrival:
     try:
         found = _mooncake_decoder.decode(line)
-    except msgspec.MsgspecError as e:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as e:
         raise ValueError(f"not a Mooncake request ({e}); a file that was cut off ends so") from None
     return Arrival(found.timestamp / 1000, found.input_length, found.output_length, found.hash_ids)
 

@@ -183,7 +183,7 @@ def test_the_board_shows_what_an_engine_has_learnt(group, using):
         frontend.route(40)
     first, second = (view.work for view in seen)
     assert first.models[1][0] > 0
-    assert first.models[0][:3] == first.models[1][:3]  # it has learnt nothing, and so is taken to be like the other
+    assert first.models[0][:3] == first.models[1][:3]  # learnt nothing: taken to be like the other
     assert [list(work.steps[1]) for work in (first,)] == [[0, 0]]
     assert second.steps[1][1] == 512
     assert first.now_ns < second.steps[1][0]

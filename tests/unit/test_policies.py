@@ -15,6 +15,7 @@ from dpshm import policies
 from dpshm.errors import SettingError
 from dpshm.layout import STEP_MODEL_WORDS, pack_load
 from dpshm.policies import Affinity, LeastWork, Policy, PowerOfTwo, Request, View, Work
+from dpshm.policies.hashing import mix, mix_array
 
 NOW = 1_000_000_000
 REQUEST = Request(100, key=7)
@@ -209,6 +210,13 @@ def test_least_work_goes_where_the_first_token_comes_first():
     busy = learnt(step_end=NOW + 500_000_000)
     assert choose(LeastWork(), **two, models=[busy, MODEL]) == 1
     assert choose(LeastWork(), **two, models=[learnt(base_ns=0), slow]) == 0  # has learnt nothing: like the other
+
+
+@deterministic
+@given(words=st.lists(st.integers(0, (1 << 64) - 1)))
+def test_arrays_are_mixed_as_numbers_are(words: list[int]):
+    """Guards against a key whose rank depends on how many ranks there are."""
+    assert mix_array(np.array(words, np.uint64)).tolist() == [mix(word) for word in words]
 
 
 def test_keys_stay_with_their_ranks():

@@ -208,7 +208,7 @@ def _check(path: Path, data: bytes) -> RingHeader:
         raise SettingError(f"{path} is a decision ring of version {version}, and this dpshm reads {VERSION}")
     try:
         header = msgspec.json.decode(data[_PREAMBLE.size : _PREAMBLE.size + length], type=RingHeader)
-    except msgspec.MsgspecError as e:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as e:
         raise SettingError(f"{path}: the header cannot be read ({e}): the file is damaged") from None
     if header.slots < 1 or header.engines < 1 or len(data) != _ring_bytes(header):
         raise SettingError(
@@ -230,7 +230,7 @@ def _records(header: RingHeader, data: bytes) -> Iterator[tuple[int, _Record]]:
             continue
         try:
             record = decoder.decode(data[start + 16 : start + 16 + length])
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
             continue
         if _is_whole(record):
             yield number, record

@@ -142,7 +142,7 @@ class Engine(EngineRow):
     def wave_complete(self) -> None:
         """An all-reduce said that no rank has work; every rank calls this at the same step.
 
-        Ask in every few steps (vLLM: every 32nd), not in each. A rank that restarted may run a wave late, and START,
+        Ask every few steps (vLLM: every 32nd), not at each. A rank that restarted may run a wave late; START,
         which would tell it, is heard between two such questions alone.
         """
         self._check()

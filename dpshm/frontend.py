@@ -111,6 +111,8 @@ class Frontend:
         self._wake_socket: Socket | None = None
         self._keys = keys
         self._warned_unlinked = False
+        # Where the engine that takes the request is left out of START, it has to be chosen before.
+        self._wakes_first = not board.segment.header.settings.get("exclude_receiver", False)
 
         words = self._words = board.words
         self._at_revision = board.index("revision")
@@ -218,6 +220,11 @@ class Frontend:
                 self._look(now_ns)
             if words[self._at_revision] != self._revision:
                 self._refresh()
+            woken = -1
+            if words[self._at_control] & 3 == _PAUSED and dp_rank is None and self._eligible and self._wakes_first:
+                # The ranks wake up while this process chooses.
+                woken = words[self._at_control] >> 2
+                self._wake(None, woken)
             exclusive = self._turnstile is not None and self._turnstile.enter()
             try:
                 if dp_rank is None:
@@ -247,7 +254,7 @@ class Frontend:
             # load pass an older store), the worst is a wake-up too few or too many; the engine wakes the rest.
             control = words[self._at_control]
             wave = control >> 2
-            if control & 3 == _PAUSED:
+            if control & 3 == _PAUSED and wave != woken:
                 self._wake(dp_rank, wave)
         return Route(self, dp_rank, wave, prompt_tokens)
 

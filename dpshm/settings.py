@@ -12,7 +12,7 @@ from dpshm.errors import SettingError
 from dpshm.segment import segment_path
 
 Mode = Literal["internal", "hybrid", "external"]
-IMMUTABLE = ("mode", "waves", "counts_with_kv")
+IMMUTABLE = ("mode", "waves", "counts_with_kv", "exclude_receiver")
 """What every process of a group relies on: a coordinator that takes a live board over must agree in these."""
 
 

@@ -27,6 +27,11 @@ WATCH_INTERVAL_S = 0.08
 """The dead are to be known within 100 ms; where a pidfd can be had, it is at once. Each round costs the idle
 coordinator CPU time."""
 
+QUIET_INTERVAL_S = 0.25
+"""Between rounds of a group where nobody has had work, come or gone for `QUIET_AFTER_NS`, and where each process
+has a pidfd. Front-ends take a beat for fresh that is twice as old."""
+QUIET_AFTER_NS = 2 * _S
+
 
 class Occupant(NamedTuple):
     """The process that holds a row: what its pidfd, if any, was opened for."""
@@ -53,6 +58,7 @@ class WatchThread(threading.Thread):
         self._pid_namespace = procs.namespace_inode("pid")
         self._judged: object = None  # what the last verdicts followed from
         self._next_judging_ns = 0
+        self._quiet_from_ns = 0
         self._rows: tuple[int, bytes] = (0, b"")
         self._row_bytes: list[int] = []
         self._warned_unlinked = False
@@ -77,7 +83,8 @@ class WatchThread(threading.Thread):
     def run(self) -> None:
         """The thread."""
         while not self._stop_asked:
-            for fd, _ in self._epoll.poll(WATCH_INTERVAL_S):
+            quiet = time.monotonic_ns() >= self._quiet_from_ns
+            for fd, _ in self._epoll.poll(QUIET_INTERVAL_S if quiet else WATCH_INTERVAL_S):
                 self._judged = None
                 if fd == self._wake_fd:
                     os.eventfd_read(fd)
@@ -93,6 +100,8 @@ class WatchThread(threading.Thread):
         """Looks once, and judges every row if that shows anything new."""
         board = self._board
         signs = self._look()
+        if signs != self._judged:
+            self._quiet_from_ns = now_ns + QUIET_AFTER_NS
         if signs != self._judged or now_ns >= self._next_judging_ns:
             # To see who stalls, a tenth of the timeout is soon enough.
             self._next_judging_ns = now_ns + min(self._stall_timeout_ns // 10 or _S, _S)
@@ -118,13 +127,14 @@ class WatchThread(threading.Thread):
     def _judge(self, now_ns: int) -> None:
         board = self._board
         n = board.dp_size
-        has_work = (
-            self._find_work(n) if self._stall_timeout_ns else [False] * n
-        )  # 0: nobody is ever called stalled
+        has_work = self._find_work(n)
         for e in range(n):
             self._judge_engine(e, has_work[e], now_ns)
         for f in range(board.frontends_used()):
             self._judge_frontend(f)
+        blind = any(o.pidfd is None and self._holds(*key) for key, o in self._occupants.items())
+        if blind or any(has_work):
+            self._quiet_from_ns = now_ns + QUIET_AFTER_NS
         if not self._warned_unlinked and not board.segment.linked:
             self._warned_unlinked = True
             logger.warning(
@@ -165,6 +175,10 @@ class WatchThread(threading.Thread):
         if verdict is not before:
             marks.set_frontend(f, verdict)
             self._report("front-end", f, int(board.frontend_pid[f]), before, verdict)
+
+    def _holds(self, kind: str, row: int) -> bool:
+        board = self._board
+        return board.engine_alive(row) if kind == "engine" else board.frontend_alive(row)
 
     def _find_work(self, n: int) -> list[bool]:
         """By rank, whether it is in a step, or has requests waiting or on their way."""

@@ -207,6 +207,7 @@ def test_verdicts_are_logged_once(board, watch, group, using, caplog):
     remote.run("engine = Engine.attach(group, 0)", group=group)
     watch.after(0)
     remote.kill()
+    caplog.clear()
     with caplog.at_level(logging.INFO):
         for _ in range(3):
             watch.after(0.05)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +27,13 @@ def _nothing_stays() -> Iterator[None]:
 
 
 @pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose name leaves room for a group's sockets: their paths may have 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="dpt-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
 def group() -> Iterator[str]:
     """A group's name that no other test and no other run uses; fails a test that leaves something of it."""
     name = f"{_PREFIX}{next(_numbers):05d}"
@@ -40,3 +49,21 @@ def using(group: str) -> Iterator[Callable[[Any], Any]]:
     """`using(x)` gives `x` back and closes it when the test ends, the newest first."""
     with ExitStack() as stack:
         yield lambda x: stack.enter_context(closing(x))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says at the end of a run what explorations have seen: a number that is silently small proves little.
+
+    One line for each ``record_property("explored", ...)``. Here, since the process that tells for several knows no
+    other conftest.
+    """
+    lines = [
+        value
+        for report in terminalreporter.stats.get("passed", ())
+        for name, value in report.user_properties
+        if name == "explored"
+    ]
+    if lines:
+        terminalreporter.section("explored")
+        for line in lines:
+            terminalreporter.write_line(line)

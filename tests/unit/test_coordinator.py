@@ -220,13 +220,13 @@ def test_a_folder_that_does_not_exist(group, monkeypatch):
     assert count_threads() == threads
 
 
-def test_dpshm_dir_is_honoured(group, tmp_path, monkeypatch):
+def test_dpshm_dir_is_honoured(group, short_path, monkeypatch):
     """Guards against a group that is created in one place and looked for in another."""
-    monkeypatch.setenv("DPSHM_DIR", str(tmp_path))
+    monkeypatch.setenv("DPSHM_DIR", str(short_path))
     with Coordinator(group=group, dp_size=1), Engine.attach(group, 0), Frontend.attach(group) as frontend:
         assert frontend.route().dp_rank == 0
-        assert sorted(p.name for p in tmp_path.iterdir()) == [f"dpshm-{group}", f"dpshm-{group}.sockets"]
-    assert list(tmp_path.iterdir()) == []
+        assert sorted(p.name for p in short_path.iterdir()) == [f"dpshm-{group}", f"dpshm-{group}.sockets"]
+    assert list(short_path.iterdir()) == []
 
 
 def test_a_forked_copy_does_nothing(group, using):
@@ -722,7 +722,7 @@ def test_a_segment_unlinked_under_the_living(group, using, caplog):
     sockets_folder.clear(segment.sockets_path(group))
 
 
-def test_a_folder_that_is_full(group, using, tmp_path):
+def test_a_folder_that_is_full(group, using, short_path):
     """Guards against a start on a full tmpfs that leaves something behind, or dies with SIGBUS later."""
     remote = using(Remote())
     try:
@@ -730,13 +730,13 @@ def test_a_folder_that_is_full(group, using, tmp_path):
         mounted = remote.eval(
             "libc.unshare(0x20000) == 0 and libc.mount(b'none', b'/', None, 0x44000, None) == 0 and "
             "libc.mount(b'tmpfs', path, b'tmpfs', 0, b'size=16k') == 0",
-            path=os.fsencode(tmp_path),
+            path=os.fsencode(short_path),
         )
     except RemoteError as e:
         pytest.skip(str(e))
     if not mounted:
         pytest.skip("this user may not mount a tmpfs of its own")
-    remote.run("os.environ['DPSHM_DIR'] = path", path=str(tmp_path))
+    remote.run("os.environ['DPSHM_DIR'] = path", path=str(short_path))
     with pytest.raises(RemoteError, match=SegmentNoSpace.__name__):
         remote.run("Coordinator(group=group, dp_size=1)", group=group)
     assert remote.eval("os.listdir(path)") == []

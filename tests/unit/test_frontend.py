@@ -809,6 +809,17 @@ def test_choose_books_nothing(board, group, using):
     assert board.sent_requests[frontend.index, :2].tolist() == [0, 1]
 
 
+def test_a_route_may_leave_the_wake_up_to_its_caller(coordinator, engines, group, using):
+    """Guards against ranks that wake up before their request has come, and go back to sleep: vLLM's since 0.32."""
+    frontend = using(Frontend.attach(group))
+    frontend.route(wake=False)
+    frontend.route(dp_rank=1, wake=False)
+    assert frontend._wake_socket is None
+    assert not any(engine.poll(50) for engine in engines)
+    frontend.wake()
+    wait_until(lambda: all(engine.poll(10) for engine in engines))
+
+
 def test_wake_wakes_paused_ranks_without_a_booking(coordinator, engines, group, using):
     """Guards against a request that is sent past `route` and leaves the other ranks asleep."""
     frontend = using(Frontend.attach(group))

@@ -197,7 +197,12 @@ class Frontend:
         return frontend
 
     def route(
-        self, prompt_tokens: int = 0, *, dp_rank: int | None = None, key: int | str | bytes | None = None
+        self,
+        prompt_tokens: int = 0,
+        *,
+        dp_rank: int | None = None,
+        key: int | str | bytes | None = None,
+        wake: bool = True,
     ) -> Route:
         """Chooses an engine, books the request on it, and wakes the group if it is paused.
 
@@ -205,6 +210,8 @@ class Frontend:
             prompt_tokens: as the engine will count them in its `receive`.
             dp_rank: the engine that it has to go to; drained and stalled ones may be named, dead ones not.
             key: what the policy `affinity` keeps on one rank: a conversation's id, or a prompt's first bytes.
+            wake: False leaves paused ranks asleep; call `wake` once the request is sent. For engines that go back
+                to sleep when they wake up before their request has come.
 
         Raises:
             NoEngineAvailable: there is no engine to take it. Nothing was booked.
@@ -221,7 +228,8 @@ class Frontend:
             if words[self._at_revision] != self._revision:
                 self._refresh()
             woken = -1
-            if words[self._at_control] & 3 == _PAUSED and dp_rank is None and self._eligible and self._wakes_first:
+            paused = words[self._at_control] & 3 == _PAUSED
+            if paused and wake and dp_rank is None and self._eligible and self._wakes_first:
                 # The ranks wake up while this process chooses.
                 woken = words[self._at_control] >> 2
                 self._wake(None, woken)
@@ -254,7 +262,7 @@ class Frontend:
             # load pass an older store), the worst is a wake-up too few or too many; the engine wakes the rest.
             control = words[self._at_control]
             wave = control >> 2
-            if control & 3 == _PAUSED and wave != woken:
+            if control & 3 == _PAUSED and wake and wave != woken:
                 self._wake(dp_rank, wave)
         return Route(self, dp_rank, wave, prompt_tokens)
 

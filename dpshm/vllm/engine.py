@@ -144,9 +144,9 @@ class EngineLink:
 
     def _refusing(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         def refuse(request: Any, *args: Any) -> Any:
-            result = stock(request, *args)
+            # Before the answer: once the API server hears that its request is over, it expects it to be counted.
             self._note_refused(request)
-            return result
+            return stock(request, *args)
 
         return refuse
 

@@ -4,7 +4,8 @@ Put on one client when it would begin to listen to the coordinator's broadcast:
 
     get_core_engine_for_request   chooses by the board and books; what is pinned, or belongs to a session that is
                                   placed already, goes where vLLM sends it, and is booked too
-    add_request_async             reads wave and phase from the board; takes the booking back if the send fails
+    add_request_async             reads the wave from the board; wakes paused ranks once the request is sent; takes
+                                  the booking back if the send fails
 
 and, on the class, `outputs_processor`: what finished leaves the bookings.
 
@@ -185,6 +186,8 @@ class BookingLink(ClientLink):
                 for route in self._routes.pop(request.request_id, ()):
                     route.cancel()
                 raise
+            finally:
+                self._after_add()
 
         self._hooks.put("get_core_engine_for_request", lambda request: self._choose(choose, request))
         self._hooks.put("add_request_async", add)
@@ -200,6 +203,9 @@ class BookingLink(ClientLink):
 
     def _before_add(self) -> None:
         """Called before vLLM stamps a request with what it knows of the wave."""
+
+    def _after_add(self) -> None:
+        """Called when vLLM has sent a request, or could not; never raises."""
 
     def _choose(self, stock: Callable[[Any], Any], request: Any) -> Any:
         """An engine, as vLLM names it."""
@@ -231,7 +237,7 @@ class BookingLink(ClientLink):
         client = self._client
         rank = client.engine_ranks_managed[client.core_engines.index(engine)]
         try:
-            return self._note(request, self._frontend.route(self._tokens(request), dp_rank=rank))
+            return self._note(request, self._frontend.route(self._tokens(request), dp_rank=rank, wake=False))
         except NoEngineAvailable as e:
             logger.debug("dpshm: not booked: %s", e)
             return None
@@ -253,10 +259,20 @@ class BoardLink(BookingLink):
         self._warned_none = False
 
     def _before_add(self) -> None:
-        # `Frontend.route` wakes paused ranks; vLLM's own wake-up would go to a task that does not run.
+        # `_after_add` wakes paused ranks; vLLM's own wake-up would go to a task that does not run.
         client = self._client
         client.current_wave = layout.unpack_control(self._frontend.board.words[self._at_control])[0]
         client.engines_running = True
+
+    def _after_add(self) -> None:
+        # After the request, as vLLM does it: since 0.32 ranks that wake up before it go back to sleep at their
+        # first step, and it would have to wake them a second time.
+        if self._client.__dict__.get(_LINK) is not self:
+            return  # given up meanwhile: vLLM has sent its own
+        try:
+            self._frontend.wake()
+        except Exception:
+            self._give_up()
 
     def _choose(self, stock: Callable[[Any], Any], request: Any) -> Any:
         route: Route | None = None
@@ -284,15 +300,10 @@ class BoardLink(BookingLink):
             request.current_wave = route.wave  # as the board had it when the request was booked
         return engine
 
-    def _book(self, request: Any, engine: Any) -> Route | None:
-        route = super()._book(request, engine)
-        if route is None:
-            self._frontend.wake()  # it is sent all the same, to a rank that the board does not know
-        return route
-
     def _route(self, request: Any) -> Route | None:
         try:
-            return self._note(request, self._frontend.route(self._tokens(request), key=self._key(request)))
+            key = self._key(request)
+            return self._note(request, self._frontend.route(self._tokens(request), key=key, wake=False))
         except NoEngineAvailable as e:
             if not self._warned_none:
                 self._warned_none = True

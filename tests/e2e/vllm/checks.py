@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+
+from dpshm import segment
+from tests.e2e.vllm import environment
 from tests.support import wait_until
+
+_GROUP = """
+import sys, time
+from dpshm import Coordinator, Engine
+coordinator = Coordinator(group=sys.argv[1], dp_size=1)
+engine = Engine.attach(sys.argv[1], 0)
+print("up", flush=True)
+time.sleep(1000)
+"""
 
 BURST = [(1 + 37 * i % 300, 1 + 7 * i % 40) for i in range(96)]
 """Requests as (prompt tokens, tokens to generate)."""
@@ -36,3 +52,13 @@ def board_agrees_with_vllm(server):
         sent, received = board.sent_requests, board.received_requests
         assert (sent[:, : len(rows)] == received[: len(rows), :].T).all()
         assert (board.sent_tokens[:, : len(rows)] == board.received_tokens[: len(rows), :].T).all()
+
+
+def killed_group(group):
+    """Makes a group, and kills it so that its segment stays; gives its name back."""
+    command = [sys.executable, "-c", _GROUP, group]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=environment.ROOT) as process:
+        assert process.stdout.readline() == b"up\n"
+        os.kill(process.pid, signal.SIGKILL)
+    assert group in segment.groups()
+    return group

@@ -11,9 +11,9 @@ from tests.e2e.vllm.server import Server
 
 
 def why_not() -> str | None:
-    """Why they are not run, if they are not: they take some ten minutes."""
+    """Why they are not run, if they are not: they take five minutes."""
     if os.environ.get("DPSHM_TEST_VLLM") != "1":
-        return "real servers, some ten minutes of them: DPSHM_TEST_VLLM=1 runs them"
+        return "real servers, five minutes of them: DPSHM_TEST_VLLM=1 runs them"
     return environment.why_not()
 
 

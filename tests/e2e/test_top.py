@@ -24,7 +24,9 @@ class Terminal:
         more = {"TERM": "xterm-256color", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}
         size = ["-x", str(width), "-y", str(height)]
         start = [*self._tmux, "new-session", "-d", *size, f"{command}; echo ended $?; sleep 60"]
-        subprocess.run(start, env=environment(**more), check=True)
+        # Else the program would believe these instead of the terminal; who runs tests side by side sets them.
+        env = {name: value for name, value in environment(**more).items() if name not in ("COLUMNS", "LINES")}
+        subprocess.run(start, env=env, check=True)
 
     def screen(self) -> str:
         done = subprocess.run([*self._tmux, "capture-pane", "-p"], capture_output=True, text=True, check=True)

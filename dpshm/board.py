@@ -247,22 +247,23 @@ class Board:
             return [f for f in taken if self.frontend_mark[f] != Verdict.DEAD]
         return [f for f in taken if self.frontend_alive(f)]
 
-    def outstanding(self, counted: Sequence[int]) -> tuple[Outstanding, Outstanding]:
-        """What counts requests, and what counts prompt tokens; good until the board's marks change.
+    def outstanding_requests(self, counted: Sequence[int]) -> Outstanding:
+        """What counts requests; good until the board's marks change.
 
         Args:
             counted: the front-ends whose bookings count.
         """
+        return self._outstanding("request_balance", "sent_requests", self.received_requests, counted)
+
+    def outstanding_tokens(self, counted: Sequence[int]) -> Outstanding:
+        """The same for prompt tokens."""
+        return self._outstanding("token_balance", "sent_tokens", self.received_tokens, counted)
+
+    def _outstanding(self, balance: str, sent: str, received: Words, counted: Sequence[int]) -> Outstanding:
         used, n = self.frontends_used(), self.dp_size
-
-        def table(balance: str, sent: str) -> Words:
-            at, strides = self._columns[balance].offset, self._columns[sent].strides
-            return np.ndarray((1 + used, n), np.int64, self.words.cast("B"), at, strides)
-
-        return (
-            Outstanding(table("request_balance", "sent_requests"), self.received_requests[:n, :used], counted),
-            Outstanding(table("token_balance", "sent_tokens"), self.received_tokens[:n, :used], counted),
-        )
+        at, strides = self._columns[balance].offset, self._columns[sent].strides
+        table = np.ndarray((1 + used, n), np.int64, self.words.cast("B"), at, strides)
+        return Outstanding(table, received[:n, :used], counted)
 
     def snapshot(self, now_ns: int | None = None, counted: Sequence[int] | None = None) -> NDArray[Any]:
         """What each rank does, as far as the board tells.
@@ -277,7 +278,8 @@ class Board:
         n = self.dp_size
         counted = self.counted_frontends() if counted is None else counted
         verdicts = self.engine_verdicts()
-        requests, tokens = (outstanding.count().tolist() for outstanding in self.outstanding(counted))
+        requests = self.outstanding_requests(counted).count().tolist()
+        tokens = self.outstanding_tokens(counted).count().tolist()
         load = self.load[:n].tolist()
         backlog = self.prefill_backlog[:n].tolist()
         out = np.zeros(n, SNAPSHOT_DTYPE)
@@ -308,25 +310,7 @@ class Board:
         return out
 
 
-_NAMES = frozenset(
-    (
-        *layout.COORDINATOR_WORDS,
-        *layout.ENGINE_WORDS,
-        *layout.FRONTEND_WORDS,
-        *(
-            "load",
-            "request_balance",
-            "token_balance",
-            "engine_mark",
-            "frontend_mark",
-            "owner",
-            "change",
-            "change_time",
-            "wake_bucket",
-        ),
-        *("received_requests", "received_tokens", "sent_requests", "sent_tokens", "step_model"),
-    )
-) - {"dp_size"}  # a property, clipped
+_NAMES = frozenset(layout.make_layout(1, 1).columns) - {"dp_size"}  # a property, clipped
 
 
 def _sane(value: int) -> int:

@@ -195,20 +195,27 @@ class EngineRow:
             prefill_backlog: prompt tokens received and not yet computed.
             step: number of the step, growing within an incarnation; 0 if it does not fit 32 bits.
         """
-        # The check and `layout.pack_load` are written out, for what a rank usually says: it publishes with cold
-        # caches, where each call costs some microseconds until others see the load.
+        # `_check`, `layout.pack_load` and `layout.saturate` are written out, for what a rank usually says: it
+        # publishes with cold caches, where each call and each test costs a microsecond until others see the load.
         if not self._segment.usable or get_ident() != self._thread:
             self._check()
-        words = self._words
-        whole = waiting.__class__ is int is running.__class__  # numpy's narrow integers would wrap
-        if whole and 0 <= waiting <= 0x7FFFFF and 0 <= running <= 0xFFFFFF and 0.0 <= kv_cache_usage <= 1.0:
-            load = waiting << 40 | running << 16 | int(kv_cache_usage * 65535 + 0.5)
+        words, backlog = self._words, prefill_backlog
+        try:
+            kv = int(kv_cache_usage * 65535 + 0.5)
+            every = waiting | running | kv << 7  # fits 23 bits if each of them has the range that is looked for
+        except (ValueError, OverflowError):  # NaN, infinite, or numpy's narrow integers
+            every = -1
+        if every.__class__ is int and 0 <= every <= 0x7FFFFF:  # numpy's integers would wrap
+            load, queued = waiting << 40 | running << 16 | kv, waiting + running
         else:
             load = layout.pack_load(waiting, running, kv_cache_usage)
+            queued = (load >> 40) + (load >> 16 & 0xFFFFFF)
         # SYNC: what a decision needs is whole in each of these words (`dpshm.outstanding`), whatever their order.
         words[self._at_load] = load
-        words[self._at_request_balance] = (load >> 40) + (load >> 16 & 0xFFFFFF) - self._all_requests
-        words[self._at_backlog] = backlog = layout.saturate(prefill_backlog)
+        words[self._at_request_balance] = queued - self._all_requests
+        if backlog.__class__ is not int or not 0 <= backlog <= 0x7FFFFFFFFFFFFFFF:
+            backlog = layout.saturate(int(backlog))
+        words[self._at_backlog] = backlog
         words[self._at_token_balance] = backlog - self._all_tokens
         if self._stepped:
             self._stepped = False

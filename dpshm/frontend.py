@@ -228,10 +228,10 @@ class Frontend:
             if words[self._at_revision] != self._revision:
                 self._refresh()
             woken = -1
-            paused = words[self._at_control] & 3 == _PAUSED
-            if paused and wake and dp_rank is None and self._eligible and self._wakes_first:
+            control = words[self._at_control]
+            if control & 3 == _PAUSED and wake and dp_rank is None and self._eligible and self._wakes_first:
                 # The ranks wake up while this process chooses.
-                woken = words[self._at_control] >> 2
+                woken = control >> 2
                 self._wake(None, woken)
             exclusive = self._turnstile is not None and self._turnstile.enter()
             try:
@@ -364,16 +364,18 @@ class Frontend:
         self._load = board.load[:n]
         at = board.index("load")
         self._load_words = self._words[at : at + n]  # the same words; of a few, this makes a list twice as fast
-        self._steps = board.step_model[:n, : len(layout.STEP_WORDS)]
-        models = board.step_model[:n, len(layout.STEP_WORDS) :]
-        # Copied here and not in each decision: what engines have learnt changes slowly.
-        # Ranks that have waves step together.
-        learnt = comparable(models.tolist(), lockstep=bool(self._segment.header.settings.get("waves", True)))
-        self._models: Any = np.array(learnt, np.int64, order="F") if n >= VECTOR_FROM else learnt
         self._beats = board.beat[:n]
         counted = board.counted_frontends()
         self._num_frontends = len(counted)
-        self._requests, self._tokens = board.outstanding(counted)
+        self._requests = board.outstanding_requests(counted)
+        if self._sees_work:
+            self._tokens = board.outstanding_tokens(counted)
+            self._steps = board.step_model[:n, : len(layout.STEP_WORDS)]
+            models = board.step_model[:n, len(layout.STEP_WORDS) :]
+            # Copied here and not in each decision: what engines have learnt changes slowly.
+            # Ranks that have waves step together.
+            learnt = comparable(models.tolist(), lockstep=bool(self._segment.header.settings.get("waves", True)))
+            self._models: Any = np.array(learnt, np.int64, order="F") if n >= VECTOR_FROM else learnt
         self._verdicts = board.engine_verdicts()
         drained = [bool(mark & layout.DRAINED) for mark in board.engine_mark[:n].tolist()]
         eligible = [

@@ -15,7 +15,7 @@
                     +------------------------------------------------------------------+
                     | received requests, tokens  [engine, front-end]   rows padded     |
                     | balance [engine], sent requests [front-end, engine]  rows padded |
-    | the same of tokens                                               |
+                    | the same of tokens                                               |
                     +------------------------------------------------------------------+
                     | changes: the newest `CHANGES` of marks, dp_size and coordinator  |
                     | wake buckets: how long wake-ups took                             |

@@ -296,23 +296,16 @@ class Segment:
 
     def is_locked(self, byte: int) -> bool:
         """Whether any handle, this one included, holds the lock on a byte."""
-        return byte in self._held or self._others_hold(byte, 1)
+        return self.each_locked((byte,))[0]
 
     def each_locked(self, in_bytes: Iterable[int]) -> list[bool]:
         """`is_locked` of each of these bytes."""
         fd, held = self.fileno(), self._held
-        return [
-            byte in held or fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _query(byte))[:2] != _UNLOCKED for byte in in_bytes
-        ]
+        return [byte in held or _others_hold(fd, byte, 1) for byte in in_bytes]
 
     def is_shared(self) -> bool:
         """Whether any other handle holds a lock on any byte."""
-        return self._others_hold(0, 0)
-
-    def _others_hold(self, byte: int, length: int) -> bool:
-        # The kernel does not count what this very descriptor holds.
-        answer = fcntl.fcntl(self.fileno(), fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte, length))
-        return int.from_bytes(answer[:2], "little") != fcntl.F_UNLCK
+        return _others_hold(self.fileno(), 0, 0)
 
     def lock_all(self) -> bool:
         """Takes the lock on every byte at once: granted only if nobody else is attached for writing."""
@@ -435,14 +428,14 @@ def _close_all(fds: list[int]) -> None:
             os.close(fds.pop())
 
 
+@cache
 def _flock(kind: int, start: int, length: int) -> bytes:
     return struct.pack(_FLOCK, kind, os.SEEK_SET, start, length, 0)
 
 
-@cache
-def _query(byte: int) -> bytes:
-    """Asks whether a byte could be locked; the answer begins with `_UNLOCKED` if so."""
-    return _flock(fcntl.F_WRLCK, byte, 1)
+def _others_hold(fd: int, start: int, length: int) -> bool:
+    # The kernel leaves out what this very descriptor holds; its answer begins with the kind of lock in the way.
+    return fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, start, length))[:2] != _UNLOCKED
 
 
 _UNLOCKED = struct.pack("h", fcntl.F_UNLCK)

@@ -183,8 +183,8 @@ class WatchThread(threading.Thread):
     def _find_work(self, n: int) -> list[bool]:
         """By rank, whether it is in a step, or has requests waiting or on their way."""
         board = self._board
-        requests, _ = board.outstanding(board.counted_frontends())
-        not_running = requests.count() > (board.load[:n] >> 16 & 0xFFFFFF)
+        requests = board.outstanding_requests(board.counted_frontends()).count()
+        not_running = requests > (board.load[:n] >> 16 & 0xFFFFFF)
         busy: list[bool] = ((board.step_start[:n] != 0) | not_running).tolist()
         return busy
 

@@ -405,7 +405,11 @@ class WaveThread(threading.Thread):
         before = self._state
         named = self._settings.exclude_receiver
         self._state, commands = handle_coordinator(
-            before, event, exclude_named=named, repeat_start=named or self._has_stock_engines()
+            before,
+            event,
+            exclude_named=named,
+            # Only while waking does anything depend on it: not before the first START, which all wait for.
+            repeat_start=named or (before.phase is Phase.WAKING and self._has_stock_engines()),
         )
         if self._state != before:
             # The board before the messages: whoever hears of the change finds it there.

@@ -97,7 +97,7 @@ def test_the_model_reads_and_books_as_the_code_does(watched: SimpleNamespace, ba
     assert recorder.program(names) == BOOKING
 
     # A decision is one call of numpy over this table: its first row is the balances, the others what was sent.
-    requests, tokens = watched.board.outstanding([0, 1])
+    requests, tokens = watched.board.outstanding_requests([0, 1]), watched.board.outstanding_tokens([0, 1])
     table = (requests if balance == "request_balance" else tokens)._table
     named = [{recorder.names[at] for at in row} for row in recorder.column(table).positions().tolist()]
     assert [names[name] for row in named for name in row] == ["balance", "sent", "sent"]
@@ -107,7 +107,7 @@ def test_the_model_reads_and_books_as_the_code_does(watched: SimpleNamespace, ba
 def test_the_model_corrects_as_the_code_does(watched: SimpleNamespace, of: str):
     """Guards against a correction that is worked out in another order than the model's."""
     recorder = Recorder(watched.board)
-    outstanding = watched.board.outstanding([0, 1])[of == "tokens"]
+    outstanding = getattr(watched.board, f"outstanding_{of}")([0, 1])
     table, received = recorder.column(outstanding._table), getattr(watched.board, f"received_{of}")
     Outstanding(table, recorder.column(received[:1, :2]), [0, 1])
     assert recorder.program({f"received_{of}": "received", f"sent_{of}": "sent"}) == CORRECTING

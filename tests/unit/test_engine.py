@@ -111,8 +111,8 @@ def test_a_received_request_is_outstanding_until_it_ends(board, group, using):
     engine = using(Engine.attach(group, 0))
 
     def outstanding():
-        requests, tokens = board.outstanding([0, 1, 2, 3])
-        return requests.count()[0], tokens.count()[0]
+        counted = [0, 1, 2, 3]
+        return board.outstanding_requests(counted).count()[0], board.outstanding_tokens(counted).count()[0]
 
     board.frontend_incarnation[:] = 1
     board.sent_requests[[0, 2], 0] = [1, 2]

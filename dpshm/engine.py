@@ -15,9 +15,11 @@ import zmq
 from dpshm import layout, wire
 from dpshm.board import Board
 from dpshm.context import context
+from dpshm.doorbell import hang_up
 from dpshm.engine_row import EngineRow
 from dpshm.errors import WireError
 from dpshm.keys import Folder, connect, keys_for
+from dpshm.segment import sockets_path
 from dpshm.waves import (
     AllIdle,
     AllPaused,
@@ -44,6 +46,7 @@ class Engine(EngineRow):
         board: the board, for whoever wants to look closer.
         socket: receives START; register it in a poller beside your own sockets and call `poll` when it is
             readable.
+        bell: so does this one, sooner (`dpshm.doorbell`): register it too. None where there can be none.
         ready: the coordinator has said that all ranks are there.
     """
 
@@ -63,6 +66,12 @@ class Engine(EngineRow):
         connect(self.socket, header.engine_input_address, keys)
         self.socket.subscribe(b"")
         connect(self._output, header.engine_output_address, keys)
+        self._doorbell = hang_up(sockets_path(header.group), dp_rank)
+        self.bell = None if self._doorbell is None else self._doorbell.socket
+        self._poller = zmq.Poller()  # made once: making one costs more than all that a START does here
+        self._poller.register(self.socket, zmq.POLLIN)
+        if self.bell is not None:
+            self._poller.register(self.bell, zmq.POLLIN)
         self._handle(Attached(layout.unpack_control(board.words[board.index("control")])[0]))
 
     @classmethod
@@ -117,24 +126,21 @@ class Engine(EngineRow):
             self._handle(RequestArrived(wave))
 
     def poll(self, timeout_ms: int = 0) -> bool:
-        """Handles what the coordinator sent, waiting up to `timeout_ms` for the first; returns `running`."""
+        """Handles what came for this rank, waiting up to `timeout_ms` for the first; returns `running`."""
         self._check()
-        take_one = self.socket.recv_multipart
-        flags = _NOBLOCK
         if timeout_ms:
-            # A receive with a time limit, not a poller: making one costs more than all that a START does here.
-            self.socket.setsockopt(zmq.RCVTIMEO, timeout_ms)
-            flags = 0
+            self._poller.poll(timeout_ms)
+        if self._doorbell is not None and not self._state.running:
+            for start in self._doorbell.take():
+                self._take([wire.START_FRAME, start])
+            if self.running:
+                return True  # at once: what the coordinator sent can wait
         while True:
             try:
-                frames = take_one(flags)
+                frames = self.socket.recv_multipart(_NOBLOCK)
             except zmq.Again:
                 break
-            try:
-                self._take(frames)
-            except WireError as e:
-                logger.warning("dropped a message from the coordinator: %s", e)
-            flags = _NOBLOCK
+            self._take(frames)
             if not int(self.socket.getsockopt(zmq.EVENTS)) & _POLLIN:
                 break
         return self._state.running
@@ -169,19 +175,24 @@ class Engine(EngineRow):
         """Leaves the group: the row is free for another process."""
         if self._segment.usable:
             self._check()
+            if self._doorbell is not None:
+                self._doorbell.close()
             self.socket.close()
             self._output.close()
         super().close()
 
     def _take(self, frames: list[bytes]) -> None:
-        match frames:
-            case [wire.READY]:
-                self.ready = True
-            case [wire.START_FRAME, payload]:
-                start = wire.decode_start(payload)
-                self._handle(StartReceived(start.wave, start.exclude))
-            case _:
-                raise WireError(f"not from a coordinator: {len(frames)} frames, the first {frames[0]!r:.20}")
+        try:
+            match frames:
+                case [wire.START_FRAME, payload]:
+                    start = wire.decode_start(payload)
+                    self._handle(StartReceived(start.wave, start.exclude))
+                case [wire.READY]:
+                    self.ready = True
+                case _:
+                    raise WireError(f"not from a coordinator: {len(frames)} frames, the first {frames[0]!r:.20}")
+        except WireError as e:
+            logger.warning("dropped a message: %s", e)
 
     def _handle(self, event: EngineEvent) -> None:
         self._state, commands = handle_engine(self._state, event, self.dp_rank)

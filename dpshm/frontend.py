@@ -7,9 +7,9 @@ whatever is on its way is unfinished; so whenever a request ends, ``sent`` is cl
 ``received_tokens``. A request that was booked and never arrived, or that a predecessor in the same row
 sent, leaves no lasting error.
 
-`Frontend.route` never blocks and needs no event loop: it reads memory, and its wake-up goes into a socket
-that drops what it cannot take. A lost wake-up does no harm: the engine that gets the request wakes the
-others.
+`Frontend.route` never blocks and needs no event loop: it reads memory, and its wake-up goes into sockets
+that drop what they cannot take: the ranks' doorbells (`dpshm.doorbell`), and one to the coordinator. A lost
+wake-up does no harm: the engine that gets the request wakes the others.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from dpshm import layout, wire
 from dpshm.board import Board
 from dpshm.context import Socket, context
 from dpshm.descriptors import explained
+from dpshm.doorbell import Ringer
 from dpshm.errors import NoEngineAvailable, SettingError
 from dpshm.exclusive import Turnstile
 from dpshm.frontend_row import take_row
@@ -40,7 +41,7 @@ from dpshm.keys import ClientKeys, Folder, connect, keys_for
 from dpshm.liveness import Verdict
 from dpshm.policies import VECTOR_FROM, Policy, Request, View, Work, by_name, comparable, key_of
 from dpshm.recorder import Recorder, default_path
-from dpshm.segment import Segment
+from dpshm.segment import Segment, sockets_path
 from dpshm.waves import Phase
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,8 @@ class Frontend:
         # Reentrant: the collector, or a signal, may end a request in the thread that is routing one.
         self._lock = threading.RLock()
         self._wake_socket: Socket | None = None
+        self._ringer: Ringer | None = None
+        self._rung = -1  # the wave for which the ranks were rung last
         self._keys = keys
         self._warned_unlinked = False
         # Where the engine that takes the request is left out of START, it has to be chosen before.
@@ -222,17 +225,17 @@ class Frontend:
         words = self._words
         with self._lock:
             self._check()
+            woken = -1
+            control = words[self._at_control]
+            if control & 3 == _PAUSED and wake and dp_rank is None and self._eligible and self._wakes_first:
+                # The ranks wake up while this process looks and chooses.
+                woken = control >> 2
+                self._wake(None, woken)
             now_ns = time.monotonic_ns()
             if now_ns >= self._next_look_ns:
                 self._look(now_ns)
             if words[self._at_revision] != self._revision:
                 self._refresh()
-            woken = -1
-            control = words[self._at_control]
-            if control & 3 == _PAUSED and wake and dp_rank is None and self._eligible and self._wakes_first:
-                # The ranks wake up while this process chooses.
-                woken = control >> 2
-                self._wake(None, woken)
             exclusive = self._turnstile is not None and self._turnstile.enter()
             try:
                 if dp_rank is None:
@@ -307,6 +310,8 @@ class Frontend:
             if self._wake_socket is not None:
                 self._wake_socket.close()
                 self._wake_socket = None
+            if self._ringer is not None:
+                self._ringer.close()
             if self._recorder is not None:
                 self._recorder.close()
             self._words[self._at_pid] = 0  # left, not died
@@ -420,6 +425,11 @@ class Frontend:
         if not self._segment.header.settings.get("waves", True):
             return
         try:
+            if wave != self._rung and self._wakes_first:
+                self._rung = wave
+                if self._ringer is None:
+                    self._ringer = Ringer(sockets_path(self._segment.group))
+                self._ringer.ring(wave, self.board.dp_size)
             if self._wake_socket is None:
                 # An XSUB that subscribes to nothing: it speaks upstream, and nothing is published to it.
                 wake = context().socket(zmq.XSUB)

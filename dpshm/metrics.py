@@ -117,7 +117,9 @@ def _wake_ups(group: str, c: Coordinator) -> Metric:
         total += count
         buckets.append(("+Inf" if limit == "inf" else f"{float(limit) / 1e3:g}", total))
     family = HistogramMetricFamily(
-        "dpshm_wake_seconds", "From the wake-up of a paused group to the first engine running.", labels=["group"]
+        "dpshm_wake_seconds",
+        "From when the coordinator heard of a wake-up until an engine ran.",
+        labels=["group"],
     )
     family.add_metric([group], buckets, c.wake_s)
     return family

@@ -440,11 +440,11 @@ class WaveThread(threading.Thread):
         return any(self._marks.engine(e) & layout.ON_BEHALF for e in range(self._board.dp_size))
 
     def _time_wake_up(self, before: Phase) -> None:
-        phase = self._state.phase
-        if phase is Phase.WAKING and before is not Phase.WAKING:
-            self._waking_since_ns = time.monotonic_ns()
-        elif phase is Phase.RUNNING and before is Phase.WAKING:
-            duration_ns = time.monotonic_ns() - self._waking_since_ns
+        now_ns, phase = time.monotonic_ns(), self._state.phase
+        if before is Phase.PAUSED:
+            self._waking_since_ns = now_ns
+        if phase is Phase.RUNNING and before is not Phase.RUNNING:
+            duration_ns = now_ns - self._waking_since_ns  # 0 if the ranks were rung and one of them spoke first
             self._count("wake_ns", duration_ns)
             self._count("wake_bucket", row=layout.wake_bucket(duration_ns))
 

@@ -33,6 +33,9 @@ or never get it, and then it would sleep while the others wait for it in a colle
 server hung so). ``exclude_named=True`` brings the exclusion back for engines that take whatever they
 are sent. `WaveStarted` does exclude its sender, which is awake for certain.
 
+The front-end sends START to the ranks itself when it sends `FirstRequest` (`dpshm.doorbell`), so a rank may hear
+it before the coordinator has heard anything, and again from the coordinator: the engine's table has both.
+
 All were told when the group began to wake, so a second START when the first engine confirms is for those who
 missed it, and costs every rank a message at the moment when all are busy waking. ``repeat_start=False`` leaves
 it out, for groups whose rows tell who sleeps (`RanksSplit`); a stock engine's row does not, and

@@ -60,7 +60,7 @@ PANELS = (
         [(f"histogram_quantile(0.99, sum by (le) (rate(dpshm_wake_seconds_bucket{{{_G}}}[5m])))", "p99")],
         "stat",
         4,
-        "From the wake-up of a paused group to the first engine running.",
+        "From when the coordinator heard of a wake-up until an engine ran.",
     ),
     Panel("Waiting requests", "short", _rank("dpshm_rank_waiting_requests")),
     Panel("Running requests", "short", _rank("dpshm_rank_running_requests")),

@@ -110,6 +110,8 @@ class SimEngine:
         self._poller = zmq.Poller()
         self._poller.register(self._requests, zmq.POLLIN)
         self._poller.register(self._engine.socket, zmq.POLLIN)
+        if self._engine.bell is not None:
+            self._poller.register(self._engine.bell, zmq.POLLIN)
         lifeline.register(self._poller)
 
     @property

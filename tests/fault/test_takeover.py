@@ -9,12 +9,12 @@ from contextlib import ExitStack
 
 import pytest
 
-from dpshm import Board, Engine, Frontend, SegmentNotFound
+from dpshm import Board, Engine, Frontend, SegmentNotFound, wire
 from dpshm.waves import Phase
 from tests.e2e.load import environment, run
 from tests.soak.ledger import Ledger
 from tests.soak.soak import BEGIN
-from tests.support import Remote, wait_until
+from tests.support import Remote, StockFrontend, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -60,6 +60,7 @@ def test_a_coordinator_killed_while_requests_flow(group, using, start, tmp_path)
     drained = using(Engine.attach(group, RANKS))
     own = using(Frontend.attach(group))
     wait_until(lambda: drained.poll(10) or drained.ready)
+    stock = using(StockFrontend(board.segment.header.stats_address))
     run("drain", str(RANKS), "-g", group, "--force")
 
     def total(name):
@@ -93,9 +94,13 @@ def test_a_coordinator_killed_while_requests_flow(group, using, start, tmp_path)
         while drained.poll(20):
             drained.wave_complete()
         wait_until(lambda: not drained.poll(1) and board.phase is Phase.PAUSED)
-        own.route(10, dp_rank=0).done()
         ledger.paused = False
-        wait_until(lambda: drained.poll(10))
+
+        def told():
+            stock.send(wire.encode_first_request(0, board.wave))  # it rings nobody; lost while it reconnects
+            return drained.poll(50)
+
+        wait_until(told)
         wait_until(lambda: board.phase is Phase.RUNNING)
 
     ledger.paused = True

@@ -9,8 +9,9 @@ an idle or pause is `DONE`; the others may be awake again by then. After a step 
 when a rank looks at a step. A resume is a barrier over the paused ranks, so it leaves them `DONE` too.
 
 **Front-ends** read the control word, or heard of it, at any time in the past: so a request carries any wave up to
-the coordinator's, and comes with a first request or without. They have no other state, hence there may be any
-number of them; what is bounded is how many requests are open at once.
+the coordinator's, and comes with a first request or without, and with a first request START comes or does not:
+the front-end rings the ranks, for any wave up to the coordinator's. They have no other state, hence there may be
+any number of them; what is bounded is how many requests are open at once.
 
 **Messages** that are on their way form sets: they arrive in any order, late, and, if `Bounds.faults`, again or
 never. That covers links that keep order, and it covers a coordinator that restarts: its state is on the board, and
@@ -131,11 +132,7 @@ class Group(Ranks):
             for label, event, new in self._mail(i, bounds.faults):
                 self._coordinate(out, label, world, event, at, rank=new)
             if room:
-                for label, new in self._new_requests(i):
-                    sent = with_rank(world, at, new)
-                    out.append((label, sent))
-                    if not bounds.exclude_named:
-                        out.append((f"{label}, and a first request", with_rank(sent, 0, self._named(sent[1]))))
+                out += self._sent(world, at)
             if bounds.restarts:
                 out.append(("a rank restarts", self._settled(with_rank(world, at, self._revived(i)))))
         if bounds.faults and bounds.ticks:
@@ -146,6 +143,21 @@ class Group(Ranks):
         if bounds.scaling:
             out += self._scaled(world)
         return [move for move in out if move[1] != world and self._inside(move[1])]
+
+    def _sent(self, world: World, at: int) -> list[Move]:
+        """A request to that rank: alone, with a first request, or with that and START to all."""
+        out: list[Move] = []
+        oldest = min(-1, *(self._facts[i].row[0] for i in world[1:]))
+        for label, new in self._new_requests(world[1 + at]):
+            sent = with_rank(world, at, new)
+            out.append((label, sent))
+            if not self.bounds.exclude_named:
+                first = with_rank(sent, 0, self._named(sent[1]))
+                out.append((f"{label}, and a first request", first))
+                for wave in range(oldest, 1):
+                    rung = [self._with_start(i, wave) for i in first[1:]]
+                    out.append((f"{label}, and all are rung for wave {wave}", (first[0], *ordered(rung))))
+        return out
 
     def alone(self, world: World) -> list[Move]:
         """What happens next if nothing goes wrong any more and no user does anything but resume paused ranks."""

@@ -120,7 +120,7 @@ def test_what_a_coordinator_sends_may_be_rubbish_too(group, using, caplog):
         for engine in honest.engines:
             engine.poll(0)
         time.sleep(0.001)
-    assert any("dropped a message from the coordinator" in r.message for r in caplog.records)
+    assert any("dropped a message" in r.message for r in caplog.records)
     for engine in honest.engines:
         assert engine.wave >= 0
     honest.frontend.route().cancel()

@@ -151,6 +151,7 @@ class SoakEngine:
         engine, words, at = self._engine, self._words, self._at
         poller = zmq.Poller()
         poller.register(self._inbox, zmq.POLLIN)
+        poller.register(engine.bell, zmq.POLLIN)
         poller.register(engine.socket, zmq.POLLIN)
         with engine, self._inbox:
             while not told():

@@ -742,6 +742,28 @@ def test_a_folder_that_is_full(group, using, short_path):
     assert remote.eval("os.listdir(path)") == []
 
 
+def test_ranks_wake_up_while_their_coordinator_is_stopped(group, using):
+    """Guards against ranks that cannot begin to work because a coordinator hangs, or is slow or dead."""
+    remote = using(Remote())
+    remote.run("coordinator = Coordinator(group=group, dp_size=3)", group=group)
+    engines = [using(Engine.attach(group, e)) for e in range(3)]
+    wait_until(lambda: all([engine.poll(10) or engine.ready for engine in engines]))  # noqa: C419 - each looks
+    frontend = using(Frontend.attach(group))
+    board = frontend.board
+    for wave in range(5):
+        remote.signal(signal.SIGSTOP)
+        frontend.route().done()
+        wait_until(lambda: polled(engines))
+        assert [engine.wave for engine in engines] == [wave] * 3
+        assert board.phase is Phase.PAUSED  # as far as the coordinator knows
+        remote.signal(signal.SIGCONT)
+        wait_until(lambda wave=wave: board.phase is Phase.RUNNING and board.wave == wave)
+        for engine in engines:
+            engine.wave_complete()
+        wait_until(lambda wave=wave: board.phase is Phase.PAUSED and board.wave == wave + 1)
+    remote.run("coordinator.close()")
+
+
 def test_an_engine_goes_on_while_its_coordinator_is_stopped(group, using):
     """Guards against engines and front-ends that wait for a coordinator which is alive and does nothing."""
     remote = using(Remote())

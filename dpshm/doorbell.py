@@ -1,0 +1,108 @@
+"""Doorbells: a front-end wakes sleeping ranks itself, two hops and two threads earlier than by the coordinator.
+
+Each engine has a datagram socket (unix(7)) in the folder of its group's sockets. A front-end whose request finds
+the ranks paused sends START to every one of them: the bytes that the coordinator is about to send, taken by the
+same rule. So it needs no rule of its own: it is a START that came early, and may be late, lost or doubled as any
+other may. A rank that is in a later wave drops it. Rank 0 tells the coordinator, which may have heard nothing
+yet, or be dead. Who did not hear it, because its queue was full or it has no doorbell (a stock engine, one on
+another node), hears the coordinator's. `tests/property` explores groups whose front-ends ring.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from dpshm import wire
+
+logger = logging.getLogger(__name__)
+
+MOST_RANKS = 64
+"""Of more ranks nobody is rung: it takes 3 us for each, and `Frontend.route` has other things to do."""
+_MOST_AT_ONCE = 64  # so that no flood keeps an engine from its work
+_MOST_BYTES = 64  # a START has 12 at most
+
+
+def _path(folder: Path, dp_rank: int) -> str:
+    return str(folder / f"bell-{dp_rank}")
+
+
+class Doorbell:
+    """A rank's end.
+
+    Attributes:
+        socket: readable when somebody has rung.
+    """
+
+    def __init__(self, folder: Path, dp_rank: int) -> None:
+        """Hangs it up in place of a predecessor's.
+
+        Args:
+            folder: of the group's sockets.
+            dp_rank: a rank whose row this process holds, so nobody else does this.
+
+        Raises:
+            OSError: it cannot be hung up there.
+        """
+        self._path = _path(folder, dp_rank)
+        with suppress(FileNotFoundError):
+            Path(self._path).unlink()
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        try:
+            self.socket.bind(self._path)
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def take(self) -> Iterator[bytes]:
+        """What was rung, the oldest first: the second frames of STARTs, or anything else."""
+        with suppress(BlockingIOError):
+            for _ in range(_MOST_AT_ONCE):
+                yield self.socket.recv(_MOST_BYTES)
+
+    def close(self) -> None:
+        """Takes it down."""
+        with suppress(OSError):
+            Path(self._path).unlink()
+        self.socket.close()
+
+
+def hang_up(folder: Path, dp_rank: int) -> Doorbell | None:
+    """A rank's doorbell; None, and a line in the log, where there can be none. Raises OSError (EMFILE, ENFILE)."""
+    try:
+        return Doorbell(folder, dp_rank)
+    except OSError as e:
+        if e.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        logger.warning("rank %d has no doorbell and wakes up a little later: %s", dp_rank, e)
+        return None
+
+
+class Ringer:
+    """A front-end's end."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises OSError: there is no descriptor for it."""
+        self._folder = folder
+        self._paths: list[str] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+
+    def ring(self, wave: int, dp_size: int) -> None:
+        """Sends START to the ranks, if they are no more than `MOST_RANKS`. Waits for nobody."""
+        if dp_size > MOST_RANKS:
+            return
+        if len(self._paths) != dp_size:
+            self._paths = [_path(self._folder, e) for e in range(dp_size)]
+        start = wire.encode_start(wave, None)[1]
+        send = self._socket.sendto
+        for path in self._paths:
+            with suppress(OSError):  # nobody is there, or it has not yet taken what others rang
+                send(start, path)
+
+    def close(self) -> None:
+        """Gives the descriptor back."""
+        self._socket.close()

@@ -1,0 +1,192 @@
+"""Doorbells: ranks that front-ends wake themselves, with real sockets and processes."""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+from contextlib import closing
+
+import pytest
+
+from dpshm import Coordinator, Engine, Frontend, layout, wire
+from dpshm.doorbell import MOST_RANKS, Doorbell, Ringer
+from dpshm.segment import sockets_path
+from dpshm.waves import Phase
+from tests.support import LoneBoard, Remote, wait_until
+
+
+@pytest.fixture
+def folder(group):
+    """The folder of the group's sockets."""
+    path = sockets_path(group)
+    path.mkdir(mode=0o700)
+    return path
+
+
+@pytest.fixture
+def board(folder, group, using):
+    """A group without a coordinator: whoever wakes up here was rung."""
+    return using(LoneBoard(group, dp_size=2))
+
+
+def sleep_in(board, wave):
+    """The group is paused in that wave, as a coordinator would have it."""
+    board.words[board.index("control")] = layout.pack_control(wave, Phase.PAUSED)
+
+
+def ring(folder, data, dp_rank=0):
+    """Sends anything at all to a rank's doorbell."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+        s.sendto(data, str(folder / f"bell-{dp_rank}"))
+
+
+def test_a_frontend_wakes_the_ranks_itself(board, group, using):
+    """Guards against ranks that sleep on because nobody but a coordinator can wake them."""
+    sleep_in(board, 3)
+    engines = [using(Engine.attach(group, e)) for e in range(2)]
+    frontend = using(Frontend.attach(group))
+    for wave in (3, 4):
+        assert not any(engine.poll(0) for engine in engines)
+        frontend.route().done()
+        for engine in engines:
+            assert select.select([engine.bell], [], [], 10)[0]
+            assert engine.poll(0)
+            assert (engine.wave, engine.running) == (wave, True)
+            engine.wave_complete()
+        sleep_in(board, wave + 1)
+
+
+def test_one_who_waits_is_woken(board, group, using):
+    """Guards against a `poll` that waits for the coordinator alone."""
+    engine = using(Engine.attach(group, 0))
+    frontend = using(Frontend.attach(group))
+    with closing(Remote()) as remote:
+        remote.run("engine = Engine.attach(group, 1)", group=group)
+        remote.begin("answer = engine.poll(60_000)")
+        frontend.wake()
+        assert remote.eval("answer") is True
+        remote.run("engine.close()")
+    assert engine.poll(10_000)
+
+
+def test_what_comes_late_wakes_nobody(folder, board, group, using):
+    """Guards against a START of a wave that is over, and one for a rank that the user paused."""
+    engine = using(Engine.attach(group, 0))
+    engine.receive(None, wave=7)
+    engine.wave_complete()
+    ring(folder, wire.encode_start(7, None)[1])
+    assert not engine.poll(0)
+    ring(folder, wire.encode_start(8, None)[1])
+    assert engine.poll(0)
+    engine.pause()
+    ring(folder, wire.encode_start(9, None)[1])
+    assert not engine.poll(0)
+
+
+def test_rubbish_is_dropped(folder, board, group, using, caplog):
+    """Guards against an engine that anything but a START ends, or wakes."""
+    engine = using(Engine.attach(group, 0))
+    rubbish = (b"", b"\xc1", b"\x90", b"\x92\xff\xc0", b"\x92\x01", bytes(1000), wire.READY)
+    for data in rubbish:
+        ring(folder, data)
+    assert not engine.poll(0)
+    assert len([r for r in caplog.records if "dropped a message" in r.message]) == len(rubbish)
+    ring(folder, wire.encode_start(0, None)[1])
+    assert engine.poll(0)
+
+
+def test_a_flood_ends(folder, board, group, using):
+    """Guards against an engine that somebody who never stops ringing keeps from its work."""
+    engine = using(Engine.attach(group, 0))
+    engine.receive(None, wave=5)
+    engine.wave_complete()
+    stop = threading.Event()
+
+    def flood():
+        while not stop.is_set():
+            ring(folder, wire.encode_start(1, None)[1])
+
+    threads = [threading.Thread(target=flood) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(300):
+            assert not engine.poll(1)
+    finally:
+        stop.set()
+        while any(thread.is_alive() for thread in threads):
+            engine.poll(1)  # they wait while its queue is full
+
+
+def test_who_does_not_listen_holds_nobody_up(folder, group):
+    """Guards against a front-end that waits for an engine, or raises since there is none."""
+    with closing(Doorbell(folder, 1)) as bell, closing(Ringer(folder)) as ringer:
+        for wave in range(5000):
+            ringer.ring(wave, 3)  # ranks 0 and 2 have none
+        starts = [wire.decode_start(data).wave for data in bell.take()]
+        assert starts
+        assert starts == list(range(len(starts)))
+    folder.rmdir()  # nothing is left in it
+
+
+def test_once_a_wave(folder, board, group, using):
+    """Guards against a burst of requests that rings with each until the coordinator has heard of the first."""
+    with closing(Doorbell(folder, 0)) as bell:
+        frontend = using(Frontend.attach(group))
+        for wave in (0, 1):
+            sleep_in(board, wave)
+            for _ in range(5):
+                frontend.route().done()
+            assert [wire.decode_start(data).wave for data in bell.take()] == [wave]
+        board.words[board.index("control")] = layout.pack_control(2, Phase.RUNNING)
+        frontend.route().done()
+        assert list(bell.take()) == []
+
+
+def test_many_ranks_are_left_to_the_coordinator(folder, group, using):
+    """Guards against a `route()` that sends a thousand messages."""
+    board = using(LoneBoard(group, engines=MOST_RANKS + 1, dp_size=MOST_RANKS))
+    with closing(Doorbell(folder, 0)) as bell:
+        frontend = using(Frontend.attach(group))
+        frontend.route().done()
+        assert len(list(bell.take())) == 1
+        board.marks.set_dp_size(MOST_RANKS + 1)
+        sleep_in(board, 1)
+        frontend.route().done()
+        assert list(bell.take()) == []
+
+
+def test_nobody_is_rung_who_is_to_be_left_out(group, using):
+    """Guards against waking the rank that takes the request where the group's setting leaves it out of START."""
+    coordinator = using(Coordinator(group=group, dp_size=2, exclude_receiver=True))
+    engines = [using(Engine.attach(group, e)) for e in range(2)]
+    frontend = using(Frontend.attach(group))
+    chosen = frontend.route().dp_rank
+    wait_until(lambda: coordinator.board.starts_sent[0] == 1)
+    for engine in engines:
+        assert not select.select([engine.bell], [], [], 0)[0]
+    wait_until(lambda: engines[1 - chosen].poll(10))
+
+
+def test_a_successor_has_its_own(board, group, using):
+    """Guards against a rank that nobody can ring any more after its process was killed."""
+    frontend = using(Frontend.attach(group))
+    with closing(Remote()) as remote:
+        remote.run("engine = Engine.attach(group, 0)", group=group)
+        remote.kill()
+    frontend.route().done()  # at a bell that nobody owns
+    sleep_in(board, 1)
+    engine = using(Engine.attach(group, 0))
+    frontend.route().done()
+    assert engine.poll(10_000)
+
+
+def test_without_a_folder_it_is_the_coordinators(group, using, caplog):
+    """Guards against an engine that cannot attach because it cannot hang up a doorbell."""
+    using(LoneBoard(group, dp_size=2))
+    engine = using(Engine.attach(group, 0))
+    assert engine.bell is None
+    assert "has no doorbell" in caplog.text
+    using(Frontend.attach(group)).route().done()
+    assert not engine.poll(1)

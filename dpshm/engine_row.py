@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import time
+from math import floor
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Self
@@ -201,7 +202,7 @@ class EngineRow:
             self._check()
         words, backlog = self._words, prefill_backlog
         try:
-            kv = int(kv_cache_usage * 65535 + 0.5)
+            kv = floor(kv_cache_usage * 65535 + 0.5)
             every = waiting | running | kv << 7  # fits 23 bits if each of them has the range that is looked for
         except (ValueError, OverflowError):  # NaN, infinite, or numpy's narrow integers
             every = -1
@@ -221,7 +222,7 @@ class EngineRow:
             self._stepped = False
             self._model.left(waiting, running, backlog)
             self._store_model()
-        words[self._at_progress] = self._progress | (step if 0 <= step <= layout.MAX_STEP else 0)
+        words[self._at_progress] = self._progress | (step if 0 <= step <= 0xFFFFFFFF else 0)
         # SYNC: the beat comes last, so a reader that has seen it (x86-64) sees the report that it dates.
         words[self._at_beat] = time.monotonic_ns()
 

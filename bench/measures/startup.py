@@ -15,7 +15,7 @@ from bench.baselines import Spec, Start, engine_end, frontend_end
 from bench.baselines.board import Board
 from bench.processes import Line, Worker, cpu_ns, memory
 
-SETTLE_S = 0.5
+SETTLE_S = 3.0  # the last that came is no news any more
 
 
 def board_startup(engines: int = 8) -> dict[str, float]:

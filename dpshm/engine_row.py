@@ -93,7 +93,6 @@ class EngineRow:
         self._wave = self._progress = 0
         self._at_model = board.index("step_model", dp_rank)
         self._model = StepModel()
-        self._stepped = False  # and not published since
 
     @classmethod
     @explained()
@@ -218,8 +217,7 @@ class EngineRow:
             backlog = layout.saturate(int(backlog))
         words[self._at_backlog] = backlog
         words[self._at_token_balance] = backlog - self._all_tokens
-        if self._stepped:
-            self._stepped = False
+        if self._model.step_tokens is not None:
             self._model.left(waiting, running, backlog)
             self._store_model()
         words[self._at_progress] = self._progress | (step if 0 <= step <= 0xFFFFFFFF else 0)
@@ -288,7 +286,6 @@ class EngineRow:
         words[self._at_step_start] = 0
         self._model.end(duration_ns, prefill_tokens, batch)
         self._store_model()
-        self._stepped = True
 
     def _step_began(self, now_ns: int, prefill_tokens: int, batch: int) -> None:
         words, at = self._words, self._at_model

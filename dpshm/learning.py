@@ -42,6 +42,7 @@ class StepModel:
 
     Attributes:
         words: the values of `dpshm.layout.STEP_MODEL_WORDS`; the coefficients are 0 until they are learnt.
+        step_tokens: prompt tokens of the step that ended last, until `left` is told what it left; then None.
     """
 
     def __init__(self) -> None:
@@ -54,7 +55,7 @@ class StepModel:
         self._finished_told = 0  # of those, the ones that `left` has seen
         self._finished_in_step = 0
         self._busy_ns = self._ended = 0.0  # weighted: time, and requests that ended in it
-        self._tokens: int | None = None  # of the step that has just ended
+        self.step_tokens: int | None = None
         self._blocked = self._blocked_running = 0  # steps in a row, and the most requests that ran in them
 
     def begin(self, now_ns: int, prefill_tokens: int, batch: int) -> None:
@@ -83,7 +84,7 @@ class StepModel:
         # Engines count those that a step finished before it ends or after: of both kinds, once.
         self._finished_in_step = self._finished - self._finished_told
         self._finished = self._finished_told = 0
-        self._tokens = prefill_tokens
+        self.step_tokens = prefill_tokens
         self._take(float(duration_ns), prefill_tokens, batch)
         words[0] = words[1] = 0
         words[7] = int(self._busy_ns / self._ended) if self._ended >= 1.0 else 0
@@ -97,18 +98,18 @@ class StepModel:
                     int(tokens / _TOKEN_UNIT),
                 )
 
-    def left(self, waiting: int, running: int, prefill_backlog: int) -> bool:
-        """What the step left, as the engine published it next; whether that is news. Later calls say nothing.
+    def left(self, waiting: int, running: int, prefill_backlog: int) -> None:
+        """What the step left, as the engine published it next. Later calls say nothing.
 
         Args:
             waiting: requests in the queue.
             running: requests that are not waiting.
             prefill_backlog: prompt tokens that are not computed.
         """
-        tokens, words = self._tokens, self.words
+        tokens, words = self.step_tokens, self.words
         if tokens is None:
-            return False
-        self._tokens = None
+            return
+        self.step_tokens = None
         self._finished_told = self._finished
         running += self._finished_in_step + self._finished
         if tokens > words[5] and (words[5] or prefill_backlog):
@@ -121,7 +122,6 @@ class StepModel:
                 words[6] = self._blocked_running
         else:
             self._blocked = self._blocked_running = 0
-        return True
 
     def expect(self, prefill_tokens: int, batch: int) -> float:
         """How long such a step should take, in ns."""

@@ -115,8 +115,10 @@ def test_it_learns_how_many_requests_have_room():
 
     def step(tokens: int, waiting: int, running: int) -> int:
         model.end(10_000_000, tokens, running)
-        assert model.left(waiting, running, prefill_backlog=800 * waiting)
-        assert not model.left(0, 0, 0)  # a publish that no step came before says nothing of one
+        model.left(waiting, running, prefill_backlog=800 * waiting)
+        learnt = list(model.words)
+        model.left(50, 0, 0)  # a publish that no step came before says nothing of one
+        assert model.words == learnt
         return words_of(model)["places"]
 
     assert [step(512, 3, 10) for _ in range(9)] == [0] * 9  # each step was full of tokens

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -58,11 +57,15 @@ class Doorbell:
             self.socket.close()
             raise
 
-    def take(self) -> Iterator[bytes]:
+    def take(self) -> list[bytes]:
         """What was rung, the oldest first: the second frames of STARTs, or anything else."""
-        with suppress(BlockingIOError):
-            for _ in range(_MOST_AT_ONCE):
-                yield self.socket.recv(_MOST_BYTES)
+        rung: list[bytes] = []
+        try:
+            while len(rung) < _MOST_AT_ONCE:
+                rung.append(self.socket.recv(_MOST_BYTES))
+        except BlockingIOError:
+            pass
+        return rung
 
     def close(self) -> None:
         """Takes it down."""

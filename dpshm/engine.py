@@ -130,10 +130,11 @@ class Engine(EngineRow):
         self._check()
         if timeout_ms:
             self._poller.poll(timeout_ms)
-        if self._doorbell is not None and not self._state.running:
+        if self._doorbell is not None:
+            slept = not self.running
             for start in self._doorbell.take():
                 self._take([wire.START_FRAME, start])
-            if self.running:
+            if slept and self.running:
                 return True  # at once: what the coordinator sent can wait
         while True:
             try:

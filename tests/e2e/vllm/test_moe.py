@@ -133,7 +133,7 @@ def test_a_refused_request_leaves_no_booking_and_hangs_nobody(server, board, pro
     """Guards against a refusal that leaves a rank asleep or alone in a collective, or a load that nobody has."""
     before = int(board.received_requests[:RANKS].sum())
     status, text = server.try_to_generate(prompt, **options)
-    assert 400 <= status < 600, text
+    assert 400 <= status < 600 or '"finish_reason":"error"' in text, text  # so says 0.28
     wait_until(lambda: int(board.received_requests[:RANKS].sum()) == before + received)
     # The answer may be here before the engine's busy loop has counted: what is outstanding is right all the same.
     wait_until(lambda: checks.is_idle(board) and board.phase is Phase.PAUSED)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -53,6 +54,7 @@ class Doorbell:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
             self.socket.bind(self._path)
+            self._file = Path(self._path).stat()
         except BaseException:
             self.socket.close()
             raise
@@ -68,9 +70,10 @@ class Doorbell:
         return rung
 
     def close(self) -> None:
-        """Takes it down."""
+        """Takes it down, unless another group of that name has hung up its own meanwhile."""
         with suppress(OSError):
-            Path(self._path).unlink()
+            if os.path.samestat(Path(self._path).stat(), self._file):
+                Path(self._path).unlink()
         self.socket.close()
 
 
@@ -88,25 +91,29 @@ def hang_up(folder: Path, dp_rank: int) -> Doorbell | None:
 class Ringer:
     """A front-end's end."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dp_size: int) -> None:
         """Raises OSError: there is no descriptor for it."""
         self._folder = folder
-        self._paths: list[str] = []
+        self.expect(dp_size)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
 
-    def ring(self, wave: int, dp_size: int) -> None:
-        """Sends START to the ranks, if they are no more than `MOST_RANKS`. Waits for nobody."""
-        if dp_size > MOST_RANKS:
-            return
-        if len(self._paths) != dp_size:
-            self._paths = [_path(self._folder, e) for e in range(dp_size)]
-        start = wire.encode_start(wave, None)[1]
-        send = self._socket.sendto
+    def expect(self, dp_size: int) -> None:
+        """There are so many ranks, and all may have a doorbell. More than `MOST_RANKS` are not rung."""
+        self._paths = [_path(self._folder, e) for e in range(dp_size)] if dp_size <= MOST_RANKS else []
+
+    def ring(self, wave: int) -> None:
+        """Sends START to the ranks, waits for nobody, and leaves out who has no doorbell, until `expect`."""
+        start, send = wire.encode_start(wave, None)[1], self._socket.sendto
+        nobody: list[str] = []
         for path in self._paths:
-            try:  # noqa: SIM105 - a context for each would take as long as the call
+            try:
                 send(start, path)
-            except OSError:  # nobody is there, or it has not yet taken what others rang
+            except (FileNotFoundError, ConnectionRefusedError):
+                nobody.append(path)
+            except OSError:  # it has not yet taken what others rang
                 pass
+        if nobody:
+            self._paths = [path for path in self._paths if path not in nobody]
 
     def close(self) -> None:
         """Gives the descriptor back."""

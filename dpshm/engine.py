@@ -19,7 +19,6 @@ from dpshm.doorbell import hang_up
 from dpshm.engine_row import EngineRow
 from dpshm.errors import WireError
 from dpshm.keys import Folder, connect, keys_for
-from dpshm.segment import sockets_path
 from dpshm.waves import (
     AllIdle,
     AllPaused,
@@ -44,9 +43,9 @@ class Engine(EngineRow):
     Attributes:
         dp_rank: the rank.
         board: the board, for whoever wants to look closer.
-        socket: receives START; register it in a poller beside your own sockets and call `poll` when it is
-            readable.
-        bell: so does this one, sooner (`dpshm.doorbell`): register it too. None where there can be none.
+        socket: readable when the coordinator sent something; then call `poll`.
+        bell: a file descriptor, readable when a front-end wakes this rank (`dpshm.doorbell`); then call `poll`.
+            None where there can be none, and in a group without waves.
         ready: the coordinator has said that all ranks are there.
     """
 
@@ -66,12 +65,11 @@ class Engine(EngineRow):
         connect(self.socket, header.engine_input_address, keys)
         self.socket.subscribe(b"")
         connect(self._output, header.engine_output_address, keys)
-        self._doorbell = hang_up(sockets_path(header.group), dp_rank)
-        self.bell = None if self._doorbell is None else self._doorbell.socket
+        waves = header.settings.get("waves", True)
+        self._doorbell = hang_up(board.segment.sockets_path, dp_rank) if waves else None
+        self.bell = None if self._doorbell is None else self._doorbell.socket.fileno()
         self._poller = zmq.Poller()  # made once: making one costs more than all that a START does here
-        self._poller.register(self.socket, zmq.POLLIN)
-        if self.bell is not None:
-            self._poller.register(self.bell, zmq.POLLIN)
+        self.register(self._poller)
         self._handle(Attached(layout.unpack_control(board.words[board.index("control")])[0]))
 
     @classmethod
@@ -124,6 +122,12 @@ class Engine(EngineRow):
         self.count_received(frontend, prompt_tokens)
         if wave > self._state.wave or not self._state.running:
             self._handle(RequestArrived(wave))
+
+    def register(self, poller: zmq.Poller) -> None:
+        """Has a poller return when there is something for `poll`: registers `socket` and `bell` in it."""
+        poller.register(self.socket, zmq.POLLIN)
+        if self.bell is not None:
+            poller.register(self.bell, zmq.POLLIN)
 
     def poll(self, timeout_ms: int = 0) -> bool:
         """Handles what came for this rank, waiting up to `timeout_ms` for the first; returns `running`."""

@@ -128,12 +128,16 @@ class EngineRow:
             except BaseException:
                 board.words[board.index("engine_pid", dp_rank)] = 0  # left, not died
                 raise
-            board.wait_for_coordinator(
-                lambda: (
-                    dp_rank >= board.dp_size
-                    or board.engine_mark[dp_rank] & (layout.VERDICT_MASK | layout.ON_BEHALF) == Verdict.ALIVE
+            try:
+                board.wait_for_coordinator(
+                    lambda: (
+                        dp_rank >= board.dp_size
+                        or board.engine_mark[dp_rank] & (layout.VERDICT_MASK | layout.ON_BEHALF) == Verdict.ALIVE
+                    )
                 )
-            )
+            except BaseException:
+                engine.close()
+                raise
         except BaseException:
             board.close()
             raise
@@ -203,24 +207,25 @@ class EngineRow:
         try:
             kv = floor(kv_cache_usage * 65535 + 0.5)
             every = waiting | running | kv << 7  # fits 23 bits if each of them has the range that is looked for
-        except (ValueError, OverflowError):  # NaN, infinite, or numpy's narrow integers
+        except (TypeError, ValueError, OverflowError):  # not an int, NaN, infinite, or numpy's narrow integers
             every = -1
         if every.__class__ is int and 0 <= every <= 0x7FFFFF:  # numpy's integers would wrap
             load, queued = waiting << 40 | running << 16 | kv, waiting + running
         else:
             load = layout.pack_load(waiting, running, kv_cache_usage)
             queued = (load >> 40) + (load >> 16 & 0xFFFFFF)
+        if backlog.__class__ is not int or not 0 <= backlog <= 0x7FFFFFFFFFFFFFFF:
+            backlog = layout.saturate(int(backlog))
+        progress = self._progress | (int(step) if 0 <= step <= 0xFFFFFFFF else 0)
         # SYNC: what a decision needs is whole in each of these words (`dpshm.outstanding`), whatever their order.
         words[self._at_load] = load
         words[self._at_request_balance] = queued - self._all_requests
-        if backlog.__class__ is not int or not 0 <= backlog <= 0x7FFFFFFFFFFFFFFF:
-            backlog = layout.saturate(int(backlog))
         words[self._at_backlog] = backlog
         words[self._at_token_balance] = backlog - self._all_tokens
         if self._model.step_tokens is not None:
             self._model.left(waiting, running, backlog)
             self._store_model()
-        words[self._at_progress] = self._progress | (step if 0 <= step <= 0xFFFFFFFF else 0)
+        words[self._at_progress] = progress
         # SYNC: the beat comes last, so a reader that has seen it (x86-64) sees the report that it dates.
         words[self._at_beat] = time.monotonic_ns()
 

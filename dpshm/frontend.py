@@ -41,7 +41,7 @@ from dpshm.keys import ClientKeys, Folder, connect, keys_for
 from dpshm.liveness import Verdict
 from dpshm.policies import VECTOR_FROM, Policy, Request, View, Work, by_name, comparable, key_of
 from dpshm.recorder import Recorder, default_path
-from dpshm.segment import Segment, sockets_path
+from dpshm.segment import Segment
 from dpshm.waves import Phase
 
 logger = logging.getLogger(__name__)
@@ -366,6 +366,8 @@ class Frontend:
         # SYNC: the revision before what it stands for: see `dpshm.marks`.
         self._revision = self._words[self._at_revision]
         n = self._num_engines = board.dp_size
+        if self._ringer is not None:
+            self._ringer.expect(n)
         self._load = board.load[:n]
         at = board.index("load")
         self._load_words = self._words[at : at + n]  # the same words; of a few, this makes a list twice as fast
@@ -425,11 +427,14 @@ class Frontend:
         if not self._segment.header.settings.get("waves", True):
             return
         try:
-            if wave != self._rung and self._wakes_first:
-                self._rung = wave
+            if wave != self._rung and self._wakes_first and self._segment.linked:
                 if self._ringer is None:
-                    self._ringer = Ringer(sockets_path(self._segment.group))
-                self._ringer.ring(wave, self.board.dp_size)
+                    self._ringer = Ringer(self._segment.sockets_path, self.board.dp_size)
+                self._ringer.ring(wave)
+                self._rung = wave
+        except OSError as e:  # no descriptor for a socket
+            logger.warning("could not ring the ranks: %s; the coordinator will wake them", e)
+        try:
             if self._wake_socket is None:
                 # An XSUB that subscribes to nothing: it speaks upstream, and nothing is published to it.
                 wake = context().socket(zmq.XSUB)

@@ -104,7 +104,10 @@ def _names_group(name: str) -> bool:
 
 def sockets_path(group: str) -> Path:
     """The folder of a group's ipc sockets."""
-    path = segment_path(group)
+    return _sockets_beside(segment_path(group))
+
+
+def _sockets_beside(path: Path) -> Path:
     return path.with_name(path.name + SOCKETS_SUFFIX)
 
 
@@ -259,6 +262,11 @@ class Segment:
         return Layout(h.engines, h.frontends, h.columns, h.size)
 
     @property
+    def sockets_path(self) -> Path:
+        """The folder of its group's ipc sockets."""
+        return _sockets_beside(self.path)
+
+    @property
     def linked(self) -> bool:
         """False once somebody has unlinked the file: who is attached goes on, a new attach fails."""
         return os.fstat(self.fileno()).st_nlink > 0
@@ -320,9 +328,9 @@ class Segment:
         if same:
             # The folder first: while the name is there nobody else can create the group.
             if len(self._open_fds) > 1:  # it is ours
-                sockets_folder.clear(sockets_path(self.group))
+                sockets_folder.clear(self.sockets_path)
             else:
-                sockets_folder.remove(sockets_path(self.group))
+                sockets_folder.remove(self.sockets_path)
             self.path.unlink(missing_ok=True)
 
     def close(self) -> None:

@@ -12,8 +12,8 @@ Coordinator, state ``(wave, phase)``, starts ``(0, PAUSED)``; nothing ever lower
 
     event                    when                          becomes              commands
     -----------------------  ----------------------------  -------------------  --------------------------------
-    FirstRequest(e, w)       paused                        waking               StartWave(wave, nobody)
-                             waking, running               -                    -
+    FirstRequest(e, w)       w >= wave, paused             waking               StartWave(wave, nobody)
+                             w < wave; waking, running     -                    -
     WaveCompleted(w)         wave <= w                     w + 1, paused        PublishState
                              w < wave                      -                    -
     WaveStarted(e, w),       w > wave, or w == wave and    w, running           StartWave(w, exclude e),
@@ -34,7 +34,9 @@ server hung so). ``exclude_named=True`` brings the exclusion back for engines th
 are sent. `WaveStarted` does exclude its sender, which is awake for certain.
 
 The front-end sends START to the ranks itself when it sends `FirstRequest` (`dpshm.doorbell`), so a rank may hear
-it before the coordinator has heard anything, and again from the coordinator: the engine's table has both.
+it before the coordinator has heard anything, and again from the coordinator: the engine's table has both. The
+ranks may even be through by the time that `FirstRequest` arrives; it is of an old wave then, and starts no other.
+Nor need it where its sender had merely not heard of a wave: the request itself wakes the rank that gets it.
 
 All were told when the group began to wake, so a second START when the first engine confirms is for those who
 missed it, and costs every rank a message at the moment when all are busy waking. ``repeat_start=False`` leaves
@@ -241,7 +243,7 @@ def handle_coordinator(
     wave, phase = state
     event = _within_limits(event)
     match event:
-        case FirstRequest(engine, _) if phase is Phase.PAUSED:
+        case FirstRequest(engine, w) if w >= wave and phase is Phase.PAUSED:
             exclude = engine if exclude_named else None
             return CoordinatorState(wave, Phase.WAKING), [StartWave(wave, exclude)]
         case WaveCompleted(w) if w >= wave:

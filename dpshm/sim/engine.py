@@ -109,9 +109,7 @@ class SimEngine:
         self._engine = Engine.attach(settings.group, dp_rank=settings.dp_rank)
         self._poller = zmq.Poller()
         self._poller.register(self._requests, zmq.POLLIN)
-        self._poller.register(self._engine.socket, zmq.POLLIN)
-        if self._engine.bell is not None:
-            self._poller.register(self._engine.bell, zmq.POLLIN)
+        self._engine.register(self._poller)
         lifeline.register(self._poller)
 
     @property

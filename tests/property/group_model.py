@@ -152,9 +152,9 @@ class Group(Ranks):
             sent = with_rank(world, at, new)
             out.append((label, sent))
             if not self.bounds.exclude_named:
-                first = with_rank(sent, 0, self._named(sent[1]))
-                out.append((f"{label}, and a first request", first))
                 for wave in range(oldest, 1):
+                    first = with_rank(sent, 0, self._named(sent[1], wave))
+                    out.append((f"{label}, and a first request({wave})", first))
                     rung = [self._with_start(i, wave) for i in first[1:]]
                     out.append((f"{label}, and all are rung for wave {wave}", (first[0], *ordered(rung))))
         return out

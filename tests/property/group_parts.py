@@ -12,6 +12,7 @@ from dpshm.waves import (
     CoordinatorState,
     EngineEvent,
     EngineState,
+    FirstRequest,
     Phase,
     RequestArrived,
     Resumed,
@@ -112,7 +113,7 @@ class Rank(NamedTuple):
     starts: tuple[int, ...] = ()  # to it: START
     started: tuple[int, ...] = ()  # from it: WaveStarted
     completed: tuple[int, ...] = ()  # from it: WaveCompleted
-    first: bool = False  # FirstRequest that names it (any, if the name makes no difference)
+    first: tuple[int, ...] = ()  # FirstRequest that names it (any, if the name makes no difference)
 
 
 T = TypeVar("T")
@@ -188,6 +189,7 @@ class Noise:
         )
         self._started = all(rules.coordinator(s, WaveStarted(1, old)) == (s, []) for s in coordinators)
         self._completed = all(rules.coordinator(s, WaveCompleted(old)) == (s, []) for s in coordinators)
+        self._first = all(rules.coordinator(s, FirstRequest(1, old)) == (s, []) for s in coordinators)
 
     def without(self, rank: Rank) -> Rank:
         """The rank without it; what is left of old messages is one wave old."""
@@ -197,6 +199,7 @@ class Noise:
             starts=_newer(rank.starts, rank.wave, self._start),
             started=_newer(rank.started, 0, self._started),
             completed=_newer(rank.completed, 0, self._completed),
+            first=_newer(rank.first, 0, self._first),
         )
 
 

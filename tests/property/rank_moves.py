@@ -124,12 +124,10 @@ class Ranks:
             for at in range(len(rank.requests)):
                 out.append(("a request is refused", self._rank(rank._replace(requests=less(rank.requests, at)))))
         if faults:
-            for name in ("starts", "started", "completed"):
+            for name in ("starts", "started", "completed", "first"):
                 for at in range(len(getattr(rank, name))):
                     left_over = less(getattr(rank, name), at)
                     out.append((f"one of {name} is lost", self._rank(rank._replace(**{name: left_over}))))
-            if rank.first:
-                out.append(("a first request is lost", self._rank(rank._replace(first=False))))
         return [(f"{'rank 0' if rank.leads else 'a rank'}: {label}", new) for label, new in out]
 
     def _mail(self, i: int, again: bool) -> list[tuple[str, int, int]]:
@@ -142,8 +140,9 @@ class Ranks:
             left = rank._replace(**{name: tuple(w for w in getattr(rank, name) if w != wave)})
             event = (WaveStarted(0, BASE + wave)) if name == "started" else WaveCompleted(BASE + wave)
             out.append((f"{name_of(event)} arrives", event, left))
-        if rank.first:
-            out.append(("FirstRequest arrives", FirstRequest(0, BASE), rank._replace(first=False)))
+        for at, wave in enumerate(rank.first):
+            event = FirstRequest(0, BASE + wave)
+            out.append((f"{name_of(event)} arrives", event, rank._replace(first=less(rank.first, at))))
         return [(label, self._event(event), i if again else self._rank(left)) for label, event, left in out]
 
     def _new_requests(self, i: int) -> list[tuple[str, int]]:
@@ -151,7 +150,7 @@ class Ranks:
         stamps = range(min(rank.wave - 1, -1), 1)
         new = [rank._replace(requests=(*rank.requests, stamp)) for stamp in stamps]
         if self.bounds.exclude_named:
-            new += [r._replace(first=True) for r in new]
+            new += [r._replace(first=(*rank.first, wave)) for r in new for wave in (-1, 0)]
         return [("a request is sent", at) for at in dict.fromkeys(self._rank(r) for r in new)]
 
     def _revived(self, i: int) -> int:
@@ -167,9 +166,10 @@ class Ranks:
     def _shifted(self, i: int, by: int) -> int:
         """The coordinator's wave has grown: all counts from it fall."""
         rank = self._ranks[i]
-        fields = ("requests", "starts", "started", "completed")
+        fields = ("requests", "starts", "started", "completed", "first")
         lists = {name: tuple(wave - by for wave in getattr(rank, name)) for name in fields}
         return self._rank(rank._replace(wave=rank.wave - by, **lists))
 
-    def _named(self, i: int) -> int:
-        return self._rank(self._ranks[i]._replace(first=True))
+    def _named(self, i: int, wave: int) -> int:
+        rank = self._ranks[i]
+        return self._rank(rank._replace(first=(*rank.first, wave)))

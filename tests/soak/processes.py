@@ -151,8 +151,7 @@ class SoakEngine:
         engine, words, at = self._engine, self._words, self._at
         poller = zmq.Poller()
         poller.register(self._inbox, zmq.POLLIN)
-        poller.register(engine.bell, zmq.POLLIN)
-        poller.register(engine.socket, zmq.POLLIN)
+        engine.register(poller)
         with engine, self._inbox:
             while not told():
                 if not self._queue:

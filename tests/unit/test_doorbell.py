@@ -8,12 +8,14 @@ import threading
 from contextlib import closing
 
 import pytest
+import zmq
 
 from dpshm import Coordinator, Engine, Frontend, layout, wire
 from dpshm.doorbell import MOST_RANKS, Doorbell, Ringer
+from dpshm.liveness import Verdict
 from dpshm.segment import sockets_path
 from dpshm.waves import Phase
-from tests.support import LoneBoard, Remote, wait_until
+from tests.support import LoneBoard, Remote, StockFrontend, polled, wait_until
 
 
 @pytest.fixture
@@ -130,15 +132,52 @@ def test_a_flood_ends(folder, board, group, using):
             engine.poll(1)  # they wait while its queue is full
 
 
-def test_who_does_not_listen_holds_nobody_up(folder, group):
+def test_who_does_not_listen_holds_nobody_up(folder):
     """Guards against a front-end that waits for an engine, or raises since there is none."""
-    with closing(Doorbell(folder, 1)) as bell, closing(Ringer(folder)) as ringer:
+    with closing(Doorbell(folder, 1)) as bell, closing(Ringer(folder, 3)) as ringer:
         for wave in range(5000):
-            ringer.ring(wave, 3)  # ranks 0 and 2 have none
+            ringer.ring(wave)  # ranks 0 and 2 have none
         starts = [wire.decode_start(data).wave for data in bell.take()]
         assert starts
         assert starts == list(range(len(starts)))
     folder.rmdir()  # nothing is left in it
+
+
+def test_who_had_none_is_tried_again_when_the_group_changes(folder, board, group, using):
+    """Guards against a rank that is never rung since it was not there once, or was another process."""
+    frontend = using(Frontend.attach(group))
+    frontend.choose()  # it has seen all that changed by now
+    frontend.wake()  # nobody hears it
+    with closing(Doorbell(folder, 0)) as bell:
+        sleep_in(board, 1)
+        frontend.route().done()
+        board.mark([0], Verdict.DEAD)
+        board.mark([0], Verdict.ALIVE)
+        frontend.choose()
+        sleep_in(board, 2)
+        frontend.route().done()
+        assert [wire.decode_start(data).wave for data in bell.take()] == [2]
+
+
+def test_an_ended_group_leaves_its_successor_alone(group, using):
+    """Guards against taking down, or ringing, the doorbells of another group of the same name."""
+    with Coordinator(group=group, dp_size=1):
+        old, frontend = Engine.attach(group, 0), Frontend.attach(group)
+    using(Coordinator(group=group, dp_size=1))
+    new, its = using(Engine.attach(group, 0)), using(Frontend.attach(group))
+    frontend.wake()
+    old.close()
+    frontend.close()
+    assert not select.select([new.bell], [], [], 0)[0]
+    its.wake()
+    assert select.select([new.bell], [], [], 10)[0]
+
+
+def test_ranks_without_waves_have_none(folder, group, using):
+    """Guards against a dense engine that anybody can make run for ever."""
+    using(LoneBoard(group, waves=False))
+    assert using(Engine.attach(group, 0)).bell is None
+    assert list(folder.iterdir()) == []
 
 
 def test_once_a_wave(folder, board, group, using):
@@ -155,6 +194,38 @@ def test_once_a_wave(folder, board, group, using):
         assert bell.take() == []
 
 
+def test_a_wave_that_is_over_before_its_notice_is_not_run_again(group, using):
+    """Guards against an empty wave after each short one: its first request came late to the coordinator."""
+    coordinator = using(Coordinator(group=group, dp_size=2))
+    engines = [using(Engine.attach(group, e)) for e in range(2)]
+    wait_until(lambda: all([engine.poll(10) or engine.ready for engine in engines]))  # noqa: C419 - each looks
+    board = coordinator.board
+    for wave in range(3):
+        frontend = using(Frontend.attach(group))  # its own notice waits for a connection
+        frontend.route().done()
+        wait_until(lambda: polled(engines))
+        for engine in engines:
+            engine.wave_complete()
+        heard = board.messages_received[0]
+        wait_until(lambda wave=wave: board.wave == wave + 1)
+        stock = using(StockFrontend(coordinator.stats_publish_address))
+        stock.send(wire.encode_first_request(0, wave))
+        wait_until(lambda heard=heard: board.messages_received[0] >= heard + 3)
+        assert (board.phase, board.wave) == (Phase.PAUSED, wave + 1)
+
+
+def test_a_poller_of_ones_own(board, group, using):
+    """Guards against `register` leaving out what wakes a rank, and a bell that a poller cannot name."""
+    engine = using(Engine.attach(group, 0))
+    poller = zmq.Poller()
+    engine.register(poller)
+    assert poller.poll(0) == []
+    using(Frontend.attach(group)).wake()
+    assert engine.bell in dict(poller.poll(10_000))
+    assert engine.poll()
+    assert poller.poll(0) == []
+
+
 def test_many_ranks_are_left_to_the_coordinator(folder, group, using):
     """Guards against a `route()` that sends a thousand messages."""
     board = using(LoneBoard(group, engines=MOST_RANKS + 1, dp_size=MOST_RANKS))
@@ -163,6 +234,7 @@ def test_many_ranks_are_left_to_the_coordinator(folder, group, using):
         frontend.route().done()
         assert len(bell.take()) == 1
         board.marks.set_dp_size(MOST_RANKS + 1)
+        frontend.choose()
         sleep_in(board, 1)
         frontend.route().done()
         assert bell.take() == []

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -92,6 +93,33 @@ def test_a_load_is_packed_as_the_layout_says(board, group, using, kind):
         engine.publish(waiting=kind(waiting), running=kind(running), kv_cache_usage=kv)
         assert board.load[0] == layout.pack_load(waiting, running, kv)
         assert board.request_balance[0] == waiting + running
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int32, np.uint32, np.int64, np.uint64])
+def test_numbers_of_any_kind(board, group, using, kind):
+    """Guards against numpy's integers, which do not mix with each other, ending a report half way."""
+    engine = using(Engine.attach(group, 0))
+    engine.receive(None, wave=1000)
+    engine.publish(waiting=kind(3), running=np.uint64(4), prefill_backlog=kind(5), step=kind(6))
+    row = board.snapshot()[0]
+    assert [row[name] for name in ("waiting", "running", "prefill_backlog", "step")] == [3, 4, 5, 6]
+    engine.publish(waiting=2.0, running=Fraction(1))
+    assert board.snapshot()[0]["waiting"] == 2
+
+
+@pytest.mark.parametrize("wrong", ["waiting", "running", "kv_cache_usage", "prefill_backlog", "step"])
+def test_a_report_that_is_none_leaves_the_row_as_it_was(board, group, using, wrong):
+    """Guards against half of a report: a load of now beside a backlog of before."""
+    engine = using(Engine.attach(group, 0))
+    engine.publish(waiting=1, running=2, kv_cache_usage=0.5, prefill_backlog=3, step=4)
+    before = board.words.tolist()
+    report = {"waiting": 5, "running": 6, "kv_cache_usage": 0.7, "prefill_backlog": 7, "step": 8}
+    with pytest.raises(TypeError, match="NoneType"):
+        engine.publish(**report | {wrong: None})
+    beat = board.index("coordinator_beat")
+    assert [w for at, w in enumerate(board.words.tolist()) if at != beat] == [
+        w for at, w in enumerate(before) if at != beat
+    ]
 
 
 def test_a_request_with_an_absurd_size_does_not_stop_the_reports(board, group, using):

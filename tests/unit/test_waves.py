@@ -47,7 +47,7 @@ def start(wave: int, exclude: int | None = None) -> StartWave:
 
 # Each row: the event; then what becomes of (5, paused), (5, waking) and (5, running).
 COORDINATOR: list[tuple[CoordinatorEvent, object, object, object]] = [
-    (FirstRequest(2, 4), (5, WAKING, [start(5)]), KEEPS, KEEPS),
+    (FirstRequest(2, 4), KEEPS, KEEPS, KEEPS),
     (FirstRequest(2, 5), (5, WAKING, [start(5)]), KEEPS, KEEPS),
     (FirstRequest(2, 6), (5, WAKING, [start(5)]), KEEPS, KEEPS),
     (FirstRequest(None, 5), (5, WAKING, [start(5)]), KEEPS, KEEPS),

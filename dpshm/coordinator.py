@@ -153,6 +153,21 @@ class Coordinator:
         if self._finalizer is not None:
             self._finalizer()
 
+    def hand_over(self) -> None:
+        """Ends this coordinator alone: the board stays, and the next coordinator of the group takes it over.
+
+        If nobody else is attached this is `close`.
+        """
+        if self.board.segment.usable and self.board.segment.is_shared():
+            self._keep_board()
+        self.close()
+
+    def _keep_board(self) -> None:
+        alive = self._finalizer.detach() if self._finalizer is not None else None
+        if alive is not None:
+            _, shut_down, arguments, _ = alive
+            shut_down(*arguments, unlink=False)
+
     def __enter__(self) -> Coordinator:
         return self
 
@@ -234,6 +249,11 @@ class Coordinator:
                 if owned and segment.linked and segment.is_shared():
                     self._check_takeover(segment, sockets.keys)
                     logger.info("taking over the live board of group %r at wave %d", group, board.wave)
+                    if self.settings.dp_size != board.dp_size:
+                        logger.warning(
+                            "group %r keeps its %d ranks: dp_size %d is would be for a new board (see `scale`)",
+                            *(group, board.dp_size, self.settings.dp_size),
+                        )
                     return segment
                 if owned and segment.lock_all():
                     segment.unlink()
@@ -329,11 +349,12 @@ def _in_use(group: str) -> str:
     return f"group {group!r} has a coordinator, pid {pid}, since epoch {epoch}: stop it, or use another group name"
 
 
-def _shut_down(pid: int, wave: WaveThread, watch: WatchThread, segment: Segment) -> None:
+def _shut_down(pid: int, wave: WaveThread, watch: WatchThread, segment: Segment, *, unlink: bool = True) -> None:
     """Ends a coordinator; in a forked child, which has neither its threads nor its group, does nothing."""
     if pid != os.getpid():
         return
     wave.stop()
     watch.stop()
-    segment.unlink()
+    if unlink:
+        segment.unlink()
     segment.close()

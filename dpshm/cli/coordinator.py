@@ -11,7 +11,7 @@ import typer
 
 from dpshm.errors import DpshmError, GroupInUse, SegmentError, SettingError
 from dpshm.ops.logs import set_up
-from dpshm.ops.serve import CoordinatorFailed, read_config, serve
+from dpshm.ops.serve import CoordinatorFailed, of_the_living, read_config, serve
 
 EXIT_FAILED, EXIT_SETTING, EXIT_IN_USE, EXIT_MEMORY = 1, 2, 3, 4
 
@@ -87,8 +87,9 @@ def coordinator(  # noqa: PLR0917 - typer makes options of parameters
 ) -> None:
     r"""Run a group's coordinator in the foreground, for systemd and containers.
 
-    Ends cleanly on SIGTERM and Ctrl-C and removes the board. If engines and front-ends of the group are
-    alive, it takes their board over. With systemd's Type=notify it tells when it is ready.
+    If engines and front-ends of the group are alive, it takes their board over, and needs no setting but the
+    group. SIGTERM ends it and leaves the board to them, for the next one; Ctrl-C ends the group and removes
+    the board. With systemd's Type=notify it tells when it is ready.
 
     \b
     Exit status:
@@ -101,6 +102,7 @@ def coordinator(  # noqa: PLR0917 - typer makes options of parameters
     \b
     Examples:
       dpshm coordinator --group prod --dp-size 8 --metrics-port 9400
+      dpshm coordinator --group prod                  take a live board over
       dpshm coordinator --config /etc/dpshm.toml --log-format json
       dpshm coordinator --group prod --dp-size 8 --mode 0640 --file-group monitoring
     """
@@ -126,10 +128,13 @@ def coordinator(  # noqa: PLR0917 - typer makes options of parameters
     try:
         settings = read_config(config) if config else {}
         settings |= {name: value for name, value in given.items() if value is not None}
+        if isinstance(settings.get("group"), str):
+            settings = of_the_living(settings["group"]) | settings
         for name in ("group", "dp_size"):
             if name not in settings:
                 raise SettingError(
                     f"{name} is needed: --{name.replace('_', '-')}, or {name} = ... in --config FILE"
+                    + ("" if name == "group" else f" (group {settings['group']!r} is not alive here to tell)")
                 )
         serve(settings)
     except CoordinatorFailed as e:

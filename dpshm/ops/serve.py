@@ -1,6 +1,8 @@
 """Runs a coordinator in the foreground until a signal ends it, and keeps a service manager informed.
 
-signal            SIGTERM, SIGINT, SIGHUP: clean end, exit status 0
+SIGTERM           ends it, exit status 0; a board that others use stays, and the next coordinator takes it over:
+                  a service manager restarts with the same signal with which it stops
+SIGINT, SIGHUP    ends the group: the board goes, exit status 0
 service manager   READY=1 once sockets and board are there (engines may start), STATUS, STOPPING=1,
                   and WATCHDOG=1 at the interval asked for, as long as both threads run
 """
@@ -18,9 +20,12 @@ from types import FrameType
 from typing import Any
 
 from dpshm import descriptors, procs
+from dpshm.board import Board
 from dpshm.coordinator import Coordinator
-from dpshm.errors import SettingError
+from dpshm.errors import SegmentError, SettingError
 from dpshm.ops.systemd import notify, watchdog_interval_s
+from dpshm.segment import segment_path
+from dpshm.settings import IMMUTABLE
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +49,18 @@ def read_config(path: Path) -> dict[str, Any]:
         raise SettingError(f"cannot read the settings in {path}: {e.strerror}") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise SettingError(f"{path} is not TOML: {e}. It holds lines such as: dp_size = 8") from e
+
+
+def of_the_living(group: str) -> dict[str, Any]:
+    """The settings of a group whose board is in use: what whoever takes it over has to agree in; else nothing."""
+    try:
+        with Board.attach(group) as board:
+            if not board.segment.is_shared():
+                return {}
+            told = board.segment.header.settings
+            return {"dp_size": board.dp_size} | {name: told[name] for name in IMMUTABLE if name in told}
+    except SegmentError:
+        return {}
 
 
 def serve(settings: dict[str, Any]) -> None:
@@ -73,7 +90,16 @@ def serve(settings: dict[str, Any]) -> None:
                 raise CoordinatorFailed(f"a thread of the coordinator of group {group!r} ended: see the log above")
             logger.info("ending group %r: %s", group, signal.Signals(asked[0]).name)
             notify("STOPPING=1", f"STATUS=ending: {signal.Signals(asked[0]).name}")
-        logger.info("group %r has ended", group)
+            if asked[0] == signal.SIGTERM:
+                coordinator.hand_over()
+        if segment_path(group).exists():
+            logger.info(
+                "the board of group %r stays with those who use it: a coordinator that is started takes it over; "
+                "once they have ended, `dpshm doctor --sweep` removes it",
+                group,
+            )
+        else:
+            logger.info("group %r has ended", group)
     finally:
         signal.set_wakeup_fd(wakeup)
         for signum, handler in before.items():

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,13 @@ class Service:
 @pytest.fixture
 def service(tmp_path: Path):
     """`service(*arguments)` starts one; it is gone when the test ends."""
+    numbers = count()
     with ExitStack() as stack:
 
         def start(*arguments: str, **more: str) -> Service:
-            made = Service(tmp_path, *arguments, **more)
+            folder = tmp_path / str(next(numbers))
+            folder.mkdir()
+            made = Service(folder, *arguments, **more)
             stack.callback(made.notices.close)
             stack.callback(made.process.wait)
             stack.callback(made.process.kill)
@@ -74,6 +78,35 @@ def test_ready_is_told_and_sigterm_ends_it_cleanly(group, service):
         running.wait_for_notice("1 of 1 ranks are there")
     assert running.end() == 0
     assert "STATUS=ending: SIGTERM" in running.wait_for_notice("STOPPING=1")
+    assert leftovers(group) == []
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_a_board_that_is_in_use(group, service):
+    """Guards against `systemctl restart` taking the board, and the drains, from those who use it."""
+    first = service("-g", group, "--dp-size", "2", "--no-waves", "--max-frontends", "7")
+    first.wait_for_notice("READY=1")
+    with Engine.attach(group, 0) as engine, Frontend.attach(group) as frontend, Engine.attach(group, 1):
+        run("drain", "1", "-g", group, "--force")
+        booked = frontend.route(100)
+        assert first.end() == 0
+        assert any("stays with those who use it" in line for line in first.lines())
+        assert not frontend.board.coordinator_alive()
+        frontend.route().done()
+        second = service("-g", group)  # all else the board tells
+        second.wait_for_notice("READY=1")
+        board = frontend.board
+        assert (board.epoch[0], board.dp_size, board.frontends) == (2, 2, 7)
+        assert board.snapshot()["state"].tolist()[1] == "drained"
+        assert board.snapshot()["unseen"].tolist() == [1, 0]
+        engine.receive(frontend.index, 100)
+        engine.publish(waiting=0, running=0)
+        booked.done()
+        assert second.end() == 0
+        third = service("-g", group, "--dp-size", "3")
+        third.wait_for_notice("READY=1")
+        assert any("keeps its 2 ranks: dp_size 3" in line for line in third.lines())
+    assert third.end() == 0  # nobody uses it any more
     assert leftovers(group) == []
 
 

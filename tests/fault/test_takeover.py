@@ -26,13 +26,13 @@ KILLS = 3
 
 @pytest.fixture
 def start(group, tmp_path):
-    """`start()` starts ``dpshm coordinator --group G``; it is gone when the test ends."""
+    """`start(*options)` starts ``dpshm coordinator --group G``; it is gone when the test ends."""
     with ExitStack() as stack:
 
-        def start():
+        def start(*more):
             with (tmp_path / "log").open("ab") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "dpshm", "coordinator", "--group", group, "--dp-size", str(RANKS + 1)],
+                    [sys.executable, "-m", "dpshm", "coordinator", "--group", group, *more],
                     env=environment(),
                     stderr=log,
                 )
@@ -45,7 +45,7 @@ def start(group, tmp_path):
 
 def test_a_coordinator_killed_while_requests_flow(group, using, start, tmp_path):
     """Guards against requests that a coordinator's death loses or refuses, and a successor that begins anew."""
-    coordinator = start()
+    coordinator = start("--dp-size", str(RANKS + 1))
     wait_until(lambda: _is_up(group))
     board = using(Board.attach(group))
     ledger = Ledger(tmp_path / "ledger", RANKS + 1)
@@ -113,7 +113,7 @@ def test_a_coordinator_killed_while_requests_flow(group, using, start, tmp_path)
     assert board.snapshot()["unseen"].tolist() == [0] * (RANKS + 1)
     for remote in remotes:
         remote.run("")
-    coordinator.send_signal(signal.SIGTERM)
+    coordinator.send_signal(signal.SIGINT)
     assert coordinator.wait(20) == 0
     assert "Traceback" not in (tmp_path / "log").read_text()
 

@@ -335,8 +335,8 @@ def test_a_late_engine_hears_ready_again(group, using):
     """Guards against a restarted engine that waits for ever for a READY that was sent long ago."""
     coordinator = using(Coordinator(group=group, dp_size=2))
     using(Engine.attach(group, 0))
-    Engine.attach(group, 1).close()
-    coordinator.wait_ready()
+    with Engine.attach(group, 1):
+        coordinator.wait_ready()
     again = using(Engine.attach(group, 1))
     wait_until(lambda: again.poll(10) or again.ready)
 

@@ -251,7 +251,7 @@ class Coordinator:
                     logger.info("taking over the live board of group %r at wave %d", group, board.wave)
                     if self.settings.dp_size != board.dp_size:
                         logger.warning(
-                            "group %r keeps its %d ranks: dp_size %d is would be for a new board (see `scale`)",
+                            "group %r keeps its %d ranks: dp_size %d is for a new board (see `scale`)",
                             *(group, board.dp_size, self.settings.dp_size),
                         )
                     return segment

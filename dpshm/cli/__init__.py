@@ -21,10 +21,18 @@ COMMANDS = (
 )
 
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 
 
 def main() -> None:
     """Runs the command line."""
+    try:
+        _run()
+    except KeyboardInterrupt:  # while it imports: commands have handlers of their own
+        raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def _run() -> None:
     try:
         import rich  # noqa: F401
         import typer

@@ -25,6 +25,8 @@ from dpshm.sim.simulate import SimulationSettings, compare
 
 PROGRESS_S = 2.0
 BAR_COLUMNS = 40
+LONGEST_BAR = 8
+"""Times the shortest p99: longer bars are cut off, or the others would vanish."""
 HEADER: tuple[str, ...] = (
     *("policy", "information", "TTFT mean", "p50", "p99", "ratio mean", "ratio p99", "total", "per token"),
     *("tokens/s", "imbalance", "prefix hits", "regret"),
@@ -247,14 +249,17 @@ def _row(r: Result) -> tuple[str, ...]:
 
 
 def as_bars(comparison: Comparison) -> str:
-    """Mean (full block) and p99 (light block) of the times to first token, as bars."""
-    longest = max(result.ttft_ms.p99 for result in comparison.results) or 1.0
+    """Mean (full block) and p99 (light block) of the times to first token, as bars; ``>`` where one is cut off."""
+    p99s = [result.ttft_ms.p99 for result in comparison.results]
+    longest = min(max(p99s), LONGEST_BAR * min(p99s)) or 1.0
     width = max(len(f"{r.policy} on {r.information}") for r in comparison.results)
     lines = ["time to first token: mean (dark) and p99 (light), ms"]
     for r in comparison.results:
         mean = round(BAR_COLUMNS * r.ttft_ms.mean / longest)
         p99 = round(BAR_COLUMNS * r.ttft_ms.p99 / longest)
         bar = "\u2588" * mean + "\u2591" * (p99 - mean)
+        if p99 > BAR_COLUMNS:
+            bar = bar[: BAR_COLUMNS - 1] + ">"
         name = f"{r.policy} on {r.information}"
         lines.append(f"{name:<{width}}  {bar:<{BAR_COLUMNS}}  {r.ttft_ms.mean:.0f} / {r.ttft_ms.p99:.0f}")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from dpshm.errors import SettingError
 from dpshm.segment import segment_path
 
 Mode = Literal["internal", "hybrid", "external"]
+_HINTS = {"mode": "; choose internal, hybrid or external, by who balances (the board's permissions are file_mode)"}
 IMMUTABLE = ("mode", "waves", "counts_with_kv", "exclude_receiver")
 """What every process of a group relies on: a coordinator that takes a live board over must agree in these."""
 
@@ -113,11 +114,14 @@ def make_settings(**given: Any) -> Settings:
     try:
         settings = msgspec.convert(given, Settings)
     except msgspec.ValidationError as e:
-        raise SettingError(f"a setting is not what it must be: {e}") from None
+        what, _, at = str(e).partition(" - at `$.")
+        name = at.rstrip("`")
+        found = f"{name} is {given[name]!r}: " if name in given else ""
+        raise SettingError(f"{found}{what[:1].lower()}{what[1:]}{_HINTS.get(name, '')}") from None
     segment_path(settings.group)  # raises for a name that cannot name a group
     limits: list[tuple[str, float | None, float, float]] = [
         ("max_engines", settings.max_engines, 1, layout.MAX_ENGINES),
-        ("dp_size", settings.dp_size, 1, min(settings.engine_capacity, layout.MAX_ENGINES)),
+        ("dp_size", settings.dp_size, 1, settings.max_engines or layout.MAX_ENGINES),
         ("dp_size_local", settings.dp_size_local, 0, settings.dp_size),
         ("max_frontends", settings.max_frontends, 1, layout.MAX_FRONTENDS),
         ("stats_interval_ms", settings.stats_interval_ms, 0, 3_600_000),
@@ -133,8 +137,8 @@ def make_settings(**given: Any) -> Settings:
             raise SettingError(f"{name} is {value}, and must be from {low:g} to {high:g}")
     if settings.file_mode & ~0o044 != 0o600:
         raise SettingError(
-            f"file_mode is 0o{settings.file_mode:o}, and must be 0o600, 0o640, 0o604 or 0o644: whoever else "
-            "could write to the board could break every process of the group"
+            f"file_mode is 0o{settings.file_mode:o}, and must be 0o600, 0o640, 0o604 or 0o644 (octal, with 0o): "
+            "whoever else could write to the board could break every process of the group"
         )
     if (
         settings.needs_tcp

@@ -22,7 +22,9 @@ def events(
     as_json: JsonOption = False,
     history: Annotated[int, typer.Option(metavar="N", min=0, help="Begin with the newest N recorded.")] = 20,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Go on until Ctrl-C.")] = True,
-    waves: Annotated[bool, typer.Option("--waves/--no-waves", help="Waves too; a busy group has many.")] = True,
+    waves: Annotated[
+        bool, typer.Option("--waves/--no-waves", help="Waves too, from now on; a busy group has many.")
+    ] = True,
 ) -> None:
     r"""Print a group's events: waves, deaths, stalls, drains, joins, scaling, coordinators.
 

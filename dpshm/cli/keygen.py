@@ -38,7 +38,8 @@ def keygen(
     \b
     Examples:
       dpshm keygen /etc/dpshm/keys
-      dpshm coordinator --group prod --dp-size 16 --balancing hybrid --host 10.0.0.1 --curve-dir /etc/dpshm/keys
+      dpshm coordinator --group prod --dp-size 16 --dp-size-local 8 --balancing hybrid \
+                        --host 10.0.0.1 --curve-dir /etc/dpshm/keys
       DPSHM_CURVE_DIR=/etc/dpshm/keys python -m my_server
     """
     files = make_keys(folder)

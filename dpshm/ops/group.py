@@ -170,7 +170,11 @@ def _ranks(frame: Frame) -> Iterator[Finding]:
             group=frame.group,
             what="no rank may be chosen" + (": none has attached" if len(absent) == frame.dp_size else ""),
             why="every request fails",
-            fix=f"dpshm stat --group {frame.group}",
+            fix=(
+                f"start the engines, with {frame.group!r} as their group"
+                if len(absent) == frame.dp_size
+                else f"dpshm stat --group {frame.group}"
+            ),
         )
 
 

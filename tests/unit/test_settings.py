@@ -42,14 +42,14 @@ def test_the_defaults_are_those_that_the_documentation_names():
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("dp_size", {"dp_size": 0}, "dp_size is 0, and must be from 1 to 64"),
-    ("dp_size", {"dp_size": -1}, "dp_size is -1, and must be from 1 to 64"),
+    ("dp_size", {"dp_size": 0}, "dp_size is 0, and must be from 1 to 4096"),
+    ("dp_size", {"dp_size": -1}, "dp_size is -1, and must be from 1 to 4096"),
     ("dp_size", {"dp_size": 9, "max_engines": 8}, "dp_size is 9, and must be from 1 to 8"),
     ("dp_size", {"dp_size": layout.MAX_ENGINES + 1}, "dp_size is 4097, and must be from 1 to 4096"),
     ("dp_size", {"dp_size": 1 << 70}, "dp_size is "),
     ("dp_size", {"dp_size": True}, "bool"),
-    ("dp_size", {"dp_size": "8"}, "Expected `int`, got `str`"),
-    ("dp_size", {"dp_size": 2.5}, "Expected `int`, got `float`"),
+    ("dp_size", {"dp_size": "8"}, "dp_size is '8': expected `int`, got `str`"),
+    ("dp_size", {"dp_size": 2.5}, "expected `int`, got `float`"),
     ("dp_size_local", {"dp_size_local": 9}, "dp_size_local is 9, and must be from 0 to 8"),
     ("dp_size_local", {"dp_size_local": -1}, "dp_size_local is -1, and must be from 0 to 8"),
     ("max_engines", {"max_engines": 0}, "max_engines is 0, and must be from 1 to 4096"),
@@ -74,8 +74,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("file_mode", {"file_mode": 0o4600}, "file_mode is 0o4600"),
     ("file_mode", {"file_mode": -1}, "file_mode is 0o-1"),
     ("mode", {"mode": "Internal"}, "'Internal'"),
-    ("waves", {"waves": 1}, "Expected `bool`, got `int`"),
-    ("group", {"group": None}, "Expected `str`, got `null`"),
+    ("waves", {"waves": 1}, "expected `bool`, got `int`"),
+    ("group", {"group": None}, "expected `str`, got `null`"),
     ("dpsize", {"dpsize": 8}, "unknown setting 'dpsize': choose from group, dp_size, "),
 ]
 

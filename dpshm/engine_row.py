@@ -214,9 +214,9 @@ class EngineRow:
         else:
             load = layout.pack_load(waiting, running, kv_cache_usage)
             queued = (load >> 40) + (load >> 16 & 0xFFFFFF)
-        if backlog.__class__ is not int or not 0 <= backlog <= 0x7FFFFFFFFFFFFFFF:
+        if not (backlog.__class__ is int is step.__class__ and 0 <= backlog < 1 << 63 and 0 <= step < 1 << 32):
             backlog = layout.saturate(int(backlog))
-        progress = self._progress | (int(step) if 0 <= step <= 0xFFFFFFFF else 0)
+            step = int(step) if 0 <= step < 1 << 32 else 0
         # SYNC: what a decision needs is whole in each of these words (`dpshm.outstanding`), whatever their order.
         words[self._at_load] = load
         words[self._at_request_balance] = queued - self._all_requests
@@ -225,7 +225,7 @@ class EngineRow:
         if self._model.step_tokens is not None:
             self._model.left(waiting, running, backlog)
             self._store_model()
-        words[self._at_progress] = progress
+        words[self._at_progress] = self._progress | step
         # SYNC: the beat comes last, so a reader that has seen it (x86-64) sees the report that it dates.
         words[self._at_beat] = time.monotonic_ns()
 

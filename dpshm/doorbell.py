@@ -1,11 +1,14 @@
 """Doorbells: a front-end wakes sleeping ranks itself, two hops and two threads earlier than by the coordinator.
 
 Each engine has a datagram socket (unix(7)) in the folder of its group's sockets. A front-end whose request finds
-the ranks paused sends START to every one of them: the bytes that the coordinator is about to send, taken by the
-same rule. So it needs no rule of its own: it is a START that came early, and may be late, lost or doubled as any
-other may. A rank that is in a later wave drops it. Rank 0 tells the coordinator, which may have heard nothing
-yet, or be dead. Who did not hear it, because its queue was full or it has no doorbell (a stock engine, one on
-another node), hears the coordinator's. `tests/property` explores groups whose front-ends ring.
+the ranks paused sends START to all of them but the one that gets the request: the bytes that the coordinator is
+about to send, taken by the same rule. So it needs no rule of its own: it is a START that came early, and may be
+late, lost or doubled as any other may. A rank that is in a later wave drops it. Rank 0 tells the coordinator,
+which may have heard nothing yet, or be dead. Who did not hear it, because its queue was full or it has no doorbell
+(a stock engine, one on another node), hears the coordinator's. `tests/property` explores groups that are rung.
+
+The rank that gets the request is left out because a ring is faster than a request: it would begin a step without
+it, and the request would wait for the end of that step. The others wait for that rank in their first collective.
 """
 
 from __future__ import annotations
@@ -99,21 +102,25 @@ class Ringer:
 
     def expect(self, dp_size: int) -> None:
         """There are so many ranks, and all may have a doorbell. More than `MOST_RANKS` are not rung."""
-        self._paths = [_path(self._folder, e) for e in range(dp_size)] if dp_size <= MOST_RANKS else []
+        self._bells = {e: _path(self._folder, e) for e in range(dp_size)} if dp_size <= MOST_RANKS else {}
 
-    def ring(self, wave: int) -> None:
-        """Sends START to the ranks, waits for nobody, and leaves out who has no doorbell, until `expect`."""
+    def ring(self, wave: int, leave_out: int | None = None) -> None:
+        """Sends START to the ranks and waits for nobody.
+
+        Args:
+            wave: the wave to wake them for.
+            leave_out: the rank that a request is about to wake.
+        """
         start, send = wire.encode_start(wave, None)[1], self._socket.sendto
-        nobody: list[str] = []
-        for path in self._paths:
+        for dp_rank, path in list(self._bells.items()):
+            if dp_rank == leave_out:
+                continue
             try:
                 send(start, path)
             except (FileNotFoundError, ConnectionRefusedError):
-                nobody.append(path)
+                del self._bells[dp_rank]  # it has no doorbell: not tried again until `expect`
             except OSError:  # it has not yet taken what others rang
                 pass
-        if nobody:
-            self._paths = [path for path in self._paths if path not in nobody]
 
     def close(self) -> None:
         """Gives the descriptor back."""

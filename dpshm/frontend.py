@@ -114,8 +114,6 @@ class Frontend:
         self._rung = -1  # the wave for which the ranks were rung last
         self._keys = keys
         self._warned_unlinked = False
-        # Where the engine that takes the request is left out of START, it has to be chosen before.
-        self._wakes_first = not board.segment.header.settings.get("exclude_receiver", False)
 
         words = self._words = board.words
         self._at_revision = board.index("revision")
@@ -225,12 +223,6 @@ class Frontend:
         words = self._words
         with self._lock:
             self._check()
-            woken = -1
-            control = words[self._at_control]
-            if control & 3 == _PAUSED and wake and dp_rank is None and self._eligible and self._wakes_first:
-                # The ranks wake up while this process looks and chooses.
-                woken = control >> 2
-                self._wake(None, woken)
             now_ns = time.monotonic_ns()
             if now_ns >= self._next_look_ns:
                 self._look(now_ns)
@@ -265,7 +257,7 @@ class Frontend:
             # load pass an older store), the worst is a wake-up too few or too many; the engine wakes the rest.
             control = words[self._at_control]
             wave = control >> 2
-            if control & 3 == _PAUSED and wake and wave != woken:
+            if control & 3 == _PAUSED and wake:
                 self._wake(dp_rank, wave)
         return Route(self, dp_rank, wave, prompt_tokens)
 
@@ -290,6 +282,8 @@ class Frontend:
         self._check()
         with self._lock:
             self._check()
+            if self._words[self._at_revision] != self._revision:
+                self._refresh()
             control = self._words[self._at_control]
             if control & 3 == _PAUSED:
                 self._wake(None, control >> 2)
@@ -427,10 +421,10 @@ class Frontend:
         if not self._segment.header.settings.get("waves", True):
             return
         try:
-            if wave != self._rung and self._wakes_first and self._segment.linked:
+            if wave != self._rung and self._segment.linked:
                 if self._ringer is None:
                     self._ringer = Ringer(self._segment.sockets_path, self.board.dp_size)
-                self._ringer.ring(wave)
+                self._ringer.ring(wave, leave_out=dp_rank)
                 self._rung = wave
         except OSError as e:  # no descriptor for a socket
             logger.warning("could not ring the ranks: %s; the coordinator will wake them", e)

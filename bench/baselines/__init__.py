@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
+import zmq
+
 
 class Spec(NamedTuple):
     """Where a running peer can be reached.
@@ -48,8 +50,14 @@ class WaveEngineEnd(EngineEnd, Protocol):
     def wait_ready(self) -> None:
         """Waits until what is sent to all engines reaches this one."""
 
-    def wait_start(self, timeout_ms: int) -> bool:
-        """Waits for START; whether this rank now runs. Rank 0 confirms, as vLLM's engines do."""
+    def register(self, poller: zmq.Poller) -> None:
+        """Has a poller return when START may have come."""
+
+    def take_start(self) -> bool:
+        """Takes START if it has come; whether this rank now runs. Rank 0 confirms, as vLLM's engines do."""
+
+    def take_request(self, wave: int) -> None:
+        """A request came in, stamped with that wave: it wakes this rank."""
 
     def wave_complete(self) -> None:
         """All ranks are idle; rank 0 says so."""
@@ -92,8 +100,8 @@ class FrontendEnd(Protocol):
 class WaveFrontendEnd(FrontendEnd, Protocol):
     """A front-end's end, of a peer that runs request waves."""
 
-    def first_request(self) -> None:
-        """Chooses an engine for a request while the ranks are paused, and has them woken."""
+    def first_request(self, send: Callable[[int, int], None]) -> None:
+        """Chooses an engine for a request while the ranks are paused, sends it (rank, wave), has them woken."""
 
     def paused(self) -> bool:
         """Whether it believes the ranks paused, in a wave that it has not woken yet."""

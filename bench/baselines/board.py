@@ -7,9 +7,11 @@ import os
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
+
+import zmq
 
 from bench.baselines import Middle, Spec
 from dpshm import CoordinatorProcess, Engine, Frontend, Route
@@ -94,8 +96,14 @@ class BoardEngine:
                 raise TimeoutError(f"no READY for engine {self._engine.dp_rank}")
             self._engine.poll(100)
 
-    def wait_start(self, timeout_ms: int) -> bool:
-        return self._engine.poll(timeout_ms)
+    def register(self, poller: zmq.Poller) -> None:
+        self._engine.register(poller)
+
+    def take_start(self) -> bool:
+        return self._engine.poll()
+
+    def take_request(self, wave: int) -> None:
+        self._engine.receive(0, 0, wave)
 
     def wave_complete(self) -> None:
         self._engine.wave_complete()
@@ -140,8 +148,9 @@ class BoardFrontend:
     def finished(self, dp_rank: int) -> None:
         self._open[dp_rank].popleft().done()
 
-    def first_request(self) -> None:
-        self._waking = self._frontend.route()
+    def first_request(self, send: Callable[[int, int], None]) -> None:
+        self._waking = route = self._frontend.route()
+        send(route.dp_rank, route.wave)
 
     def paused(self) -> bool:
         if self._waking is not None:  # that request is answered, after the ranks woke up

@@ -7,6 +7,7 @@ its output thread, and the asyncio loop of an API server between the socket and 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -49,8 +50,11 @@ class StockEngine:
     def wait_ready(self) -> None:
         """It has heard READY already."""
 
-    def wait_start(self, timeout_ms: int) -> bool:
-        if self._input.poll(timeout_ms):
+    def register(self, poller: zmq.Poller) -> None:
+        poller.register(self._input, zmq.POLLIN)
+
+    def take_start(self) -> bool:
+        if self._input.poll(0):
             frames = self._input.recv_multipart()
             if frames[0] == wire.START_FRAME:
                 wave, exclude = _decode(frames[1])
@@ -59,6 +63,9 @@ class StockEngine:
                     if self._rank == 0:
                         self._output.send(wire.encode_wave_started(0, wave))
         return self._runs
+
+    def take_request(self, wave: int) -> None:
+        """It has work, and needs no START; one that follows is taken as ever."""
 
     def wave_complete(self) -> None:
         if self._rank == 0:
@@ -139,9 +146,10 @@ class StockFrontend:
     def finished(self, dp_rank: int) -> None:
         self._own[dp_rank] -= 1
 
-    def first_request(self) -> None:
+    def first_request(self, send: Callable[[int, int], None]) -> None:
         rank = self.choose()
         self._woken_wave = self._wave
+        send(rank, self._wave)  # before the notice, as vLLM 0.32 does
         # vLLM 0.32 names the engine by its identity, two bytes, which no engine compares equal to its number: so
         # nobody is excluded, and the engine that gets the request is woken like the others.
         self._socket.send(_encode((rank.to_bytes(2, "little"), self._wave)))

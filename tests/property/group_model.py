@@ -145,18 +145,21 @@ class Group(Ranks):
         return [move for move in out if move[1] != world and self._inside(move[1])]
 
     def _sent(self, world: World, at: int) -> list[Move]:
-        """A request to that rank: alone, with a first request, or with that and START to all."""
+        """A request to that rank: alone, with a first request, or with that and START to all or to the others."""
         out: list[Move] = []
         oldest = min(-1, *(self._facts[i].row[0] for i in world[1:]))
         for label, new in self._new_requests(world[1 + at]):
-            sent = with_rank(world, at, new)
-            out.append((label, sent))
-            if not self.bounds.exclude_named:
-                for wave in range(oldest, 1):
-                    first = with_rank(sent, 0, self._named(sent[1], wave))
-                    out.append((f"{label}, and a first request({wave})", first))
-                    rung = [self._with_start(i, wave) for i in first[1:]]
-                    out.append((f"{label}, and all are rung for wave {wave}", (first[0], *ordered(rung))))
+            sent = [*world[1 : 1 + at], new, *world[2 + at :]]
+            out.append((label, (world[0], *ordered(sent))))
+            for wave in range(oldest, 1):
+                ids = list(sent)
+                if not self.bounds.exclude_named:
+                    ids[0] = self._named(ids[0], wave)
+                    out.append((f"{label}, and a first request({wave})", (world[0], *ordered(ids))))
+                rung = [self._with_start(i, wave) for i in ids]
+                out.append((f"{label}, and all are rung for wave {wave}", (world[0], *ordered(rung))))
+                rung[at] = ids[at]
+                out.append((f"{label}, and the others are rung for wave {wave}", (world[0], *ordered(rung))))
         return out
 
     def alone(self, world: World) -> list[Move]:

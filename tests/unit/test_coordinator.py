@@ -752,8 +752,10 @@ def test_ranks_wake_up_while_their_coordinator_is_stopped(group, using):
     board = frontend.board
     for wave in range(5):
         remote.signal(signal.SIGSTOP)
-        frontend.route().done()
+        route = frontend.route()
+        engines[route.dp_rank].receive(frontend.index, 0, route.wave)
         wait_until(lambda: polled(engines))
+        route.done()
         assert [engine.wave for engine in engines] == [wave] * 3
         assert board.phase is Phase.PAUSED  # as far as the coordinator knows
         remote.signal(signal.SIGCONT)

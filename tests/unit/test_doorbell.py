@@ -50,12 +50,16 @@ def test_a_frontend_wakes_the_ranks_itself(board, group, using):
     frontend = using(Frontend.attach(group))
     for wave in (3, 4):
         assert not any(engine.poll(0) for engine in engines)
-        frontend.route().done()
+        route = frontend.route()
+        chosen, other = engines[route.dp_rank], engines[1 - route.dp_rank]
+        assert select.select([other.bell], [], [], 10)[0]
+        assert other.poll(0)
+        assert not chosen.poll(0)  # it would begin a step without the request
+        chosen.receive(frontend.index, 0, route.wave)
         for engine in engines:
-            assert select.select([engine.bell], [], [], 10)[0]
-            assert engine.poll(0)
             assert (engine.wave, engine.running) == (wave, True)
             engine.wave_complete()
+        route.done()
         sleep_in(board, wave + 1)
 
 
@@ -150,12 +154,12 @@ def test_who_had_none_is_tried_again_when_the_group_changes(folder, board, group
     frontend.wake()  # nobody hears it
     with closing(Doorbell(folder, 0)) as bell:
         sleep_in(board, 1)
-        frontend.route().done()
+        frontend.wake()
         board.mark([0], Verdict.DEAD)
         board.mark([0], Verdict.ALIVE)
         frontend.choose()
         sleep_in(board, 2)
-        frontend.route().done()
+        frontend.wake()
         assert [wire.decode_start(data).wave for data in bell.take()] == [2]
 
 
@@ -164,12 +168,12 @@ def test_an_ended_group_leaves_its_successor_alone(group, using):
     with Coordinator(group=group, dp_size=1):
         old, frontend = Engine.attach(group, 0), Frontend.attach(group)
     using(Coordinator(group=group, dp_size=1))
-    new, its = using(Engine.attach(group, 0)), using(Frontend.attach(group))
+    new = using(Engine.attach(group, 0))
     frontend.wake()
-    old.close()
     frontend.close()
     assert not select.select([new.bell], [], [], 0)[0]
-    its.wake()
+    old.close()
+    ring(sockets_path(group), wire.encode_start(0, None)[1])
     assert select.select([new.bell], [], [], 10)[0]
 
 
@@ -187,10 +191,10 @@ def test_once_a_wave(folder, board, group, using):
         for wave in (0, 1):
             sleep_in(board, wave)
             for _ in range(5):
-                frontend.route().done()
+                frontend.route(dp_rank=1).done()
             assert [wire.decode_start(data).wave for data in bell.take()] == [wave]
         board.words[board.index("control")] = layout.pack_control(2, Phase.RUNNING)
-        frontend.route().done()
+        frontend.route(dp_rank=1).done()
         assert bell.take() == []
 
 
@@ -202,7 +206,7 @@ def test_a_wave_that_is_over_before_its_notice_is_not_run_again(group, using):
     board = coordinator.board
     for wave in range(3):
         frontend = using(Frontend.attach(group))  # its own notice waits for a connection
-        frontend.route().done()
+        frontend.route(dp_rank=1).done()
         wait_until(lambda: polled(engines))
         for engine in engines:
             engine.wave_complete()
@@ -231,25 +235,23 @@ def test_many_ranks_are_left_to_the_coordinator(folder, group, using):
     board = using(LoneBoard(group, engines=MOST_RANKS + 1, dp_size=MOST_RANKS))
     with closing(Doorbell(folder, 0)) as bell:
         frontend = using(Frontend.attach(group))
-        frontend.route().done()
+        frontend.wake()
         assert len(bell.take()) == 1
         board.marks.set_dp_size(MOST_RANKS + 1)
         frontend.choose()
         sleep_in(board, 1)
-        frontend.route().done()
+        frontend.wake()
         assert bell.take() == []
 
 
-def test_nobody_is_rung_who_is_to_be_left_out(group, using):
+def test_who_is_to_be_left_out_is_not_rung(group, using):
     """Guards against waking the rank that takes the request where the group's setting leaves it out of START."""
     coordinator = using(Coordinator(group=group, dp_size=2, exclude_receiver=True))
     engines = [using(Engine.attach(group, e)) for e in range(2)]
-    frontend = using(Frontend.attach(group))
-    chosen = frontend.route().dp_rank
+    chosen = using(Frontend.attach(group)).route().dp_rank
     wait_until(lambda: coordinator.board.starts_sent[0] == 1)
-    for engine in engines:
-        assert not select.select([engine.bell], [], [], 0)[0]
-    wait_until(lambda: engines[1 - chosen].poll(10))
+    assert not select.select([engines[chosen].bell], [], [], 0)[0]
+    assert engines[1 - chosen].poll(10_000)
 
 
 def test_a_successor_has_its_own(board, group, using):
@@ -258,10 +260,12 @@ def test_a_successor_has_its_own(board, group, using):
     with closing(Remote()) as remote:
         remote.run("engine = Engine.attach(group, 0)", group=group)
         remote.kill()
-    frontend.route().done()  # at a bell that nobody owns
+    frontend.wake()  # at a bell that nobody owns
     sleep_in(board, 1)
+    board.mark([0], Verdict.DEAD)  # as the watch would
+    board.mark([0], Verdict.ALIVE)
     engine = using(Engine.attach(group, 0))
-    frontend.route().done()
+    frontend.wake()
     assert engine.poll(10_000)
 
 

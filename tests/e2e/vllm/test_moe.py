@@ -142,13 +142,15 @@ def test_a_refused_request_leaves_no_booking_and_hangs_nobody(server, board, pro
 
 def test_a_stale_notice_turns_nothing_back(server, board):
     """Guards against an API server that slept through some waves and stops the ranks, or the wave's growth."""
-    wave = board.wave
+    wave, heard = board.wave, int(board.messages_received[0])
     assert wave > 0
     with zmq.Context() as context, context.socket(zmq.XSUB) as notice:
         notice.connect(board.segment.header.stats_address)
         notice.send(wire.encode_first_request(0, 0))
-        wait_until(lambda: board.wave == wave + 1 and board.phase is Phase.PAUSED and checks.is_idle(board))
+        wait_until(lambda: board.messages_received[0] > heard)
+    assert (board.wave, board.phase) == (wave, Phase.PAUSED)  # a request would wake the ranks: here is none
     assert len(server.generate(3, 4)) == 4
+    wait_until(lambda: board.wave == wave + 1 and board.phase is Phase.PAUSED and checks.is_idle(board))
 
 
 def test_pause_and_resume(server, board):

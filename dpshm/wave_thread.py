@@ -404,12 +404,13 @@ class WaveThread(threading.Thread):
             return
         before = self._state
         named = self._settings.exclude_receiver
+        # Looked up only where it matters: not before the first START, which all wait for.
+        late = before.phase is Phase.WAKING or (isinstance(event, FirstRequest) and event.wave < before.wave)
         self._state, commands = handle_coordinator(
             before,
             event,
             exclude_named=named,
-            # Only while waking does anything depend on it: not before the first START, which all wait for.
-            repeat_start=named or (before.phase is Phase.WAKING and self._has_stock_engines()),
+            repeat_start=named or (late and self._has_stock_engines()),
         )
         if self._state != before:
             # The board before the messages: whoever hears of the change finds it there.

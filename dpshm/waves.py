@@ -12,8 +12,9 @@ Coordinator, state ``(wave, phase)``, starts ``(0, PAUSED)``; nothing ever lower
 
     event                    when                          becomes              commands
     -----------------------  ----------------------------  -------------------  --------------------------------
-    FirstRequest(e, w)       w >= wave, paused             waking               StartWave(wave, nobody)
-                             w < wave; waking, running     -                    -
+    FirstRequest(e, w)       paused; if w < wave only      waking               StartWave(wave, nobody)
+                             with `repeat_start`
+                             waking, running               -                    -
     WaveCompleted(w)         wave <= w                     w + 1, paused        PublishState
                              w < wave                      -                    -
     WaveStarted(e, w),       w > wave, or w == wave and    w, running           StartWave(w, exclude e),
@@ -34,14 +35,14 @@ server hung so). ``exclude_named=True`` brings the exclusion back for engines th
 are sent. `WaveStarted` does exclude its sender, which is awake for certain.
 
 The front-end sends START to the ranks itself when it sends `FirstRequest` (`dpshm.doorbell`), so a rank may hear
-it before the coordinator has heard anything, and again from the coordinator: the engine's table has both. The
-ranks may even be through by the time that `FirstRequest` arrives; it is of an old wave then, and starts no other.
-Nor need it where its sender had merely not heard of a wave: the request itself wakes the rank that gets it.
+it before the coordinator has heard anything, and again from the coordinator: the engine's table has both.
 
-All were told when the group began to wake, so a second START when the first engine confirms is for those who
-missed it, and costs every rank a message at the moment when all are busy waking. ``repeat_start=False`` leaves
-it out, for groups whose rows tell who sleeps (`RanksSplit`); a stock engine's row does not, and
-``exclude_named`` has left one out.
+``repeat_start=False`` leaves two STARTs out, in groups whose rows tell who sleeps (`RanksSplit`); a stock engine's
+row does not, and ``exclude_named`` has left one out. The one is sent when the first engine confirms a wake-up: all
+were told when it began, so it is for those who missed it, and costs every rank a message at the moment when all
+are busy waking. The other answers a `FirstRequest` of an old wave. The ranks may have run that wave, rung by its
+sender, and be through by the time that it arrives; and if its sender had merely not heard of the wave, the request
+itself wakes the rank that gets it.
 
 `SeenRunning` in a paused group starts the wave like `WaveStarted` does: the engine's own message may be
 the one that was lost, and if it is only late, the second start changes nothing. Seen in an old wave it
@@ -238,12 +239,12 @@ def handle_coordinator(
         state: where it is.
         event: what happened.
         exclude_named: leave the engine that a `FirstRequest` names out of its START.
-        repeat_start: send START again when the first engine confirms a wake-up.
+        repeat_start: send START again when the first engine confirms a wake-up, and for an old `FirstRequest`.
     """
     wave, phase = state
     event = _within_limits(event)
     match event:
-        case FirstRequest(engine, w) if w >= wave and phase is Phase.PAUSED:
+        case FirstRequest(engine, w) if phase is Phase.PAUSED and (w >= wave or repeat_start):
             exclude = engine if exclude_named else None
             return CoordinatorState(wave, Phase.WAKING), [StartWave(wave, exclude)]
         case WaveCompleted(w) if w >= wave:

@@ -175,7 +175,7 @@ def facts_of(rank: Rank, bounds: Bounds) -> Facts:
 class Noise:
     """Which old messages change nothing, whatever state they come upon: asked of the rules."""
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Rules, bounds: Bounds) -> None:
         states = [EngineState(BASE, r, p) for r in (False, True) for p in (False, True) if not (r and p)]
         coordinators = [CoordinatorState(BASE, phase) for phase in Phase]
         old = BASE - 1
@@ -189,7 +189,10 @@ class Noise:
         )
         self._started = all(rules.coordinator(s, WaveStarted(1, old)) == (s, []) for s in coordinators)
         self._completed = all(rules.coordinator(s, WaveCompleted(old)) == (s, []) for s in coordinators)
-        self._first = all(rules.coordinator(s, FirstRequest(1, old)) == (s, []) for s in coordinators)
+        again = bounds.repeat_start
+        self._first = all(
+            rules.coordinator(s, FirstRequest(1, old), repeat_start=again) == (s, []) for s in coordinators
+        )
 
     def without(self, rank: Rank) -> Rank:
         """The rank without it; what is left of old messages is one wave old."""

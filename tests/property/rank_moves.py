@@ -47,7 +47,7 @@ class Ranks:
     def __init__(self, bounds: Bounds, rules: Rules) -> None:
         self.bounds = bounds
         self.rules = rules
-        self._ranks: Numbers[Rank] = Numbers(Noise(rules).without)
+        self._ranks: Numbers[Rank] = Numbers(Noise(rules, bounds).without)
         self._events: Numbers[tuple[type, CoordinatorEvent]] = Numbers()
         self._facts: list[Facts] = []
         for name in ("_shifted", "_told", "_own_moves", "_mail", "_new_requests", "_named", "_with_start"):

@@ -47,7 +47,7 @@ def start(wave: int, exclude: int | None = None) -> StartWave:
 
 # Each row: the event; then what becomes of (5, paused), (5, waking) and (5, running).
 COORDINATOR: list[tuple[CoordinatorEvent, object, object, object]] = [
-    (FirstRequest(2, 4), KEEPS, KEEPS, KEEPS),
+    (FirstRequest(2, 4), (5, WAKING, [start(5)]), KEEPS, KEEPS),
     (FirstRequest(2, 5), (5, WAKING, [start(5)]), KEEPS, KEEPS),
     (FirstRequest(2, 6), (5, WAKING, [start(5)]), KEEPS, KEEPS),
     (FirstRequest(None, 5), (5, WAKING, [start(5)]), KEEPS, KEEPS),
@@ -112,7 +112,9 @@ def test_coordinator_that_excludes_who_was_named(
 def test_coordinator_that_does_not_repeat_start(
     event: CoordinatorEvent, phase: Phase, after: tuple[int, Phase, list[object]] | None
 ):
-    """Guards against `repeat_start` changing more than what the first confirmation of a wake-up sends."""
+    """Guards against `repeat_start` changing more than what a first confirmation and a late first request send."""
+    if isinstance(event, FirstRequest) and event.wave < 5:
+        after = None
     wave, became, commands = (5, phase, []) if after is None else after
     if phase is WAKING and became is RUNNING and wave == 5:
         commands = [PUBLISH]

@@ -153,20 +153,17 @@ class Coordinator:
         if self._finalizer is not None:
             self._finalizer()
 
-    def hand_over(self) -> None:
+    def hand_over(self) -> bool:
         """Ends this coordinator alone: the board stays, and the next coordinator of the group takes it over.
 
-        If nobody else is attached this is `close`.
+        If nobody else is attached this is `close`. Returns whether the board stays.
         """
-        if self.board.segment.usable and self.board.segment.is_shared():
-            self._keep_board()
-        self.close()
-
-    def _keep_board(self) -> None:
-        alive = self._finalizer.detach() if self._finalizer is not None else None
-        if alive is not None:
+        stays = self.board.segment.usable and self.board.segment.is_shared()
+        if stays and self._finalizer is not None and (alive := self._finalizer.detach()) is not None:
             _, shut_down, arguments, _ = alive
             shut_down(*arguments, unlink=False)
+        self.close()
+        return stays
 
     def __enter__(self) -> Coordinator:
         return self

@@ -65,8 +65,7 @@ class Engine(EngineRow):
         connect(self.socket, header.engine_input_address, keys)
         self.socket.subscribe(b"")
         connect(self._output, header.engine_output_address, keys)
-        waves = header.settings.get("waves", True)
-        self._doorbell = hang_up(board.segment.sockets_path, dp_rank) if waves else None
+        self._doorbell = hang_up(board.segment.sockets_path, dp_rank) if header.waves else None
         self.bell = None if self._doorbell is None else self._doorbell.socket.fileno()
         self._poller = zmq.Poller()  # made once: making one costs more than all that a START does here
         self.register(self._poller)

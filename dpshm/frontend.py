@@ -375,7 +375,7 @@ class Frontend:
             models = board.step_model[:n, len(layout.STEP_WORDS) :]
             # Copied here and not in each decision: what engines have learnt changes slowly.
             # Ranks that have waves step together.
-            learnt = comparable(models.tolist(), lockstep=bool(self._segment.header.settings.get("waves", True)))
+            learnt = comparable(models.tolist(), lockstep=self._segment.header.waves)
             self._models: Any = np.array(learnt, np.int64, order="F") if n >= VECTOR_FROM else learnt
         self._verdicts = board.engine_verdicts()
         drained = [bool(mark & layout.DRAINED) for mark in board.engine_mark[:n].tolist()]
@@ -418,7 +418,7 @@ class Frontend:
         return f"no engine of group {self._segment.group!r} may be chosen: {states or 'there are none'}{only}"
 
     def _wake(self, dp_rank: int | None, wave: int) -> None:
-        if not self._segment.header.settings.get("waves", True):
+        if not self._segment.header.waves:
             return
         try:
             if wave != self._rung and self._segment.linked:

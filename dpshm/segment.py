@@ -78,6 +78,11 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     time_namespace: int
     columns: dict[str, Column]
 
+    @property
+    def waves(self) -> bool:
+        """Whether the group's ranks run in lockstep."""
+        return bool(self.settings.get("waves", True))
+
 
 def directory() -> Path:
     """Where segments live: ``DPSHM_DIR``, else ``/dev/shm``."""

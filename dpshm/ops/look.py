@@ -36,7 +36,7 @@ def look(board: Board) -> Frame:
         group=header.group,
         linked=board.segment.linked,
         mode=str(header.settings.get("mode", "internal")),
-        waves=bool(header.settings.get("waves", True)),
+        waves=header.waves,
         dp_size=board.dp_size,
         max_engines=board.engines,
         max_frontends=board.frontends,
@@ -101,7 +101,7 @@ def _ranks(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Rank]:
     # Nobody has marked those who died since nobody watches.
     counted = None if marks_fresh else [f for f in range(board.frontends_used()) if board.frontend_alive(f)]
     rows = board.snapshot(now_ns, counted)
-    waves = bool(board.segment.header.settings.get("waves", True))
+    waves = board.segment.header.waves
     names = rows.dtype.names or ()
     ranks = []
     for values in rows.tolist():

@@ -24,7 +24,6 @@ from dpshm.board import Board
 from dpshm.coordinator import Coordinator
 from dpshm.errors import SegmentError, SettingError
 from dpshm.ops.systemd import notify, watchdog_interval_s
-from dpshm.segment import segment_path
 from dpshm.settings import IMMUTABLE
 
 logger = logging.getLogger(__name__)
@@ -90,9 +89,8 @@ def serve(settings: dict[str, Any]) -> None:
                 raise CoordinatorFailed(f"a thread of the coordinator of group {group!r} ended: see the log above")
             logger.info("ending group %r: %s", group, signal.Signals(asked[0]).name)
             notify("STOPPING=1", f"STATUS=ending: {signal.Signals(asked[0]).name}")
-            if asked[0] == signal.SIGTERM:
-                coordinator.hand_over()
-        if segment_path(group).exists():
+            stays = asked[0] == signal.SIGTERM and coordinator.hand_over()
+        if stays:
             logger.info(
                 "the board of group %r stays with those who use it: a coordinator that is started takes it over; "
                 "once they have ended, `dpshm doctor --sweep` removes it",

@@ -35,8 +35,8 @@ from bench.comparison import machine_facts, progress
 from bench.distribution import quantiles
 from bench.processes import Line, Worker
 from dpshm import CoordinatorProcess, Engine, Frontend
+from dpshm.board.segment import sweep
 from dpshm.policies import Request, View
-from dpshm.segment import sweep
 
 ENGINES = 8
 BOOKINGS = 5

@@ -1,6 +1,6 @@
 """``python -m bench gpu``: lockstep ranks that compute, and what reporting, freshness and waking cost them.
 
-Real ranks (`dpshm.sim.torch_engine`), each on a GPU of its own where there are as many, else several on one, else
+Real ranks (`dpshm.sim.torch.engine`), each on a GPU of its own where there are as many, else several on one, else
 on the CPU; a coordinator process; this process in the place of a front-end. In this order, on one set of ranks:
 
 - *steps*: under a steady load the ranks alternate between no reports, the board and the broadcast's reports
@@ -38,7 +38,8 @@ import zmq
 from bench.distribution import quantiles
 from bench.processes import Worker
 from dpshm import CoordinatorProcess, Frontend, NoEngineAvailable, Route
-from dpshm.sim.messages import (
+from dpshm.rules.waves import Phase
+from dpshm.sim.demo.messages import (
     EngineSettings,
     ReplyMessage,
     RequestMessage,
@@ -46,7 +47,6 @@ from dpshm.sim.messages import (
     frontend_address,
     new_prefix,
 )
-from dpshm.waves import Phase
 
 try:
     from bench.gpu_rank import BLOCK, WAYS, run_rank, watch

@@ -27,14 +27,14 @@ import torch
 import zmq
 
 from bench.processes import Line
-from dpshm import wire
-from dpshm.board import Board
+from dpshm.board.board import Board
+from dpshm.net import wire
 from dpshm.sim.batching import SimRequest, Step
-from dpshm.sim.engine import SimEngine
-from dpshm.sim.messages import EngineSettings, RequestMessage
-from dpshm.sim.torch_engine import TorchAccelerator, serve
-from dpshm.sim.torch_ranks import Ranks
-from dpshm.sim.torch_watchdog import Watchdog
+from dpshm.sim.demo.engine import SimEngine
+from dpshm.sim.demo.messages import EngineSettings, RequestMessage
+from dpshm.sim.torch.engine import TorchAccelerator, serve
+from dpshm.sim.torch.ranks import Ranks
+from dpshm.sim.torch.watchdog import Watchdog
 
 WAYS = ("none", "board", "pub")
 BLOCK = 16
@@ -43,7 +43,7 @@ LOOKS_BETWEEN_CHECKS = 2000
 
 
 class ParentsLine:
-    """The rank's line to the measuring process in the place of the demo's `dpshm.sim.child.Lifeline`."""
+    """The rank's line to the measuring process in the place of the demo's `dpshm.sim.demo.child.Lifeline`."""
 
     def __init__(self, line: Line) -> None:
         self._line = line

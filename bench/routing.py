@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from dpshm.sim.comparison import Comparison, Estimate, Result
-from dpshm.sim.laboratory import Plant
-from dpshm.sim.simulate import SimulationSettings, compare
+from dpshm.sim.lab.figures import Comparison, Estimate, Result
+from dpshm.sim.lab.run import Plant
+from dpshm.sim.lab.study import SimulationSettings, compare
 
 CODE = "AzureLLMInferenceTrace_code.csv"
 CHAT = "mooncake_conversation_trace.jsonl"

@@ -14,13 +14,13 @@ from contextlib import ExitStack
 from typing import Literal, cast
 
 from dpshm import Frontend
-from dpshm.board import Board
-from dpshm.layout import DEFAULT_ENGINES, DEFAULT_FRONTENDS, pack_control, pack_load
-from dpshm.liveness import Verdict
-from dpshm.marks import Marks
+from dpshm.board.board import Board
+from dpshm.board.layout import DEFAULT_ENGINES, DEFAULT_FRONTENDS, pack_control, pack_load
+from dpshm.board.segment import Segment, coordinator_byte, make_header
+from dpshm.coordinator.row import Marks
 from dpshm.policies import Policy
-from dpshm.segment import Segment, coordinator_byte, make_header
-from dpshm.waves import Phase
+from dpshm.rules.liveness import Verdict
+from dpshm.rules.waves import Phase
 
 OnTheirWay = Literal["none", "one each", "all"]
 """Which requests are on their way: none; from each front-end one; from each front-end one to every rank."""

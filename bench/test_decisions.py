@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from bench.still import StillBoard
-from dpshm.exclusive import Turnstile
-from dpshm.layout import STEP_MODEL_WORDS
+from dpshm.board.layout import STEP_MODEL_WORDS
+from dpshm.frontend.decision_lock import Turnstile
+from dpshm.frontend.recorder import Recorder
 from dpshm.policies import NAMES, by_name
-from dpshm.recorder import Recorder
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest_benchmark.logger.PytestBenchmarkWarning")
 BATCH = 20

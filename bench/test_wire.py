@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpshm import wire
+from dpshm.net import wire
 
 STATS = wire.SchedulerStats(16, 3, 7, 1, 0.4)
 

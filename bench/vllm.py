@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from dpshm.sim.traces import Arrival, read_trace
+from dpshm.sim.workloads.traces import Arrival, read_trace
 from tests.e2e.vllm import environment
 from tests.e2e.vllm.server import NO_MODEL, Server
 

@@ -4,9 +4,9 @@ Engines store their load in shared memory, front-ends read it when they choose a
 runs the request waves, publishing only when their state changes.
 """
 
-from dpshm.board import Board
-from dpshm.coordinator import Coordinator
-from dpshm.engine import Engine
+from dpshm.board.board import Board
+from dpshm.coordinator.handle import Coordinator
+from dpshm.engine.handle import Engine
 from dpshm.errors import (
     CapacityExceeded,
     DpshmError,
@@ -26,8 +26,8 @@ from dpshm.errors import (
     WireError,
     WrongThread,
 )
-from dpshm.frontend import Frontend, Route
-from dpshm.process import CoordinatorProcess
+from dpshm.frontend.handle import Frontend, Route
+from dpshm.service.child import CoordinatorProcess
 from dpshm.version import __version__
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dpshm import segment
+from dpshm.board import segment
 from tests.support import leftovers
 
 _PREFIX = f"test{os.getpid()}-"

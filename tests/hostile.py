@@ -14,9 +14,11 @@ from pathlib import Path
 
 import zmq
 
-from dpshm import Board, Engine, Frontend, layout, wire
-from dpshm.liveness import Verdict
-from dpshm.waves import Phase
+from dpshm import Board, Engine, Frontend
+from dpshm.board import layout
+from dpshm.net import wire
+from dpshm.rules.liveness import Verdict
+from dpshm.rules.waves import Phase
 from tests.support import polled, verdict, wait_until
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)

@@ -19,13 +19,15 @@ from typing import Any
 import msgspec
 import zmq
 
-from dpshm import Engine, segment, wire
-from dpshm import board as board_module
-from dpshm.board import Board
-from dpshm.liveness import Verdict
-from dpshm.marks import Marks
-from dpshm.segment import Segment, coordinator_byte, make_header
-from dpshm.watch_thread import WatchThread
+from dpshm import Engine
+from dpshm.board import board as board_module
+from dpshm.board import segment
+from dpshm.board.board import Board
+from dpshm.board.segment import Segment, coordinator_byte, make_header
+from dpshm.coordinator.row import Marks
+from dpshm.coordinator.watch_thread import WatchThread
+from dpshm.net import wire
+from dpshm.rules.liveness import Verdict
 
 PATIENCE_S = 30.0
 HEARING_S = 10.0

@@ -15,9 +15,9 @@ import zmq
 
 from bench.baselines import Middle, Spec
 from dpshm import CoordinatorProcess, Engine, Frontend, Route
-from dpshm.board import Words
-from dpshm.layout import unpack_load
-from dpshm.waves import Phase
+from dpshm.board.board import Words
+from dpshm.board.layout import unpack_load
+from dpshm.rules.waves import Phase
 
 _numbers = itertools.count()
 

@@ -4,7 +4,7 @@
                          keeps the newest counts of each rank; publishes all of them, together with the
                          wave, at most every `interval_s` while they change, every 5 s otherwise
 
-Wire and ends are vLLM's (`dpshm.wire`, `bench.baselines.stock`), so the same ends meet vLLM's own coordinator
+Wire and ends are vLLM's (`dpshm.net.wire`, `bench.baselines.stock`), so the same ends meet vLLM's own coordinator
 in `bench.baselines.vllm`. Where a choice was open, it went in the broadcast's favour: the coordinator
 imports nothing of vLLM, takes all that has come before it looks at the clock (vLLM: one message a turn), and
 sends when its interval is over, not when its input has run dry for 50 ms. With ``interval_s = 0`` each change
@@ -24,8 +24,8 @@ import zmq
 
 from bench.baselines import Middle, Spec, Start, stock
 from bench.processes import Line, Told, Worker
-from dpshm import wire
 from dpshm.errors import WireError
+from dpshm.net import wire
 
 IDLE_REFRESH_S = 5.0
 BATCH = 256

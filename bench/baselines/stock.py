@@ -14,7 +14,7 @@ import msgspec
 import zmq
 
 from bench.baselines import Spec
-from dpshm import wire
+from dpshm.net import wire
 
 _decode, _encode = msgspec.msgpack.decode, msgspec.msgpack.encode
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from dpshm.errors import DpshmError, GroupInUse, SegmentError, SettingError
-from dpshm.ops.logs import set_up
-from dpshm.ops.serve import CoordinatorFailed, of_the_living, read_config, serve
+from dpshm.service.logs import set_up
+from dpshm.service.serve import CoordinatorFailed, of_the_living, read_config, serve
 
 EXIT_FAILED, EXIT_SETTING, EXIT_IN_USE, EXIT_MEMORY = 1, 2, 3, 4
 

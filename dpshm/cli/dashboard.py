@@ -7,8 +7,8 @@ from typing import Annotated
 import msgspec
 import typer
 
-from dpshm.ops.dashboard import ALERTS
-from dpshm.ops.dashboard import dashboard as build
+from dpshm.ops.grafana import ALERTS
+from dpshm.ops.grafana import dashboard as build
 
 
 def dashboard(

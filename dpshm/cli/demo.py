@@ -11,10 +11,10 @@ import typer
 
 from dpshm.cli.live import make_display
 from dpshm.policies import NAMES
-from dpshm.sim.demo import run_demo
-from dpshm.sim.interrupt import Interrupted
-from dpshm.sim.report import Report
-from dpshm.sim.workload import DemoSettings
+from dpshm.sim.demo.interrupt import Interrupted
+from dpshm.sim.demo.report import Report
+from dpshm.sim.demo.run import run_demo
+from dpshm.sim.demo.workload import DemoSettings
 
 
 class EngineKind(StrEnum):

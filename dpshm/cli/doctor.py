@@ -8,13 +8,13 @@ from typing import Annotated
 import msgspec
 import typer
 
-from dpshm.board import Board
+from dpshm.board.board import Board
 from dpshm.cli.options import GroupOption
 from dpshm.errors import DpshmError
-from dpshm.ops.find import Found, find_groups
-from dpshm.ops.finding import Finding
-from dpshm.ops.group import check_group
-from dpshm.ops.node import check_directory, check_leftovers, check_logind, check_processes, sweep_leftovers
+from dpshm.ops.doctor.finding import Finding
+from dpshm.ops.doctor.group import check_group
+from dpshm.ops.doctor.node import check_directory, check_leftovers, check_logind, check_processes, sweep_leftovers
+from dpshm.ops.groups import Found, find_groups
 
 EXIT_FOUND = 1
 SIGNS = {"error": "ERROR  ", "warning": "WARNING", "note": "note   "}

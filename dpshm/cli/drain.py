@@ -11,10 +11,10 @@ import msgspec
 import typer
 
 from dpshm.cli.options import GroupOption, JsonOption, interrupted
-from dpshm.ops.find import open_group
+from dpshm.ops.drain import check_some_stay, parse_ranks, set_drained
 from dpshm.ops.frame import Rank
-from dpshm.ops.steer import check_some_stay, parse_ranks, set_drained
-from dpshm.ops.watch import Watcher
+from dpshm.ops.groups import open_group
+from dpshm.ops.watcher import Watcher
 
 EXIT_TIMEOUT = 1
 LOOK_S = 0.1

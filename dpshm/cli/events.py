@@ -12,7 +12,7 @@ import typer
 
 from dpshm.cli.options import GroupOption, JsonOption, interrupted
 from dpshm.ops.events import Event, EventReader
-from dpshm.ops.find import open_group
+from dpshm.ops.groups import open_group
 
 LOOK_S = 0.05
 

@@ -9,7 +9,7 @@ import msgspec
 import typer
 
 from dpshm.cli.options import JsonOption
-from dpshm.keys import ENVIRONMENT, make_keys, server_keys
+from dpshm.net.keys import ENVIRONMENT, make_keys, server_keys
 
 
 class Made(msgspec.Struct):

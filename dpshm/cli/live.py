@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from dpshm.sim.demo import Sample
+from dpshm.sim.demo.run import Sample
 
 REFRESH_S = 0.25
 LINE_S = 2.0

@@ -6,8 +6,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from dpshm.ops.text import Glyphs
-from dpshm.segment import groups
+from dpshm.board.segment import groups
+from dpshm.ops.screen.text import Glyphs
 
 EXIT_INTERRUPTED = 130
 

@@ -8,10 +8,10 @@ from typing import Annotated
 import msgspec
 import typer
 
+from dpshm.frontend.recorder import read
+from dpshm.ops.replay import Summary, export, summarise
+from dpshm.ops.replay import replay as replay_decisions
 from dpshm.policies import NAMES, by_name
-from dpshm.recorder import read
-from dpshm.replay import Summary, export, summarise
-from dpshm.replay import replay as replay_decisions
 
 
 def replay(

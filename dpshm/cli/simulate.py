@@ -18,10 +18,10 @@ import typer
 from dpshm.errors import SettingError
 from dpshm.policies import NAMES
 from dpshm.sim.batching import StepCost
-from dpshm.sim.comparison import Comparison, Estimate, Result
-from dpshm.sim.information import NAMES as INFORMATION
-from dpshm.sim.laboratory import Plant
-from dpshm.sim.simulate import SimulationSettings, compare
+from dpshm.sim.lab.figures import Comparison, Estimate, Result
+from dpshm.sim.lab.information import NAMES as INFORMATION
+from dpshm.sim.lab.run import Plant
+from dpshm.sim.lab.study import SimulationSettings, compare
 
 PROGRESS_S = 2.0
 BAR_COLUMNS = 40

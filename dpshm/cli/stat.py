@@ -11,11 +11,11 @@ import msgspec
 import typer
 
 from dpshm.cli.options import AsciiOption, GroupOption, JsonOption, glyphs, interrupted
-from dpshm.ops.find import open_group
 from dpshm.ops.frame import Frame
-from dpshm.ops.screen import History, screen
-from dpshm.ops.text import Glyphs
-from dpshm.ops.watch import Watcher
+from dpshm.ops.groups import open_group
+from dpshm.ops.screen.table import History, screen
+from dpshm.ops.screen.text import Glyphs
+from dpshm.ops.watcher import Watcher
 
 PIPE_WIDTH = 120
 

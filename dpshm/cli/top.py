@@ -12,10 +12,10 @@ from rich.console import Console
 
 from dpshm.cli.options import AsciiOption, GroupOption, glyphs, interrupted
 from dpshm.errors import SettingError
-from dpshm.ops.find import open_group
-from dpshm.ops.screen import History, screen
-from dpshm.ops.text import Glyphs
-from dpshm.ops.watch import Watcher
+from dpshm.ops.groups import open_group
+from dpshm.ops.screen.table import History, screen
+from dpshm.ops.screen.text import Glyphs
+from dpshm.ops.watcher import Watcher
 
 PIPE_WIDTH = 120
 ONCE_LOOKS, ONCE_S = 10, 0.1
@@ -54,7 +54,7 @@ def top(
                 return
             if not sys.stdout.isatty() or not sys.stdin.isatty():
                 raise SettingError("top needs a terminal: use `dpshm top --once`, or `dpshm stat --watch 1`")
-            from dpshm.ops.top import Top
+            from dpshm.ops.screen.app import Top
 
             Top(watcher, interval, signs).run()
         except KeyboardInterrupt:

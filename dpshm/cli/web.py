@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from dpshm.cli.options import GroupOption, interrupted
-from dpshm.ops.find import open_group
+from dpshm.ops.groups import open_group
 from dpshm.ops.web import Server, is_loopback
 
 TOKEN_BYTES = 18

@@ -1,9 +1,9 @@
 """What happened to a group: its changes as the board recorded them, and what only shows to somebody who looks.
 
 Every change of a mark, of the number of ranks and of the coordinator is on the board with its time, the newest
-`dpshm.layout.CHANGES` of them; so what happened while nobody looked is not lost. Waves come and go too often to
-be recorded: of those that ran between two looks the count is known. The end of a coordinator, and of a rank while
-there is none, nobody can record: these are noticed, at the time of the look.
+`dpshm.board.layout.CHANGES` of them; so what happened while nobody looked is not lost. Waves come and go too
+often to be recorded: of those that ran between two looks the count is known. The end of a coordinator, and of a
+rank while there is none, nobody can record: these are noticed, at the time of the look.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import msgspec
 
-from dpshm import layout
-from dpshm.board import Board
+from dpshm.board import layout
+from dpshm.board.board import Board
+from dpshm.board.layout import Change, ChangeKind
 from dpshm.errors import SegmentError
-from dpshm.layout import Change, ChangeKind
-from dpshm.liveness import Verdict
-from dpshm.ops.look import SILENT_AFTER_S, clocks_agree
-from dpshm.waves import Phase
+from dpshm.ops.read_frame import SILENT_AFTER_S, clocks_agree
+from dpshm.rules.liveness import Verdict
+from dpshm.rules.waves import Phase
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

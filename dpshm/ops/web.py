@@ -27,11 +27,11 @@ from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 
-from dpshm.board import Board
+from dpshm.board.board import Board
 from dpshm.errors import SettingError
 from dpshm.ops.events import Event, EventReader
 from dpshm.ops.frame import Frame
-from dpshm.ops.watch import Watcher
+from dpshm.ops.watcher import Watcher
 
 PAST_POINTS = 600
 PAST_EVENTS = 100

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from dpshm import layout
+from dpshm.board import layout
 from dpshm.policies.hashing import mix
 from dpshm.policies.view import Request, View, first_least
 

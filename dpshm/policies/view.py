@@ -43,8 +43,9 @@ class Work(msgspec.Struct, eq=False, gc=False):
 
     Attributes:
         tokens: prompt tokens that any front-end sent and the engine has not computed.
-        steps: by rank the words of `dpshm.layout.STEP_WORDS`: the running step.
-        models: by rank the words of `dpshm.layout.MODEL_WORDS`: what the engine has learnt of its steps, made
+        steps: by rank the words of `dpshm.board.layout.STEP_WORDS`: the running step.
+        models: by rank the words of `dpshm.board.layout.MODEL_WORDS`: what the engine has learnt of its steps,
+            made
             comparable (`dpshm.policies.comparable`). They change slowly and may be some tenths of a second old.
         now_ns: CLOCK_MONOTONIC.
     """
@@ -60,7 +61,7 @@ class View(msgspec.Struct, eq=False, gc=False):
 
     Attributes:
         ranks: who may be chosen, never empty, in the order that breaks ties.
-        load: reported load, packed (`dpshm.layout.unpack_load`).
+        load: reported load, packed (`dpshm.board.layout.unpack_load`).
         requests: by rank those waiting, running, and sent by any front-end but not received (`unseen`).
         own: requests of this front-end that are unfinished, by rank.
         num_frontends: live front-ends.

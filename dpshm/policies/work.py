@@ -12,10 +12,11 @@ What a new request waits for, at an engine that serves first come, first served 
 The first is the work in front of it. The second is the wait for a place, if that many requests have to end first.
 
 All of it stands on the board. The counts are reported plus unseen. ``base``, ``per_request``, ``per_token``,
-``chunk``, ``places`` and ``ending`` are what each engine has learnt of its own steps (`dpshm.learning`), so an
-engine that is slow, or of another kind, or slows down, is seen as what it is, and nothing has to be tuned. An
-engine that has learnt nothing yet, because it has just started or is a stock one, is taken to be like the mean
-of those that have. If none has, or the view has no tokens, requests are counted, as `least_loaded` does.
+``chunk``, ``places`` and ``ending`` are what each engine has learnt of its own steps
+(`dpshm.policies.step_model`), so an engine that is slow, or of another kind, or slows down, is seen as what it
+is, and nothing has to be tuned. An engine that has learnt nothing yet, because it has just started or is a stock
+one, is taken to be like the mean of those that have. If none has, or the view has no tokens, requests are
+counted, as `least_loaded` does.
 
 Source: the idea that a request should go where the *work* in front of it, not the number of requests, is least
 is old: Harchol-Balter, Crovella, Murta, "On choosing a task assignment policy for a distributed server system",
@@ -30,7 +31,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from dpshm.layout import MODEL_WORDS
+from dpshm.board.layout import MODEL_WORDS
 from dpshm.policies.view import Request, View, Work
 
 _NO_LIMIT = 1 << 40
@@ -92,7 +93,7 @@ def comparable(models: list[list[int]], *, lockstep: bool = False) -> list[list[
     So all of them get the mean.
 
     Args:
-        models: by rank the words of `dpshm.layout.MODEL_WORDS`, as published; they are not trusted.
+        models: by rank the words of `dpshm.board.layout.MODEL_WORDS`, as published; they are not trusted.
         lockstep: whether the ranks step together.
     """
     learnt = [model for model in models if model[0] > 0]

@@ -6,8 +6,8 @@ classes (`dpshm.vllm.hooks` lists them) and returns; each hook does nothing unti
 data parallelism, and each goes on the stock way if anything of ours fails.
 
     launcher      dpshm's coordinator in the place of vLLM's         `dpshm.vllm.coordinator`
-    engine        its row of the board, before and after each step   `dpshm.vllm.engine`
-    API server    chooses by the board and books on it               `dpshm.vllm.frontend`
+    engine        its row of the board, before and after each step   `dpshm.vllm.engine_core`
+    API server    chooses by the board and books on it               `dpshm.vllm.api_server`
 
 ``DPSHM=0`` turns it off, ``DPSHM=shadow`` only compares (`dpshm.vllm.shadow`); `dpshm.vllm.options` has the rest.
 """

@@ -19,10 +19,10 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
-from dpshm import segment
+from dpshm.board import segment
+from dpshm.coordinator.settings import Settings
 from dpshm.errors import SegmentError, SettingError
-from dpshm.process import START_TIMEOUT_S, STOP_TIMEOUT_S, CoordinatorProcess
-from dpshm.settings import Settings
+from dpshm.service.child import START_TIMEOUT_S, STOP_TIMEOUT_S, CoordinatorProcess
 from dpshm.version import __version__
 from dpshm.vllm.log import logger
 from dpshm.vllm.options import Options
@@ -171,7 +171,7 @@ class StandIn:
 class WatchedCoordinator:
     """vLLM's handle on a coordinator; starts it again when it dies.
 
-    Takes the settings of `dpshm.settings.Settings`.
+    Takes the settings of `dpshm.coordinator.settings.Settings`.
 
     Attributes:
         settings: what the coordinator was told.

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from hashlib import blake2s
 
-from dpshm import segment
-from dpshm.board import Board
+from dpshm.board import segment
+from dpshm.board.board import Board
 from dpshm.errors import SegmentError
 
 

@@ -5,9 +5,9 @@
     v1.engine.utils.DPCoordinator                  the launcher starts ours instead
     v1.engine.core.EngineCoreProc.run_busy_loop    the thread that owns the scheduler begins its work: takes
     v1.engine.core.DPEngineCoreProc.run_busy_loop  the rank's row there, and hooks the instance
-                                                   (`dpshm.vllm.engine`)
+                                                   (`dpshm.vllm.engine_core`)
     v1.engine.core_client.DPAsyncMPClient          an API server would listen to the broadcast: looks for the
-      ._ensure_stats_update_task                   board first, and hooks the instance (`dpshm.vllm.frontend`)
+      ._ensure_stats_update_task                   board first, and hooks the instance (`dpshm.vllm.api_server`)
     v1.engine.core_client.DPLBAsyncMPClient        requests that finished leave the bookings
       .process_engine_outputs
     prometheus_client.multiprocess                 the board's figures on vLLM's /metrics
@@ -27,9 +27,9 @@ from importlib import import_module
 from typing import Any
 
 from dpshm.vllm import metrics
+from dpshm.vllm.api_server import outputs_processor, stats_task
 from dpshm.vllm.coordinator import coordinator_factory
-from dpshm.vllm.engine import busy_loop
-from dpshm.vllm.frontend import outputs_processor, stats_task
+from dpshm.vllm.engine_core import busy_loop
 from dpshm.vllm.log import adopt_core, logger
 from dpshm.vllm.options import Options
 from dpshm.vllm.versions import why_not

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from dpshm.board import Board
+from dpshm.board.board import Board
 from dpshm.vllm.log import logger
 
 _groups: set[str] = set()
@@ -31,7 +31,7 @@ def install() -> None:
     try:
         from prometheus_client import REGISTRY, multiprocess
 
-        from dpshm.metrics import BoardCollector  # noqa: F401  (to fail now, and not at each scrape)
+        from dpshm.ops.metrics import BoardCollector  # noqa: F401  (to fail now, and not at each scrape)
     except Exception as e:
         logger.info("dpshm: no figures of the board on /metrics: %s", e)
         return
@@ -58,7 +58,7 @@ class _BoardsCollector:
         families: list[Any] = []
         for group in sorted(_groups):
             try:
-                from dpshm.metrics import BoardCollector
+                from dpshm.ops.metrics import BoardCollector
 
                 with Board.attach(group) as board:
                     families.extend(BoardCollector(board).collect())

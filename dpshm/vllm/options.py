@@ -22,7 +22,7 @@ class Options(msgspec.Struct, frozen=True):
         mode: ``DPSHM``: on (1, the default), off (0), or shadow: fill the board, let vLLM choose, compare.
         policy: ``DPSHM_POLICY``: how API servers choose, see `dpshm.policies`.
         group: ``DPSHM_GROUP``: the deployment's name on this node; default ``vllm-PID``, of the launcher.
-        stall_timeout_s: ``DPSHM_STALL_TIMEOUT_S``: see `dpshm.settings.Settings`.
+        stall_timeout_s: ``DPSHM_STALL_TIMEOUT_S``: see `dpshm.coordinator.settings.Settings`.
         shadow_log_s: ``DPSHM_SHADOW_LOG_S``: how often shadow mode sums up.
         any_version: ``DPSHM_ANY_VLLM=1``: also try releases of vLLM that it was never run on.
     """

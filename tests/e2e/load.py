@@ -21,7 +21,7 @@ import msgspec
 import zmq
 
 from dpshm import Board, CoordinatorProcess, DpshmError, Engine, Frontend
-from dpshm.ops.look import look
+from dpshm.ops.read_frame import look
 from dpshm.sim.batching import Batcher, SimRequest
 from tests.support import Remote, gone, wait_until
 

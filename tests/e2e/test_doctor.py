@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from dpshm import Coordinator, Engine, Frontend
-from dpshm.board import Board
-from dpshm.segment import Segment, make_header, segment_path, sockets_path
+from dpshm.board.board import Board
+from dpshm.board.segment import Segment, make_header, segment_path, sockets_path
 from dpshm.version import version_word
 from tests.e2e.load import environment, run
 from tests.e2e.load import stat as stat_of

@@ -10,11 +10,12 @@ import time
 import pytest
 import zmq
 
-from dpshm import Coordinator, CoordinatorProcess, Engine, Frontend, SettingError, wire
-from dpshm.keys import ClientKeys, client_keys, make_keys
-from dpshm.ops.group import check_group
-from dpshm.ops.steer import set_drained
-from dpshm.waves import Phase
+from dpshm import Coordinator, CoordinatorProcess, Engine, Frontend, SettingError
+from dpshm.net import wire
+from dpshm.net.keys import ClientKeys, client_keys, make_keys
+from dpshm.ops.doctor.group import check_group
+from dpshm.ops.drain import set_drained
+from dpshm.rules.waves import Phase
 from tests.support import StockFrontend, count_fds, count_threads, polled, wait_until
 
 TCP = {"mode": "hybrid", "dp_size_local": 0}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-from dpshm import Coordinator, Engine, Frontend, wire
-from dpshm.liveness import Verdict
-from dpshm.waves import Phase
+from dpshm import Coordinator, Engine, Frontend
+from dpshm.net import wire
+from dpshm.rules.liveness import Verdict
+from dpshm.rules.waves import Phase
 from tests.support import (
     Remote,
     StockEngine,

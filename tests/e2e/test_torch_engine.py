@@ -22,8 +22,9 @@ import pytest
 import zmq
 
 from dpshm import Coordinator, Frontend, NoEngineAvailable
-from dpshm.sim.children import Child, Children
-from dpshm.sim.messages import (
+from dpshm.rules.waves import Phase
+from dpshm.sim.demo.children import Child, Children
+from dpshm.sim.demo.messages import (
     EngineReport,
     EngineSettings,
     Ready,
@@ -33,7 +34,6 @@ from dpshm.sim.messages import (
     frontend_address,
     new_prefix,
 )
-from dpshm.waves import Phase
 from tests.support import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,7 +142,7 @@ class Rig:
         store = os.memfd_create("test-ranks", 0)
         self.ranks: list[Child] = []
         for rank in range(2):
-            child = self.children.start(f"engine {rank}", "dpshm.sim.torch_engine", (store,))
+            child = self.children.start(f"engine {rank}", "dpshm.sim.torch.engine", (store,))
             child.tell(
                 EngineSettings(
                     os.getpid(), self.group, prefix, "board", rank, 2, 1, store, step_limit_s=self.step_limit_s

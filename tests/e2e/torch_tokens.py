@@ -47,8 +47,8 @@ def main() -> None:
 
 def generate(ranks: int, rank: int, store: str) -> dict[str, dict[str, list[int]]]:
     """By way, what one rank's share of the requests is answered."""
-    from dpshm.sim.torch_engine import TorchAccelerator
-    from dpshm.sim.torch_ranks import Ranks
+    from dpshm.sim.torch.engine import TorchAccelerator
+    from dpshm.sim.torch.ranks import Ranks
 
     accelerator = TorchAccelerator(Ranks(store, rank, ranks))
     ways = WAYS if ranks == 1 else {"plain": {}}

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from dpshm.engine_row import EngineRow
+from dpshm.engine.row import EngineRow
 from tests.support import Remote
 
 KV_ONE = (1 << 16) - 1

@@ -13,8 +13,9 @@ import time
 
 import pytest
 
-from dpshm import Coordinator, Frontend, layout
-from dpshm.liveness import Verdict
+from dpshm import Coordinator, Frontend
+from dpshm.board import layout
+from dpshm.rules.liveness import Verdict
 from tests.support import Remote, verdict, wait_until
 
 pytestmark = pytest.mark.slow
@@ -37,7 +38,7 @@ def write():
 """
 
 READ = """
-from dpshm import layout
+from dpshm.board import layout
 board = Board.attach(group)
 # What only grows within an incarnation, and in which order one publish stores it.
 GROWING = ("engine_incarnation", "steps", "prompt_tokens", "generation_tokens", "progress", "requests_finished",

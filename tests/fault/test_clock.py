@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from dpshm import Coordinator, Engine, Frontend
-from dpshm.liveness import Verdict
+from dpshm.rules.liveness import Verdict
 from tests.e2e.load import environment
 from tests.support import Remote, publish_forever, verdict, wait_until
 

@@ -8,8 +8,8 @@ from contextlib import closing
 import pytest
 
 from dpshm import Coordinator, Engine, Frontend
-from dpshm.liveness import Verdict
-from dpshm.waves import Phase
+from dpshm.rules.liveness import Verdict
+from dpshm.rules.waves import Phase
 from tests.support import Remote, leftovers, publish_forever, verdict, wait_until
 
 pytestmark = pytest.mark.slow
@@ -64,7 +64,7 @@ def test_a_start_without_descriptors(group, using, what, warm):
     past that point, and fails further on.
     """
     coordinator = using(Coordinator(group=group, dp_size=1)) if what != "Coordinator" else None
-    with_context = "import zmq\nfrom dpshm.context import context\ncontext().socket(zmq.PUSH).close()"
+    with_context = "import zmq\nfrom dpshm.net.context import context\ncontext().socket(zmq.PUSH).close()"
     prepare = f"{HOARD}\n{with_context if warm else ''}\nmake = lambda: {MAKERS[what]}"
     free, error = 0, ""
     while error is not None:
@@ -94,7 +94,7 @@ def test_a_start_without_descriptors(group, using, what, warm):
 def test_a_coordinator_that_runs_out_of_descriptors(group, using):
     """Guards against a coordinator that a leak elsewhere in its process ends: it judges on, and recovers.
 
-    What it cannot do is take a new connection in: there libzmq ends the process (`dpshm.descriptors`).
+    What it cannot do is take a new connection in: there libzmq ends the process (`dpshm.linux.descriptors`).
     """
     remote = using(Remote())
     remote.run(f"{HOARD}\ncoordinator = Coordinator(group=group, dp_size=3, stall_timeout_s=0.3)", group=group)
@@ -108,7 +108,7 @@ def test_a_coordinator_that_runs_out_of_descriptors(group, using):
     wait_until(lambda: board.phase is Phase.RUNNING)
 
     remote.run("taken = hoard(0)")
-    engines[2].run("from dpshm.engine_row import EngineRow\nengine = EngineRow.attach(group, 2)", group=group)
+    engines[2].run("from dpshm.engine.row import EngineRow\nengine = EngineRow.attach(group, 2)", group=group)
     wait_until(lambda: verdict(board, 2) is Verdict.ALIVE)
     for e in (1, 2):  # of the second it has a pidfd, of the third it has none
         engines[e].kill()

@@ -9,9 +9,10 @@ import time
 
 import pytest
 
-from dpshm import Board, Coordinator, Engine, Frontend, layout
-from dpshm.liveness import Verdict
-from dpshm.waves import Phase
+from dpshm import Board, Coordinator, Engine, Frontend
+from dpshm.board import layout
+from dpshm.rules.liveness import Verdict
+from dpshm.rules.waves import Phase
 from tests.fault.nursery import KV_ONE, Nursery
 from tests.support import Remote, leftovers, verdict, wait_until
 

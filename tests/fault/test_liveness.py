@@ -9,8 +9,8 @@ import time
 import pytest
 
 from dpshm import Coordinator, Engine, Frontend, NoEngineAvailable, RowInUse
-from dpshm.liveness import Verdict
-from dpshm.procs import start_time
+from dpshm.linux.processes import start_time
+from dpshm.rules.liveness import Verdict
 from tests.support import (
     Remote,
     RemoteError,

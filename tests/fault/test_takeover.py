@@ -9,8 +9,9 @@ from contextlib import ExitStack
 
 import pytest
 
-from dpshm import Board, Engine, Frontend, SegmentNotFound, wire
-from dpshm.waves import Phase
+from dpshm import Board, Engine, Frontend, SegmentNotFound
+from dpshm.net import wire
+from dpshm.rules.waves import Phase
 from tests.e2e.load import environment, run
 from tests.soak.ledger import Ledger
 from tests.soak.soak import BEGIN

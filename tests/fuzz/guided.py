@@ -25,10 +25,12 @@ def make_targets() -> dict[str, Callable[[bytes], None]]:
     """By name: what is fed with bytes. Imported here, so that atheris can follow what it does."""
     import msgspec
 
-    from dpshm import layout, recorder, segment, wire
+    from dpshm.board import layout, segment
+    from dpshm.board.segment import make_header
     from dpshm.errors import SegmentInvalid, WireError
-    from dpshm.segment import make_header
-    from dpshm.sim import traces
+    from dpshm.frontend import recorder
+    from dpshm.net import wire
+    from dpshm.sim.workloads import traces
 
     addresses = dict.fromkeys(("stats_address", "engine_input_address", "engine_output_address"), "ipc://x")
     honest = make_header("g", 2, 2, **addresses, settings={})

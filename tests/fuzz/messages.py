@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from dpshm import wire
+from dpshm.net import wire
 
 _encode = msgspec.msgpack.encode
 _vectors = json.loads((Path(__file__).parents[1] / "data" / "wire-vllm-0.32.json").read_text())

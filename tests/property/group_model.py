@@ -1,6 +1,6 @@
 """A group as a graph: every state that messages, ranks, users and faults can bring it into, and what may follow.
 
-The rules are the real ones (`dpshm.waves`, `dpshm.evidence`); this module is the world around them.
+The rules are the real ones (`dpshm.rules.waves`, `dpshm.rules.reconciler`); this module is the world around them.
 
 **Ranks** step together. A rank that runs is `OUT`, where it takes messages, then `IN` the collective of a step,
 where it takes none and waits until all are in. The collective's result is the same for all: *step* (someone
@@ -49,8 +49,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from dpshm.evidence import EngineRow, RowWatch
-from dpshm.waves import (
+from dpshm.rules.reconciler import EngineRow, RowWatch
+from dpshm.rules.waves import (
     CoordinatorEvent,
     CoordinatorState,
     Phase,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from dpshm.waves import (
+from dpshm.rules.waves import (
     AllIdle,
     AllPaused,
     CoordinatorEvent,

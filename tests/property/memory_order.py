@@ -1,8 +1,8 @@
 """Every order in which memory may show the board's words: a model of the machine, and the real programs.
 
-What a decision reads is a difference of counts that several threads store (`dpshm.outstanding`). In which order
-each thread touches them is not written down here: `test_memory_order` records it from the real functions, as a
-list of (kind, word). The model runs such programs in every interleaving that a machine allows:
+What a decision reads is a difference of counts that several threads store (`dpshm.board.outstanding`). In which
+order each thread touches them is not written down here: `test_memory_order` records it from the real functions,
+as a list of (kind, word). The model runs such programs in every interleaving that a machine allows:
 
     TSO       x86-64: a store waits in its thread's buffer, in order, and reaches memory later; a load of the
               thread finds its own newest store there; nothing else is out of order

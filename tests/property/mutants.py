@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dpshm.waves import (
+from dpshm.rules.waves import (
     AllIdle,
     AllPaused,
     CoordinatorState,

@@ -3,8 +3,8 @@
 One process stores words whose halves are equal, as fast as it can; the other loads them in every way in which
 dpshm does, and compares the halves. A word with different halves, or that is zero, was torn.
 
-And whether a sum over rows loads the first row first, which `dpshm.outstanding` needs: the other process books a
-request and ends it, again and again, so a sum that loads the booking before the end is below zero.
+And whether a sum over rows loads the first row first, which `dpshm.board.outstanding` needs: the other process
+books a request and ends it, again and again, so a sum that loads the booking before the end is below zero.
 
 Nothing else than numpy is imported, so the command can ask every line of numpy that dpshm supports, each in a
 virtual environment of its own that is thrown away:
@@ -198,7 +198,7 @@ def _table(memory: mmap.mmap, how: str) -> np.ndarray:
 
 
 def stress_order(*, seconds: float) -> dict[str, Below]:
-    """Books and ends requests in another process, and adds up here as `dpshm.outstanding` does.
+    """Books and ends requests in another process, and adds up here as `dpshm.board.outstanding` does.
 
     Of rank 0 the balance is the first row, as on the board. Of rank 1 it is the last.
 

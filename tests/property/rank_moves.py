@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from dpshm.waves import (
+from dpshm.rules.waves import (
     Attached,
     CoordinatorEvent,
     EngineEvent,

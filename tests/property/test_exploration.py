@@ -9,7 +9,7 @@ from itertools import product
 
 import pytest
 
-from dpshm.waves import (
+from dpshm.rules.waves import (
     AllIdle,
     AllPaused,
     Attached,

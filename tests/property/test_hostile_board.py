@@ -16,12 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpshm import Board, Coordinator, Engine, Frontend, layout, segment
+from dpshm import Board, Coordinator, Engine, Frontend
+from dpshm.board import layout, segment
 from dpshm.errors import DpshmError, NoEngineAvailable, SettingError
-from dpshm.metrics import BoardCollector
 from dpshm.ops.events import EventReader
-from dpshm.ops.find import find_groups
-from dpshm.ops.look import look
+from dpshm.ops.groups import find_groups
+from dpshm.ops.metrics import BoardCollector
+from dpshm.ops.read_frame import look
 from dpshm.policies import NAMES
 from tests.support import HandWatch, LoneBoard, wait_until
 

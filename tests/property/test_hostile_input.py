@@ -15,15 +15,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpshm import Coordinator, Engine, Frontend, layout, recorder
+from dpshm import Coordinator, Engine, Frontend
+from dpshm.board import layout
 from dpshm.cli import COMMANDS, main
+from dpshm.coordinator.settings import Settings, make_settings
 from dpshm.errors import SettingError
-from dpshm.ops.serve import read_config
+from dpshm.frontend import recorder
+from dpshm.ops.replay import replay as replay_decisions
+from dpshm.ops.replay import summarise
 from dpshm.policies import by_name
-from dpshm.replay import replay as replay_decisions
-from dpshm.replay import summarise
-from dpshm.settings import Settings, make_settings
-from dpshm.sim.traces import TraceError, read_trace
+from dpshm.service.serve import read_config
+from dpshm.sim.workloads.traces import TraceError, read_trace
 from tests.support import LoneBoard
 
 thorough = settings(deadline=None, derandomize=True, max_examples=150)

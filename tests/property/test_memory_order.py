@@ -1,7 +1,7 @@
 """The order of loads and stores under x86-64 and Arm, with the programs that the real functions run.
 
-The documentation says (`dpshm.outstanding`): on x86-64 no decision misses a request; on Arm a single one may, and
-the next one is right. Here is why, and that it is exactly so.
+The documentation says (`dpshm.board.outstanding`): on x86-64 no decision misses a request; on Arm a single one
+may, and the next one is right. Here is why, and that it is exactly so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dpshm import Board, Engine, Frontend
-from dpshm.outstanding import Outstanding
+from dpshm.board.outstanding import Outstanding
 from tests.property import numpys
 from tests.property.memory_order import (
     LOAD,

@@ -1,7 +1,7 @@
 """The two wave machines against each other: messages late, lost, doubled and out of order; ranks and coordinator
 restarted; pauses by the user. Whatever happened, once losses stop, all work is done and the group comes to rest.
 
-The tick is the real one (`dpshm.evidence.RowWatch`), in simulated time.
+The tick is the real one (`dpshm.rules.reconciler.RowWatch`), in simulated time.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dpshm import layout
-from dpshm.evidence import EngineRow, RowWatch
-from dpshm.waves import (
+from dpshm.board import layout
+from dpshm.rules.reconciler import EngineRow, RowWatch
+from dpshm.rules.waves import (
     AllIdle,
     AllPaused,
     Attached,

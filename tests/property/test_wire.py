@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpshm import wire
 from dpshm.errors import WireError
+from dpshm.net import wire
 
 deterministic = settings(deadline=None, derandomize=True, max_examples=200)
 DECODERS = (wire.decode_engine_message, wire.decode_frontend_message, wire.decode_start, wire.decode_state)

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from dpshm import Board, CoordinatorProcess
-from dpshm.liveness import Verdict
-from dpshm.segment import sweep
-from dpshm.waves import Phase
+from dpshm.board.segment import sweep
+from dpshm.rules.liveness import Verdict
+from dpshm.rules.waves import Phase
 from tests.soak.books import Books
 from tests.soak.ledger import MAX_LIVES, Ledger
 from tests.soak.members import Census, Member, census

@@ -77,7 +77,8 @@ def test_methods_were_found():
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_module_opens_with_its_idea(path: Path):
     """Guards against a file that has to be read to know what it is for."""
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    text = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text)) or (path.name == "__init__.py" and not text)
 
 
 def test_handles_are_contexts():

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 
-from dpshm import segment
+from dpshm.board import segment
 from tests.e2e.vllm import environment
 from tests.support import wait_until
 

@@ -16,7 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dpshm import Board, segment
+from dpshm import Board
+from dpshm.board import segment
 from tests.e2e.vllm import environment
 from tests.support import wait_until
 

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from dpshm import segment
+from dpshm.board import segment
 from tests.e2e.vllm import checks
 from tests.support import gone, wait_until
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpshm.waves import Phase
+from dpshm.rules.waves import Phase
 from tests.e2e.vllm import checks
 from tests.e2e.vllm.server import NO_MODEL, Server, free_port
 from tests.support import wait_until

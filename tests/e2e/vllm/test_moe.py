@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import zmq
 
-from dpshm import segment, wire
-from dpshm.waves import Phase
+from dpshm.board import segment
+from dpshm.net import wire
+from dpshm.rules.waves import Phase
 from tests.e2e.vllm import checks
 from tests.e2e.vllm.server import executor
 from tests.support import gone, wait_until

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dpshm import segment
-from dpshm.waves import Phase
+from dpshm.board import segment
+from dpshm.rules.waves import Phase
 from tests.e2e.vllm import checks, environment
 from tests.e2e.vllm.server import NO_MODEL
 from tests.support import wait_until

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dpshm.keys import client_keys, server_keys
+from dpshm.net.keys import client_keys, server_keys
 from tests.e2e.load import run
 
 

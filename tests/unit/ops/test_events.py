@@ -7,12 +7,13 @@ from contextlib import ExitStack, closing
 
 import pytest
 
-from dpshm import Board, Coordinator, Engine, layout
-from dpshm.layout import CHANGES, Change, ChangeKind
-from dpshm.liveness import Verdict
+from dpshm import Board, Coordinator, Engine
+from dpshm.board import layout
+from dpshm.board.layout import CHANGES, Change, ChangeKind
+from dpshm.board.segment import sweep
 from dpshm.ops.events import KINDS, EventReader, Waves, from_change, from_waves, read_changes
-from dpshm.segment import sweep
-from dpshm.waves import Phase
+from dpshm.rules.liveness import Verdict
+from dpshm.rules.waves import Phase
 from tests.support import LoneBoard, Remote, wait_until
 
 ABSENT, ALIVE, STALLED, DEAD = Verdict

@@ -10,13 +10,14 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from dpshm import Board, Engine, segment
-from dpshm.segment import segment_path
-from dpshm.settings import make_settings
+from dpshm import Board, Engine
+from dpshm.board import segment
+from dpshm.board.segment import segment_path
+from dpshm.coordinator.settings import make_settings
+from dpshm.rules.waves import Phase
 from dpshm.vllm import coordinator as module
 from dpshm.vllm.coordinator import WatchedCoordinator, coordinator_factory
 from dpshm.vllm.options import Options
-from dpshm.waves import Phase
 from tests.support import gone, wait_until
 
 STOCK = object()

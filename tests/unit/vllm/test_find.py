@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dpshm import Coordinator, Frontend, layout, segment
+from dpshm import Coordinator, Frontend
+from dpshm.board import layout, segment
 from dpshm.vllm.find import group_at, owner_name
 from tests.support import LoneBoard
 

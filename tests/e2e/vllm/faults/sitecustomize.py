@@ -8,7 +8,7 @@ a bug there. With ``FAULT_ATTACH`` no API server gets a row. Only for tests that
 import os
 from itertools import count
 
-from dpshm.frontend import Frontend
+from dpshm.frontend.handle import Frontend
 from dpshm.vllm.backlog import PrefillBacklog
 
 

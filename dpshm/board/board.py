@@ -1,0 +1,328 @@
+"""The board: numpy views over a group's segment, and who may write which.
+
+Every column is a view named after its column in `dpshm.board.layout`, int64, over shared memory. Each word has
+one writer: an engine its row, its `load` and its `received`; a front-end its row and its `sent`; the
+coordinator its row and the marks (and, for a stock engine that knows no board, that engine's `load` and
+`received`). So nothing is ever read, changed and written back by two processes.
+
+Each fact is one word, so a reader needs no lock: an aligned 64-bit load or store is single-copy atomic on
+x86-64 and on Armv8, and numpy's scalar access, ``ndarray.tolist()``, elementwise ufuncs and
+``memoryview('q')`` items each make one such access a word. ``struct.pack_into`` does not (it clears first),
+and copies through ``memcpy`` promise nothing per word on Arm: hot columns are not read through slices'
+``copy()``.
+
+Between words no order matters to a decision: what is outstanding at an engine is a difference of counts of which
+each is a whole word (`dpshm.board.outstanding`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpshm.board import layout
+from dpshm.board.outstanding import Outstanding, Words
+from dpshm.board.segment import Segment, coordinator_byte, engine_byte, frontend_byte
+from dpshm.linux.descriptors import explained
+from dpshm.rules.liveness import Signs, Verdict, judge
+from dpshm.rules.waves import Phase
+
+SNAPSHOT_DTYPE = np.dtype(
+    [
+        ("dp_rank", np.int32),
+        ("state", "U8"),
+        ("verdict", "U8"),
+        ("drained", np.bool_),
+        ("stock", np.bool_),
+        ("waiting", np.int64),
+        ("running", np.int64),
+        ("unseen", np.int64),
+        ("requests", np.int64),
+        ("kv_cache_usage", np.float64),
+        ("prefill_backlog", np.int64),
+        ("unseen_tokens", np.int64),
+        ("wave", np.int64),
+        ("step", np.int64),
+        ("age_ns", np.int64),
+        ("step_age_ns", np.int64),
+        ("incarnation", np.int64),
+        ("pid", np.int64),
+        ("steps", np.int64),
+        ("dummy_steps", np.int64),
+        ("busy_ns", np.int64),
+        ("prompt_tokens", np.int64),
+        ("generation_tokens", np.int64),
+        ("requests_finished", np.int64),
+    ]
+)
+"""One row a rank. `requests` and `prefill_backlog` count what is unseen in; ages are -1 where unknown."""
+
+COORDINATOR_PATIENCE_S = 2.0
+COORDINATOR_SILENCE_NS = 500_000_000
+"""A coordinator whose beat is older does not watch: whoever decides then looks at the locks."""
+_SANE = 1 << 61
+_COUNTERS = ("steps", "dummy_steps", "busy_ns", "prompt_tokens", "generation_tokens", "requests_finished")
+
+
+class Board:
+    """The columns of one group's segment.
+
+    Attributes:
+        segment: the open segment; `close()` closes it.
+        words: all words of the segment; ``words[board.index(name, row)] = value`` is one 64-bit store.
+    """
+
+    # Written by the coordinator.
+    control: Words
+    epoch: Words
+    coordinator_beat: Words
+    coordinator_pid: Words
+    coordinator_start_time: Words
+    engine_mark: Words
+    frontend_mark: Words
+    change: Words
+    change_time: Words
+    wake_bucket: Words
+    # Written by each engine: [engine], and [engine, front-end].
+    load: Words
+    request_balance: Words
+    token_balance: Words
+    engine_state: Words
+    progress: Words
+    prefill_backlog: Words
+    beat: Words
+    step_start: Words
+    engine_incarnation: Words
+    engine_pid: Words
+    engine_start_time: Words
+    engine_pid_namespace: Words
+    received_requests: Words
+    received_tokens: Words
+    step_model: Words  # [engine, item of layout.STEP_MODEL_WORDS]
+    # Written by each front-end: [front-end], and [front-end, engine].
+    frontend_beat: Words
+    frontend_incarnation: Words
+    frontend_pid: Words
+    frontend_start_time: Words
+    frontend_pid_namespace: Words
+    routed: Words
+    owner: Words
+    sent_requests: Words
+    sent_tokens: Words
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        self.words = segment.words
+        self.engines = segment.header.engines
+        self.frontends = segment.header.frontends
+        self._columns = segment.header.columns
+        buffer = self.words.cast("B")
+        for name, column in self._columns.items():
+            if name in _NAMES:
+                setattr(
+                    self, name, np.ndarray(column.shape, np.int64, buffer, column.offset, strides=column.strides)
+                )
+
+    @classmethod
+    @explained()
+    def attach(cls, group: str, *, readonly: bool = True) -> Board:
+        """Opens the board of a group, to look at unless told otherwise.
+
+        Raises:
+            SegmentNotFound: there is no such group.
+            SegmentInvalid: its segment is not one that this version can use.
+        """
+        return cls(Segment.attach(group, readonly=readonly))
+
+    def close(self) -> None:
+        """Gives the locks back. The views stay valid for whoever still has them."""
+        self.segment.close()
+
+    def __enter__(self) -> Board:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def index(self, name: str, row: int = 0, item: int = 0) -> int:
+        """Where a word is in `words`."""
+        column = self._columns[name]
+        rows, items = column.shape[0], (1, *column.shape)[-1] if len(column.shape) > 1 else 1
+        if not 0 <= row < rows or not 0 <= item < items:
+            raise IndexError(f"{name}[{row}, {item}] is outside {column.shape}")
+        offset = column.offset + row * column.strides[0] + item * layout.WORD_BYTES
+        return offset // layout.WORD_BYTES
+
+    # The locks that tell who lives.
+
+    def coordinator_alive(self) -> bool:
+        """Whether a coordinator holds the group."""
+        return self.segment.is_locked(coordinator_byte(self._columns))
+
+    def engine_alive(self, dp_rank: int) -> bool:
+        """Whether a process holds an engine's row."""
+        return self.segment.is_locked(engine_byte(self._columns, dp_rank))
+
+    def frontend_alive(self, index: int) -> bool:
+        """Whether a process holds a front-end's row."""
+        return self.segment.is_locked(frontend_byte(self._columns, index))
+
+    def lock_coordinator(self) -> bool:
+        """Takes the coordinator's lock; false if another has it."""
+        return self.segment.lock(coordinator_byte(self._columns))
+
+    def lock_engine(self, dp_rank: int) -> bool:
+        """Takes the lock of an engine's row; false if another has it."""
+        return self.segment.lock(engine_byte(self._columns, dp_rank))
+
+    def unlock_engine(self, dp_rank: int) -> None:
+        """Gives the lock of an engine's row back."""
+        self.segment.unlock(engine_byte(self._columns, dp_rank))
+
+    def lock_frontend(self, index: int) -> bool:
+        """Takes the lock of a front-end's row; false if another has it."""
+        return self.segment.lock(frontend_byte(self._columns, index))
+
+    # Facts, decoded.
+
+    @property
+    def wave(self) -> int:
+        """The coordinator's wave."""
+        return layout.unpack_control(int(self.control[0]))[0]
+
+    @property
+    def phase(self) -> Phase:
+        """The coordinator's phase."""
+        return layout.unpack_control(int(self.control[0]))[1]
+
+    @property
+    def dp_size(self) -> int:
+        """How many ranks take part; never more than the segment holds, whatever the word says."""
+        return max(0, min(int(self.words[self.index("dp_size")]), self.engines))
+
+    def frontends_used(self) -> int:
+        """One more than the highest front-end row that anybody ever took."""
+        taken = np.flatnonzero(self.frontend_incarnation)
+        return int(taken[-1]) + 1 if len(taken) else 0
+
+    def wait_for_coordinator(self, condition: Callable[[], object]) -> None:
+        """Waits for what a living coordinator is about to do; returns without it if none lives."""
+        deadline = time.monotonic() + COORDINATOR_PATIENCE_S
+        while not condition() and time.monotonic() < deadline and self.coordinator_alive():
+            time.sleep(0.002)
+
+    def nothing_outstanding(self, dp_rank: int) -> None:
+        """Stores that an engine has ended all that it received: by the engine, or on its behalf."""
+        self.request_balance[dp_rank] = -self.received_requests[dp_rank].sum()
+        self.token_balance[dp_rank] = -self.received_tokens[dp_rank].sum()
+
+    def owner_of(self, index: int) -> str:
+        """The name under which a front-end took its row."""
+        return bytes(self.owner[index].tobytes()).rstrip(b"\0").decode("utf-8", "replace")
+
+    def is_watched(self) -> bool:
+        """Whether a coordinator keeps the marks: its beat is fresh. One that is stopped does not."""
+        return abs(time.monotonic_ns() - int(self.coordinator_beat[0])) < COORDINATOR_SILENCE_NS
+
+    def engine_verdicts(self) -> list[Verdict]:
+        """By rank: the coordinator's verdicts; while none watches, what the locks tell (stock ones stay)."""
+        marks = self.engine_mark[: self.dp_size].tolist()
+        if self.is_watched():
+            return [Verdict(mark & layout.VERDICT_MASK) for mark in marks]
+        return [
+            Verdict.ALIVE
+            if mark & layout.ON_BEHALF
+            else judge(Signs(bool(self.engine_pid[e]), self.engine_alive(e)), 0)
+            for e, mark in enumerate(marks)
+        ]
+
+    def counted_frontends(self) -> list[int]:
+        """The rows whose bookings count: taken, and not those of a front-end that died."""
+        taken = [f for f in range(self.frontends_used()) if self.frontend_pid[f]]
+        if self.is_watched():
+            return [f for f in taken if self.frontend_mark[f] != Verdict.DEAD]
+        return [f for f in taken if self.frontend_alive(f)]
+
+    def outstanding_requests(self, counted: Sequence[int]) -> Outstanding:
+        """What counts requests; good until the board's marks change.
+
+        Args:
+            counted: the front-ends whose bookings count.
+        """
+        return self._outstanding("request_balance", "sent_requests", self.received_requests, counted)
+
+    def outstanding_tokens(self, counted: Sequence[int]) -> Outstanding:
+        """The same for prompt tokens."""
+        return self._outstanding("token_balance", "sent_tokens", self.received_tokens, counted)
+
+    def _outstanding(self, balance: str, sent: str, received: Words, counted: Sequence[int]) -> Outstanding:
+        used, n = self.frontends_used(), self.dp_size
+        at, strides = self._columns[balance].offset, self._columns[sent].strides
+        table = np.ndarray((1 + used, n), np.int64, self.words.cast("B"), at, strides)
+        return Outstanding(table, received[:n, :used], counted)
+
+    def snapshot(self, now_ns: int | None = None, counted: Sequence[int] | None = None) -> NDArray[Any]:
+        """What each rank does, as far as the board tells.
+
+        Args:
+            now_ns: CLOCK_MONOTONIC; ages are counted up to it. Without it they are -1.
+            counted: the front-ends whose bookings count; default `counted_frontends`.
+
+        Returns:
+            An array of shape (dp_size,) and dtype `SNAPSHOT_DTYPE`, a copy.
+        """
+        n = self.dp_size
+        counted = self.counted_frontends() if counted is None else counted
+        verdicts = self.engine_verdicts()
+        requests = self.outstanding_requests(counted).count().tolist()
+        tokens = self.outstanding_tokens(counted).count().tolist()
+        load = self.load[:n].tolist()
+        backlog = self.prefill_backlog[:n].tolist()
+        out = np.zeros(n, SNAPSHOT_DTYPE)
+        waking = self.phase is Phase.WAKING
+        for e in range(n):
+            row = out[e]
+            row["dp_rank"] = e
+            row["waiting"], row["running"], row["kv_cache_usage"] = layout.unpack_load(load[e])
+            # What was outstanding an instant before these loads, and may have ended since.
+            row["requests"] = max(_sane(requests[e]), row["waiting"] + row["running"])
+            row["prefill_backlog"] = max(_sane(tokens[e]), _sane(backlog[e]))
+            row["unseen"] = row["requests"] - row["waiting"] - row["running"]
+            row["unseen_tokens"] = row["prefill_backlog"] - _sane(backlog[e])
+            row["wave"], running, paused = layout.unpack_state(int(self.engine_state[e]))
+            row["step"] = layout.unpack_progress(int(self.progress[e]))[1]
+            mark = int(self.engine_mark[e])
+            verdict = verdicts[e]
+            row["verdict"] = verdict.name.lower()
+            row["drained"] = bool(mark & layout.DRAINED)
+            row["stock"] = bool(mark & layout.ON_BEHALF)
+            row["state"] = _state(verdict, bool(row["drained"]), paused, running, waking)
+            beat, step_start = int(self.beat[e]), int(self.step_start[e])
+            row["age_ns"] = _sane(now_ns - beat) if now_ns is not None and beat else -1
+            row["step_age_ns"] = _sane(now_ns - step_start) if now_ns is not None and step_start else -1
+            row["incarnation"], row["pid"] = self.engine_incarnation[e], self.engine_pid[e]
+            for name in _COUNTERS:
+                row[name] = getattr(self, name)[e]
+        return out
+
+
+_NAMES = frozenset(layout.make_layout(1, 1).columns) - {"dp_size"}  # a property, clipped
+
+
+def _sane(value: int) -> int:
+    """A number that may have been scribbled, so that sums with it still fit their column."""
+    return max(0, min(value, _SANE))
+
+
+def _state(verdict: Verdict, drained: bool, paused: bool, running: bool, waking: bool) -> str:
+    if verdict is not Verdict.ALIVE:
+        return verdict.name.lower()
+    if drained:
+        return "drained"
+    if paused:
+        return "paused"
+    return "running" if running else "waking" if waking else "idle"

@@ -1,0 +1,321 @@
+"""The byte map of a board: where every word is, and how facts are packed into words.
+
+    offset 0        +------------------------------------------------------------------+
+                    | magic  8 | major u16 | minor u16 | length u32 | crc32 u32 | JSON |  one page
+    page 1          +------------------------------------------------------------------+
+                    | coordinator row, 128 bytes: control, dp_size, epoch, pid, ...    |
+                    +------------------------------------------------------------------+
+                    | load           [engine]              dense: 8 engines a line     |
+                    | engine mark    [engine]              dense                       |
+                    | front-end mark [front-end]           dense                       |
+                    +------------------------------------------------------------------+
+                    | engine rows    [engine]              128 bytes each              |
+                    | step models    [engine]              128 bytes each              |
+                    | front-end rows [front-end]           128 bytes each, ids inside  |
+                    +------------------------------------------------------------------+
+                    | received requests, tokens  [engine, front-end]   rows padded     |
+                    | balance [engine], sent requests [front-end, engine]  rows padded |
+                    | the same of tokens                                               |
+                    +------------------------------------------------------------------+
+                    | changes: the newest `CHANGES` of marks, dp_size and coordinator  |
+                    | wake buckets: how long wake-ups took                             |
+                    +------------------------------------------------------------------+
+
+Everything is little-endian and every word is an int64 on an 8-byte boundary. Rows are padded to 128
+bytes, two cache lines, because the adjacent-line prefetcher of x86 moves lines in pairs; so no two
+writers share a line. The exceptions are the dense columns: a decision over 8 engines then reads one
+line of loads, and the marks have one writer anyway.
+
+The JSON of the header carries the column table (name, offset, shape, strides), so a tool of another
+version or language finds its way. Columns are int64 because numpy turns ``uint64 - int64`` into float64;
+no packed word ever has its top bit set, so none is ever negative. A value that does not fit saturates.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from enum import IntEnum
+from typing import NamedTuple
+
+from dpshm.rules.waves import MAX_WAVE, Phase
+
+MAGIC = b"DPSHMBRD"
+VERSION_MAJOR = 1  # readers and writers need the same
+VERSION_MINOR = 0  # writers need the same; readers take a newer one: columns were only added
+PAGE_BYTES = 4096
+ROW_BYTES = 128
+WORD_BYTES = 8
+OWNER_BYTES = 48
+
+DEFAULT_ENGINES = 64
+DEFAULT_FRONTENDS = 64
+MAX_ENGINES = 4096
+MAX_FRONTENDS = 4096
+
+CHANGES = 256
+"""How many of the newest changes the board keeps; change number n, the board's n-th revision, is in slot
+n % CHANGES."""
+WAKE_LIMITS_MS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+"""Upper limits of the buckets of wake-ups by how long they took; one more bucket holds the rest."""
+
+_BITS_12 = (1 << 12) - 1
+_BITS_16 = (1 << 16) - 1
+_BITS_23 = (1 << 23) - 1
+_BITS_24 = (1 << 24) - 1
+_BITS_31 = (1 << 31) - 1
+_BITS_32 = (1 << 32) - 1
+_KV_ONE = (1 << 16) - 1
+MAX_WORD = (1 << 63) - 1
+MAX_STEP = _BITS_32
+COUNT_MASK = (1 << 48) - 1
+"""Of a count that somebody else stored and that is counted on from: whatever was scribbled there, no sum over all
+rows overflows. Honest counts never get there."""
+MAX_PROMPT_TOKENS = _BITS_31  # of one request: what is booked and what is received saturate alike
+
+# Flags of an engine's state word, below its wave.
+RUNNING = 1
+PAUSED_BY_USER = 2
+
+# A mark: the verdict in the low two bits (see `dpshm.rules.liveness.Verdict`), then flags.
+VERDICT_MASK = 3
+DRAINED = 4
+ON_BEHALF = 8
+
+# What the coordinator stores in its row, word by word.
+COORDINATOR_WORDS = (
+    "control",  # wave and phase
+    "dp_size",  # ranks that take part now
+    "revision",  # grows by one after every change of a mark or of dp_size
+    "epoch",  # how many coordinators this board has had
+    "coordinator_beat",  # CLOCK_MONOTONIC ns of the watch thread's last round
+    "coordinator_pid",
+    "coordinator_start_time",
+    "ready",  # 1 once all ranks were there
+    "waves_started",
+    "starts_sent",
+    "states_published",
+    "counts_published",
+    "messages_received",
+    "messages_dropped",
+    "wake_ns",  # how long all wake-ups took together
+    "coordinator_version",  # see `dpshm.version`
+)
+# What an engine stores in its row. `steps` and the words after it only grow within an incarnation.
+ENGINE_WORDS = (
+    "engine_state",  # wave and flags: running, paused by the user
+    "progress",  # wave and step of the newest report
+    "prefill_backlog",  # prompt tokens taken in and not computed
+    "beat",  # CLOCK_MONOTONIC ns of the newest publish
+    "step_start",  # CLOCK_MONOTONIC ns; 0 between steps
+    "engine_incarnation",  # grows by one with each process; stored last
+    "engine_pid",
+    "engine_start_time",
+    "engine_pid_namespace",  # inode
+    "steps",
+    "dummy_steps",
+    "busy_ns",
+    "prompt_tokens",
+    "generation_tokens",
+    "requests_finished",
+    "engine_version",
+)
+# The items of an engine's row in `step_model`: its running step, then what it has learnt
+# (`dpshm.policies.step_model`).
+STEP_WORDS = (
+    "step_end",  # CLOCK_MONOTONIC ns at which the running step should end; 0 between steps, or unknown
+    "step_tokens",  # prompt tokens that the running step computes
+)
+MODEL_WORDS = (
+    "base_ns",  # what a step takes by itself; 0: nothing was learnt yet
+    "per_request_ns",
+    "per_token_ns",
+    "chunk_tokens",  # the most prompt tokens of a step; 0: no step was seen to be full
+    "places",  # requests that ran when some had to wait for room; 0: none ever had to
+    "ending_ns",  # mean time from one request's end to the next
+)
+STEP_MODEL_WORDS = (*STEP_WORDS, *MODEL_WORDS)
+# What a front-end stores in its row, its name (`owner`, OWNER_BYTES) after them.
+FRONTEND_WORDS = (
+    "frontend_beat",
+    "frontend_incarnation",
+    "frontend_pid",
+    "frontend_start_time",
+    "frontend_pid_namespace",
+    "routed",
+    "frontend_version",
+)
+OWNER_OFFSET = ROW_BYTES - OWNER_BYTES
+
+
+class Column(NamedTuple):
+    """One int64 column: where it starts, how many items each axis has, how far apart (bytes) they are."""
+
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """The whole map for given capacities."""
+
+    engines: int
+    frontends: int
+    columns: dict[str, Column]
+    size: int
+
+
+def _padded(size: int, to: int) -> int:
+    return -(-size // to) * to
+
+
+def make_layout(engines: int, frontends: int) -> Layout:
+    """The map of a segment with room for so many engines and front-ends."""
+    columns: dict[str, Column] = {}
+    end = PAGE_BYTES
+
+    def take(size: int) -> int:
+        nonlocal end
+        start, end = end, end + _padded(size, ROW_BYTES)
+        return start
+
+    def rows(count: int, words: tuple[str, ...]) -> int:
+        start = take(count * ROW_BYTES)
+        for i, name in enumerate(words):
+            columns[name] = Column(start + i * WORD_BYTES, (count,), (ROW_BYTES,))
+        return start
+
+    rows(1, COORDINATOR_WORDS)
+    for name, count in (("load", engines), ("engine_mark", engines), ("frontend_mark", frontends)):
+        columns[name] = Column(take(count * WORD_BYTES), (count,), (WORD_BYTES,))
+    rows(engines, ENGINE_WORDS)
+    columns["step_model"] = Column(
+        take(engines * ROW_BYTES), (engines, len(STEP_MODEL_WORDS)), (ROW_BYTES, WORD_BYTES)
+    )
+    owners = rows(frontends, FRONTEND_WORDS) + OWNER_OFFSET
+    owner_words = OWNER_BYTES // WORD_BYTES
+    columns["owner"] = Column(owners, (frontends, owner_words), (ROW_BYTES, WORD_BYTES))
+    stride = _padded(frontends * WORD_BYTES, ROW_BYTES)
+    for name in ("received_requests", "received_tokens"):
+        columns[name] = Column(take(engines * stride), (engines, frontends), (stride, WORD_BYTES))
+    stride = _padded(engines * WORD_BYTES, ROW_BYTES)
+    for balance, sent in (("request_balance", "sent_requests"), ("token_balance", "sent_tokens")):
+        # The balances are the row before the first front-end's: `dpshm.board.outstanding` sums them all as one
+        # table.
+        columns[balance] = Column(take(stride), (engines,), (WORD_BYTES,))
+        columns[sent] = Column(take(frontends * stride), (frontends, engines), (stride, WORD_BYTES))
+    for name, count in (
+        ("change_time", CHANGES),  # CLOCK_MONOTONIC ns
+        ("change", CHANGES),
+        ("wake_bucket", len(WAKE_LIMITS_MS) + 1),
+    ):
+        columns[name] = Column(take(count * WORD_BYTES), (count,), (WORD_BYTES,))
+    return Layout(engines, frontends, columns, _padded(end, PAGE_BYTES))
+
+
+def pack_load(waiting: int, running: int, kv_cache_usage: float) -> int:
+    """One word of an engine's load: waiting 23 bits, running 24 bits, KV-cache usage 16 bits (1.0 = all ones).
+
+    Args:
+        waiting: requests in the queue; saturates at 2**23 - 1.
+        running: requests in the batch; saturates at 2**24 - 1.
+        kv_cache_usage: a fraction; saturates at 0.0 and 1.0, NaN counts as 0.0.
+    """
+    waiting, running = max(0, min(int(waiting), _BITS_23)), max(0, min(int(running), _BITS_24))
+    kv = int(kv_cache_usage * _KV_ONE + 0.5) if 0.0 < kv_cache_usage < 1.0 else _KV_ONE * (kv_cache_usage >= 1.0)
+    return waiting << 40 | running << 16 | kv
+
+
+def unpack_load(word: int) -> tuple[int, int, float]:
+    """`(waiting, running, kv_cache_usage)` of a load word."""
+    return word >> 40 & _BITS_23, word >> 16 & _BITS_24, (word & _KV_ONE) / _KV_ONE
+
+
+def pack_control(wave: int, phase: Phase) -> int:
+    """The control word: wave 31 bits, phase 2 bits."""
+    return max(0, min(wave, MAX_WAVE)) << 2 | phase
+
+
+def unpack_control(word: int) -> tuple[int, Phase]:
+    """`(wave, phase)` of a control word; a phase that does not exist reads as paused."""
+    bits = word & 3
+    return word >> 2 & MAX_WAVE, Phase(bits) if bits <= Phase.RUNNING else Phase.PAUSED
+
+
+def pack_state(wave: int, flags: int) -> int:
+    """An engine's state word: its wave and flags in one, so that nobody sees the one without the other."""
+    return max(0, min(wave, MAX_WAVE)) << 2 | flags
+
+
+def unpack_state(word: int) -> tuple[int, bool, bool]:
+    """`(wave, running, paused by the user)` of an engine's state word."""
+    return word >> 2 & MAX_WAVE, bool(word & RUNNING), bool(word & PAUSED_BY_USER)
+
+
+def pack_progress(wave: int, step: int) -> int:
+    """The progress word: wave 31 bits, step within the incarnation 32 bits."""
+    wave = 0 if wave < 0 else wave if wave <= MAX_WAVE else MAX_WAVE
+    step = 0 if step < 0 else step if step <= MAX_STEP else MAX_STEP
+    return wave << 32 | step
+
+
+def unpack_progress(word: int) -> tuple[int, int]:
+    """`(wave, step)` of a progress word."""
+    return word >> 32 & MAX_WAVE, word & _BITS_32
+
+
+class ChangeKind(IntEnum):
+    """What a change was of."""
+
+    ENGINE = 0  # an engine's mark
+    FRONTEND = 1  # a front-end's mark
+    DP_SIZE = 2
+    COORDINATOR = 3  # the epoch: another coordinator
+
+
+class Change(NamedTuple):
+    """One change, as the board keeps it.
+
+    Attributes:
+        revision: its number's low 16 bits: a reader who finds another has been overtaken by the writer.
+        row: the rank or front-end; 0 where there is none.
+        before: the mark, size or epoch before it.
+        after: and since.
+    """
+
+    revision: int
+    kind: ChangeKind
+    row: int
+    before: int
+    after: int
+
+
+def pack_change(revision: int, kind: ChangeKind, row: int, before: int, after: int) -> int:
+    """The change word: revision 16 bits, kind 2 bits, row 12 bits, before and after 16 bits each."""
+    return (
+        (revision & _BITS_16) << 46
+        | kind << 44
+        | (row & _BITS_12) << 32
+        | (before & _BITS_16) << 16
+        | after & _BITS_16
+    )
+
+
+def unpack_change(word: int) -> Change:
+    """A change word, unpacked."""
+    return Change(
+        word >> 46 & _BITS_16,
+        ChangeKind(word >> 44 & 3),
+        word >> 32 & _BITS_12,
+        word >> 16 & _BITS_16,
+        word & _BITS_16,
+    )
+
+
+def wake_bucket(duration_ns: int) -> int:
+    """The bucket of a wake-up that took so long."""
+    return bisect_left(WAKE_LIMITS_MS, duration_ns / 1e6)
+
+
+def saturate(value: int) -> int:
+    """A count or a time as it fits a word: at least 0, at most 2**63 - 1."""
+    return 0 if value < 0 else value if value <= MAX_WORD else MAX_WORD

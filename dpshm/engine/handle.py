@@ -1,0 +1,215 @@
+"""An engine's handle: publishes its load, counts what it takes in, and plays its part in the waves.
+
+Nothing here waits for anybody: the coordinator hears of waves through a socket that drops what it cannot
+take, and whatever is lost the board tells (`dpshm.rules.waves`). An engine that starts takes its rank's row
+(`dpshm.engine.row`) and the wave of the control word.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Self
+
+import zmq
+
+from dpshm.board import layout
+from dpshm.board.board import Board
+from dpshm.engine.row import EngineRow
+from dpshm.errors import WireError
+from dpshm.net import wire
+from dpshm.net.context import context
+from dpshm.net.doorbell import hang_up
+from dpshm.net.keys import Folder, connect, keys_for
+from dpshm.rules.waves import (
+    AllIdle,
+    AllPaused,
+    Attached,
+    EngineEvent,
+    EngineState,
+    RequestArrived,
+    Resumed,
+    SendWaveCompleted,
+    StartReceived,
+    handle_engine,
+)
+
+logger = logging.getLogger(__name__)
+
+_POLLIN, _NOBLOCK = int(zmq.POLLIN), int(zmq.NOBLOCK)  # as ints: an enumeration's `&` costs a microsecond
+
+
+class Engine(EngineRow):
+    """A rank's row of the board and its link to the coordinator. Belongs to the thread that made it.
+
+    Attributes:
+        dp_rank: the rank.
+        board: the board, for whoever wants to look closer.
+        socket: readable when the coordinator sent something; then call `poll`.
+        bell: a file descriptor, readable when a front-end wakes this rank (`dpshm.net.doorbell`); then call
+            `poll`.
+            None where there can be none, and in a group without waves.
+        ready: the coordinator has said that all ranks are there.
+    """
+
+    def __init__(self, board: Board, dp_rank: int, *, curve_dir: Folder | None = None) -> None:
+        header = board.segment.header
+        keys = keys_for(header, curve_dir)
+        super().__init__(board, dp_rank)
+        self.ready = False
+        self._state = EngineState()
+
+        self.socket = context().socket(zmq.SUB)
+        self._output = context().socket(zmq.PUSH)
+        for s in (self.socket, self._output):
+            s.linger = 0
+            s.reconnect_ivl = 50
+            s.maxmsgsize = wire.MAX_MESSAGE_BYTES
+        connect(self.socket, header.engine_input_address, keys)
+        self.socket.subscribe(b"")
+        connect(self._output, header.engine_output_address, keys)
+        self._doorbell = hang_up(board.segment.sockets_path, dp_rank) if header.waves else None
+        self.bell = None if self._doorbell is None else self._doorbell.socket.fileno()
+        self._poller = zmq.Poller()  # made once: making one costs more than all that a START does here
+        self.register(self._poller)
+        self._handle(Attached(layout.unpack_control(board.words[board.index("control")])[0]))
+
+    @classmethod
+    def attach(cls, group: str, dp_rank: int, *, curve_dir: Folder | None = None, **options: Any) -> Self:
+        """Takes the row of a rank; returns once a living coordinator has marked it alive.
+
+        Attach late: in the process and the thread that run the scheduler, after any fork.
+
+        Args:
+            group: the group's name.
+            dp_rank: the rank.
+            curve_dir: folder of the group's keys, where its sockets ask for them; default: the environment's
+                ``DPSHM_CURVE_DIR``.
+            options: of a subclass's constructor.
+
+        Raises:
+            SegmentNotFound: there is no such group on this node.
+            RowInUse: a live process has that rank.
+            CapacityExceeded: the segment has no such row.
+            SettingError: the group's keys are needed.
+        """
+        return super().attach(group, dp_rank, curve_dir=curve_dir, **options)
+
+    @property
+    def wave(self) -> int:
+        """The wave that this rank is in."""
+        return self._state.wave
+
+    @property
+    def running(self) -> bool:
+        """Whether this rank steps, with work or to keep step with the others."""
+        return self._state.running
+
+    @property
+    def paused(self) -> bool:
+        """Whether the user paused this rank."""
+        return self._state.paused
+
+    def receive(self, frontend: int | None, prompt_tokens: int = 0, wave: int = 0) -> None:
+        """A request came in and is in the queue that the next `publish` counts; refused ones too.
+
+        Args:
+            frontend: the index of the front-end that sent it; None if it has no row (a stock one).
+            prompt_tokens: as the front-end booked them.
+            wave: the request's stamp.
+
+        Raises:
+            SettingError: there is no such front-end row.
+        """
+        self.count_received(frontend, prompt_tokens)
+        if wave > self._state.wave or not self._state.running:
+            self._handle(RequestArrived(wave))
+
+    def register(self, poller: zmq.Poller) -> None:
+        """Has a poller return when there is something for `poll`: registers `socket` and `bell` in it."""
+        poller.register(self.socket, zmq.POLLIN)
+        if self.bell is not None:
+            poller.register(self.bell, zmq.POLLIN)
+
+    def poll(self, timeout_ms: int = 0) -> bool:
+        """Handles what came for this rank, waiting up to `timeout_ms` for the first; returns `running`."""
+        self._check()
+        if timeout_ms:
+            self._poller.poll(timeout_ms)
+        if self._doorbell is not None:
+            slept = not self.running
+            for start in self._doorbell.take():
+                self._take([wire.START_FRAME, start])
+            if slept and self.running:
+                return True  # at once: what the coordinator sent can wait
+        while True:
+            try:
+                frames = self.socket.recv_multipart(_NOBLOCK)
+            except zmq.Again:
+                break
+            self._take(frames)
+            if not int(self.socket.getsockopt(zmq.EVENTS)) & _POLLIN:
+                break
+        return self._state.running
+
+    def wave_complete(self) -> None:
+        """An all-reduce said that no rank has work; every rank calls this at the same step.
+
+        Ask every few steps (vLLM: every 32nd), not at each. A rank that restarted may run a wave late; START,
+        which would tell it, is heard between two such questions alone.
+        """
+        self._check()
+        self._handle(AllIdle())
+
+    def pause(self) -> None:
+        """An all-reduce said that the user asked every rank to pause; every rank calls this at the same step.
+
+        A pause that only some ranks were asked for counts as work in the all-reduce and keeps all stepping.
+        """
+        self._check()
+        self._handle(AllPaused())
+
+    def resume(self, has_work: bool) -> None:
+        """The user resumed all ranks; call it past a barrier over them.
+
+        Args:
+            has_work: whether *any* rank has work, the same on all.
+        """
+        self._check()
+        self._handle(Resumed(has_work))
+
+    def close(self) -> None:
+        """Leaves the group: the row is free for another process."""
+        if self._segment.usable:
+            self._check()
+            if self._doorbell is not None:
+                self._doorbell.close()
+            self.socket.close()
+            self._output.close()
+        super().close()
+
+    def _take(self, frames: list[bytes]) -> None:
+        try:
+            match frames:
+                case [wire.START_FRAME, payload]:
+                    start = wire.decode_start(payload)
+                    self._handle(StartReceived(start.wave, start.exclude))
+                case [wire.READY]:
+                    self.ready = True
+                case _:
+                    raise WireError(f"not from a coordinator: {len(frames)} frames, the first {frames[0]!r:.20}")
+        except WireError as e:
+            logger.warning("dropped a message: %s", e)
+
+    def _handle(self, event: EngineEvent) -> None:
+        self._state, commands = handle_engine(self._state, event, self.dp_rank)
+        wave, running, paused = self._state
+        # The row before the message: whoever hears the message finds the board agreeing with it.
+        self.show(wave, running=running, paused=paused)
+        for command in commands:
+            encode = (
+                wire.encode_wave_complete if isinstance(command, SendWaveCompleted) else wire.encode_wave_started
+            )
+            try:
+                self._output.send(encode(self.dp_rank, command.wave), zmq.NOBLOCK)
+            except zmq.ZMQError as e:
+                logger.warning("could not tell the coordinator: %s; it will see it on the board", e)

@@ -1,0 +1,340 @@
+"""An engine's row of the board: load, received counts, state and counters, without any socket.
+
+`dpshm.Engine` adds the link to the coordinator and the rules of the waves. An engine that has both of its
+own (vLLM's engines do) uses this class as it is: it counts, publishes, and says with `show` what its own
+machine is in.
+
+`EngineRow.publish` is a dozen 64-bit stores. A row that is taken is zeroed, and every front-end's ``sent`` is
+copied into its ``received``: what a predecessor had, or what was on its way to it, is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from math import floor
+from threading import get_ident
+from types import TracebackType
+from typing import Any, Self
+
+from dpshm.board import layout
+from dpshm.board.board import Board
+from dpshm.board.segment import Segment
+from dpshm.errors import CapacityExceeded, RowInUse, SettingError, WrongThread
+from dpshm.linux import processes
+from dpshm.linux.descriptors import explained
+from dpshm.policies.step_model import StepModel
+from dpshm.rules.liveness import Verdict
+from dpshm.version import version_word
+
+ROW_PATIENCE_S = 0.05
+"""A coordinator that scales holds a row for an instant, and the kernel a dead process's locks for some more."""
+
+
+class Step:
+    """A context that times one step; see `EngineRow.step`."""
+
+    def __init__(self, engine: EngineRow) -> None:
+        self._engine = engine
+        self._started_ns = 0
+        self.prefill_tokens = 0
+        self.batch = 0
+
+    def __enter__(self) -> Step:
+        engine = self._engine
+        self._started_ns = time.monotonic_ns()
+        engine._words[engine._at_step_start] = self._started_ns
+        engine._step_began(self._started_ns, self.prefill_tokens, self.batch)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._engine._step_ended(time.monotonic_ns() - self._started_ns, self.prefill_tokens, self.batch)
+
+    def forget(self) -> None:
+        """Instead of the exit: nothing was computed after all, so there was no step."""
+        self._engine._words[self._engine._at_step_start] = 0
+        self._engine._step_forgotten()
+
+
+class EngineRow:
+    """A rank's row of the board. Belongs to the thread that made it.
+
+    Attributes:
+        dp_rank: the rank.
+        board: the board, for whoever wants to look closer.
+    """
+
+    def __init__(self, board: Board, dp_rank: int) -> None:
+        self.board = board
+        self.dp_rank = dp_rank
+        self._segment = board.segment
+        self._thread = get_ident()
+        self._step = Step(self)
+        words = self._words = board.words
+        self._at_load = board.index("load", dp_rank)
+        self._at_request_balance = board.index("request_balance", dp_rank)
+        self._at_token_balance = board.index("token_balance", dp_rank)
+        self._at_state = board.index("engine_state", dp_rank)
+        self._at_progress = board.index("progress", dp_rank)
+        self._at_backlog = board.index("prefill_backlog", dp_rank)
+        self._at_beat = board.index("beat", dp_rank)
+        self._at_step_start = board.index("step_start", dp_rank)
+        self._at_counters = board.index("steps", dp_rank)
+        self._at_finished = board.index("requests_finished", dp_rank)
+        self._at_received_requests = board.index("received_requests", dp_rank)
+        self._at_received_tokens = board.index("received_tokens", dp_rank)
+        mask, frontends = layout.COUNT_MASK, range(board.frontends)
+        self._received_requests = [words[self._at_received_requests + f] & mask for f in frontends]
+        self._received_tokens = [words[self._at_received_tokens + f] & mask for f in frontends]
+        self._all_requests, self._all_tokens = sum(self._received_requests), sum(self._received_tokens)
+        self._counters = [0] * 5  # steps, dummy steps, busy ns, prompt tokens, generation tokens
+        self._finished = 0
+        self._wave = self._progress = 0
+        self._at_model = board.index("step_model", dp_rank)
+        self._model = StepModel()
+
+    @classmethod
+    @explained()
+    def attach(cls, group: str, dp_rank: int, **options: Any) -> Self:
+        """Takes the row of a rank; returns once a living coordinator has marked it alive.
+
+        Attach late: in the process and the thread that run the scheduler, after any fork. Options are the
+        constructor's.
+
+        Raises:
+            SegmentNotFound: there is no such group on this node.
+            RowInUse: a live process has that rank.
+            CapacityExceeded: the segment has no such row.
+        """
+        board = Board(Segment.attach(group))
+        try:
+            if not 0 <= dp_rank < board.engines:
+                raise CapacityExceeded(
+                    f"dp_rank {dp_rank} is outside 0 to {board.engines - 1}, for which the board of group "
+                    f"{group!r} was made: start its coordinator with a larger max_engines"
+                )
+            deadline = time.monotonic() + ROW_PATIENCE_S
+            while not board.lock_engine(dp_rank):
+                if time.monotonic() > deadline:
+                    raise RowInUse(
+                        f"rank {dp_rank} of group {group!r} is taken by the live process "
+                        f"{int(board.engine_pid[dp_rank])}"
+                    )
+                time.sleep(0.002)
+            _initialise(board, dp_rank)
+            try:
+                engine = cls(board, dp_rank, **options)
+            except BaseException:
+                board.words[board.index("engine_pid", dp_rank)] = 0  # left, not died
+                raise
+            try:
+                board.wait_for_coordinator(
+                    lambda: (
+                        dp_rank >= board.dp_size
+                        or board.engine_mark[dp_rank] & (layout.VERDICT_MASK | layout.ON_BEHALF) == Verdict.ALIVE
+                    )
+                )
+            except BaseException:
+                engine.close()
+                raise
+        except BaseException:
+            board.close()
+            raise
+        return engine
+
+    def show(self, wave: int, *, running: bool, paused: bool = False) -> None:
+        """Stores what this rank's own wave machine says.
+
+        Args:
+            wave: the wave that it is in.
+            running: whether it steps, with work or to keep step with the others.
+            paused: whether the user paused it.
+        """
+        self._wave, self._progress = wave, layout.pack_progress(wave, 0)
+        flags = (layout.RUNNING if running else 0) | (layout.PAUSED_BY_USER if paused else 0)
+        self._words[self._at_state] = layout.pack_state(wave, flags)
+
+    def count_received(self, frontend: int | None, prompt_tokens: int = 0) -> None:
+        """Counts a request that came in; the next `publish` must count it in its queue, or as ended.
+
+        Args:
+            frontend: the index of the front-end that sent it; None if it has no row (a stock one).
+            prompt_tokens: as the front-end booked them.
+
+        Raises:
+            SettingError: there is no such front-end row.
+        """
+        self._check()
+        if frontend is None:
+            return
+        if not 0 <= frontend < len(self._received_requests):
+            raise SettingError(f"frontend {frontend} is outside 0 to {len(self._received_requests) - 1}")
+        words, tokens = self._words, prompt_tokens
+        if not 0 <= tokens <= layout.MAX_PROMPT_TOKENS:
+            tokens = 0 if tokens < 0 else layout.MAX_PROMPT_TOKENS
+        self._all_requests += 1
+        self._all_tokens += tokens
+        self._received_requests[frontend] = requests = self._received_requests[frontend] + 1
+        self._received_tokens[frontend] = tokens = layout.saturate(self._received_tokens[frontend] + tokens)
+        # SYNC: tokens, then requests; `Frontend._settle` loads them the other way round.
+        words[self._at_received_tokens + frontend] = tokens
+        words[self._at_received_requests + frontend] = requests
+
+    def publish(
+        self,
+        *,
+        waiting: int,
+        running: int,
+        kv_cache_usage: float = 0.0,
+        prefill_backlog: int = 0,
+        step: int = 0,
+    ) -> None:
+        """Stores this rank's load; call it when the queue changed, before and after each step.
+
+        Args:
+            waiting: requests in the queue, those just received among them.
+            running: requests in the batch.
+            kv_cache_usage: fraction of the KV cache in use.
+            prefill_backlog: prompt tokens received and not yet computed.
+            step: number of the step, growing within an incarnation; 0 if it does not fit 32 bits.
+        """
+        # `_check`, `layout.pack_load` and `layout.saturate` are written out, for what a rank usually says: it
+        # publishes with cold caches, where each call and each test costs a microsecond until others see the load.
+        if not self._segment.usable or get_ident() != self._thread:
+            self._check()
+        words, backlog = self._words, prefill_backlog
+        try:
+            kv = floor(kv_cache_usage * 65535 + 0.5)
+            every = waiting | running | kv << 7  # fits 23 bits if each of them has the range that is looked for
+        except (TypeError, ValueError, OverflowError):  # not an int, NaN, infinite, or numpy's narrow integers
+            every = -1
+        if every.__class__ is int and 0 <= every <= 0x7FFFFF:  # numpy's integers would wrap
+            load, queued = waiting << 40 | running << 16 | kv, waiting + running
+        else:
+            load = layout.pack_load(waiting, running, kv_cache_usage)
+            queued = (load >> 40) + (load >> 16 & 0xFFFFFF)
+        if not (backlog.__class__ is int is step.__class__ and 0 <= backlog < 1 << 63 and 0 <= step < 1 << 32):
+            backlog = layout.saturate(int(backlog))
+            step = int(step) if 0 <= step < 1 << 32 else 0
+        # SYNC: what a decision needs is whole in each of these words (`dpshm.board.outstanding`), whatever their
+        # order.
+        words[self._at_load] = load
+        words[self._at_request_balance] = queued - self._all_requests
+        words[self._at_backlog] = backlog
+        words[self._at_token_balance] = backlog - self._all_tokens
+        if self._model.step_tokens is not None:
+            self._model.left(waiting, running, backlog)
+            self._store_model()
+        words[self._at_progress] = self._progress | step
+        # SYNC: the beat comes last, so a reader that has seen it (x86-64) sees the report that it dates.
+        words[self._at_beat] = time.monotonic_ns()
+
+    def step(self, prefill_tokens: int = 0, batch: int = 0) -> Step:
+        """A context for one step of the model: marks it as begun, times it, counts it.
+
+        Args:
+            prefill_tokens: prompt tokens that it computes.
+            batch: requests that get a token from it. Neither of the two: a dummy step.
+        """
+        self._check()
+        self._step.prefill_tokens = prefill_tokens
+        self._step.batch = batch
+        return self._step
+
+    def finished(self, requests: int = 1) -> None:
+        """Counts requests that ended."""
+        self._check()
+        self._finished += requests
+        self._words[self._at_finished] = self._finished
+        self._model.finished(requests)
+
+    def close(self) -> None:
+        """Leaves the group: the row is free for another process."""
+        if not self._segment.usable:
+            return
+        self._check()
+        words = self._words
+        for at in (self._at_load, self._at_backlog, self._at_step_start, self._at_model, self._at_model + 1):
+            words[at] = 0
+        words[self._at_request_balance], words[self._at_token_balance] = -self._all_requests, -self._all_tokens
+        words[self._at_state] = layout.pack_state(self._wave, 0)
+        words[self.board.index("engine_pid", self.dp_rank)] = 0  # left, not died
+        del self._step  # which refers back: without the cycle the memory goes with this handle
+        self.board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check(self) -> None:
+        if not self._segment.usable:
+            raise self._segment.why_unusable()
+        if get_ident() != self._thread:
+            raise WrongThread(
+                f"engine {self.dp_rank} belongs to the thread that attached it: call it from there, or attach "
+                "in the thread that runs the scheduler"
+            )
+
+    def _step_ended(self, duration_ns: int, prefill_tokens: int, batch: int) -> None:
+        words, counters = self._words, self._counters
+        counters[0] += 1
+        if not prefill_tokens and not batch:
+            counters[1] += 1
+        counters[2] += duration_ns
+        counters[3] += prefill_tokens
+        counters[4] += batch
+        at = self._at_counters
+        for i, value in enumerate(counters):
+            words[at + i] = value
+        words[self._at_step_start] = 0
+        self._model.end(duration_ns, prefill_tokens, batch)
+        self._store_model()
+
+    def _step_began(self, now_ns: int, prefill_tokens: int, batch: int) -> None:
+        words, at = self._words, self._at_model
+        self._model.begin(now_ns, prefill_tokens, batch)
+        words[at], words[at + 1] = self._model.words[:2]
+
+    def _store_model(self) -> None:
+        words, at = self._words, self._at_model
+        for i, value in enumerate(self._model.words):
+            words[at + i] = value
+
+    def _step_forgotten(self) -> None:
+        words, at = self._words, self._at_model
+        words[at] = words[at + 1] = 0
+
+
+def _initialise(board: Board, dp_rank: int) -> None:
+    words = board.words
+    if not board.segment.linked:
+        raise RowInUse(f"group {board.segment.group!r} ended while rank {dp_rank} attached; try again")
+    incarnation = words[board.index("engine_incarnation", dp_rank)] & layout.COUNT_MASK
+    # First of all nobody: who looks now must not take these counters, which fall, for those of the last process.
+    words[board.index("engine_pid", dp_rank)] = 0
+    for name in ("load", *layout.ENGINE_WORDS):
+        if name != "engine_incarnation":
+            words[board.index(name, dp_rank)] = 0
+    for i in range(len(layout.STEP_MODEL_WORDS)):
+        words[board.index("step_model", dp_rank, i)] = 0
+    for f in range(board.frontends):
+        words[board.index("received_tokens", dp_rank, f)] = (
+            words[board.index("sent_tokens", f, dp_rank)] & layout.COUNT_MASK
+        )
+        words[board.index("received_requests", dp_rank, f)] = (
+            words[board.index("sent_requests", f, dp_rank)] & layout.COUNT_MASK
+        )
+    board.nothing_outstanding(dp_rank)
+    pid = os.getpid()
+    words[board.index("engine_pid", dp_rank)] = pid
+    words[board.index("engine_start_time", dp_rank)] = processes.start_time(pid)
+    words[board.index("engine_pid_namespace", dp_rank)] = processes.namespace_inode("pid")
+    words[board.index("engine_version", dp_rank)] = version_word()
+    words[board.index("beat", dp_rank)] = time.monotonic_ns()
+    # SYNC: publication: the incarnation last, so that the watcher, who judges a row once it sees a new one,
+    # reads this pid. (On Arm it may see it first; its next round reads the pid again.)
+    words[board.index("engine_incarnation", dp_rank)] = incarnation + 1

@@ -1,0 +1,69 @@
+"""Exclusive decisions: read, decide and book under one kernel lock of the group.
+
+Without it two front-ends that decide within the same few microseconds may read the same board and choose the same
+engine; neither has seen the other's booking. With it they take turns. The lock is an open-file-description lock
+on one byte of the segment, so it goes with its holder, however that ends. It binds those who ask for it alone.
+
+A holder may be stopped (SIGSTOP, a debugger, a busy host) and must not stop the others: who has waited for
+`PATIENCE_NS` decides without the lock, which is what everybody does when the mode is off, and is counted.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+import time
+
+from dpshm.board.segment import Segment
+
+BYTE = 0
+"""In the header, which has no row's lock."""
+PATIENCE_NS = 5_000_000
+SPINS = 100
+"""Tries with a mere yield between them: a decision takes some microseconds. After that it sleeps in between."""
+SLEEP_S = 50e-6
+
+
+def _request(kind: int) -> bytes:
+    # struct flock, as in `dpshm.board.segment`: l_type, l_whence, l_start, l_len, l_pid.
+    return struct.pack("@hhqqi0q", kind, os.SEEK_SET, BYTE, 1, 0)
+
+
+_TAKE, _GIVE = _request(fcntl.F_WRLCK), _request(fcntl.F_UNLCK)
+
+
+class Turnstile:
+    """The lock as one front-end sees it.
+
+    Attributes:
+        missed: how many decisions were made without the lock, because its holder did not move.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        self._segment = segment
+        self.missed = 0
+
+    def enter(self) -> bool:
+        """Waits for the lock, not for long; whether it was given."""
+        fd, tries, deadline_ns = self._segment.fileno(), 0, 0
+        while True:
+            try:
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _TAKE)
+            except OSError as e:
+                if e.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+            else:
+                return True
+            tries += 1
+            now_ns = time.monotonic_ns()
+            deadline_ns = deadline_ns or now_ns + PATIENCE_NS
+            if now_ns > deadline_ns:
+                self.missed += 1
+                return False
+            time.sleep(0 if tries < SPINS else SLEEP_S)
+
+    def leave(self) -> None:
+        """Gives the lock back."""
+        fcntl.fcntl(self._segment.fileno(), fcntl.F_OFD_SETLK, _GIVE)

@@ -1,0 +1,265 @@
+"""The decision recorder: the newest decisions of one front-end, in a ring in shared memory.
+
+A ring is a file on a tmpfs (or anywhere) that is mapped. Its first page is a header, like a segment's: magic,
+version, the length of a JSON object, and that object (`RingHeader`). Behind it stand
+
+    word 0 of the second page               how many decisions were ever recorded
+    slots, each on an 8-byte boundary       number, length in bytes, then a msgpack array (`_Record`)
+
+Decision n (from 1) is in slot (n - 1) % slots and holds all that its policy saw, so the view can be rebuilt
+exactly: `read` does, and ``dpshm replay`` asks another policy about it.
+
+One process writes; anybody reads at any time. A slot's number is cleared before it is filled and stored last, and
+the reader checks it, so it never takes half a record for a whole one.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from dpshm.board.layout import MODEL_WORDS, PAGE_BYTES, STEP_MODEL_WORDS, STEP_WORDS, WORD_BYTES
+from dpshm.board.segment import sockets_path
+from dpshm.errors import SettingError
+from dpshm.policies import VECTOR_FROM, Request, View, Work
+
+MAGIC = b"DPSHMREC"
+VERSION = 1
+DEFAULT_SLOTS = 16_384
+_PREAMBLE = struct.Struct("<8sII")
+_MAX_RING_BYTES = 1 << 32
+
+
+class RingHeader(msgspec.Struct, frozen=True):
+    """What never changes in a ring; `engines` is how many it has room for."""
+
+    version: int
+    group: str
+    frontend: int
+    engines: int
+    slots: int
+    pid: int
+
+
+class _Record(msgspec.Struct, array_like=True, gc=False):
+    time_ns: int
+    choice: int
+    prompt_tokens: int
+    key: int | None
+    num_frontends: int
+    ranks: list[int]
+    load: list[int]
+    requests: list[int]
+    own: list[int]
+    beats: list[int]
+    work: tuple[list[int], list[list[int]], list[list[int]]] | None
+
+
+class Decision(NamedTuple):
+    """One decision, as it was made.
+
+    Attributes:
+        number: from 1, in the order of the front-end's decisions.
+        time_ns: CLOCK_MONOTONIC.
+        view: what the policy saw.
+        request: what it was asked about.
+        choice: the rank that it chose, on which `route` then booked the request (`choose` books none).
+        age_ns: by rank, how old its newest report was; -1 where there was none.
+    """
+
+    number: int
+    time_ns: int
+    view: View
+    request: Request
+    choice: int
+    age_ns: list[int]
+
+
+def default_path(group: str, frontend: int) -> Path:
+    """The ring of a front-end that goes with its group: in the folder of the group's sockets."""
+    return sockets_path(group) / f"decisions-{frontend}"
+
+
+def slot_bytes(engines: int) -> int:
+    """Room for any record of so many engines: an integer takes at most 9 bytes, an array's head at most 5."""
+    integers = 6 + engines * (5 + 2 + len(STEP_MODEL_WORDS))
+    size = 2 * WORD_BYTES + 9 * integers + 5 * (engines + 10)
+    return -(-size // WORD_BYTES) * WORD_BYTES
+
+
+class Recorder:
+    """The writing end. It belongs to one front-end, whose lock it is called under."""
+
+    def __init__(self, mapped: mmap.mmap, header: RingHeader) -> None:
+        self._bytes = memoryview(mapped)
+        self._words = self._bytes.cast("q")
+        self._slots = header.slots
+        self._size = slot_bytes(header.engines)
+        self._written = 0
+        self._encode = msgspec.msgpack.Encoder().encode
+        # Models change every 100 ms at most and are most of a record's words, so they are encoded once.
+        self._models: Any = None
+        self._encoded_models = msgspec.Raw()
+
+    @classmethod
+    def create(
+        cls, path: Path, *, engines: int, group: str, frontend: int, slots: int = DEFAULT_SLOTS
+    ) -> Recorder:
+        """Makes a ring with room for so many engines; one of that name is replaced.
+
+        Raises:
+            SettingError: the file cannot be made.
+        """
+        if slots < 1:
+            raise SettingError(f"a ring of {slots} slots holds nothing: choose 1 or more")
+        header = RingHeader(VERSION, group, frontend, engines, slots, os.getpid())
+        blob = msgspec.json.encode(header)
+        size = _ring_bytes(header)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                # With ftruncate alone a full tmpfs would kill the front-end with SIGBUS later.
+                os.posix_fallocate(fd, 0, size)
+                os.pwrite(fd, _PREAMBLE.pack(MAGIC, VERSION, len(blob)) + blob, 0)
+                mapped = mmap.mmap(fd, size)
+            finally:
+                os.close(fd)
+            draft.replace(path)
+        except OSError as e:
+            draft.unlink(missing_ok=True)
+            raise SettingError(
+                f"cannot make the decision ring {path} of {size // 1024} KiB: {e.strerror}. Name another file"
+            ) from e
+        return cls(mapped, header)
+
+    def record(self, now_ns: int, view: View, request: Request, choice: int, beats: list[int]) -> None:
+        """Keeps one decision; the oldest makes room for it."""
+        ranks, load, requests, own, work = view.ranks, view.load, view.requests, view.own, view.work
+        rows: Any = None
+        if not isinstance(load, list):
+            ranks, load, requests = ranks.tolist(), load.tolist(), requests.tolist()
+        if work is not None:
+            if work.models is not self._models:
+                self._models = work.models
+                models = work.models if isinstance(work.models, list) else work.models.tolist()
+                self._encoded_models = msgspec.Raw(self._encode(models))
+            rows = (work.tokens, work.steps)
+            if not isinstance(work.tokens, list):
+                rows = tuple(row.tolist() for row in rows)
+            rows = (*rows, self._encoded_models)
+        data = self._encode(
+            (
+                *(now_ns, choice, request.prompt_tokens, request.key, view.num_frontends),
+                *(ranks, load, requests, own, beats, rows),
+            )
+        )
+        number, words = self._written, self._words
+        start = PAGE_BYTES + WORD_BYTES + number % self._slots * self._size
+        at = start // WORD_BYTES
+        # SYNC: partner of `_records`: the slot has no number while it is filled; the number is stored last.
+        words[at] = 0
+        words[at + 1] = len(data)
+        self._bytes[start + 16 : start + 16 + len(data)] = data
+        words[at] = words[PAGE_BYTES // WORD_BYTES] = self._written = number + 1
+
+    def close(self) -> None:
+        """Ends the recording; the file stays."""
+        self._words.release()
+        self._bytes.release()
+
+
+def read(path: Path) -> tuple[RingHeader, list[Decision]]:
+    """A ring's header and its decisions, the oldest first.
+
+    Raises:
+        SettingError: it cannot be read, or is no ring of this version.
+    """
+    try:
+        if path.stat().st_size > _MAX_RING_BYTES:
+            raise SettingError(f"{path} has more than {_MAX_RING_BYTES} bytes: it is no decision ring")
+        data = path.read_bytes()
+    except OSError as e:
+        raise SettingError(f"cannot read the decision ring {path}: {e.strerror}") from e
+    header = _check(path, data)
+    return header, [_as_decision(number, record) for number, record in _records(header, data)]
+
+
+def _ring_bytes(header: RingHeader) -> int:
+    return PAGE_BYTES + WORD_BYTES + header.slots * slot_bytes(header.engines)
+
+
+def _check(path: Path, data: bytes) -> RingHeader:
+    if len(data) < PAGE_BYTES or data[:8] != MAGIC:
+        raise SettingError(
+            f"{path} is no decision ring: it does not start with {MAGIC!r}. A front-end that is attached with "
+            "record=True writes one"
+        )
+    _, version, length = _PREAMBLE.unpack_from(data)
+    if version != VERSION:
+        raise SettingError(f"{path} is a decision ring of version {version}, and this dpshm reads {VERSION}")
+    try:
+        header = msgspec.json.decode(data[_PREAMBLE.size : _PREAMBLE.size + length], type=RingHeader)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as e:
+        raise SettingError(f"{path}: the header cannot be read ({e}): the file is damaged") from None
+    if header.slots < 1 or header.engines < 1 or len(data) != _ring_bytes(header):
+        raise SettingError(
+            f"{path} has {len(data)} bytes and its header says {_ring_bytes(header)}: the file is cut off"
+        )
+    return header
+
+
+def _records(header: RingHeader, data: bytes) -> Iterator[tuple[int, _Record]]:
+    """The whole records, the oldest first, with their numbers."""
+    size, decoder = slot_bytes(header.engines), msgspec.msgpack.Decoder(_Record)
+    written = int.from_bytes(data[PAGE_BYTES : PAGE_BYTES + WORD_BYTES], "little")
+    for number in range(max(0, written - header.slots) + 1, written + 1):
+        start = PAGE_BYTES + WORD_BYTES + (number - 1) % header.slots * size
+        found, length = struct.unpack_from("<qq", data, start)
+        # SYNC: partner of `Recorder.record`: a slot that was being filled when `data` was read has no number, or
+        # one that does not fit, or bytes of two records, which do not decode or do not agree in their lengths.
+        if found != number or not 0 < length <= size - 2 * WORD_BYTES:
+            continue
+        try:
+            record = decoder.decode(data[start + 16 : start + 16 + length])
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+            continue
+        if _is_whole(record):
+            yield number, record
+
+
+def _is_whole(record: _Record) -> bool:
+    n = len(record.load)
+    rows: list[Any] = [record.requests, record.own, record.beats, *(record.work or ())]
+    if any(len(row) != n for row in rows) or not record.ranks:
+        return False
+    if record.work and not (
+        all(len(step) == len(STEP_WORDS) for step in record.work[1])
+        and all(len(model) == len(MODEL_WORDS) for model in record.work[2])
+    ):
+        return False
+    return record.choice in record.ranks and all(0 <= r < n for r in record.ranks)
+
+
+def _as_decision(number: int, record: _Record) -> Decision:
+    ranks, load, requests, rows = record.ranks, record.load, record.requests, record.work
+    as_seen: Any = list if len(load) < VECTOR_FROM else np.array  # as the front-end had them
+    work = None
+    if rows is not None:
+        tokens, steps, models = map(as_seen, rows)
+        work = Work(tokens, steps, models, record.time_ns)
+    view = View(
+        *(as_seen(ranks), as_seen(load), as_seen(requests)),
+        *(record.own, record.num_frontends, work),
+    )
+    age_ns = [max(0, record.time_ns - beat) if beat else -1 for beat in record.beats]
+    request = Request(record.prompt_tokens, record.key)
+    return Decision(number, record.time_ns, view, request, record.choice, age_ns)

@@ -1,0 +1,127 @@
+"""Doorbells: a front-end wakes sleeping ranks itself, two hops and two threads earlier than by the coordinator.
+
+Each engine has a datagram socket (unix(7)) in the folder of its group's sockets. A front-end whose request finds
+the ranks paused sends START to all of them but the one that gets the request: the bytes that the coordinator is
+about to send, taken by the same rule. So it needs no rule of its own: it is a START that came early, and may be
+late, lost or doubled as any other may. A rank that is in a later wave drops it. Rank 0 tells the coordinator,
+which may have heard nothing yet, or be dead. Who did not hear it, because its queue was full or it has no doorbell
+(a stock engine, one on another node), hears the coordinator's. `tests/property` explores groups that are rung.
+
+The rank that gets the request is left out because a ring is faster than a request: it would begin a step without
+it, and the request would wait for the end of that step. The others wait for that rank in their first collective.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from dpshm.net import wire
+
+logger = logging.getLogger(__name__)
+
+MOST_RANKS = 64
+"""Of more ranks nobody is rung: it takes 3 us for each, and `Frontend.route` has other things to do."""
+_MOST_AT_ONCE = 64  # so that no flood keeps an engine from its work
+_MOST_BYTES = 64  # a START has 12 at most
+
+
+def _path(folder: Path, dp_rank: int) -> str:
+    return str(folder / f"bell-{dp_rank}")
+
+
+class Doorbell:
+    """A rank's end.
+
+    Attributes:
+        socket: readable when somebody has rung.
+    """
+
+    def __init__(self, folder: Path, dp_rank: int) -> None:
+        """Hangs it up in place of a predecessor's.
+
+        Args:
+            folder: of the group's sockets.
+            dp_rank: a rank whose row this process holds, so nobody else does this.
+
+        Raises:
+            OSError: it cannot be hung up there.
+        """
+        self._path = _path(folder, dp_rank)
+        with suppress(FileNotFoundError):
+            Path(self._path).unlink()
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        try:
+            self.socket.bind(self._path)
+            self._file = Path(self._path).stat()
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def take(self) -> list[bytes]:
+        """What was rung, the oldest first: the second frames of STARTs, or anything else."""
+        rung: list[bytes] = []
+        try:
+            while len(rung) < _MOST_AT_ONCE:
+                rung.append(self.socket.recv(_MOST_BYTES))
+        except BlockingIOError:
+            pass
+        return rung
+
+    def close(self) -> None:
+        """Takes it down, unless another group of that name has hung up its own meanwhile."""
+        with suppress(OSError):
+            if os.path.samestat(Path(self._path).stat(), self._file):
+                Path(self._path).unlink()
+        self.socket.close()
+
+
+def hang_up(folder: Path, dp_rank: int) -> Doorbell | None:
+    """A rank's doorbell; None, and a line in the log, where there can be none. Raises OSError (EMFILE, ENFILE)."""
+    try:
+        return Doorbell(folder, dp_rank)
+    except OSError as e:
+        if e.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        logger.warning("rank %d has no doorbell and wakes up a little later: %s", dp_rank, e)
+        return None
+
+
+class Ringer:
+    """A front-end's end."""
+
+    def __init__(self, folder: Path, dp_size: int) -> None:
+        """Raises OSError: there is no descriptor for it."""
+        self._folder = folder
+        self.expect(dp_size)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+
+    def expect(self, dp_size: int) -> None:
+        """There are so many ranks, and all may have a doorbell. More than `MOST_RANKS` are not rung."""
+        self._bells = {e: _path(self._folder, e) for e in range(dp_size)} if dp_size <= MOST_RANKS else {}
+
+    def ring(self, wave: int, leave_out: int | None = None) -> None:
+        """Sends START to the ranks and waits for nobody.
+
+        Args:
+            wave: the wave to wake them for.
+            leave_out: the rank that a request is about to wake.
+        """
+        start, send = wire.encode_start(wave, None)[1], self._socket.sendto
+        for dp_rank, path in list(self._bells.items()):
+            if dp_rank == leave_out:
+                continue
+            try:
+                send(start, path)
+            except (FileNotFoundError, ConnectionRefusedError):
+                del self._bells[dp_rank]  # it has no doorbell: not tried again until `expect`
+            except OSError:  # it has not yet taken what others rang
+                pass
+
+    def close(self) -> None:
+        """Gives the descriptor back."""
+        self._socket.close()

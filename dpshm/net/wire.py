@@ -1,0 +1,237 @@
+"""The messages between engines, coordinator and front-ends: those of vLLM, byte for byte.
+
+    engine -> coordinator       PUSH   array: engine_index, outputs, scheduler_stats (map or nil), timestamp,
+                                       utility_output, finished_requests, wave_complete, start_wave, ...
+                                       (trailing fields may be missing or new)
+    coordinator -> engines      XPUB   `READY`, or two frames: 0x02, (wave, exclude or nil)
+    coordinator -> front-ends   XPUB   (counts or nil, wave, running); counts: one an engine,
+                                       [waiting, running, kv_cache_usage], or [waiting, running] in 2025
+    front-ends -> coordinator   XSUB   0x01 / 0x00 (subscribe, unsubscribe); (engine or nil, wave);
+                                       ("SCALE_ELASTIC_EP", n)
+    operator -> coordinator     XSUB   ("DPSHM_DRAIN", rank), ("DPSHM_UNDRAIN", rank)
+
+All payloads are msgpack. What does not decode strictly to these raises `WireError`; nothing is unpickled,
+and nothing decoded here is used as an index before its reader has checked it. The encoders of our own
+messages give the bytes that vLLM 0.32 gives (the vectors in ``tests/data``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Final, NamedTuple, TypeVar
+
+import msgspec
+
+from dpshm.errors import WireError
+from dpshm.rules.waves import MAX_WAVE
+
+READY: Final = b"READY"
+START_FRAME: Final = b"\x02"
+SUBSCRIBE: Final = b"\x01"
+UNSUBSCRIBE: Final = b"\x00"
+SCALE: Final = "SCALE_ELASTIC_EP"
+DRAIN: Final = "DPSHM_DRAIN"
+UNDRAIN: Final = "DPSHM_UNDRAIN"
+MAX_MESSAGE_BYTES: Final = 1 << 20
+"""Larger messages are refused by the sockets: the largest honest one, 4096 engines' counts, is 80 KiB."""
+MAX_UPSTREAM_BYTES: Final = 1 << 10
+"""And so are these where XSUB peers speak: honest ones need 30 bytes, and with keys 300 for the handshake."""
+MAX_TOPIC_BYTES: Final = 1 << 20
+"""Of topics that peers subscribe to, all together, before it is called a flood: honest ones have the empty one."""
+
+ENGINE_LIMIT: Final = 1 << 16
+"""Ranks are named by two bytes at most."""
+ENGINE_IDENTITY_BYTES: Final = 2
+
+T = TypeVar("T")
+Wave = Annotated[int, msgspec.Meta(ge=0, le=MAX_WAVE)]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+_EMPTY = msgspec.Raw(b"\x90")
+_NIL = msgspec.Raw(b"\xc0")
+_PREFIX_CACHE_STATS = {
+    "reset": False,
+    "requests": 0,
+    "queries": 0,
+    "hits": 0,
+    "preempted_requests": 0,
+    "preempted_queries": 0,
+    "preempted_hits": 0,
+    "hits_by_source": {},
+}
+
+
+class Counts(msgspec.Struct, array_like=True, frozen=True):
+    """One rank's numbers; the releases of 2025 sent the first two alone."""
+
+    waiting: Count
+    running: Count
+    kv_cache_usage: float = 0.0
+
+
+class SchedulerStats(msgspec.Struct, frozen=True):
+    """The part of an engine's statistics that a coordinator reads. A map: unknown keys are skipped."""
+
+    num_running_reqs: Count = 0
+    num_waiting_reqs: Count = 0
+    step_counter: Count = 0
+    current_wave: Wave = 0
+    kv_cache_usage: float = 0.0
+
+
+class EngineMessage(msgspec.Struct, array_like=True, frozen=True):
+    """What an engine sends. An array: missing trailing fields take their defaults, extra ones are skipped."""
+
+    engine_index: Count
+    outputs: msgspec.Raw = _EMPTY
+    scheduler_stats: SchedulerStats | None = None
+    timestamp: float = 0.0
+    utility_output: msgspec.Raw = _NIL
+    finished_requests: msgspec.Raw = _NIL
+    wave_complete: Wave | None = None
+    start_wave: Wave | None = None
+
+
+class StartMessage(msgspec.Struct, array_like=True, frozen=True):
+    """The second frame of a START: all engines but `exclude` are to run in `wave`."""
+
+    wave: Wave
+    exclude: int | None = None
+
+
+class StateMessage(msgspec.Struct, array_like=True, frozen=True):
+    """What front-ends hear: the counts by rank (nil: unchanged), the wave, and whether the ranks run."""
+
+    counts: list[Counts] | None
+    wave: Wave
+    running: bool
+
+
+class FirstRequestMessage(NamedTuple):
+    """A front-end's notice of a request that it sent while it believed the ranks paused."""
+
+    engine: int | None
+    wave: int
+
+
+class ScaleMessage(NamedTuple):
+    """A front-end's request to change the number of ranks."""
+
+    dp_size: int
+
+
+class DrainMessage(NamedTuple):
+    """An operator's request to take a rank out of routing, or to put it back. Not one of vLLM's messages."""
+
+    dp_rank: int
+    drained: bool
+
+
+class _FromFrontend(msgspec.Struct, array_like=True, frozen=True):
+    head: object  # an engine or SCALE; msgspec has no union of bytes and str
+    number: Count
+
+
+_encoder = msgspec.msgpack.Encoder()
+_engine = msgspec.msgpack.Decoder(EngineMessage)
+_start = msgspec.msgpack.Decoder(StartMessage)
+_state = msgspec.msgpack.Decoder(StateMessage)
+_from_frontend = msgspec.msgpack.Decoder(_FromFrontend)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], what: str, data: bytes) -> T:
+    try:
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as e:
+        raise WireError(f"not {what}: {e} ({len(data)} bytes)") from None
+
+
+def decode_engine_message(data: bytes) -> EngineMessage:
+    """An engine's message to the coordinator. Raises `WireError`."""
+    return _decode(_engine, "an engine's message", data)
+
+
+def decode_frontend_message(data: bytes) -> FirstRequestMessage | ScaleMessage | DrainMessage:
+    """A front-end's message to the coordinator (subscriptions apart). Raises `WireError`."""
+    message = _decode(_from_frontend, "a front-end's message", data)
+    match message.head:
+        case None:
+            return FirstRequestMessage(None, message.number)
+        case int(engine) if type(engine) is int and 0 <= engine < ENGINE_LIMIT:
+            return FirstRequestMessage(engine, message.number)
+        case bytes(identity) if len(identity) == ENGINE_IDENTITY_BYTES:
+            return FirstRequestMessage(int.from_bytes(identity, "little"), message.number)
+        case str(word) if word == SCALE:
+            return ScaleMessage(message.number)
+        case str(word) if word in (DRAIN, UNDRAIN):
+            return DrainMessage(message.number, word == DRAIN)
+    raise WireError(f"not a front-end's message: {message.head!r:.40} names neither an engine nor {SCALE}")
+
+
+def decode_start(data: bytes) -> StartMessage:
+    """The second frame of a START. Raises `WireError`."""
+    return _decode(_start, "a START", data)
+
+
+def decode_state(data: bytes) -> StateMessage:
+    """What the coordinator published to front-ends. Raises `WireError`."""
+    return _decode(_state, "a state message", data)
+
+
+def encode_stats(engine_index: int, stats: SchedulerStats, *, timestamp: float) -> bytes:
+    """A stock engine's report of its queues, with every key that vLLM 0.32 sends, at rest."""
+    full = {
+        "num_running_reqs": stats.num_running_reqs,
+        "num_waiting_reqs": stats.num_waiting_reqs,
+        "num_skipped_waiting_reqs": 0,
+        "num_kv_fetch_reqs_by_stage": {},
+        "step_counter": stats.step_counter,
+        "current_wave": stats.current_wave,
+        "kv_cache_usage": stats.kv_cache_usage,
+        "iteration_details": None,
+        "prefix_cache_stats": _PREFIX_CACHE_STATS,
+        "connector_prefix_cache_stats": None,
+        "kv_cache_eviction_events": (),
+        "spec_decoding_stats": None,
+        "kv_connector_stats": None,
+        "ec_connector_stats": None,
+        "waiting_lora_adapters": {},
+        "running_lora_adapters": {},
+        "cudagraph_stats": None,
+        "perf_stats": None,
+    }
+    return _encoder.encode((engine_index, (), full, timestamp, None, None, None, None, None))
+
+
+def encode_wave_complete(engine_index: int, wave: int, *, timestamp: float = 0.0) -> bytes:
+    """Rank 0's word that all ranks went idle at the end of `wave`."""
+    return _encoder.encode((engine_index, (), None, timestamp, None, None, wave, None, None))
+
+
+def encode_wave_started(engine_index: int, wave: int, *, timestamp: float = 0.0) -> bytes:
+    """An engine's word that it runs in `wave`."""
+    return _encoder.encode((engine_index, (), None, timestamp, None, None, None, wave, None))
+
+
+def encode_start(wave: int, exclude: int | None) -> list[bytes]:
+    """The two frames of a START."""
+    return [START_FRAME, _encoder.encode((wave, exclude))]
+
+
+def encode_state(counts: Sequence[Sequence[float]] | None, wave: int, running: bool) -> bytes:
+    """What the coordinator publishes to front-ends; `counts` holds two or three numbers a rank."""
+    return _encoder.encode((counts, wave, running))
+
+
+def encode_first_request(engine: int | None, wave: int) -> bytes:
+    """A front-end's notice of a request that it sent while it believed the ranks paused."""
+    return _encoder.encode((engine, wave))
+
+
+def encode_drain(dp_rank: int, drained: bool) -> bytes:
+    """A request to take a rank out of routing, or to put it back."""
+    return _encoder.encode((DRAIN if drained else UNDRAIN, dp_rank))
+
+
+def encode_scale(dp_size: int) -> bytes:
+    """A request to change the number of ranks."""
+    return _encoder.encode((SCALE, dp_size))

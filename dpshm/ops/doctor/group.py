@@ -1,0 +1,299 @@
+"""What can be wrong with a group, from two frames half a second apart: a passing state is no finding."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+
+from dpshm.board.board import Board
+from dpshm.errors import DpshmError
+from dpshm.linux import processes
+from dpshm.net.keys import keys_for
+from dpshm.ops.doctor.finding import Finding
+from dpshm.ops.doctor.probe import connect_problem, publishes
+from dpshm.ops.frame import Frame, Rank
+from dpshm.ops.read_frame import look
+
+BETWEEN_LOOKS_S = 0.5
+STALE_S = 10.0
+
+
+def check_group(board: Board) -> list[Finding]:
+    """All checks of one group."""
+    before = look(board)
+    time.sleep(BETWEEN_LOOKS_S)
+    after = look(board)
+    return [
+        *_coordinator(after),
+        *_sockets(board, after),
+        *_ranks(after),
+        *_counters(board, before, after),
+        *_versions(after),
+        *_holders(board, after),
+        *_namespaces(board),
+        *_capacity(after),
+    ]
+
+
+def _coordinator(frame: Frame) -> Iterator[Finding]:
+    c = frame.coordinator
+    if c.state == "none":
+        yield Finding(
+            severity="error",
+            check="coordinator",
+            group=frame.group,
+            what="no coordinator lives",
+            why="routing goes on from the board; stalls are not seen, and lost wake-ups are not repeated",
+            fix=f"dpshm coordinator --group {frame.group} --dp-size {frame.dp_size}    (takes the board over)",
+        )
+    elif c.state == "silent":
+        yield Finding(
+            severity="error",
+            check="coordinator",
+            group=frame.group,
+            what=f"coordinator pid {c.pid} lives, and its beat has not moved for {c.beat_age_s:.0f} s",
+            why="verdicts are old: dead ranks may still get requests",
+            fix=f"kill -CONT {c.pid}    (if that does not help: kill -KILL {c.pid}, and start it again)",
+        )
+
+
+def _sockets(board: Board, frame: Frame) -> Iterator[Finding]:
+    if frame.coordinator.state == "none":
+        return
+    header = board.segment.header
+    named = {
+        "front-ends'": header.stats_address,
+        "engines' input": header.engine_input_address,
+        "engines' output": header.engine_output_address,
+    }
+    problems: dict[str, list[str]] = defaultdict(list)
+    for name, address in named.items():
+        problem = connect_problem(address)
+        if problem is not None:
+            problems[problem].append(f"the {name} {address}")
+    for problem, sockets in problems.items():
+        yield Finding(
+            severity="error",
+            check="sockets",
+            group=frame.group,
+            what=f"a socket does not answer: {problem} ({', '.join(sockets)})",
+            why="no wake-up reaches the ranks: a paused group stays asleep until an engine wakes the others",
+            fix=f"restart the coordinator, pid {frame.coordinator.pid}; engines and front-ends reconnect",
+        )
+    if problems:
+        return
+    try:
+        keys = keys_for(header)
+    except DpshmError as e:
+        yield Finding(
+            severity="note",
+            check="sockets",
+            group=frame.group,
+            what=f"the sockets ask for keys that this command has not: {e}",
+            why="whether the wave thread answers cannot be told from here, and `dpshm drain` cannot reach it",
+            fix="DPSHM_CURVE_DIR=DIR dpshm doctor",
+        )
+        return
+    try:
+        fine = publishes(header.stats_address, keys=keys)
+    except DpshmError:
+        fine = False
+    if not fine:
+        yield Finding(
+            severity="error",
+            check="sockets",
+            group=frame.group,
+            what=f"the socket {header.stats_address} accepts subscribers and tells them nothing",
+            why="the coordinator's wave thread hangs: no wave is started or ended",
+            fix=f"py-spy dump --pid {frame.coordinator.pid}, then restart the coordinator",
+        )
+
+
+def _ranks(frame: Frame) -> Iterator[Finding]:
+    by_state: dict[str, list[Rank]] = defaultdict(list)
+    for rank in frame.ranks:
+        by_state[rank.state].append(rank)
+    if dead := by_state["dead"]:
+        yield Finding(
+            severity="error",
+            check="dead ranks",
+            group=frame.group,
+            what=f"{_names(dead)}: the process is gone",
+            why="requests that it had are lost; ranks in lockstep wait for it",
+            fix="see its log (dmesg | grep -i oom), and start the rank again",
+        )
+    for rank in by_state["stalled"]:
+        yield Finding(
+            severity="error",
+            check="stalled ranks",
+            group=frame.group,
+            what=f"rank {rank.dp_rank} (pid {rank.pid}) has {rank.requests} requests and shows no sign of life",
+            why="it gets no new requests, and those that it has wait",
+            fix=f"kill -CONT {rank.pid} if it was stopped; else py-spy dump --pid {rank.pid}",
+        )
+    for rank in frame.ranks:
+        stale = rank.age_s is not None and rank.age_s > STALE_S
+        if stale and rank.requests and rank.state in ("running", "idle", "waking"):
+            yield Finding(
+                severity="warning",
+                check="stale beats",
+                group=frame.group,
+                what=f"rank {rank.dp_rank} has {rank.requests} requests and last published {rank.age_s:.0f} s ago",
+                why="it hangs, or its steps are long; stall_timeout is longer, so it still gets requests",
+                fix=f"dpshm drain {rank.dp_rank} --group {frame.group} --no-wait; py-spy dump --pid {rank.pid}",
+            )
+    absent = by_state["absent"]
+    if 0 < len(absent) < frame.dp_size:
+        yield Finding(
+            severity="warning",
+            check="absent ranks",
+            group=frame.group,
+            what=f"{_names(absent)} of {frame.dp_size} never attached, or left",
+            why="a group that is not complete is not ready; lockstep ranks wait",
+            fix="start them; in a container they need the same /dev/shm: --ipc=container:NAME, or --ipc=host",
+        )
+    if drained := by_state["drained"]:
+        numbers = " ".join(str(r.dp_rank) for r in drained)
+        yield Finding(
+            severity="note",
+            check="drained ranks",
+            group=frame.group,
+            what=f"{_names(drained)}: drained by an operator",
+            why="they get no new requests",
+            fix=f"dpshm undrain {numbers} --group {frame.group}",
+        )
+    if not any(rank.routable for rank in frame.ranks):
+        yield Finding(
+            severity="error",
+            check="no rank",
+            group=frame.group,
+            what="no rank may be chosen" + (": none has attached" if len(absent) == frame.dp_size else ""),
+            why="every request fails",
+            fix=(
+                f"start the engines, with {frame.group!r} as their group"
+                if len(absent) == frame.dp_size
+                else f"dpshm stat --group {frame.group}"
+            ),
+        )
+
+
+def _counters(board: Board, before: Frame, after: Frame) -> Iterator[Finding]:
+    problems = []
+    earlier = {rank.dp_rank: rank for rank in before.ranks}
+    for rank in after.ranks:
+        was = earlier.get(rank.dp_rank)
+        if rank.state in ("absent", "dead") or rank.stock or was is None or was.incarnation != rank.incarnation:
+            continue
+        name = f"rank {rank.dp_rank}"
+        if rank.dummy_steps > rank.steps:
+            problems.append(f"{name} counts {rank.dummy_steps} dummy steps of {rank.steps} steps")
+        for field in ("steps", "busy_s", "prompt_tokens", "generation_tokens", "requests_finished"):
+            if getattr(rank, field) < getattr(was, field):
+                problems.append(f"{name}'s {field} fell from {getattr(was, field)} to {getattr(rank, field)}")
+        if rank.busy_s - was.busy_s > 1.5 * (after.monotonic_s - before.monotonic_s) + 5.0:
+            problems.append(f"{name} was busy for longer than time went by")
+        if before.wave == after.wave < min(rank.wave, was.wave) - 1:
+            problems.append(f"{name} is in wave {rank.wave}, and the coordinator in {after.wave}")
+    for frontend in after.frontends:
+        if frontend.state != "alive":
+            continue
+        for e in range(after.dp_size):
+            over = int(board.received_requests[e, frontend.index]) - int(board.sent_requests[frontend.index, e])
+            if over > 0:
+                problems.append(f"rank {e} received {over} requests more than front-end {frontend.index} sent")
+    for problem in problems:
+        yield Finding(
+            severity="warning",
+            check="counters",
+            group=after.group,
+            what=problem,
+            why="load is reported plus unseen: where the counts do not add up, routing is misled",
+            fix="restart that process; if it comes again, report it with the output of: dpshm stat --json",
+        )
+
+
+def _versions(frame: Frame) -> Iterator[Finding]:
+    by_version: dict[str, list[str]] = defaultdict(list)
+    by_version[frame.coordinator.version].append("the coordinator")
+    for rank in frame.ranks:
+        if rank.state not in ("absent", "dead"):
+            by_version[rank.version].append(f"rank {rank.dp_rank}")
+    for frontend in frame.frontends:
+        if frontend.state == "alive":
+            by_version[frontend.version].append(f"front-end {frontend.index}")
+    by_version.pop("?", None)  # stock engines
+    if len(by_version) > 1:
+        words = "; ".join(f"{version}: {_some(who)}" for version, who in sorted(by_version.items()))
+        yield Finding(
+            severity="warning",
+            check="versions",
+            group=frame.group,
+            what=f"processes of several dpshm versions are attached: {words}",
+            why="writers agree in the layout, or could not attach; but rules and messages may differ",
+            fix="pip install the same dpshm in every environment, and restart what is older",
+        )
+
+
+def _holders(board: Board, frame: Frame) -> Iterator[Finding]:
+    """Rows whose lock is held though the process that they name is gone: by a child that kept the descriptor."""
+    ours = processes.namespace_inode("pid")
+    for rank in frame.ranks:
+        e = rank.dp_rank
+        visible = ours != 0 and int(board.engine_pid_namespace[e]) == ours
+        if not visible or rank.pid <= 0 or rank.state in ("dead", "absent"):
+            continue
+        if processes.start_time(rank.pid) != int(board.engine_start_time[e]):
+            yield Finding(
+                severity="error",
+                check="lock",
+                group=frame.group,
+                what=f"rank {e}'s process {rank.pid} is gone, and somebody still holds its lock",
+                why="it counts as alive: a child that was forked and never closed its descriptors has it",
+                fix=f"fuser {board.segment.path}    (end the child; attach after forking)",
+            )
+
+
+def _namespaces(board: Board) -> Iterator[Finding]:
+    header, group = board.segment.header, board.segment.group
+    ours = processes.namespace_inode("pid")
+    others = {int(n) for n in board.engine_pid_namespace[: board.dp_size].tolist() if n} | {header.pid_namespace}
+    if ours and others - {ours, 0}:
+        yield Finding(
+            severity="note",
+            check="pid namespace",
+            group=group,
+            what="some of its processes live in another pid namespace (a container)",
+            why="pids shown are those inside; deaths are told by locks within 50 ms instead of at once",
+            fix="docker run --pid=host, if that matters    (nothing is wrong)",
+        )
+    if header.time_namespace != processes.namespace_inode("time") or header.boot_id != processes.boot_id():
+        yield Finding(
+            severity="note",
+            check="time namespace",
+            group=group,
+            what="its clocks are not those of this process (another time namespace)",
+            why="ages cannot be told from here",
+            fix="run dpshm where the coordinator runs",
+        )
+
+
+def _capacity(frame: Frame) -> Iterator[Finding]:
+    used = sum(f.state == "alive" for f in frame.frontends)
+    if used >= frame.max_frontends:
+        yield Finding(
+            severity="warning",
+            check="capacity",
+            group=frame.group,
+            what=f"all {frame.max_frontends} front-end rows are taken",
+            why="the next front-end cannot attach",
+            fix="restart the group with a larger max_frontends",
+        )
+
+
+def _names(ranks: list[Rank]) -> str:
+    return _some([f"rank {rank.dp_rank}" for rank in ranks])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

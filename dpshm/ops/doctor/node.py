@@ -1,0 +1,254 @@
+"""What can be wrong with a node: its shared memory, what dead groups left in it, containers that share none."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from dpshm.board import layout, sockets_folder
+from dpshm.board.segment import FILE_PREFIX, SOCKETS_SUFFIX, directory, group_in, segment_path, sweep
+from dpshm.errors import SegmentError
+from dpshm.ops.doctor.finding import Finding
+from dpshm.ops.groups import Found
+
+DOCKER_SHM_BYTES = 64 << 20
+_MAPS = re.compile(
+    rb"^\S+ \S+ \S+ ([0-9a-f]+):([0-9a-f]+) \d+ +(/\S*/dpshm-[A-Za-z0-9._-]+)( \(deleted\))?$", re.M
+)
+
+
+class Opened(NamedTuple):
+    """A segment that a process takes part in.
+
+    Attributes:
+        group: as its header names it.
+        folder: where it was opened, in that process's own mount namespace.
+        device: of the file system that it is on.
+        linked: it still has a name.
+    """
+
+    pid: int
+    group: str
+    folder: str
+    device: int
+    linked: bool
+
+
+def check_directory() -> Iterator[Finding]:
+    """The directory of segments."""
+    path = directory()
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        yield Finding(
+            severity="error",
+            check="directory",
+            what=f"{path} is not a directory that uid {os.geteuid()} may write to",
+            why="no board can be created here, and none can be found",
+            fix=f"mount -t tmpfs -o mode=1777 tmpfs {path}    (or set DPSHM_DIR to a folder on a tmpfs)",
+        )
+        return
+    kind = _filesystem(path)
+    if kind not in ("tmpfs", "ramfs", "hugetlbfs", None):
+        yield Finding(
+            severity="warning",
+            check="directory",
+            what=f"{path} is on {kind}, not on a tmpfs",
+            why="the kernel writes the board to a disk all the time, and stores may wait for it",
+            fix="set DPSHM_DIR to a folder on a tmpfs, such as /dev/shm",
+        )
+    space = os.statvfs(path)
+    free, total = space.f_bavail * space.f_frsize, space.f_blocks * space.f_frsize
+    needed = layout.make_layout(layout.DEFAULT_ENGINES, layout.DEFAULT_FRONTENDS).size
+    if free < needed:
+        yield Finding(
+            severity="error",
+            check="space",
+            what=f"{path} has {free >> 10} KiB free of {total >> 10}, and a board needs {needed >> 10}",
+            why="no coordinator can start, and whatever else uses shared memory dies with SIGBUS",
+            fix=f"mount -o remount,size=1G {path}    (containers: --shm-size=1g, or an emptyDir of medium Memory)",
+        )
+    elif kind == "tmpfs" and total <= DOCKER_SHM_BYTES:
+        yield Finding(
+            severity="warning",
+            check="space",
+            what=f"{path} has {total >> 20} MiB in all: a container's default",
+            why="enough for dpshm, but NCCL and PyTorch put their buffers there as well and fail",
+            fix="docker run --shm-size=16g    (Kubernetes: an emptyDir of medium Memory, mounted there)",
+        )
+
+
+def check_leftovers(found: list[Found]) -> Iterator[Finding]:
+    """Segments and socket folders that nobody uses, and segments that cannot be read."""
+    dead = [group.group for group in found if group.state == "dead"]
+    if dead:
+        names = ", ".join(dead[:5]) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
+        yield Finding(
+            severity="warning",
+            check="leftover",
+            group=dead[0] if len(dead) == 1 else None,
+            what=f"segments in {directory()} are left of groups that nobody uses: {names}",
+            why="they take memory; the next coordinator of such a name would remove its own",
+            fix="dpshm doctor --sweep",
+        )
+    for group in found:
+        if not group.readable:
+            yield Finding(
+                severity="error",
+                check="unreadable",
+                group=group.group,
+                what=group.detail,
+                why="nothing can attach to it; if its processes still run, they run unseen",
+                fix=f"fuser {segment_path(group.group)}    (nobody: rm it; else use one dpshm version for all)",
+            )
+    for folder in stray_folders():
+        yield Finding(
+            severity="warning",
+            check="leftover",
+            group=_group_of(folder),
+            what=f"the socket folder {folder} is there and its segment is not",
+            why="left by a dead group, or the segment was unlinked under a live one",
+            fix="dpshm doctor --sweep    (leaves it if anybody still listens)",
+        )
+
+
+def stray_folders() -> list[Path]:
+    """Socket folders without their segment."""
+    folders = directory().glob(f"{FILE_PREFIX}*{SOCKETS_SUFFIX}")
+    return sorted(
+        f for f in folders if f.is_dir() and not f.with_name(f.name.removesuffix(SOCKETS_SUFFIX)).exists()
+    )
+
+
+def sweep_leftovers(found: list[Found]) -> list[str]:
+    """Removes what `check_leftovers` calls left, as far as nobody uses it; what was removed."""
+    removed = []
+    for group in found:
+        if group.state == "dead":
+            with suppress(SegmentError):
+                if sweep(group.group):
+                    removed.append(str(segment_path(group.group)))
+    for folder in stray_folders():
+        sockets_folder.remove(folder)  # not if a coordinator holds it
+        if not folder.exists():
+            removed.append(str(folder))
+    return removed
+
+
+def check_processes() -> Iterator[Finding]:
+    """Processes whose segment has lost its name, and processes that use another tmpfs at the same place."""
+    unlinked: dict[str, list[int]] = defaultdict(list)
+    elsewhere: dict[str, list[int]] = defaultdict(list)
+    with suppress(OSError):
+        device, here = directory().stat().st_dev, os.path.realpath(directory())
+        for opened in opened_segments():
+            if opened.folder == here and opened.device != device:
+                elsewhere[opened.group].append(opened.pid)
+            elif opened.folder == here and not opened.linked:
+                unlinked[opened.group].append(opened.pid)
+    for group, pids in unlinked.items():
+        yield Finding(
+            severity="error",
+            check="unlinked",
+            group=group,
+            what=f"the segment was unlinked, and in use by {_pids(pids)}",
+            why="routing among them goes on, but no process can attach or restart, and no tool sees them",
+            fix="restart the group; find what cleans the folder: systemd's RemoveIPC, tmpfiles.d, a clean-up job",
+        )
+    for group, pids in elsewhere.items():
+        yield Finding(
+            severity="warning",
+            check="other tmpfs",
+            group=group,
+            what=f"a group of that name is in another {directory()} than this one: {_pids(pids)}",
+            why="a container has a /dev/shm of its own: processes that do not share it form groups of their own",
+            fix="docker run --ipc=host, or --ipc=container:NAME for all of the group; Kubernetes: one emptyDir",
+        )
+
+
+def opened_segments() -> list[Opened]:
+    """Every segment that a process visible from here takes part in: as root all, else those of this user."""
+    found = set()
+    for process in os.scandir("/proc"):
+        if process.name.isdecimal():
+            with suppress(OSError):
+                for link in os.scandir(f"/proc/{process.name}/fd"):
+                    opened = _opened(int(process.name), link.path)
+                    if opened is not None:
+                        found.add(opened)
+    return sorted(found)
+
+
+def _opened(pid: int, link: str) -> Opened | None:
+    """The segment behind a descriptor that holds a lock on it; None if it is something else, or merely looks."""
+    target = Path(os.readlink(link).removesuffix(" (deleted)"))
+    # A creator's segment was made without a name and is listed so even since it has one.
+    if not target.name.startswith((FILE_PREFIX, "#")):
+        return None
+    if "\nlock:" not in Path(link.replace("/fd/", "/fdinfo/")).read_text(encoding="ascii"):
+        return None
+    fd = os.open(link, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        info = os.fstat(fd)
+        group = group_in(os.pread(fd, layout.PAGE_BYTES, 0)) if stat.S_ISREG(info.st_mode) else None
+    finally:
+        os.close(fd)
+    return Opened(pid, group, str(target.parent), info.st_dev, info.st_nlink > 0) if group else None
+
+
+def check_logind() -> Iterator[Finding]:
+    """Whether logging out unlinks this user's shared memory: systemd's default for ordinary users."""
+    uid = os.geteuid()
+    if (
+        uid < 1000
+        or not Path("/run/systemd/system").is_dir()
+        or Path("/var/lib/systemd/linger", _user(uid)).exists()
+    ):
+        return
+    settings = [Path("/etc/systemd/logind.conf"), *Path("/etc/systemd/logind.conf.d").glob("*.conf")]
+    for path in settings:
+        with suppress(OSError):
+            if re.search(r"(?mi)^\s*RemoveIPC\s*=\s*(no|false|0|off)\s*$", path.read_text(encoding="utf-8")):
+                return
+    yield Finding(
+        severity="warning",
+        check="RemoveIPC",
+        what=f"systemd unlinks what uid {uid} has in /dev/shm when its last session ends",
+        why="a group that was started from a login goes on, but nobody can attach to it any more",
+        fix=f"loginctl enable-linger {_user(uid)}    (or RemoveIPC=no in /etc/systemd/logind.conf)",
+    )
+
+
+def _user(uid: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _filesystem(path: Path) -> str | None:
+    """The type of the file system that a directory is on; None if /proc does not tell."""
+    best, kind = "", None
+    with suppress(OSError, ValueError, IndexError):
+        real = os.path.realpath(path)
+        for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            fields, _, rest = line.partition(" - ")
+            at = fields.split()[4]
+            inside = real == at or real.startswith(at.rstrip("/") + "/")
+            if inside and len(at) >= len(best):
+                best, kind = at, rest.split()[0]
+    return kind
+
+
+def _group_of(folder: Path) -> str:
+    return folder.name.removeprefix(FILE_PREFIX).removesuffix(SOCKETS_SUFFIX)
+
+
+def _pids(pids: list[int]) -> str:
+    return ("process " if len(pids) == 1 else "processes ") + ", ".join(map(str, sorted(pids)))

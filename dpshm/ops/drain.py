@@ -1,0 +1,120 @@
+"""Takes ranks out of routing and puts them back: through the coordinator, or under its lock when there is none.
+
+The coordinator alone writes marks. It is asked over the front-ends' socket, and the board shows that it did it.
+Where no coordinator lives, whoever holds its lock may write in its place, for as long as that takes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+import zmq
+
+from dpshm.board import layout
+from dpshm.board.board import Board
+from dpshm.board.segment import Segment
+from dpshm.coordinator.row import Marks
+from dpshm.errors import DpshmError, SettingError
+from dpshm.net import wire
+from dpshm.net.context import Socket, context
+from dpshm.net.keys import connect, keys_for
+from dpshm.ops.frame import Frame
+
+PATIENCE_S = 3.0
+ASK_AGAIN_S = 0.5
+LOOK_S = 0.002
+
+
+class NotHeeded(DpshmError):
+    """The coordinator did not do what it was asked to."""
+
+
+def parse_ranks(words: Iterable[str], dp_size: int) -> list[int]:
+    """Ranks from words such as ``3`` and ``4-7``.
+
+    Raises:
+        SettingError: a word is none of these, or names a rank that does not take part.
+    """
+    ranks: set[int] = set()
+    for word in words:
+        first, dash, last = word.partition("-")
+        if not first.isdecimal() or not (last.isdecimal() if dash else True):
+            raise SettingError(f"{word!r} names no ranks: write 3, or 4-7")
+        if int(first) > int(last or first) or int(last or first) >= dp_size:
+            raise SettingError(f"{word!r} names no ranks of this group: it has 0 to {dp_size - 1}")
+        ranks.update(range(int(first), int(last or first) + 1))
+    return sorted(ranks)
+
+
+def check_some_stay(frame: Frame, ranks: Sequence[int]) -> None:
+    """Refuses to drain all that requests could go to.
+
+    Raises:
+        SettingError: nothing would be left.
+    """
+    if not any(rank.routable and rank.dp_rank not in ranks for rank in frame.ranks):
+        states = ", ".join(f"{rank.dp_rank} {rank.state}" for rank in frame.ranks)
+        raise SettingError(
+            f"draining {_words(ranks)} would leave no rank of group {frame.group!r} to route to, and all requests "
+            f"would fail ({states}). Undrain or restart another rank first, or say --force"
+        )
+
+
+def set_drained(board: Board, ranks: Sequence[int], drained: bool) -> None:
+    """Drains ranks or puts them back; returns once the board shows it, to be honoured by the next decision.
+
+    Args:
+        board: of the group; read-only will do.
+        ranks: of 0 to dp_size - 1.
+        drained: whether they are to be out of routing.
+
+    Raises:
+        NotHeeded: the coordinator lives and did not do it.
+        SegmentError: there is no coordinator, and this user may not write to the board.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while wrong := [e for e in ranks if bool(board.engine_mark[e] & layout.DRAINED) != drained]:
+        if time.monotonic() > deadline:
+            raise NotHeeded(
+                f"the coordinator of group {board.segment.group!r}, pid {int(board.coordinator_pid[0])}, did not "
+                f"{'drain' if drained else 'undrain'} {_words(wrong)} within {PATIENCE_S:g} s: it is "
+                "stopped or wedged, or its sockets cannot be reached from here. See: dpshm doctor"
+            )
+        if board.coordinator_alive():
+            _ask(board, wrong, drained)
+        else:
+            _write(board.segment.group, wrong, drained)
+
+
+def _ask(board: Board, ranks: Sequence[int], drained: bool) -> None:
+    """Sends one message a rank, and waits a while for the board to show them done."""
+    keys = keys_for(board.segment.header)
+    socket: Socket = context().socket(zmq.XSUB)  # subscribes to nothing: nothing is published to it
+    try:
+        socket.linger = 0
+        connect(socket, board.segment.header.stats_address, keys)
+        for e in ranks:
+            socket.send(wire.encode_drain(e, drained), zmq.NOBLOCK)
+        again = time.monotonic() + ASK_AGAIN_S
+        while any(bool(board.engine_mark[e] & layout.DRAINED) != drained for e in ranks):
+            if time.monotonic() > again:
+                return
+            time.sleep(LOOK_S)
+    except zmq.ZMQError as e:
+        raise NotHeeded(f"cannot reach the coordinator at {board.segment.header.stats_address}: {e}") from e
+    finally:
+        socket.close()
+
+
+def _write(group: str, ranks: Sequence[int], drained: bool) -> None:
+    """Marks ranks in the place of a coordinator; does nothing if one turns up."""
+    with Board(Segment.attach(group)) as board:
+        if board.lock_coordinator():
+            marks = Marks(board)
+            for e in ranks:
+                marks.set_engine(e, drained=drained)
+
+
+def _words(ranks: Sequence[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -1,0 +1,176 @@
+"""A Grafana dashboard of the metrics of `dpshm.ops.metrics`, from a table of panels, and the alert rules beside
+it.
+
+Both ask for a data source of type Prometheus and name no server. A test checks that every metric in them is
+exported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ALERTS = Path(__file__).with_name("alerts.yaml")
+_G = 'group=~"$group"'
+_R = f'{_G}, dp_rank=~"$rank"'
+
+
+class Panel(NamedTuple):
+    """One panel: what it is called, its unit in Grafana's words, and its curves (expression, legend)."""
+
+    title: str
+    unit: str
+    curves: list[tuple[str, str]]
+    kind: str = "timeseries"
+    width: int = 12
+    help: str = ""
+
+
+def _rank(metric: str) -> list[tuple[str, str]]:
+    return [(f"{metric}{{{_R}}}", "rank {{dp_rank}}")]
+
+
+def _rate(metric: str) -> list[tuple[str, str]]:
+    return [(f"rate({metric}{{{_R}}}[$__rate_interval])", "rank {{dp_rank}}")]
+
+
+PANELS = (
+    Panel("Coordinator", "bool_on_off", [(f"dpshm_coordinator_up{{{_G}}}", "{{group}}")], "stat", 4),
+    Panel("Ranks to route to", "short", [(f"sum(dpshm_rank_routable{{{_G}}})", "ranks")], "stat", 4),
+    Panel(
+        "Ranks out of routing",
+        "short",
+        [(f'sum by (state) (dpshm_rank_state{{{_G}, state=~"dead|stalled|drained|absent"}})', "{{state}}")],
+        "stat",
+        4,
+    ),
+    Panel(
+        "Balance",
+        "short",
+        [(f"dpshm_balance_ratio{{{_G}}}", "{{group}}")],
+        "stat",
+        4,
+        "Most requests on a rank over their mean: 1 is even.",
+    ),
+    Panel(
+        "Waves a minute", "short", [(f"rate(dpshm_waves_started_total{{{_G}}}[5m]) * 60", "{{group}}")], "stat", 4
+    ),
+    Panel(
+        "Wake-up, p99",
+        "s",
+        [(f"histogram_quantile(0.99, sum by (le) (rate(dpshm_wake_seconds_bucket{{{_G}}}[5m])))", "p99")],
+        "stat",
+        4,
+        "From when the coordinator heard of a wake-up until an engine ran.",
+    ),
+    Panel("Waiting requests", "short", _rank("dpshm_rank_waiting_requests")),
+    Panel("Running requests", "short", _rank("dpshm_rank_running_requests")),
+    Panel("KV cache", "percentunit", _rank("dpshm_rank_kv_cache_usage_ratio")),
+    Panel(
+        "Prefill backlog", "short", _rank("dpshm_rank_prefill_backlog_tokens"), help="Prompt tokens to compute."
+    ),
+    Panel("Unseen requests", "short", _rank("dpshm_rank_unseen_requests"), help="Sent, and not taken in yet."),
+    Panel("Age of stats", "s", _rank("dpshm_rank_stats_age_seconds"), help="Since the rank's last publish."),
+    Panel("Tokens generated", "short", _rate("dpshm_rank_generation_tokens_total")),
+    Panel("Prompt tokens computed", "short", _rate("dpshm_rank_prompt_tokens_total")),
+    Panel("Requests finished", "reqps", _rate("dpshm_rank_requests_finished_total")),
+    Panel(
+        "Mean step",
+        "s",
+        [
+            (
+                f"rate(dpshm_rank_step_seconds_total{{{_R}}}[$__rate_interval]) "
+                f"/ rate(dpshm_rank_steps_total{{{_R}}}[$__rate_interval])",
+                "rank {{dp_rank}}",
+            )
+        ],
+    ),
+    Panel(
+        "Share of dummy steps",
+        "percentunit",
+        [
+            (
+                f"rate(dpshm_rank_dummy_steps_total{{{_R}}}[$__rate_interval]) "
+                f"/ rate(dpshm_rank_steps_total{{{_R}}}[$__rate_interval])",
+                "rank {{dp_rank}}",
+            )
+        ],
+        help="Steps made only to keep step with the others.",
+    ),
+    Panel("Balance over time", "short", [(f"dpshm_balance_ratio{{{_G}}}", "{{group}}")]),
+    Panel(
+        "Requests sent by front-end",
+        "reqps",
+        [(f"rate(dpshm_frontend_requests_routed_total{{{_G}}}[$__rate_interval])", "{{frontend}} {{owner}}")],
+    ),
+    Panel(
+        "Messages dropped",
+        "short",
+        [(f"rate(dpshm_messages_dropped_total{{{_G}}}[$__rate_interval])", "{{reason}}")],
+    ),
+)
+
+
+def dashboard() -> dict[str, Any]:
+    """The dashboard, ready for Grafana's import."""
+    return {
+        "title": "dpshm",
+        "uid": "dpshm",
+        "description": "Data-parallel ranks of LLM deployments, from the board of each group.",
+        "tags": ["llm", "dpshm"],
+        "schemaVersion": 39,
+        "refresh": "5s",
+        "time": {"from": "now-30m", "to": "now"},
+        "editable": True,
+        "templating": {
+            "list": [
+                {"name": "source", "label": "Data source", "type": "datasource", "query": "prometheus"},
+                _variable("group", "Group", "label_values(dpshm_ranks, group)"),
+                _variable("rank", "Rank", 'label_values(dpshm_rank_routable{group=~"$group"}, dp_rank)'),
+            ]
+        },
+        "panels": _place(),
+    }
+
+
+def _variable(name: str, label: str, query: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "label": label,
+        "type": "query",
+        "datasource": {"type": "prometheus", "uid": "${source}"},
+        "query": query,
+        "refresh": 2,
+        "multi": True,
+        "includeAll": True,
+        "current": {"text": "All", "value": "$__all"},
+    }
+
+
+def _place() -> list[dict[str, Any]]:
+    """The panels from left to right, a new row where the next does not fit in 24 columns."""
+    placed, x, y, height = [], 0, 0, 0
+    for number, panel in enumerate(PANELS, 1):
+        if x + panel.width > 24:
+            x, y = 0, y + height
+        height = 4 if panel.kind == "stat" else 8
+        placed.append(_panel(number, panel, {"x": x, "y": y, "w": panel.width, "h": height}))
+        x += panel.width
+    return placed
+
+
+def _panel(number: int, panel: Panel, position: dict[str, int]) -> dict[str, Any]:
+    source = {"type": "prometheus", "uid": "${source}"}
+    return {
+        "id": number,
+        "type": panel.kind,
+        "title": panel.title,
+        "description": panel.help,
+        "gridPos": position,
+        "datasource": source,
+        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0}, "overrides": []},
+        "targets": [
+            {"refId": chr(ord("A") + i), "datasource": source, "expr": expression, "legendFormat": legend}
+            for i, (expression, legend) in enumerate(panel.curves)
+        ],
+    }

@@ -1,0 +1,69 @@
+"""Finds the group that a command is about: the one that was named, or the only one that lives here."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dpshm.board.board import Board
+from dpshm.board.segment import directory, groups
+from dpshm.errors import SegmentError, SegmentNotFound, SettingError
+
+
+class Found(NamedTuple):
+    """A group on this node.
+
+    Attributes:
+        state: alive; orphaned (engines or front-ends, no coordinator); dead (nobody holds a lock); unreadable.
+        detail: ranks and coordinator, or why it cannot be read.
+    """
+
+    group: str
+    state: str
+    detail: str
+
+    @property
+    def readable(self) -> bool:
+        """Whether its segment could be attached."""
+        return self.state != "unreadable"
+
+
+def find_groups() -> list[Found]:
+    """Every group whose segment is on this node."""
+    return [_describe(name) for name in groups()]
+
+
+def _describe(group: str) -> Found:
+    try:
+        with Board.attach(group) as board:
+            ranks = f"{board.dp_size} ranks"
+            if board.coordinator_alive():
+                return Found(group, "alive", f"{ranks}, coordinator pid {int(board.coordinator_pid[0])}")
+            if board.segment.is_shared():
+                return Found(group, "orphaned", f"{ranks}, no coordinator")
+            return Found(group, "dead", f"{ranks}, nobody is attached")
+    except SegmentError as e:
+        return Found(group, "unreadable", str(e))
+
+
+def open_group(group: str | None) -> Board:
+    """Attaches read-only to the group of that name, or without one to the only group that lives here.
+
+    Raises:
+        SegmentNotFound: there is none.
+        SettingError: there are several; the message lists them.
+        SegmentError: it cannot be opened.
+    """
+    if group is not None:
+        return Board.attach(group)
+    found = find_groups()
+    live = [f for f in found if f.state in ("alive", "orphaned")]
+    if len(live) == 1:
+        return Board.attach(live[0].group)
+    others = "".join(f"\n  {f.group:<24} {f.state}: {f.detail}" for f in live or found)
+    if not live:
+        raise SegmentNotFound(
+            f"no live group in {directory()}: start one with `dpshm coordinator --group NAME --dp-size N`, or "
+            "look from where its /dev/shm is (a container's is its own unless --ipc=host)"
+            + (f". What is there:{others}" if found else "")
+        )
+    raise SettingError(f"{len(live)} groups are on this node: name one with --group{others}")

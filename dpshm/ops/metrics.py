@@ -1,0 +1,206 @@
+"""Metrics for Prometheus: what the board says at the moment of a scrape, nothing kept between two.
+
+`BoardCollector` turns a frame (`dpshm.ops.frame`) into metric families; `MetricsServer` serves them from a
+thread of its own over a read-only handle, so a scrape that hangs holds up nobody. Counters that an engine
+restarts with begin again at 0, which Prometheus expects of counters.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from dpshm.board.board import Board
+from dpshm.errors import SettingError
+from dpshm.ops.frame import Coordinator, Frame, Frontend, Rank
+from dpshm.ops.read_frame import look
+from dpshm.version import __version__
+
+try:
+    from prometheus_client import CollectorRegistry, start_http_server
+    from prometheus_client.core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+        InfoMetricFamily,
+        Metric,
+    )
+    from prometheus_client.registry import Collector
+except ImportError as e:
+    raise SettingError(f"metrics need prometheus-client ({e}): pip install 'dpshm[metrics]'") from None
+
+RANK_STATES = ("running", "idle", "waking", "paused", "drained", "stalled", "dead", "absent")
+_RANK_GAUGES: tuple[tuple[str, str, Callable[[Rank], float | None]], ...] = (
+    ("waiting_requests", "Requests in the engine's queue.", lambda r: r.waiting),
+    ("running_requests", "Requests in the engine's batch.", lambda r: r.running),
+    ("unseen_requests", "Requests sent to the engine that it has not taken in.", lambda r: r.unseen),
+    ("prefill_backlog_tokens", "Prompt tokens to compute, unseen requests' too.", lambda r: r.prefill_backlog),
+    ("kv_cache_usage_ratio", "Share of the KV cache in use.", lambda r: r.kv_cache_usage),
+    ("stats_age_seconds", "Since the engine's last publish.", lambda r: r.age_s),
+    ("step_age_seconds", "Since the present step began; 0 between steps.", lambda r: r.step_age_s or 0.0),
+    ("routable", "1 if front-ends may choose the engine.", lambda r: int(r.routable)),
+    ("incarnation", "How many processes have had this rank.", lambda r: r.incarnation),
+)  # fmt: skip
+_RANK_COUNTERS: tuple[tuple[str, str, Callable[[Rank], float]], ...] = (
+    ("steps", "Steps of the model, dummy steps among them.", lambda r: r.steps),
+    ("dummy_steps", "Steps made only to keep step with the others.", lambda r: r.dummy_steps),
+    ("step_seconds", "Time spent in steps.", lambda r: r.busy_s),
+    ("prompt_tokens", "Prompt tokens computed.", lambda r: r.prompt_tokens),
+    ("generation_tokens", "Tokens generated.", lambda r: r.generation_tokens),
+    ("requests_finished", "Requests that ended.", lambda r: r.requests_finished),
+)
+_COORDINATOR_COUNTERS: tuple[tuple[str, str, Callable[[Coordinator], float]], ...] = (
+    ("waves_started", "Waves that began.", lambda c: c.waves_started),
+    ("wake_ups_sent", "START messages to the engines.", lambda c: c.starts_sent),
+    ("states_published", "Changes of the wave told to front-ends.", lambda c: c.states_published),
+    ("counts_published", "Counts told to stock front-ends.", lambda c: c.counts_published),
+    ("messages_received", "Messages from engines and front-ends.", lambda c: c.messages_received),
+)
+
+
+class BoardCollector(Collector):
+    """Collects one group's metrics.
+
+    Args:
+        board: attached read-only.
+        dropped: messages that the coordinator dropped, by reason, where it is in this process.
+    """
+
+    def __init__(self, board: Board, dropped: Mapping[str, int] | None = None) -> None:
+        self._board = board
+        self._dropped = dropped
+
+    def collect(self) -> Iterator[Metric]:
+        """The families, of this moment."""
+        frame = look(self._board)
+        yield from self._group(frame)
+        yield from self._coordinator(frame.group, frame.coordinator)
+        yield from _ranks(frame.group, frame.ranks)
+        yield from _frontends(frame.group, frame.frontends)
+
+    def _group(self, frame: Frame) -> Iterator[Metric]:
+        build = InfoMetricFamily("dpshm_build", "The dpshm that serves this.", labels=["group"])
+        build.add_metric([frame.group], {"version": __version__})
+        yield build
+        yield _gauge("dpshm_ranks", "Ranks that take part.", frame.group, frame.dp_size)
+        yield _gauge("dpshm_wave", "The request wave.", frame.group, frame.wave)
+        phase = GaugeMetricFamily(
+            "dpshm_phase", "1 for the phase that the ranks are in.", labels=["group", "phase"]
+        )
+        for name in ("paused", "waking", "running"):
+            phase.add_metric([frame.group, name], int(frame.phase == name))
+        yield phase
+        if frame.balance is not None:
+            help_ = "Most requests on a routable rank over their mean; absent without requests."
+            yield _gauge("dpshm_balance_ratio", help_, frame.group, frame.balance)
+
+    def _coordinator(self, group: str, c: Coordinator) -> Iterator[Metric]:
+        yield _gauge("dpshm_coordinator_up", "1 if one lives and its watch moves.", group, int(c.state == "alive"))
+        yield _gauge("dpshm_coordinator_epoch", "How many coordinators the board has had.", group, c.epoch)
+        for name, help_, get in _COORDINATOR_COUNTERS:
+            yield _counter(f"dpshm_{name}", help_, group, get(c))
+        dropped = CounterMetricFamily(
+            "dpshm_messages_dropped", "Messages that were dropped, by reason.", labels=["group", "reason"]
+        )
+        reasons = dict(self._dropped) if self._dropped is not None else {}
+        # What an earlier coordinator dropped is on the board, the reasons were in its memory.
+        reasons["unknown"] = max(0, c.messages_dropped - sum(reasons.values()))
+        for reason, value in sorted(reasons.items()):
+            dropped.add_metric([group, reason], value)
+        yield dropped
+        yield _wake_ups(group, c)
+
+
+def _wake_ups(group: str, c: Coordinator) -> Metric:
+    buckets, total = [], 0
+    for limit, count in c.wakes_by_limit_ms.items():
+        total += count
+        buckets.append(("+Inf" if limit == "inf" else f"{float(limit) / 1e3:g}", total))
+    family = HistogramMetricFamily(
+        "dpshm_wake_seconds",
+        "From when the coordinator heard of a wake-up until an engine ran.",
+        labels=["group"],
+    )
+    family.add_metric([group], buckets, c.wake_s)
+    return family
+
+
+def _ranks(group: str, ranks: Iterable[Rank]) -> Iterator[Metric]:
+    labels = ["group", "dp_rank"]
+    state = GaugeMetricFamily("dpshm_rank_state", "1 for the state that it is in.", labels=[*labels, "state"])
+    gauges = [GaugeMetricFamily(f"dpshm_rank_{name}", help_, labels=labels) for name, help_, _ in _RANK_GAUGES]
+    counters = [CounterMetricFamily(f"dpshm_rank_{n}", help_, labels=labels) for n, help_, _ in _RANK_COUNTERS]
+    for rank in ranks:
+        of = [group, str(rank.dp_rank)]
+        for name in RANK_STATES:
+            state.add_metric([*of, name], int(rank.state == name))
+        for gauge, (_, _, get) in zip(gauges, _RANK_GAUGES, strict=True):
+            value = get(rank)
+            if value is not None:
+                gauge.add_metric(of, value)
+        for counter, (_, _, get) in zip(counters, _RANK_COUNTERS, strict=True):
+            counter.add_metric(of, get(rank))
+    yield from (state, *gauges, *counters)
+
+
+def _frontends(group: str, frontends: Iterable[Frontend]) -> Iterator[Metric]:
+    labels = ["group", "frontend", "owner"]
+    up = GaugeMetricFamily("dpshm_frontend_up", "1 if the front-end lives.", labels=labels)
+    age = GaugeMetricFamily("dpshm_frontend_decision_age_seconds", "Since its last decision.", labels=labels)
+    unseen = GaugeMetricFamily("dpshm_frontend_unseen_requests", "Sent and not taken in yet.", labels=labels)
+    routed = CounterMetricFamily("dpshm_frontend_requests_routed", "Requests that it sent.", labels=labels)
+    for frontend in frontends:
+        of = [group, str(frontend.index), frontend.owner]
+        up.add_metric(of, int(frontend.state == "alive"))
+        if frontend.age_s is not None:
+            age.add_metric(of, frontend.age_s)
+        unseen.add_metric(of, frontend.unseen)
+        routed.add_metric(of, frontend.routed)
+    yield from (up, age, unseen, routed)
+
+
+def _gauge(name: str, help_: str, group: str, value: float) -> Metric:
+    family = GaugeMetricFamily(name, help_, labels=["group"])
+    family.add_metric([group], value)
+    return family
+
+
+def _counter(name: str, help_: str, group: str, value: float) -> Metric:
+    family = CounterMetricFamily(name, help_, labels=["group"])
+    family.add_metric([group], value)
+    return family
+
+
+class MetricsServer:
+    """Serves a group's metrics over HTTP from a thread of its own, until `close`.
+
+    Attributes:
+        address: (host, port) that it listens on.
+
+    Raises:
+        SettingError: it cannot listen there.
+    """
+
+    def __init__(self, group: str, dropped: Mapping[str, int] | None, host: str, port: int) -> None:
+        self._pid = os.getpid()
+        self._board = Board.attach(group)
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(BoardCollector(self._board, dropped))
+        try:
+            self._server, self._thread = start_http_server(port, host, registry)
+        except OSError as e:
+            self._board.close()
+            raise SettingError(
+                f"cannot serve metrics on {host}:{port}: {e.strerror or e}. Choose another metrics_port (0: any)"
+            ) from e
+        self._thread.name = "dpshm-metrics"
+        self.address: tuple[str, int] = (host, self._server.server_port)
+
+    def close(self) -> None:
+        """Ends the thread. In a forked child, which has no such thread, does nothing."""
+        if os.getpid() != self._pid or not self._thread.is_alive():
+            return
+        self._server.shutdown()  # returns within the server's poll interval, half a second
+        self._thread.join(timeout=5.0)
+        self._server.server_close()
+        self._board.close()

@@ -1,0 +1,175 @@
+"""Looks at a board once and makes a `Frame` of what it finds, without asking any process.
+
+The coordinator's marks say who is stalled, drained or dead, as long as one watches. When none does, or it is
+silent, marks are old, and the locks tell who lives: front-ends without a coordinator do the same.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from dpshm.board import layout
+from dpshm.board.board import Board
+from dpshm.linux import processes
+from dpshm.ops.frame import SCHEMA_VERSION, Coordinator, Frame, Frontend, Rank
+from dpshm.rules.liveness import Verdict
+from dpshm.version import version_text
+
+SILENT_AFTER_S = 1.0
+"""Twenty rounds of the watch thread."""
+
+
+def look(board: Board) -> Frame:
+    """One frame, without rates."""
+    now_ns, now = time.monotonic_ns(), time.time()
+    ages = clocks_agree(board)
+    coordinator = _coordinator(board, now_ns if ages else None)
+    marks_fresh = coordinator.state == "alive"
+    ranks = _ranks(board, now_ns if ages else None, marks_fresh)
+    header = board.segment.header
+    return Frame(
+        schema_version=SCHEMA_VERSION,
+        time=now,
+        monotonic_s=now_ns / 1e9,
+        group=header.group,
+        linked=board.segment.linked,
+        mode=str(header.settings.get("mode", "internal")),
+        waves=header.waves,
+        dp_size=board.dp_size,
+        max_engines=board.engines,
+        max_frontends=board.frontends,
+        wave=board.wave,
+        phase=board.phase.name.lower(),
+        revision=_word(board, "revision"),
+        waves_per_minute=None,
+        balance=balance([rank.requests for rank in ranks if rank.routable]),
+        rates_over_s=None,
+        coordinator=coordinator,
+        ranks=ranks,
+        frontends=_frontends(board, now_ns if ages else None, marks_fresh),
+    )
+
+
+def balance(requests: list[int]) -> float | None:
+    """The most over the mean: 1 is even, the number of ranks is all on one; None without any request."""
+    total = sum(requests)
+    return max(requests) * len(requests) / total if total else None
+
+
+def clocks_agree(board: Board) -> bool:
+    """Whether CLOCK_MONOTONIC means the same here as to those who wrote the board."""
+    header = board.segment.header
+    return header.boot_id == processes.boot_id() and header.time_namespace == processes.namespace_inode("time")
+
+
+def _word(board: Board, name: str) -> int:
+    return int(board.words[board.index(name)])
+
+
+def _age_s(now_ns: int | None, then_ns: int) -> float | None:
+    return max(0, now_ns - then_ns) / 1e9 if now_ns is not None and then_ns else None
+
+
+def _coordinator(board: Board, now_ns: int | None) -> Coordinator:
+    beat_age_s = _age_s(now_ns, int(board.coordinator_beat[0]))
+    if not board.coordinator_alive():
+        state = "none"
+    else:
+        state = "silent" if beat_age_s is not None and beat_age_s > SILENT_AFTER_S else "alive"
+    limits = [*(f"{limit:g}" for limit in layout.WAKE_LIMITS_MS), "inf"]
+    return Coordinator(
+        state=state,
+        pid=int(board.coordinator_pid[0]),
+        epoch=int(board.epoch[0]),
+        beat_age_s=beat_age_s,
+        ready=bool(_word(board, "ready")),
+        version=version_text(_word(board, "coordinator_version")),
+        waves_started=_word(board, "waves_started"),
+        starts_sent=_word(board, "starts_sent"),
+        states_published=_word(board, "states_published"),
+        counts_published=_word(board, "counts_published"),
+        messages_received=_word(board, "messages_received"),
+        messages_dropped=_word(board, "messages_dropped"),
+        wakes_by_limit_ms=dict(zip(limits, board.wake_bucket.tolist(), strict=True)),
+        wake_s=_word(board, "wake_ns") / 1e9,
+    )
+
+
+def _ranks(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Rank]:
+    # Nobody has marked those who died since nobody watches.
+    counted = None if marks_fresh else [f for f in range(board.frontends_used()) if board.frontend_alive(f)]
+    rows = board.snapshot(now_ns, counted)
+    waves = board.segment.header.waves
+    names = rows.dtype.names or ()
+    ranks = []
+    for values in rows.tolist():
+        row = dict(zip(names, values, strict=True))
+        e = row["dp_rank"]
+        if not (marks_fresh or row["stock"]):
+            row["state"] = _state_by_lock(board, e, row)
+        if not waves and row["state"] in ("running", "idle", "waking"):
+            row["state"] = "running" if row["running"] or row["waiting"] else "idle"  # no wave says so
+        ranks.append(
+            Rank(
+                state=row["state"],
+                routable=not row["drained"] and row["state"] not in ("stalled", "dead", "absent"),
+                age_s=row["age_ns"] / 1e9 if row["age_ns"] >= 0 else None,
+                step_age_s=row["step_age_ns"] / 1e9 if row["step_age_ns"] >= 0 else None,
+                busy_s=row["busy_ns"] / 1e9,
+                version=version_text(int(board.words[board.index("engine_version", e)])),
+                **{name: row[name] for name in _SAME},
+            )
+        )
+    return ranks
+
+
+_SAME = (
+    *("dp_rank", "drained", "stock", "waiting", "running", "unseen", "requests", "prefill_backlog"),
+    *("kv_cache_usage", "wave", "step", "pid", "incarnation", "steps", "dummy_steps", "prompt_tokens"),
+    *("generation_tokens", "requests_finished"),
+)
+
+
+def _state_by_lock(board: Board, e: int, row: dict[str, Any]) -> str:
+    if not board.engine_alive(e):
+        return "dead" if row["pid"] else "absent"
+    if row["drained"]:
+        return "drained"
+    _, running, paused = layout.unpack_state(int(board.engine_state[e]))
+    return "paused" if paused else "running" if running else "idle"
+
+
+def _frontends(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Frontend]:
+    used, n = board.frontends_used(), board.dp_size
+    # SYNC: sent before received: what arrives in between is not unseen any more.
+    sent = np.positive(board.sent_requests[:used, :n])
+    unseen = np.maximum(sent - board.received_requests[:n, :used].T, 0)
+    marks = board.frontend_mark[:used].tolist()
+    rows = []
+    for f in range(used):
+        pid = int(board.frontend_pid[f])
+        if marks_fresh:
+            state = Verdict(marks[f] & layout.VERDICT_MASK).name.lower()
+        else:
+            state = "alive" if board.frontend_alive(f) else "dead" if pid else "absent"
+        counted = state == "alive"
+        by_rank = unseen[f].tolist() if counted else [0] * n
+        rows.append(
+            Frontend(
+                index=f,
+                owner=board.owner_of(f),
+                state=state,
+                age_s=_age_s(now_ns, int(board.frontend_beat[f])),
+                pid=pid,
+                incarnation=int(board.frontend_incarnation[f]),
+                version=version_text(int(board.words[board.index("frontend_version", f)])),
+                routed=int(board.routed[f]),
+                unseen=sum(by_rank),
+                sent_by_rank=sent[f].tolist(),
+                unseen_by_rank=by_rank,
+            )
+        )
+    return rows

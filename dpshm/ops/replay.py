@@ -1,0 +1,174 @@
+"""Replay: what another policy would have chosen, decision by decision, from what a recorder kept.
+
+Each decision is asked about by itself, with what was seen then: a different choice would have changed what came
+after, which no replay can know. `dpshm.sim` can.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dpshm.board import layout
+from dpshm.errors import SettingError
+from dpshm.frontend.recorder import Decision
+from dpshm.policies import LeastWork, Policy
+
+FORMATS = (".csv", ".parquet")
+
+
+class Replayed(msgspec.Struct, frozen=True):
+    """One decision and the other choice.
+
+    Attributes:
+        choice: what was chosen.
+        other: what the other policy chooses.
+    """
+
+    decision: Decision
+    choice: int
+    other: int
+
+
+class Summary(msgspec.Struct):
+    """What ``dpshm replay --json`` prints.
+
+    Attributes:
+        decisions: how many the ring held.
+        agreed: on how many the two agree.
+        by_rank: requests that each rank got.
+        other_by_rank: and would have got.
+        requests_at_choice: requests, reported and unseen, at the chosen ranks: the mean.
+        requests_at_other: and at the other ones.
+        expected_ms_at_choice: expected time to first token (`least_work`'s estimate) at the chosen ranks: the
+            mean; null where the ring has no tokens and step times, because its policy asked for none.
+        expected_ms_at_other: and at the other ones.
+        age_ms_p50: the age of the oldest report that a decision used: the median.
+        age_ms_p99: and its 99th percentile.
+    """
+
+    group: str
+    frontend: int
+    policy: str
+    decisions: int
+    agreed: int
+    by_rank: list[int]
+    other_by_rank: list[int]
+    requests_at_choice: float
+    requests_at_other: float
+    expected_ms_at_choice: float | None
+    expected_ms_at_other: float | None
+    age_ms_p50: float | None
+    age_ms_p99: float | None
+
+
+def replay(decisions: Iterable[Decision], policy: Policy) -> list[Replayed]:
+    """Asks a policy about each decision.
+
+    Raises:
+        SettingError: the policy needs tokens and step times, and the ring has none.
+    """
+    sees_work = getattr(policy, "sees_work", False)
+    replayed = []
+    for decision in decisions:
+        if sees_work and decision.view.work is None:
+            raise SettingError(
+                "this policy looks at tokens and step times, and the ring has none, because the policy that was "
+                "recorded did not look at them: record with least_work, or replay a policy that counts requests"
+            )
+        replayed.append(Replayed(decision, decision.choice, int(policy(decision.view, decision.request))))
+    return replayed
+
+
+def summarise(group: str, frontend: int, policy: str, replayed: Sequence[Replayed]) -> Summary:
+    """The two policies side by side.
+
+    Raises:
+        SettingError: there is nothing to replay.
+    """
+    if not replayed:
+        raise SettingError("the ring holds no decision yet: let its front-end route some requests")
+    import numpy as np
+
+    ranks = 1 + max(len(r.decision.view.load) for r in replayed) - 1
+    pairs = [(r.decision.view.requests, r) for r in replayed]
+    has_work = all(r.decision.view.work is not None for r in replayed)
+    expected = [LeastWork().expected_ns(r.decision.view, r.decision.request) for r in replayed] if has_work else []
+    ages = [age for r in replayed if (age := max(r.decision.age_ns)) >= 0]
+    p50, p99 = (float(x) / 1e6 for x in np.percentile(ages, (50, 99))) if ages else (None, None)
+
+    def mean(values: Iterable[Any]) -> float:
+        return float(np.mean([int(v) for v in values]))
+
+    return Summary(
+        group=group,
+        frontend=frontend,
+        policy=policy,
+        decisions=len(replayed),
+        agreed=sum(r.choice == r.other for r in replayed),
+        by_rank=np.bincount([r.choice for r in replayed], minlength=ranks).tolist(),
+        other_by_rank=np.bincount([r.other for r in replayed], minlength=ranks).tolist(),
+        requests_at_choice=mean(counts[r.choice] for counts, r in pairs),
+        requests_at_other=mean(counts[r.other] for counts, r in pairs),
+        expected_ms_at_choice=mean(e[r.choice] for e, r in zip(expected, replayed, strict=True)) / 1e6
+        if has_work
+        else None,
+        expected_ms_at_other=mean(e[r.other] for e, r in zip(expected, replayed, strict=True)) / 1e6
+        if has_work
+        else None,
+        age_ms_p50=p50,
+        age_ms_p99=p99,
+    )
+
+
+def rows(replayed: Iterable[Replayed]) -> Iterator[dict[str, int]]:
+    """One row for each decision and rank, for a table: who was seen how, and who was chosen."""
+    for r in replayed:
+        d, work = r.decision, r.decision.view.work
+        for rank, word in enumerate(d.view.load):
+            waiting, running, kv = layout.unpack_load(int(word))
+            yield {
+                "number": d.number,
+                "time_ns": d.time_ns,
+                "prompt_tokens": d.request.prompt_tokens,
+                "dp_rank": rank,
+                "waiting": waiting,
+                "running": running,
+                "kv_cache_permille": round(kv * 1000),
+                "unseen": int(d.view.unseen[rank]),
+                "own": d.view.own[rank],
+                "age_ns": d.age_ns[rank],
+                "outstanding_tokens": int(work.tokens[rank]) if work else -1,
+                "chosen": int(rank == r.choice),
+                "other": int(rank == r.other),
+            }
+
+
+def export(path: Path, replayed: Sequence[Replayed]) -> None:
+    """Writes `rows` to a CSV or, with pyarrow, a Parquet file, by the name's ending.
+
+    Raises:
+        SettingError: another ending, pyarrow is missing, or the file cannot be written.
+    """
+    if path.suffix not in FORMATS:
+        raise SettingError(f"cannot export to {path}: name a file that ends in {' or '.join(FORMATS)}")
+    table = list(rows(replayed))
+    try:
+        if path.suffix == ".csv":
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(table[0]) if table else [])
+                writer.writeheader()
+                writer.writerows(table)
+            return
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ImportError:
+            raise SettingError("Parquet needs pyarrow: pip install 'dpshm[parquet]', or export to .csv") from None
+        pq.write_table(pa.Table.from_pylist(table), path)
+    except OSError as e:
+        raise SettingError(f"cannot write {path}: {e.strerror}") from e

@@ -1,0 +1,237 @@
+"""The screen of ``dpshm top``: a frame drawn again and again, with keys to arrange it and to drain ranks.
+
+The lines come from `dpshm.ops.screen.table`, the same that ``--once`` prints; here they scroll under a cursor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
+
+from rich.text import Text
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.widgets import Footer, Input, Static
+
+from dpshm.errors import DpshmError, SettingError
+from dpshm.ops.drain import check_some_stay, set_drained
+from dpshm.ops.frame import Frontend, Rank
+from dpshm.ops.screen.filter import arrange, number
+from dpshm.ops.screen.table import (
+    Column,
+    History,
+    frontend_columns,
+    frontend_table,
+    headline,
+    rank_columns,
+    rank_table,
+)
+from dpshm.ops.screen.text import Glyphs
+from dpshm.ops.screen.widgets import Confirm, Filter, Rows
+from dpshm.ops.watcher import Watcher
+
+T = TypeVar("T", Rank, Frontend)
+
+
+class Top(App[None]):
+    """Draws a group until told to quit.
+
+    Args:
+        watcher: of the group.
+        interval_s: between frames.
+        glyphs: what the terminal can show.
+    """
+
+    ENABLE_COMMAND_PALETTE = False
+    CSS = """
+    Rows { overflow-x: hidden; scrollbar-size-vertical: 1; }
+    #head { height: auto; }
+    #title { height: 1; text-style: bold; }
+    #filter { height: 1; border: none; padding: 0; display: none; }
+    #mode { height: 1; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("q,ctrl+c", "quit", "Quit"),
+        Binding("s", "sort", "Sort"),
+        Binding("r", "reverse", "Reverse"),
+        Binding("slash", "filter", "Filter", priority=True),  # before the next key is sent on
+        Binding("tab", "switch", "Ranks/fe", priority=True),
+        Binding("space", "pause", "Pause"),
+        Binding("d", "steer(True)", "Drain"),
+        Binding("u", "steer(False)", "Undrain"),
+        Binding("escape", "clear", show=False),
+    ]
+
+    def __init__(self, watcher: Watcher, interval_s: float, glyphs: Glyphs) -> None:
+        super().__init__()
+        self._watcher = watcher
+        self._interval_s = interval_s
+        self._glyphs = glyphs
+        self._history = History()
+        self._frame = watcher.look()
+        self._frontends = False
+        self._sort = 0
+        self._sorted_by: Column[Any] = rank_columns(glyphs)[0]
+        self._reverse = False
+        self._paused = False
+        self._filter = ""
+        self._message = ""
+        self._shown: list[int] = []
+
+    def compose(self) -> ComposeResult:
+        """Headline, heading, rows, a line for the filter, one for messages, the keys."""
+        with Vertical(id="head"):
+            yield Static(id="headline")
+        yield Static(id="title")
+        yield Rows()
+        yield Static(id="mode")
+        yield Filter(id="filter", placeholder="filter: 3, 4-7, dead, part of an owner", compact=True)
+        yield Footer(compact=True)
+
+    def on_mount(self) -> None:
+        """Begins to look."""
+        self.theme = "ansi-dark"  # the terminal's own colours, whatever its background
+        self.query_one(Rows).focus()
+        self.set_interval(self._interval_s, self._look)
+        self.call_after_refresh(self._draw)
+
+    def on_resize(self) -> None:
+        """Another width: other columns."""
+        self.call_after_refresh(self._draw)
+
+    def _look(self) -> None:
+        if not self._paused:
+            self._frame = self._watcher.look()
+            self._history.add(self._frame)
+            self._draw()
+
+    def _draw(self) -> None:
+        frame, glyphs, screen = self._frame, self._glyphs, self.screen_stack[0]
+        rows = screen.query_one(Rows)
+        width = rows.width
+        if self._frontends:
+            frontends = self._arrange(frame.frontends, frontend_columns(glyphs))
+            title, frontend_line = frontend_table(width, glyphs)
+            rows.show(len(frontends), lambda i: frontend_line(frontends[i]))
+            self._shown = [number(f) for f in frontends]
+        else:
+            ranks = self._arrange(frame.ranks, rank_columns(glyphs))
+            title, rank_line = rank_table(self._history, width, glyphs)
+            rows.show(len(ranks), lambda i: rank_line(ranks[i]))
+            self._shown = [number(r) for r in ranks]
+        screen.query_one("#headline", Static).update(Text("\n").join(headline(frame, self.size.width, glyphs)))
+        screen.query_one("#title", Static).update(title)
+        screen.query_one("#mode", Static).update(Text(self._mode(), "dim"))
+
+    def _arrange(self, rows: Sequence[T], columns: list[Column[T]]) -> list[T]:
+        self._sorted_by = columns[self._sort % len(columns)]
+        return arrange(rows, self._sorted_by, reverse=self._reverse, text=self._filter)
+
+    def _mode(self) -> str:
+        """What was asked for, so that nobody takes a part for the whole."""
+        parts = [f"by {self._sorted_by.title}" + (" reversed" if self._reverse else "")]
+        row = self._under_cursor()
+        if row is not None:
+            what = f"rank {row.dp_rank}" if isinstance(row, Rank) else f"front-end {row.index} {row.owner}"
+            parts.append(f"{what}: pid {row.pid or '-'}, incarnation {row.incarnation}, dpshm {row.version}")
+        if self._filter:
+            of = self._frame.frontends if self._frontends else self._frame.ranks
+            parts.append(f"filter {self._filter!r}: {len(self._shown)} of {len(of)}")
+        if self._paused:
+            parts.append("PAUSED")
+        return self._message or self._glyphs.separator.join(parts)
+
+    def _under_cursor(self) -> Rank | Frontend | None:
+        at = self.screen_stack[0].query_one(Rows).cursor
+        if at >= len(self._shown):
+            return None
+        rows = self._frame.frontends if self._frontends else self._frame.ranks
+        return next((row for row in rows if number(row) == self._shown[at]), None)
+
+    # Keys.
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """While a question is open its own keys count, and Ctrl-C."""
+        return action == "quit" or not isinstance(self.screen, Confirm)
+
+    def on_rows_moved(self) -> None:
+        """Another row to tell of."""
+        self.query_one("#mode", Static).update(Text(self._mode(), "dim"))
+
+    def action_sort(self) -> None:
+        """By the next column."""
+        self._sort += 1
+        self._draw()
+
+    def action_reverse(self) -> None:
+        """The other way round."""
+        self._reverse = not self._reverse
+        self._draw()
+
+    def action_switch(self) -> None:
+        """Between ranks and front-ends."""
+        self._frontends = not self._frontends
+        self._sort, self._reverse = 0, False
+        self._draw()
+
+    def action_pause(self) -> None:
+        """Keeps the frame, or goes on."""
+        self._paused = not self._paused
+        self._draw()
+
+    def action_filter(self) -> None:
+        """Asks for a filter."""
+        self.query_one(Filter).open(self._filter)
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """Filters while it is typed."""
+        self._filter = event.value
+        self._draw()
+
+    def action_clear(self) -> None:
+        """No filter, no message."""
+        self._filter = self._message = ""
+        self.query_one(Filter).close()
+        self._draw()
+
+    def action_steer(self, drained: bool) -> None:
+        """Drains the rank under the cursor, or puts it back, if that is confirmed."""
+        row = self._under_cursor()
+        if not isinstance(row, Rank):
+            self._say("choose a rank first: Tab shows the ranks")
+            return
+        rank = row.dp_rank
+        question = f"{'Drain' if drained else 'Undrain'} rank {rank} of group {self._frame.group}?"
+        if drained:
+            try:
+                check_some_stay(self._frame, [rank])
+            except SettingError:
+                self._say(f"rank {rank} is the last to route to: dpshm drain {rank} --force")
+                return
+            question += " It finishes the requests that it has; new ones go elsewhere."
+
+        def answered(yes: bool | None) -> None:
+            if yes:
+                self.run_worker(lambda: self._steer(rank, drained), thread=True)
+
+        self.push_screen(Confirm(question), answered)
+
+    def _steer(self, rank: int, drained: bool) -> None:
+        """In a thread of its own: it waits for the coordinator."""
+        try:
+            set_drained(self._watcher.board, [rank], drained)
+        except DpshmError as e:
+            message = str(e)
+        else:
+            message = f"rank {rank} is {'drained' if drained else 'back in routing'}"
+        self.call_from_thread(self._say, message)
+
+    def _say(self, message: str) -> None:
+        self._message = message
+        self.set_timer(5.0, self._hush)
+        self._draw()
+
+    def _hush(self) -> None:
+        self._message = ""
+        self._draw()

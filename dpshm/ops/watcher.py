@@ -1,0 +1,100 @@
+"""Watches a group: looks again and again, and gives each frame the rates over a short window.
+
+It survives the group's end and restart: when the segment has lost its name and the group has another one, it
+goes over to that.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import msgspec
+
+from dpshm.board.board import Board
+from dpshm.errors import SegmentError
+from dpshm.ops.frame import Frame, Frontend, Rank
+from dpshm.ops.read_frame import look
+
+WINDOW_S = 5.0
+
+
+class Watcher:
+    """Looks at one group.
+
+    Args:
+        board: attached read-only; closed by `close`.
+        window_s: rates are taken over at most so long.
+    """
+
+    def __init__(self, board: Board, window_s: float = WINDOW_S) -> None:
+        self.board = board
+        self._window_s = window_s
+        self._past: deque[Frame] = deque()
+
+    def look(self) -> Frame:
+        """A frame; from the second on with rates."""
+        if not self.board.segment.linked:
+            self._follow()
+        frame = look(self.board)
+        past = self._past
+        past.append(frame)
+        # The oldest look that is within the window, or, if looks are further apart, the one before.
+        while len(past) > 2 and frame.monotonic_s - past[0].monotonic_s > self._window_s:
+            past.popleft()
+        return with_rates(past[0], frame) if len(past) > 1 else frame
+
+    def _follow(self) -> None:
+        try:
+            new = Board.attach(self.board.segment.group)
+        except SegmentError:
+            return  # the group has ended; its last state is still mapped
+        self.board.close()
+        self.board = new
+        self._past.clear()
+
+    def close(self) -> None:
+        """Lets go of the board."""
+        self.board.close()
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def with_rates(before: Frame, now: Frame) -> Frame:
+    """`now` with the rates since `before`, an earlier look at the same board."""
+    seconds = now.monotonic_s - before.monotonic_s
+    if seconds <= 0:
+        return now
+    waves = now.coordinator.waves_started - before.coordinator.waves_started
+    ranks = {rank.dp_rank: rank for rank in before.ranks}
+    frontends = {frontend.index: frontend for frontend in before.frontends}
+    return msgspec.structs.replace(
+        now,
+        rates_over_s=seconds,
+        waves_per_minute=waves * 60 / seconds if now.waves else None,
+        ranks=[_rank(ranks.get(rank.dp_rank), rank, seconds) for rank in now.ranks],
+        frontends=[_frontend(frontends.get(f.index), f, seconds) for f in now.frontends],
+    )
+
+
+def _rank(before: Rank | None, now: Rank, seconds: float) -> Rank:
+    if before is None or (before.incarnation, before.pid) != (now.incarnation, now.pid) or now.stock:
+        return now  # counters start again with each process, the last word of whose row is its incarnation
+    steps, busy_s = now.steps - before.steps, now.busy_s - before.busy_s
+    return msgspec.structs.replace(
+        now,
+        step_ms=busy_s * 1e3 / steps if steps else None,
+        busy=min(1.0, busy_s / seconds),
+        requests_per_s=(now.requests_finished - before.requests_finished) / seconds,
+        prompt_tokens_per_s=(now.prompt_tokens - before.prompt_tokens) / seconds,
+        generation_tokens_per_s=(now.generation_tokens - before.generation_tokens) / seconds,
+    )
+
+
+def _frontend(before: Frontend | None, now: Frontend, seconds: float) -> Frontend:
+    if before is None:
+        return now
+    return msgspec.structs.replace(now, routed_per_s=(now.routed - before.routed) / seconds)

@@ -1,0 +1,155 @@
+"""What an engine learns of its own steps: how long one takes, for how much it holds.
+
+    duration = base + per_request * batch + per_token * prefill_tokens
+
+The three coefficients are found by least squares over the steps themselves, each weighted by ``FORGETTING`` to
+the power of its age, so they follow an engine that slows down. Steps often say nothing about one of the three
+(a constant batch, no prompts for a while): so the estimate is also drawn, with the weight of one step, to where it
+was before. A direction of which nothing new is known keeps its last value instead of drifting, the well-known
+fault of recursive least squares with forgetting (Astrom, Wittenmark, "Adaptive Control", 2nd ed., ch. 11.5).
+
+Three more things are learnt for who has to wait. `chunk_tokens`: the most prompt tokens that a step computed
+while more were left, so that a long backlog can be counted in steps. `places`: how many requests ran when some
+steps in a row left others waiting although they had tokens to spare: for want of places, or of KV cache.
+`ending_ns`: the mean time from one request's end to the next: how fast the queue moves once places are taken.
+
+Pure: no clock, no memory map. `Engine` stores the words (`dpshm.board.layout.STEP_MODEL_WORDS`) on the board; the
+simulator hands the same words to the same policies.
+"""
+
+from __future__ import annotations
+
+from dpshm.board.layout import STEP_MODEL_WORDS
+
+FORGETTING = 0.998
+"""Half of the weight lies on the last 350 steps: some seconds of a busy engine."""
+MIN_STEPS = 16
+"""Steps before an engine's coefficients are published,"""
+MIN_PROMPT_STEPS = 4
+"""so many of which have to have computed prompts."""
+SOLVE_EVERY = 8
+"""Steps between two solutions, once `SOLVE_EVERY` squared are done; before, after each."""
+SURPRISE = 4.0
+"""A step that takes more than so many times its expectation (a page fault, a stopped process) counts as so
+many times: a stray one does little, and an engine that has become slow is still followed."""
+BLOCKED_STEPS = 3
+"""Steps in a row that leave requests waiting, before the engine counts as full."""
+_BATCH_UNIT, _TOKEN_UNIT = 16.0, 1024.0  # of the same order as base, so that one pull suits all three
+
+
+class StepModel:
+    """The model of one engine; `words` are what it publishes.
+
+    Attributes:
+        words: the values of `dpshm.board.layout.STEP_MODEL_WORDS`; the coefficients are 0 until they are learnt.
+        step_tokens: prompt tokens of the step that ended last, until `left` is told what it left; then None.
+    """
+
+    def __init__(self) -> None:
+        self.words = [0] * len(STEP_MODEL_WORDS)
+        self._steps = self._prompt_steps = 0
+        self._theta = (0.0, 0.0, 0.0)  # ns: base, per _BATCH_UNIT requests, per _TOKEN_UNIT prompt tokens
+        # Weighted sums: of 1, batch, tokens, their products, and of the duration with each.
+        self._sums = (0.0,) * 9
+        self._finished = 0  # since the last step ended
+        self._finished_told = 0  # of those, the ones that `left` has seen
+        self._finished_in_step = 0
+        self._busy_ns = self._ended = 0.0  # weighted: time, and requests that ended in it
+        self.step_tokens: int | None = None
+        self._blocked = self._blocked_running = 0  # steps in a row, and the most requests that ran in them
+
+    def begin(self, now_ns: int, prefill_tokens: int, batch: int) -> None:
+        """A step begins; afterwards `words` say when it should end and what it computes, as far as is known.
+
+        Args:
+            now_ns: CLOCK_MONOTONIC.
+            prefill_tokens: prompt tokens that it computes.
+            batch: requests in it.
+        """
+        words = self.words
+        words[1] = prefill_tokens
+        words[0] = now_ns + int(self.expect(prefill_tokens, batch)) if words[2] else 0
+
+    def finished(self, requests: int) -> None:
+        """Requests ended; counted with the step that `end` ends next."""
+        self._finished += requests
+
+    def end(self, duration_ns: int, prefill_tokens: int, batch: int) -> None:
+        """The step is over; afterwards `words` hold what was learnt of it."""
+        words = self.words
+        self._steps += 1
+        self._prompt_steps += prefill_tokens > 0
+        self._busy_ns = self._busy_ns * FORGETTING + duration_ns
+        self._ended = self._ended * FORGETTING + self._finished
+        # Engines count those that a step finished before it ends or after: of both kinds, once.
+        self._finished_in_step = self._finished - self._finished_told
+        self._finished = self._finished_told = 0
+        self.step_tokens = prefill_tokens
+        self._take(float(duration_ns), prefill_tokens, batch)
+        words[0] = words[1] = 0
+        words[7] = int(self._busy_ns / self._ended) if self._ended >= 1.0 else 0
+        if self._steps % SOLVE_EVERY == 0 or self._steps < SOLVE_EVERY * SOLVE_EVERY:
+            self._solve()
+            if self._steps >= MIN_STEPS and self._prompt_steps >= MIN_PROMPT_STEPS:
+                base, per_batch, tokens = self._theta
+                # Base is never published as 0, which means "not learnt".
+                words[2], words[3], words[4] = (
+                    *(int(base) or 1, int(per_batch / _BATCH_UNIT)),
+                    int(tokens / _TOKEN_UNIT),
+                )
+
+    def left(self, waiting: int, running: int, prefill_backlog: int) -> None:
+        """What the step left, as the engine published it next. Later calls say nothing.
+
+        Args:
+            waiting: requests in the queue.
+            running: requests that are not waiting.
+            prefill_backlog: prompt tokens that are not computed.
+        """
+        tokens, words = self.step_tokens, self.words
+        if tokens is None:
+            return
+        self.step_tokens = None
+        self._finished_told = self._finished
+        running += self._finished_in_step + self._finished
+        if tokens > words[5] and (words[5] or prefill_backlog):
+            words[5] = tokens
+        # Whoever came in while it ran waits too, but not for long: three in a row are no newcomers.
+        if waiting and (tokens < words[5] or not tokens):
+            self._blocked += 1
+            self._blocked_running = max(self._blocked_running, running)
+            if self._blocked >= BLOCKED_STEPS:
+                words[6] = self._blocked_running
+        else:
+            self._blocked = self._blocked_running = 0
+
+    def expect(self, prefill_tokens: int, batch: int) -> float:
+        """How long such a step should take, in ns."""
+        base, per_batch, per_tokens = self._theta
+        return base + per_batch * (batch / _BATCH_UNIT) + per_tokens * (prefill_tokens / _TOKEN_UNIT)
+
+    def _take(self, y: float, prefill_tokens: int, batch: int) -> None:
+        if self._steps > MIN_STEPS:
+            y = min(y, SURPRISE * self.expect(prefill_tokens, batch))
+        b, t, f = batch / _BATCH_UNIT, prefill_tokens / _TOKEN_UNIT, FORGETTING
+        n, sb, st, sbb, sbt, stt, sy, sby, sty = self._sums
+        self._sums = (
+            *(n * f + 1.0, sb * f + b, st * f + t),
+            *(sbb * f + b * b, sbt * f + b * t, stt * f + t * t),
+            *(sy * f + y, sby * f + b * y, sty * f + t * y),
+        )
+
+    def _solve(self) -> None:
+        """The three by three system of least squares plus the pull, by Cramer's rule; never negative."""
+        n, sb, st, sbb, sbt, stt, sy, sby, sty = self._sums
+        base, batch, tokens = self._theta
+        n, sbb, stt = n + 1.0, sbb + 1.0, stt + 1.0
+        sy, sby, sty = sy + base, sby + batch, sty + tokens
+        c00, c01, c02 = sbb * stt - sbt * sbt, sbt * st - sb * stt, sb * sbt - sbb * st
+        c11, c12, c22 = n * stt - st * st, sb * st - n * sbt, n * sbb - sb * sb
+        determinant = n * c00 + sb * c01 + st * c02  # at least 1: the pull adds one to each diagonal item
+        self._theta = (
+            max(0.0, (c00 * sy + c01 * sby + c02 * sty) / determinant),
+            max(0.0, (c01 * sy + c11 * sby + c12 * sty) / determinant),
+            max(0.0, (c02 * sy + c12 * sby + c22 * sty) / determinant),
+        )

@@ -1,0 +1,241 @@
+"""A coordinator in a daemon process of its own, and the handle on it.
+
+The child is a fresh interpreter that imports dpshm alone. Under multiprocessing's spawn it would import the
+parent's main module again, and with it whatever the server is made of (for vLLM 5.6 s and half a GB). It
+reports its addresses, or its error, through a pipe before the constructor returns. It ends when told to,
+and when its parent is gone, however that ended: it holds a pidfd of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dpshm import errors
+from dpshm.coordinator.handle import Coordinator
+from dpshm.coordinator.settings import Settings, make_settings
+from dpshm.errors import DpshmError, StartupTimeout
+from dpshm.linux import descriptors, processes
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 5.0
+_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+# -P and the path at the end: nothing of the parent's folder can stand in for a module.
+_BOOT = (
+    "import sys; sys.path.append(sys.argv[1]); from dpshm.service.child import main; sys.exit(main(sys.argv[2:]))"
+)
+
+
+class Report(msgspec.Struct):
+    """What the child says once: its addresses, or what went wrong."""
+
+    stats_address: str = ""
+    engine_input_address: str = ""
+    engine_output_address: str = ""
+    metrics_address: tuple[str, int] | None = None
+    error: str = ""
+    error_type: str = ""
+
+
+class Process:
+    """A child process as a server's monitor wants it: the part of `multiprocessing.Process` that it uses.
+
+    Attributes:
+        name: for messages.
+        pid: the process id.
+        sentinel: a descriptor that is readable once the process has ended (a pidfd); for
+            ``multiprocessing.connection.wait``.
+    """
+
+    def __init__(self, popen: subprocess.Popen[bytes], name: str) -> None:
+        self._popen = popen
+        self.name = name
+        self.pid = popen.pid
+        self.sentinel = os.pidfd_open(popen.pid)
+        self._close_sentinel = weakref.finalize(self, os.close, self.sentinel)
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while it runs; else its exit status, or minus the signal that ended it."""
+        return self._popen.poll()
+
+    def is_alive(self) -> bool:
+        """Whether it runs."""
+        return self._popen.poll() is None
+
+    def terminate(self) -> None:
+        """Asks it to end (SIGTERM)."""
+        self._popen.terminate()
+
+    def kill(self) -> None:
+        """Ends it (SIGKILL)."""
+        self._popen.kill()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Waits for its end, for `timeout` seconds at most."""
+        try:
+            self._popen.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return
+
+    def __repr__(self) -> str:
+        return f"<Process name={self.name!r} pid={self.pid} exitcode={self.exitcode}>"
+
+
+class CoordinatorProcess:
+    """Coordinates one group from a daemon process, until `close` or the end of this process.
+
+    Takes the settings of `dpshm.coordinator.settings.Settings` as keyword arguments; `group` and `dp_size` are
+    needed.
+
+    Attributes:
+        settings: what it was told.
+        proc: the process.
+        stats_publish_address: where front-ends connect.
+        engine_addresses: (input, output): where engines hear of waves, and where they report.
+        metrics_address: (host, port) where metrics are served; None if they are not.
+
+    Raises:
+        StartupTimeout: it did not report within `start_timeout_s`.
+        DpshmError: whatever a `Coordinator` raises, as the same type.
+    """
+
+    def __init__(self, *, start_timeout_s: float = START_TIMEOUT_S, **settings: Any) -> None:
+        self.settings = make_settings(**settings)
+        popen, report_fd = _start(self.settings)
+        self.proc = Process(popen, f"dpshm-coordinator-{self.settings.group}")
+        self._owner_pid = os.getpid()
+        self._finalizer = weakref.finalize(self, _stop, self._owner_pid, self.proc, STOP_TIMEOUT_S)
+        try:
+            report = _read_report(report_fd, self.proc, start_timeout_s)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            os.close(report_fd)
+        self.stats_publish_address = report.stats_address
+        self.engine_addresses = (report.engine_input_address, report.engine_output_address)
+        self.metrics_address = report.metrics_address
+
+    def get_stats_publish_address(self) -> str:
+        """Where front-ends connect. Named as in the class that this one replaces."""
+        return self.stats_publish_address
+
+    def get_engine_socket_addresses(self) -> tuple[str, str]:
+        """(input, output) for engines. Named as in the class that this one replaces."""
+        return self.engine_addresses
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Ends the process; kills it after `timeout` seconds (5)."""
+        if self._finalizer.detach() is not None:
+            _stop(self._owner_pid, self.proc, STOP_TIMEOUT_S if timeout is None else timeout)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.shutdown()
+
+    def __enter__(self) -> CoordinatorProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _start(settings: Settings) -> tuple[subprocess.Popen[bytes], int]:
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    try:
+        arguments = [
+            *(sys.executable, "-P", "-c", _BOOT, _PACKAGE_ROOT),
+            *("dpshm-coordinator", str(os.getpid()), str(write_fd)),
+            msgspec.json.encode(settings).decode(),
+        ]
+        # In a process group of its own: a Ctrl-C in the terminal is for the parent, which then ends its child.
+        popen = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, pass_fds=[write_fd], process_group=0)
+    except BaseException:
+        os.close(read_fd)
+        raise
+    finally:
+        os.close(write_fd)
+    return popen, read_fd
+
+
+def _read_report(fd: int, proc: Process, timeout_s: float) -> Report:
+    deadline = time.monotonic() + timeout_s
+    data = b""
+    readable = select.poll()  # not select(2), which ends at descriptor 1023
+    readable.register(fd, select.POLLIN)
+    while True:
+        if not readable.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise StartupTimeout(
+                f"{proc.name} (pid {proc.pid}) did not report its addresses within {timeout_s:g} s: "
+                "is the machine overloaded? See its log above"
+            )
+        chunk = os.read(fd, 65536)
+        if not chunk:
+            break
+        data += chunk
+    if not data:
+        proc.join(STOP_TIMEOUT_S)
+        raise StartupTimeout(
+            f"{proc.name} (pid {proc.pid}) ended with exit status {proc.exitcode} before it reported its "
+            "addresses; see its log above"
+        )
+    report = msgspec.json.decode(data, type=Report)
+    if report.error:
+        kind = getattr(errors, report.error_type, DpshmError)
+        raise kind(report.error)
+    return report
+
+
+def _stop(pid: int, proc: Process, timeout_s: float) -> None:
+    """Ends a child of this process; a forked copy of the handle does nothing."""
+    if pid != os.getpid():
+        return
+    if proc.is_alive():
+        proc.terminate()
+        proc.join(timeout_s)
+    if proc.is_alive():
+        logger.warning("%s (pid %d) did not end within %g s and is killed", proc.name, proc.pid, timeout_s)
+        proc.kill()
+        proc.join()
+
+
+def main(argv: list[str]) -> int:
+    """The child: ``dpshm-coordinator PARENT_PID REPORT_FD SETTINGS_JSON``."""
+    _, parent_pid, report_fd, settings_json = argv
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s dpshm %(message)s")
+    processes.ignore_interrupts()
+    descriptors.raise_limit()
+    settings: dict[str, Any] = msgspec.json.decode(settings_json)
+    processes.set_title(f"dpshm-coord {settings.get('group')}")
+    parent = processes.parent_pidfd(int(parent_pid))
+    # Signals arrive through a descriptor, so that the wait below ends at once, whatever it is in.
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(write_fd)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with os.fdopen(int(report_fd), "wb") as report:
+        try:
+            coordinator = Coordinator(own_process=True, **settings)
+        except DpshmError as e:
+            report.write(msgspec.json.encode(Report(error=str(e), error_type=type(e).__name__)))
+            return 1
+        addresses = (coordinator.stats_publish_address, *coordinator.engine_addresses, coordinator.metrics_address)
+        report.write(msgspec.json.encode(Report(*addresses)))
+    with coordinator:
+        ended = select.poll()
+        ended.register(parent, select.POLLIN)
+        ended.register(read_fd, select.POLLIN)
+        ended.poll()
+    return 0

@@ -1,0 +1,148 @@
+"""Runs a coordinator in the foreground until a signal ends it, and keeps a service manager informed.
+
+SIGTERM           ends it, exit status 0; a board that others use stays, and the next coordinator takes it over:
+                  a service manager restarts with the same signal with which it stops
+SIGINT, SIGHUP    ends the group: the board goes, exit status 0
+service manager   READY=1 once sockets and board are there (engines may start), STATUS, STOPPING=1,
+                  and WATCHDOG=1 at the interval asked for, as long as both threads run
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import time
+import tomllib
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dpshm.board.board import Board
+from dpshm.coordinator.handle import Coordinator
+from dpshm.coordinator.settings import IMMUTABLE
+from dpshm.errors import SegmentError, SettingError
+from dpshm.linux import descriptors, processes
+from dpshm.service.systemd import notify, watchdog_interval_s
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 0.5
+
+
+class CoordinatorFailed(Exception):
+    """A thread of the coordinator ended by itself."""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file.
+
+    Raises:
+        SettingError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as f:
+            return tomllib.load(f)
+    except OSError as e:
+        raise SettingError(f"cannot read the settings in {path}: {e.strerror}") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise SettingError(f"{path} is not TOML: {e}. It holds lines such as: dp_size = 8") from e
+
+
+def of_the_living(group: str) -> dict[str, Any]:
+    """The settings of a group whose board is in use: what whoever takes it over has to agree in; else nothing."""
+    try:
+        with Board.attach(group) as board:
+            if not board.segment.is_shared():
+                return {}
+            told = board.segment.header.settings
+            return {"dp_size": board.dp_size} | {name: told[name] for name in IMMUTABLE if name in told}
+    except SegmentError:
+        return {}
+
+
+def serve(settings: dict[str, Any]) -> None:
+    """Runs a coordinator until a signal asks it to end.
+
+    Raises:
+        DpshmError: it could not start.
+        CoordinatorFailed: it ended by itself.
+    """
+    descriptors.raise_limit()
+    asked: list[int] = []
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        asked.append(signum)
+
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    wakeup = signal.set_wakeup_fd(write_fd)  # ends the wait below at once
+    try:
+        with Coordinator(own_process=True, **settings) as coordinator:
+            group = coordinator.settings.group
+            processes.set_title(f"dpshm-coord {group}")
+            _announce(coordinator)
+            _wait(coordinator, asked, read_fd)
+            if not asked:
+                notify("STATUS=a thread of the coordinator ended")
+                raise CoordinatorFailed(f"a thread of the coordinator of group {group!r} ended: see the log above")
+            logger.info("ending group %r: %s", group, signal.Signals(asked[0]).name)
+            notify("STOPPING=1", f"STATUS=ending: {signal.Signals(asked[0]).name}")
+            stays = asked[0] == signal.SIGTERM and coordinator.hand_over()
+        if stays:
+            logger.info(
+                "the board of group %r stays with those who use it: a coordinator that is started takes it over; "
+                "once they have ended, `dpshm doctor --sweep` removes it",
+                group,
+            )
+        else:
+            logger.info("group %r has ended", group)
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        os.close(read_fd)
+        os.close(write_fd)
+
+
+def _announce(coordinator: Coordinator) -> None:
+    settings, board = coordinator.settings, coordinator.board
+    logger.info(
+        "group %r: %d ranks, board %s, epoch %d, wave %d; front-ends %s, engines %s and %s",
+        settings.group,
+        board.dp_size,
+        board.segment.path,
+        int(board.epoch[0]),
+        board.wave,
+        coordinator.stats_publish_address,
+        *coordinator.engine_addresses,
+    )
+    if coordinator.metrics_address:
+        logger.info("metrics on http://%s:%d/metrics", *coordinator.metrics_address)
+    notify("READY=1", f"STATUS=group {settings.group}: waiting for {board.dp_size} ranks")
+
+
+def _wait(coordinator: Coordinator, asked: list[int], fd: int) -> None:
+    """Returns when a signal came or a thread ended."""
+    watchdog_s = watchdog_interval_s()
+    next_dog = time.monotonic()
+    status = ""
+    while not asked and coordinator.is_healthy():
+        if watchdog_s is not None and time.monotonic() >= next_dog:
+            next_dog = time.monotonic() + watchdog_s
+            notify("WATCHDOG=1")
+        if (now := _status(coordinator)) != status:
+            status = now
+            notify(f"STATUS={status}")
+        select.select([fd], [], [], min(LOOK_S, watchdog_s or LOOK_S))
+
+
+def _status(coordinator: Coordinator) -> str:
+    board = coordinator.board
+    states = board.snapshot()["state"].tolist()
+    there = sum(state not in ("dead", "absent") for state in states)
+    bad = {state: states.count(state) for state in ("dead", "stalled", "drained") if state in states}
+    return f"group {coordinator.settings.group}: {there} of {len(states)} ranks are there" + "".join(
+        f", {number} {state}" for state, number in bad.items()
+    )

@@ -1,0 +1,74 @@
+"""The child's side of a demo process: its orders, its answers, and when to end.
+
+A child ends when its parent is gone, however that died, or when it is told to with SIGTERM (SIGINT counts
+the same). Both wake a ZMQ poller, so a child may sleep for as long as it likes.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+from types import FrameType
+from typing import TypeVar
+
+import msgspec
+import zmq
+
+from dpshm.linux.processes import parent_pidfd
+
+CHECK_INTERVAL_S = 0.05
+"""How often `Lifeline.ended` looks at the parent: a system call each time."""
+
+T = TypeVar("T")
+
+
+def read_line(kind: type[T]) -> T:
+    """The next line from the parent; ends this process, quietly, if there is none."""
+    line = sys.stdin.buffer.readline()
+    if not line.endswith(b"\n"):
+        raise SystemExit(1)  # the parent died while it wrote
+    return msgspec.json.decode(line, type=kind)
+
+
+def write_line(message: msgspec.Struct) -> None:
+    """One line to the parent. A parent that is gone is no error: the lifeline tells."""
+    try:
+        sys.stdout.buffer.write(msgspec.json.encode(message) + b"\n")
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        # What is left in the buffer must not raise again when the interpreter flushes it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Lifeline:
+    """Tells a child when to end. One a process, made in its main thread."""
+
+    def __init__(self, parent_pid: int) -> None:
+        self._signalled = False
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._parent = parent_pidfd(parent_pid)
+        self._poll = select.poll()
+        self._poll.register(self._parent, select.POLLIN)
+        self._next_check = 0.0
+        # Python restarts an interrupted poll; the byte that the wakeup descriptor gets ends it instead.
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self._signalled = True
+
+    def register(self, poller: zmq.Poller) -> None:
+        """Makes a poller return when the child is to end."""
+        poller.register(self._wake_read, zmq.POLLIN)
+        poller.register(self._parent, zmq.POLLIN)
+
+    def ended(self) -> bool:
+        """Whether the child is to end; cheap enough for every turn of a loop."""
+        if not self._signalled and (now := time.monotonic()) >= self._next_check:
+            self._next_check = now + CHECK_INTERVAL_S
+            self._signalled = bool(self._poll.poll(0))
+        return self._signalled

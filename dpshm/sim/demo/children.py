@@ -1,0 +1,177 @@
+"""The parent's side of the demo's processes: start them, hear them, end them.
+
+Each child runs a module of this package in a fresh interpreter, gets its orders on stdin and answers in
+lines of JSON on stdout (`dpshm.sim.demo.messages`). It is in a process group of its own, so that a Ctrl-C reaches
+the parent alone, which then ends the children in order; a child whose parent is gone ends by itself
+(`dpshm.sim.demo.child`). Nothing here raises in the middle for a signal: the caller's handlers set flags.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+
+from dpshm.sim.demo.messages import EngineReport, FrontendReport, Progress, Ready
+
+STOP_PATIENCE_S = 3.0
+STDERR_KEPT_BYTES = 8000
+_READ_BYTES = 1 << 16
+_PACKAGE_ROOT = str(Path(__file__).resolve().parents[3])
+# -P and the path at the end: nothing of the current folder can stand in for a module.
+_BOOT = (
+    "import sys; sys.path.append(sys.argv[1]); from importlib import import_module; "
+    "import_module(sys.argv[2]).main()"
+)
+
+Answer = Ready | Progress | EngineReport | FrontendReport
+_decoder: msgspec.json.Decoder[Answer] = msgspec.json.Decoder(Answer)
+
+
+class Child:
+    """One process.
+
+    Attributes:
+        name: what messages call it.
+        told: it has its orders.
+        ended: its output is at its end, so it has ended or is about to.
+    """
+
+    def __init__(self, name: str, module: str, pass_fds: tuple[int, ...]) -> None:
+        self.name = name
+        self.told = False
+        self.ended = False
+        self._line = b""
+        self._stderr = b""
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _BOOT, _PACKAGE_ROOT, module, name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=pass_fds,
+            process_group=0,
+            env=_environment(),
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        self._stdin, self.stdout, self.stderr = (
+            self._process.stdin,
+            self._process.stdout,
+            self._process.stderr,
+        )
+
+    def tell(self, order: msgspec.Struct) -> None:
+        """Sends a line. To a child that has ended, nothing: that shows in its answers."""
+        self.told = True
+        with suppress(BrokenPipeError):
+            self._stdin.write(msgspec.json.encode(order) + b"\n")
+            self._stdin.flush()
+
+    def read_stdout(self) -> Iterator[Answer]:
+        """What has come; marks the child as ended when nothing will any more."""
+        data = os.read(self.stdout.fileno(), _READ_BYTES)
+        self.ended = not data
+        *lines, self._line = (self._line + data).split(b"\n")
+        for line in lines:
+            # Whatever else a library may print there is not for us.
+            with suppress(msgspec.MsgspecError):
+                yield _decoder.decode(line)
+
+    def read_stderr(self) -> bool:
+        """Keeps the end of what the child says; false when nothing will come any more."""
+        data = os.read(self.stderr.fileno(), _READ_BYTES)
+        self._stderr = (self._stderr + data)[-STDERR_KEPT_BYTES:]
+        return bool(data)
+
+    @property
+    def said(self) -> str:
+        """The end of what came on its stderr."""
+        return self._stderr.decode("utf-8", "replace").strip()
+
+    def obituary(self) -> str:
+        """How it ended and what it said last."""
+        try:
+            code = self._process.wait(STOP_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            return f"{self.name} closed its output and goes on"
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
+        return f"{self.name} {how}" + (f"; it said: {self.said.splitlines()[-1]}" if self.said else "")
+
+    def terminate(self) -> None:
+        """Asks it to end."""
+        with suppress(BrokenPipeError):
+            self._stdin.close()
+        self._process.terminate()
+
+    def kill_and_reap(self) -> None:
+        """Ends it now, if it has not ended yet."""
+        self._process.kill()
+        self._process.wait()
+        self.stdout.close()
+        self.stderr.close()
+
+
+class Children:
+    """All processes of one demo, `all`, in the order of their start; leaving the context ends every one."""
+
+    def __init__(self) -> None:
+        self.all: list[Child] = []
+        self._selector = selectors.DefaultSelector()
+
+    def start(self, name: str, module: str, pass_fds: tuple[int, ...] = ()) -> Child:
+        """Starts one more."""
+        child = Child(name, module, pass_fds)
+        self.all.append(child)
+        self._selector.register(child.stdout, selectors.EVENT_READ, (child, True))
+        self._selector.register(child.stderr, selectors.EVENT_READ, (child, False))
+        return child
+
+    def read(self, timeout_s: float) -> list[tuple[Child, Answer]]:
+        """What the children have said, waiting so long at most for the first of it."""
+        answers: list[tuple[Child, Answer]] = []
+        if not self._selector.get_map():
+            time.sleep(timeout_s)
+        for key, _ in self._selector.select(timeout_s):
+            child, is_stdout = key.data
+            if is_stdout:
+                answers += [(child, answer) for answer in child.read_stdout()]
+                open_ = not child.ended
+            else:
+                open_ = child.read_stderr()
+            if not open_:
+                self._selector.unregister(key.fileobj)
+        return answers
+
+    def stop(self) -> None:
+        """Ends all: with SIGTERM, then, for those that do not hear, with SIGKILL."""
+        for child in self.all:
+            child.terminate()
+        deadline = time.monotonic() + STOP_PATIENCE_S
+        while not all(child.ended for child in self.all) and time.monotonic() < deadline:
+            self.read(0.05)  # a child that writes its report must not find a full pipe
+        for child in self.all:
+            child.kill_and_reap()
+        self.all.clear()
+        self._selector.close()
+
+    def __enter__(self) -> Children:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def _environment() -> dict[str, str]:
+    """The parent's, less the thread pools that numpy would start in every process."""
+    return {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}

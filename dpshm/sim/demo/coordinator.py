@@ -1,0 +1,31 @@
+"""The demo's coordinator: a `dpshm.Coordinator` in a process that its parent holds like all the others."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import zmq
+
+from dpshm.coordinator.handle import Coordinator
+from dpshm.errors import DpshmError
+from dpshm.linux.processes import set_title
+from dpshm.sim.demo.child import Lifeline, read_line, write_line
+from dpshm.sim.demo.messages import CoordinatorSettings, Ready
+
+
+def main() -> None:
+    """The coordinator's process."""
+    settings = read_line(CoordinatorSettings)
+    lifeline = Lifeline(settings.parent_pid)
+    set_title("dpshm:coord")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    poller = zmq.Poller()
+    lifeline.register(poller)
+    try:
+        with Coordinator(group=settings.group, dp_size=settings.dp_size):
+            write_line(Ready())
+            while not lifeline.ended():
+                poller.poll()
+    except DpshmError as e:
+        sys.exit(str(e))

@@ -1,0 +1,237 @@
+"""A simulated engine: one process, one rank, whose scheduler is `Batcher` and whose accelerator is ``sleep``.
+
+Everything around the model is real: requests and replies cross ZMQ, load goes to the board (and to the
+broadcaster with ``--stats pub``), waves come from the coordinator, and the ranks step together. The loop is
+that of vLLM's ``DPEngineCoreProc``: take in what has come, publish, step with the others, publish, and
+reply; when all ranks agree that nobody has work, the wave is complete and the engine sleeps until a request or
+a START wakes it. Requests that arrive during a step wait in their socket, unseen, as they do in vLLM.
+
+Replies tell of a request's first and last token only: the tokens in between would cost a message each and
+nothing here looks at them. `dpshm.sim.torch.engine` is the same engine with an accelerator that computes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from dpshm.board.board import Board
+from dpshm.engine.handle import Engine
+from dpshm.errors import DpshmError
+from dpshm.linux.processes import set_title
+from dpshm.sim.batching import Batcher, SimRequest, Step, StepCost
+from dpshm.sim.demo.broadcast import RankReport, StatsSender
+from dpshm.sim.demo.child import Lifeline, read_line, write_line
+from dpshm.sim.demo.lockstep import Lockstep
+from dpshm.sim.demo.messages import (
+    EngineReport,
+    EngineSettings,
+    Ready,
+    ReplyMessage,
+    RequestMessage,
+    engine_address,
+    frontend_address,
+)
+
+IDLE_BEAT_MS = 1000
+"""An idle engine publishes this often, so that a reader sees that it lives."""
+
+
+class Accelerator(Protocol):
+    """What computes a rank's steps, together with those of the other ranks.
+
+    Attributes:
+        cost: the limits that the scheduler must keep.
+    """
+
+    cost: StepCost
+
+    def compute(self, batcher: Batcher, step: Step, interrupted: Callable[[], bool]) -> bool | None:
+        """Computes the step that the batcher planned.
+
+        Returns:
+            Whether the ranks agreed in it that none has work; None if it was interrupted, after which this rank
+            is out.
+        """
+
+    def close(self) -> None:
+        """Leaves the other ranks."""
+
+
+class Sleeper:
+    """The accelerator of the simulation: agrees with the other ranks and sleeps for as long as a step takes."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.cost = StepCost()
+        self._lockstep = Lockstep(settings.lockstep_fd, settings.dp_rank, settings.dp_size)
+
+    def compute(self, batcher: Batcher, step: Step, interrupted: Callable[[], bool]) -> bool | None:
+        agreement = self._lockstep.enter(
+            has_work=batcher.unfinished > 0, seconds=step.seconds, interrupted=interrupted
+        )
+        if agreement is None:
+            return None
+        time.sleep(agreement.seconds)
+        return agreement.all_idle
+
+    def close(self) -> None:
+        self._lockstep.close()
+
+
+class SimEngine:
+    """One rank: the handle of the core, the scheduler, the accelerator, and the sockets between them."""
+
+    def __init__(self, settings: EngineSettings, lifeline: Lifeline, accelerator: Accelerator) -> None:
+        self._rank = settings.dp_rank
+        self._lifeline = lifeline
+        self._accelerator = accelerator
+        self._batcher = Batcher(accelerator.cost)
+        self._steps = 0
+        self._malformed = 0
+        self._refused: list[tuple[int, int]] = []
+        self._decoder = msgspec.msgpack.Decoder(RequestMessage)
+        self._encoder = msgspec.msgpack.Encoder()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._requests = context.socket(zmq.PULL)
+        self._requests.setsockopt(zmq.RCVHWM, 0)
+        self._requests.bind(engine_address(settings.prefix, settings.dp_rank))
+        self._replies = [context.socket(zmq.PUSH) for _ in range(settings.num_frontends)]
+        for index, socket in enumerate(self._replies):
+            socket.setsockopt(zmq.SNDHWM, 0)
+            socket.setsockopt(zmq.RECONNECT_IVL, 10)
+            socket.connect(frontend_address(settings.prefix, index))
+        self._sender = StatsSender(context, settings.prefix) if settings.stats == "pub" else None
+        self._engine = Engine.attach(settings.group, dp_rank=settings.dp_rank)
+        self._poller = zmq.Poller()
+        self._poller.register(self._requests, zmq.POLLIN)
+        self._engine.register(self._poller)
+        lifeline.register(self._poller)
+
+    @property
+    def board(self) -> Board:
+        """The group's board."""
+        return self._engine.board
+
+    def run(self) -> None:
+        """Serves until it is told to end."""
+        self._publish()
+        while not self._lifeline.ended():
+            if self._engine.running:
+                self._step()
+            else:
+                self._poller.poll(IDLE_BEAT_MS)
+                self._take_in()
+                self._publish()
+
+    def _take_in(self) -> None:
+        """Moves what has come into the queue, and handles what the coordinator sent."""
+        self._engine.poll(timeout_ms=0)
+        while True:
+            try:
+                message = self._decoder.decode(self._requests.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                break
+            except msgspec.MsgspecError:
+                self._malformed += 1
+                continue
+            self._take(message)
+        if self._refused:
+            self._reply([], [])
+
+    def _take(self, message: RequestMessage) -> None:
+        try:
+            self._engine.receive(message.frontend, message.prompt_tokens, message.wave)
+        except DpshmError:  # from no front-end of this group
+            self._malformed += 1
+            return
+        key = (message.reply_to, message.request_id)
+        try:
+            self._batcher.add(SimRequest(key, message.prompt_tokens, message.output_tokens))
+        except DpshmError:  # can never fit
+            self._refused.append(key)
+
+    def _step(self) -> None:
+        self._take_in()
+        batcher = self._batcher
+        step = batcher.plan()
+        self._publish()
+        with self._timed(step):
+            all_idle = self._accelerator.compute(batcher, step, self._lifeline.ended)
+        if all_idle is None:
+            return
+        self._steps += 1
+        finished = batcher.finish(step)
+        self._engine.finished(len(finished.completed))
+        self._publish()
+        if finished.first_tokens or finished.completed:
+            self._reply(finished.first_tokens, finished.completed)
+        if all_idle:
+            self._engine.wave_complete()
+            self._publish()
+
+    def _timed(self, step: Step) -> AbstractContextManager[object]:
+        return self._engine.step(prefill_tokens=step.prompt_tokens, batch=step.output_tokens)
+
+    def _publish(self) -> None:
+        batcher = self._batcher
+        self._engine.publish(
+            waiting=batcher.waiting,
+            running=batcher.running,
+            kv_cache_usage=batcher.kv_cache_usage,
+            prefill_backlog=batcher.prefill_backlog,
+            step=self._steps,
+        )
+        if self._sender:
+            self._sender.send(
+                RankReport(
+                    self._rank,
+                    batcher.waiting,
+                    batcher.running,
+                    batcher.kv_cache_usage,
+                    int(self._engine.board.beat[self._rank]),
+                )
+            )
+
+    def _reply(self, first: list[SimRequest], completed: list[SimRequest]) -> None:
+        """One message to each front-end that something is for."""
+        by_frontend: dict[int, ReplyMessage] = {}
+
+        def of(key: tuple[int, int]) -> ReplyMessage:
+            return by_frontend.setdefault(key[0], ReplyMessage([], [], []))
+
+        for request in first:
+            of(request.key).first.append(request.key[1])
+        for request in completed:
+            of(request.key).completed.append(request.key[1])
+        for key in self._refused:
+            of(key).refused.append(key[1])
+        self._refused.clear()
+        for index, message in by_frontend.items():
+            if 0 <= index < len(self._replies):
+                self._replies[index].send(self._encoder.encode(message))
+
+    def close(self) -> EngineReport:
+        """Leaves the group; what the board does not tell."""
+        self._accelerator.close()
+        with suppress(DpshmError):
+            self._engine.close()
+        return EngineReport(preemptions=self._batcher.preemptions, malformed=self._malformed)
+
+
+def main() -> None:
+    """The engine's process."""
+    settings = read_line(EngineSettings)
+    lifeline = Lifeline(settings.parent_pid)
+    set_title(f"dpshm:engine{settings.dp_rank}")
+    engine = SimEngine(settings, lifeline, Sleeper(settings))
+    try:
+        write_line(Ready())
+        engine.run()
+    finally:
+        write_line(engine.close())
+        zmq.Context.instance().destroy(linger=0)

@@ -1,0 +1,144 @@
+"""What the demo's processes tell each other, and where.
+
+    demo -> child            stdin    a line of JSON: its settings
+    demo -> front-end        stdin    one more: `Go`
+    child -> demo            stdout   lines of JSON: `Ready`; `Progress`; last `EngineReport` or `FrontendReport`
+    front-end -> engine      PUSH     `RequestMessage`, msgpack
+    engine -> front-end      PUSH     `ReplyMessage`, msgpack: one a step and front-end, as vLLM's engines do
+
+The ZMQ sockets are abstract ipc addresses (unix(7)): they have no file, so nothing is left of them whoever
+dies. All of them start with a prefix that names the run and holds a random part.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from typing import Literal
+
+import msgspec
+
+Stats = Literal["board", "pub"]
+EngineKind = Literal["sim", "torch"]
+
+
+class EngineSettings(msgspec.Struct):
+    """An engine's orders."""
+
+    parent_pid: int
+    group: str
+    prefix: str
+    stats: Stats
+    dp_rank: int
+    dp_size: int
+    num_frontends: int
+    lockstep_fd: int  # what `dpshm.sim.demo.lockstep` needs; with PyTorch an empty file for the ranks to meet in
+    step_limit_s: float = 60.0  # with PyTorch: a step that lasts longer is stuck
+
+
+class FrontendSettings(msgspec.Struct):
+    """A front-end's orders; an arrival is its time (seconds after `Go.start_ns`), prompt and output tokens."""
+
+    parent_pid: int
+    group: str
+    prefix: str
+    stats: Stats
+    policy: str
+    index: int
+    dp_size: int
+    num_frontends: int
+    arrivals: list[tuple[float, int, int]]
+
+
+class CoordinatorSettings(msgspec.Struct):
+    """The coordinator's orders."""
+
+    parent_pid: int
+    group: str
+    dp_size: int
+
+
+class BroadcastSettings(msgspec.Struct):
+    """The orders of the process that broadcasts stats on the PUB path."""
+
+    parent_pid: int
+    prefix: str
+    dp_size: int
+
+
+class Go(msgspec.Struct):
+    """Time 0 of the replay on CLOCK_MONOTONIC, the same for all front-ends."""
+
+    start_ns: int
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The child has everything it needs."""
+
+
+class Progress(msgspec.Struct, tag=True):
+    """How far a front-end is."""
+
+    sent: int
+    answered: int  # completed or refused
+
+
+class FrontendReport(msgspec.Struct, tag=True):
+    """What a front-end did, with a figure for each request that has one."""
+
+    sent: int
+    completed: int
+    refused: int
+    ttft_ms: list[float]
+    staleness_us: list[float]
+
+
+class EngineReport(msgspec.Struct, tag=True):
+    """What an engine did that the board does not tell."""
+
+    preemptions: int
+    malformed: int
+
+
+class RequestMessage(msgspec.Struct, array_like=True, frozen=True):
+    """One request; `request_id` is the front-end's own."""
+
+    request_id: int
+    frontend: int
+    wave: int
+    prompt_tokens: int
+    output_tokens: int
+    reply_to: int  # which front-end of the demo; `frontend` is its row on the board
+
+
+class ReplyMessage(msgspec.Struct, array_like=True, frozen=True):
+    """The request ids whose first token, last token or refusal a step brought."""
+
+    first: list[int]
+    completed: list[int]
+    refused: list[int]
+
+
+def new_prefix() -> str:
+    """What the addresses of one run start with; unlike any other run's."""
+    return f"ipc://@dpshm-demo-{os.getpid()}-{secrets.token_hex(6)}"
+
+
+def engine_address(prefix: str, dp_rank: int) -> str:
+    """Where an engine takes requests."""
+    return f"{prefix}-engine-{dp_rank}"
+
+
+def frontend_address(prefix: str, index: int) -> str:
+    """Where a front-end takes replies."""
+    return f"{prefix}-frontend-{index}"
+
+
+def reports_address(prefix: str) -> str:
+    """Where the broadcaster takes the engines' reports."""
+    return f"{prefix}-reports"
+
+
+def broadcast_address(prefix: str) -> str:
+    """Where the broadcaster publishes."""
+    return f"{prefix}-broadcast"

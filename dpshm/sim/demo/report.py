@@ -1,0 +1,100 @@
+"""What a demo found: the figures of all processes put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from dpshm.sim.demo.messages import Stats
+
+
+class Staleness(msgspec.Struct):
+    """In microseconds; see `dpshm.sim.demo.router`. Null without a decision.
+
+    Attributes:
+        share: the decisions that did not have the newest report of every rank, of all.
+    """
+
+    p50: float | None
+    p99: float | None
+    share: float | None
+
+
+class Ttft(msgspec.Struct):
+    """Time to first token in milliseconds, from when the request was due. Null without a reply."""
+
+    mean: float | None
+    p50: float | None
+    p99: float | None
+
+
+class Imbalance(msgspec.Struct):
+    """The most less the fewest requests on a rank, sampled while requests were being sent."""
+
+    mean: float | None
+    max: int | None
+
+
+class Report(msgspec.Struct):
+    """One run; what ``dpshm demo --json`` prints.
+
+    Attributes:
+        sent: requests due and handed to a router. Each one is then completed, refused or lost.
+        completed: those whose last token came back.
+        refused: those that could never fit an engine's KV cache.
+        lost: the others.
+        waves: waves completed.
+        seconds: from time 0 to the end of sending or the last reply, whichever was later.
+        problems: what went wrong, in sentences.
+    """
+
+    stats: Stats
+    policy: str
+    trace: str | None
+    rate: float
+    seed: int
+    engines: int
+    frontends: int
+    seconds: float
+    sent: int
+    completed: int
+    refused: int
+    lost: int
+    waves: int
+    staleness_us: Staleness
+    ttft_ms: Ttft
+    imbalance: Imbalance
+    steps: int
+    dummy_steps: int
+    preemptions: int
+    sent_by_frontend: list[int]
+    finished_by_engine: list[int]
+    problems: list[str]
+
+
+def percentile(values: Sequence[float], percent: float) -> float | None:
+    """Interpolated, rounded to a thousandth; None of nothing."""
+    return round(float(np.percentile(values, percent)), 3) if len(values) else None
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Rounded to four places; None of nothing."""
+    return round(float(np.mean(values)), 4) if len(values) else None
+
+
+def staleness_of(values_us: Sequence[float]) -> Staleness:
+    """Of these decisions."""
+    share = [float(value > 0) for value in values_us]
+    return Staleness(percentile(values_us, 50), percentile(values_us, 99), mean(share))
+
+
+def ttft_of(values_ms: Sequence[float]) -> Ttft:
+    """Of these requests."""
+    return Ttft(mean(values_ms), percentile(values_ms, 50), percentile(values_ms, 99))
+
+
+def imbalance_of(samples: Sequence[int]) -> Imbalance:
+    """Of these samples."""
+    return Imbalance(mean(samples), max(samples, default=None))

@@ -1,0 +1,144 @@
+"""The two ways a simulated front-end decides, and how stale each decision was.
+
+`BoardRouter` reads the board; `PubRouter` has the same policy choose from its copy of the last broadcast, then
+pins the choice, so that bookings and wake-ups are the same and only what is seen differs.
+
+The staleness of a decision is that of the rank furthest behind: the publish time of its newest report on
+the board, less the publish time of the report that the decision used; 0 if it used the newest of all ranks.
+The board is the truth on both paths; what is newest is noted right after the choice. What was used is known
+exactly on the PUB path, where each report carries its time. On the board path the publish times are noted
+before the board is read and again when the policy begins, some 50 us later. A rank that did not publish in
+between is clear. For one that did, the load word tells: if the policy was given the word that is on the board
+now, the newer report was used, else the older.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import msgspec
+import zmq
+
+from dpshm.frontend.handle import Frontend, Route
+from dpshm.policies import Request, View, by_name
+from dpshm.sim.demo.broadcast import StatsCopy, broadcast_decoder
+from dpshm.sim.demo.messages import FrontendSettings, broadcast_address
+
+
+class Router(ABC):
+    """What a front-end asks for a rank.
+
+    Attributes:
+        frontend: its handle.
+        staleness_us: one figure a decision.
+    """
+
+    frontend: Frontend
+
+    def __init__(self) -> None:
+        self.staleness_us: list[float] = []
+
+    @abstractmethod
+    def route(self, prompt_tokens: int) -> Route:
+        """Decides, and books the request."""
+
+    def done(self, route: Route) -> None:
+        """The request ended."""
+        route.done()
+
+    def register(self, poller: zmq.Poller) -> None:
+        """Makes a poller return when there is something to `take_in`; the board needs none."""
+        return
+
+    def take_in(self) -> bool:
+        """Takes in what has come; whether it can decide."""
+        return True
+
+    def close(self) -> None:
+        """Gives the row up."""
+        self.frontend.close()
+
+    def _note(self, used_ns: list[int], newest_ns: list[int]) -> None:
+        behind_ns = max(newest - used for newest, used in zip(newest_ns, used_ns, strict=True))
+        self.staleness_us.append(max(0, behind_ns) / 1e3)
+
+
+class BoardRouter(Router):
+    """Decides from the board."""
+
+    def __init__(self, settings: FrontendSettings) -> None:
+        super().__init__()
+        choose = by_name(settings.policy)
+        self._before_ns: list[int] = []
+
+        def watched(view: View, request: Request) -> int:
+            # Times before words: a report that comes in between makes its rank look stale, not fresh.
+            begun_ns, words = self._beat.tolist(), self._load.tolist()
+            rank = choose(view, request)
+            newest_ns = self._beat.tolist()
+            each = zip(view.load, words, begun_ns, self._before_ns, strict=True)
+            used_ns = [begun if given == word else before for given, word, begun, before in each]
+            self._note(used_ns, newest_ns)
+            return rank
+
+        vars(watched)["sees_work"] = getattr(choose, "sees_work", False)  # a front-end asks the policy itself
+        self.frontend = Frontend.attach(settings.group, owner=f"demo:{settings.index}", policy=watched)
+        self._beat = self.frontend.board.beat[: settings.dp_size]
+        self._load = self.frontend.board.load[: settings.dp_size]
+
+    def route(self, prompt_tokens: int) -> Route:
+        self._before_ns = self._beat.tolist()
+        return self.frontend.route(prompt_tokens)
+
+    def close(self) -> None:
+        del self._beat, self._load  # views of the board
+        super().close()
+
+
+class PubRouter(Router):
+    """Decides from the last broadcast."""
+
+    def __init__(self, settings: FrontendSettings) -> None:
+        super().__init__()
+        self._copy = StatsCopy(settings.dp_size, settings.num_frontends, settings.index, by_name(settings.policy))
+        self._own = [0] * settings.dp_size
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
+        self._socket.setsockopt(zmq.SUBSCRIBE, b"")
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 10)
+        self._socket.connect(broadcast_address(settings.prefix))
+        self.frontend = Frontend.attach(settings.group, owner=f"demo:{settings.index}")
+        self._beat = self.frontend.board.beat[: settings.dp_size]
+
+    def route(self, prompt_tokens: int) -> Route:
+        self.take_in()
+        rank = self._copy.choose(Request(prompt_tokens), self._own)
+        self._note(self._copy.published_ns, self._beat.tolist())
+        route = self.frontend.route(prompt_tokens, dp_rank=rank)
+        self._own[rank] += 1
+        return route
+
+    def done(self, route: Route) -> None:
+        self._own[route.dp_rank] -= 1
+        super().done(route)
+
+    def register(self, poller: zmq.Poller) -> None:
+        poller.register(self._socket, zmq.POLLIN)
+
+    def take_in(self) -> bool:
+        while True:
+            try:
+                self._copy.take(broadcast_decoder.decode(self._socket.recv(zmq.NOBLOCK)))
+            except zmq.Again:
+                return all(self._copy.published_ns)
+            except msgspec.MsgspecError:
+                continue
+
+    def close(self) -> None:
+        del self._beat  # a view of the board
+        self._socket.close(linger=0)
+        super().close()
+
+
+def make_router(settings: FrontendSettings) -> Router:
+    """The router that the settings ask for."""
+    return PubRouter(settings) if settings.stats == "pub" else BoardRouter(settings)

@@ -1,0 +1,311 @@
+"""The demo: a coordinator, engines and front-ends as real processes, a workload, and a report.
+
+It starts them all, gives the coordinator its orders and, once there is a board, the others theirs; tells all
+front-ends the same time 0; looks at the board while they work; waits for their reports; and ends everything,
+whatever happens.
+A signal to end sets a flag that every wait here looks at, so nothing is left half started or half ended.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+
+from dpshm.board.board import Board
+from dpshm.board.segment import groups, sweep
+from dpshm.errors import DpshmError, StartupTimeout
+from dpshm.rules.waves import Phase
+from dpshm.sim.demo import lockstep
+from dpshm.sim.demo.children import Child, Children
+from dpshm.sim.demo.interrupt import StopFlag, stop_on_signals
+from dpshm.sim.demo.messages import (
+    BroadcastSettings,
+    CoordinatorSettings,
+    EngineReport,
+    EngineSettings,
+    FrontendReport,
+    FrontendSettings,
+    Go,
+    Progress,
+    Ready,
+    new_prefix,
+)
+from dpshm.sim.demo.report import Report, imbalance_of, staleness_of, ttft_of
+from dpshm.sim.demo.workload import DemoSettings, Workload, make_workload
+
+GROUP_PREFIX = "demo-"
+START_PATIENCE_S = 60.0
+PAUSE_PATIENCE_S = 5.0
+"""How long the ranks may take to agree that they are idle once the last reply is in."""
+SAMPLE_INTERVAL_S = 0.05
+LEAD_S = 0.1
+"""From the order to time 0, so that every front-end has it by then."""
+
+
+class DemoFailed(DpshmError):
+    """A process of the demo ended before the demo began."""
+
+
+class Sample(NamedTuple):
+    """One look at a running demo.
+
+    Attributes:
+        stage: what it does now.
+        elapsed_s: since time 0; negative before.
+        seconds: how long requests are sent.
+        wave: the coordinator's wave; -1 before there is one.
+        ranks: `Board.snapshot`, or None before there are ranks.
+        sent: by front-end.
+        answered: by front-end.
+    """
+
+    stage: str
+    elapsed_s: float
+    seconds: float
+    wave: int
+    phase: str
+    ranks: NDArray[Any] | None
+    sent: list[int]
+    answered: list[int]
+
+
+Show = Callable[[Sample], None]
+
+
+def run_demo(settings: DemoSettings, show: Show) -> Report:
+    """Runs a demo from start to end.
+
+    Args:
+        settings: what to run.
+        show: called with a `Sample` about every 50 ms.
+
+    Raises:
+        TraceError, SettingError: the workload cannot be had.
+        DemoFailed, StartupTimeout: the processes did not come up.
+        Interrupted: a signal asked for the end.
+    """
+    with stop_on_signals() as flag:
+        workload = make_workload(settings)
+        flag.check()
+        sweep_dead_demos()
+        with ExitStack() as stack:
+            demo = _Demo(settings, workload, show, flag, stack)
+            try:
+                demo.start()
+                demo.play()
+                return demo.report()
+            except DpshmError:
+                flag.check()  # the signal may have reached a child as well, and this may be how that looks
+                raise
+
+
+def sweep_dead_demos() -> None:
+    """Removes the boards of demos that were killed as a whole, with nobody left to do so."""
+    for group in groups():
+        if group.startswith(GROUP_PREFIX):
+            _sweep(group)
+
+
+def _sweep(group: str) -> None:
+    with suppress(DpshmError):
+        sweep(group)
+
+
+class _Demo:
+    """One run; `stack` ends what it started."""
+
+    def __init__(
+        self, settings: DemoSettings, workload: Workload, show: Show, flag: StopFlag, stack: ExitStack
+    ) -> None:
+        self._settings = settings
+        self._workload = workload
+        self._show = show
+        self._flag = flag
+        self._stack = stack
+        self._group = f"{GROUP_PREFIX}{os.getpid()}-{secrets.token_hex(2)}"
+        self._board: Board | None = None
+        stack.callback(_sweep, self._group)  # last of all, should the coordinator have been killed
+        self._children = stack.enter_context(Children())
+        self._engines: list[Child] = []
+        self._frontends: list[Child] = []
+        self._ready: set[Child] = set()
+        self._progress: dict[Child, Progress] = {}
+        self._reports: dict[Child, FrontendReport] = {}
+        self._preemptions = 0
+        self._imbalance: list[int] = []
+        self._problems: list[str] = []
+        self._buried: set[Child] = set()
+        self._start_ns = 0
+        self._end_ns = 0
+        self._next_sample_ns = 0
+
+    def start(self) -> None:
+        """Starts every process and waits until all can work."""
+        s, group, shares = self._settings, self._group, self._workload.shares
+        prefix, pid = new_prefix(), os.getpid()
+        coordinator = self._start("the coordinator", "demo.coordinator")
+        computes = s.engine == "torch"
+        # PyTorch's ranks meet in an empty file.
+        memory = os.memfd_create("dpshm-ranks", 0) if computes else lockstep.create_memory(s.engines)
+        module = "torch.engine" if computes else "demo.engine"
+        try:
+            self._engines = [self._start(f"engine {i}", module, (memory,)) for i in range(s.engines)]
+        finally:
+            os.close(memory)
+        self._frontends = [self._start(f"front-end {i}", "demo.frontend") for i in range(s.frontends)]
+        coordinator.tell(CoordinatorSettings(pid, group, s.engines))
+        self._wait_until_ready()
+        self._board = self._stack.enter_context(Board.attach(group))
+        if s.stats == "pub":
+            self._start("the broadcaster", "demo.broadcast").tell(BroadcastSettings(pid, prefix, s.engines))
+        for i, child in enumerate(self._engines):
+            child.tell(EngineSettings(pid, group, prefix, s.stats, i, s.engines, s.frontends, memory))
+        for i, child in enumerate(self._frontends):
+            child.tell(
+                FrontendSettings(pid, group, prefix, s.stats, s.policy, i, s.engines, s.frontends, shares[i])
+            )
+        self._wait_until_ready()
+
+    def _start(self, name: str, module: str, pass_fds: tuple[int, ...] = ()) -> Child:
+        self._look("starting the processes")
+        return self._children.start(name, f"dpshm.sim.{module}", pass_fds)
+
+    def _wait_until_ready(self) -> None:
+        """Waits for every process that has its orders."""
+        deadline = time.monotonic() + START_PATIENCE_S
+        while missing := {child for child in self._children.all if child.told} - self._ready:
+            self._turn(f"starting: {len(self._ready)} of {len(self._children.all)} processes are ready")
+            for child in self._children.all:
+                if child.ended:
+                    raise DemoFailed(f"the demo could not start: {child.obituary()}")
+            if time.monotonic() > deadline:
+                names = ", ".join(sorted(child.name for child in missing))
+                raise StartupTimeout(
+                    f"after {START_PATIENCE_S:.0f} s these have not started: {names}. Use fewer --engines and "
+                    "--frontends, or a machine with less to do"
+                )
+
+    def play(self) -> None:
+        """Gives the start, and returns when every front-end has reported and the ranks have paused."""
+        self._start_ns = time.monotonic_ns() + int(LEAD_S * 1e9)
+        for child in self._frontends:
+            child.tell(Go(self._start_ns))
+        last_ns = self._start_ns + round(self._workload.seconds * 1e9)
+        while True:
+            answered = all(child in self._reports or child in self._buried for child in self._frontends)
+            sending = time.monotonic_ns() < last_ns
+            if answered and (self._problems or not sending):
+                break
+            self._turn("sending" if sending else "finishing what was sent")
+            self._bury()
+        self._end_ns = time.monotonic_ns()
+        assert self._board is not None
+        deadline = time.monotonic() + PAUSE_PATIENCE_S
+        while not self._problems and self._board.phase is not Phase.PAUSED and time.monotonic() < deadline:
+            self._turn("waiting for the ranks to pause")
+
+    def _bury(self) -> None:
+        """Notices children that ended early. Without an engine nothing goes on, so all that is out is lost."""
+        for child in self._children.all:
+            if not child.ended or child in self._buried or child in self._reports:
+                continue
+            self._buried.add(child)
+            self._problems.append(child.obituary())
+            if child in self._engines:
+                for frontend in self._frontends:
+                    frontend.terminate()
+
+    def _turn(self, stage: str) -> None:
+        """Waits a little, takes what the children say, and looks at the board."""
+        for child, answer in self._children.read(SAMPLE_INTERVAL_S):
+            match answer:
+                case Ready():
+                    self._ready.add(child)
+                case Progress():
+                    self._progress[child] = answer
+                case FrontendReport():
+                    self._reports[child] = answer
+                    self._progress[child] = Progress(answer.sent, answer.completed + answer.refused)
+                case EngineReport():
+                    self._preemptions += answer.preemptions
+        self._look(stage)
+
+    def _look(self, stage: str) -> None:
+        self._flag.check()
+        now_ns = time.monotonic_ns()
+        if now_ns < self._next_sample_ns:
+            return
+        self._next_sample_ns = now_ns + int(SAMPLE_INTERVAL_S * 1e9)
+        board = self._board
+        ranks = board.snapshot(now_ns) if board else None
+        elapsed_s = (now_ns - self._start_ns) / 1e9 if self._start_ns else -1.0
+        if ranks is not None and 0 <= elapsed_s < self._workload.seconds:
+            requests = ranks["requests"]
+            self._imbalance.append(int(requests.max() - requests.min()))
+        progress = [self._progress.get(child, Progress(0, 0)) for child in self._frontends]
+        self._show(
+            Sample(
+                stage,
+                elapsed_s,
+                self._workload.seconds,
+                board.wave if board else -1,
+                board.phase.name.lower() if board else "",
+                ranks,
+                [p.sent for p in progress],
+                [p.answered for p in progress],
+            )
+        )
+
+    def report(self) -> Report:
+        """Ends the children and puts the figures together."""
+        s, board = self._settings, self._board
+        assert board is not None
+        ranks = board.snapshot()
+        waves = board.wave
+        self._stop_engines()
+        reports = list(self._reports.values())
+        sent = [self._progress.get(child, Progress(0, 0)).sent for child in self._frontends]
+        completed = sum(r.completed for r in reports)
+        refused = sum(r.refused for r in reports)
+        # Of a front-end that died, its last word: it did not tell these two apart.
+        completed += sum(self._progress[c].answered for c in self._buried if c in self._progress)
+        lost = sum(sent) - completed - refused
+        if lost and not self._problems:
+            self._problems.append(f"{lost} requests were never answered, though no process ended")
+        return Report(
+            stats=s.stats,
+            policy=s.policy,
+            trace=str(s.trace) if s.trace else None,
+            rate=s.rate,
+            seed=s.seed,
+            engines=s.engines,
+            frontends=s.frontends,
+            seconds=round((self._end_ns - self._start_ns) / 1e9, 3),
+            sent=sum(sent),
+            completed=completed,
+            refused=refused,
+            lost=lost,
+            waves=waves,
+            staleness_us=staleness_of([x for r in reports for x in r.staleness_us]),
+            ttft_ms=ttft_of([x for r in reports for x in r.ttft_ms]),
+            imbalance=imbalance_of(self._imbalance),
+            steps=int(ranks["steps"].max()),
+            dummy_steps=int(ranks["dummy_steps"].sum()),
+            preemptions=self._preemptions,
+            sent_by_frontend=sent,
+            finished_by_engine=ranks["requests_finished"].tolist(),
+            problems=self._problems,
+        )
+
+    def _stop_engines(self) -> None:
+        for child in self._engines:
+            child.terminate()
+        deadline = time.monotonic() + PAUSE_PATIENCE_S
+        while not all(child.ended for child in self._engines) and time.monotonic() < deadline:
+            self._turn("ending")

@@ -1,0 +1,110 @@
+"""The workload of a demo: a trace or the built-in arrivals, at some speed, dealt out to the front-ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from math import isfinite
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from dpshm import policies
+from dpshm.errors import SettingError
+from dpshm.sim.demo.messages import EngineKind, Stats
+from dpshm.sim.workloads.synthetic import MEAN_RATE_PER_S, synthetic_arrivals
+from dpshm.sim.workloads.traces import read_trace
+
+MAX_PROCESSES = 64
+"""Engines, and front-ends: the room of a board of default size. Each is a process."""
+MAX_REQUESTS = 200_000
+"""More than any machine can play as processes, and a bound on memory."""
+
+Share = list[tuple[float, int, int]]
+"""A front-end's arrivals: time in seconds, prompt tokens, output tokens."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What a demo runs.
+
+    Attributes:
+        seconds: how long requests are sent.
+        rate: how many times the recorded speed.
+        trace: a file to replay; None is the built-in workload.
+        stats: "board", or "pub" for the PUB path.
+        seed: of the built-in workload and of which front-end gets which request.
+        engine: "sim", whose model is a sleep, or "torch", which computes one.
+
+    Raises:
+        SettingError: a value is out of range.
+    """
+
+    engines: int = 8
+    frontends: int = 4
+    seconds: float = 20.0
+    rate: float = 1.0
+    trace: Path | None = None
+    stats: Stats = "board"
+    policy: str = "least_loaded"
+    seed: int = 0
+    engine: EngineKind = "sim"
+
+    def __post_init__(self) -> None:
+        for name, number in (("engines", self.engines), ("frontends", self.frontends)):
+            if not 1 <= number <= MAX_PROCESSES:
+                raise SettingError(f"{name} is {number}: choose 1 to {MAX_PROCESSES}, each is a process")
+        for name, value in (("seconds", self.seconds), ("rate", self.rate)):
+            if not (isfinite(value) and value > 0):
+                raise SettingError(f"{name} is {value}: choose a number above 0")
+        policies.by_name(self.policy)
+        if self.engine == "torch" and find_spec("torch") is None:
+            raise SettingError("--engine torch needs PyTorch, which is not installed: pip install 'dpshm[torch]'")
+
+
+class Workload(NamedTuple):
+    """What is played.
+
+    Attributes:
+        shares: by front-end, its arrivals in order of time.
+        seconds: how long; less than was asked for if the trace ends before.
+    """
+
+    shares: list[Share]
+    seconds: float
+
+
+def make_workload(settings: DemoSettings) -> Workload:
+    """The arrivals of the time that is played, dealt out.
+
+    Which front-end gets a request is drawn at random, as the kernel or a balancer in front of API servers
+    deals out connections.
+
+    Raises:
+        TraceError: the trace cannot be read.
+        SettingError: it would be more than `MAX_REQUESTS`.
+    """
+    recorded_seconds = settings.seconds * settings.rate
+    if settings.trace:
+        arrivals = read_trace(settings.trace)
+    elif recorded_seconds * MEAN_RATE_PER_S > 2 * MAX_REQUESTS:
+        raise _too_many(f"about {recorded_seconds * MEAN_RATE_PER_S:.0f}")
+    else:
+        arrivals = synthetic_arrivals(recorded_seconds, settings.seed)
+    shares: list[Share] = [[] for _ in range(settings.frontends)]
+    random = Random(settings.seed)
+    count = 0
+    for arrival in arrivals:
+        if arrival.time_s >= recorded_seconds:
+            break
+        count += 1
+        share = shares[random.randrange(settings.frontends)]
+        share.append((arrival.time_s / settings.rate, arrival.prompt_tokens, arrival.output_tokens))
+    if count > MAX_REQUESTS:
+        raise _too_many(str(count))
+    cut_short = settings.trace and arrivals[-1].time_s < recorded_seconds
+    return Workload(shares, arrivals[-1].time_s / settings.rate if cut_short else settings.seconds)
+
+
+def _too_many(count: str) -> SettingError:
+    return SettingError(f"that is {count} requests, and {MAX_REQUESTS} are the most: lower --rate or --seconds")

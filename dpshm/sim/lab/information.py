@@ -1,0 +1,222 @@
+"""What a front-end of the laboratory knows when it decides: the board, or one of its predecessors.
+
+| name | what a front-end sees |
+|---|---|
+| `live` | the board: every rank's row as it is, and what any front-end has sent and is on its way |
+| `live-unbooked` | the rows as they are, and nothing of what is on its way |
+| `broadcast` | all rows as they were at the last broadcast, every 100 ms; what it sent since counts once for each front-end, as vLLM's API servers count it, until the next broadcast overwrites it |
+| `broadcast-keep` | the same rows; what it sent counts once, until a broadcast shows it as received |
+| `immediate` | each row as it was 1 ms ago, sent at every change; what it sent counts until such a row has it |
+| `scrape` | all rows as they were at the last scrape, every second, and nothing else: a gateway's |
+
+A number after a colon is another interval or delay in milliseconds: ``broadcast:10``.
+All give the same `View`, so each policy runs on each of them.
+"""  # noqa: E501 - a table
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from dpshm.errors import SettingError
+from dpshm.policies import View, Work, comparable
+from dpshm.sim.lab.rank import Job, Row, SimRank
+
+NEVER_S = float("inf")
+
+
+class Information(ABC):
+    """One way of knowing.
+
+    Attributes:
+        ranks: all ranks.
+        own: by front-end and rank, its unfinished requests.
+        next_tick_s: when `tick` wants to be called next.
+        lockstep: whether the ranks step together.
+    """
+
+    def __init__(self, ranks: list[SimRank], own: list[list[int]]) -> None:
+        self.ranks = ranks
+        self.own = own
+        self.next_tick_s = NEVER_S
+        self.lockstep = False
+
+    @abstractmethod
+    def view(self, frontend: int, order: list[int], now_s: float) -> View:
+        """What a front-end sees now."""
+
+    def tick(self, now_s: float) -> None:
+        """Its time has come."""
+        return
+
+    def sent(self, job: Job) -> None:
+        """A front-end has sent a request."""
+        return
+
+    def published(self, rank: int, now_s: float) -> None:
+        """A rank has published."""
+        return
+
+    def _view(  # noqa: PLR0917 - a view has that many parts
+        self,
+        frontend: int,
+        order: list[int],
+        now_s: float,
+        rows: Sequence[Row],
+        unseen: list[int],
+        unseen_tokens: list[int],
+    ) -> View:
+        work = Work(
+            [r.backlog + tokens for r, tokens in zip(rows, unseen_tokens, strict=True)],
+            [r.model[:2] for r in rows],
+            comparable([list(r.model[2:]) for r in rows], lockstep=self.lockstep),
+            int(now_s * 1e9),
+        )
+        load = [r.load for r in rows]
+        requests = [(w >> 40) + (w >> 16 & 0xFFFFFF) + u for w, u in zip(load, unseen, strict=True)]
+        return View(order, load, requests, self.own[frontend], len(self.own), work)
+
+
+class Live(Information):
+    """The board."""
+
+    def view(self, frontend: int, order: list[int], now_s: float) -> View:
+        ranks = self.ranks
+        return self._view(
+            frontend,
+            order,
+            now_s,
+            [r.row for r in ranks],
+            [len(r.inbox) for r in ranks],
+            [r.inbox_tokens for r in ranks],
+        )
+
+
+class LiveUnbooked(Information):
+    """The board without bookings."""
+
+    def view(self, frontend: int, order: list[int], now_s: float) -> View:
+        nothing = [0] * len(self.ranks)
+        return self._view(frontend, order, now_s, [r.row for r in self.ranks], nothing, nothing)
+
+
+class Broadcast(Information):
+    """All rows, every so often."""
+
+    def __init__(self, ranks: list[SimRank], own: list[list[int]], interval_s: float, times: int) -> None:
+        super().__init__(ranks, own)
+        self._interval_s = interval_s
+        self._times = times  # how often a request that it sent counts
+        self._count = 0
+        self.tick(0.0)
+
+    def tick(self, now_s: float) -> None:
+        self._rows = [r.row for r in self.ranks]
+        n = len(self.ranks)
+        self._bumps = [[0] * n for _ in self.own]
+        self._bumped_tokens = [[0] * n for _ in self.own]
+        self._count += 1
+        self.next_tick_s = self._count * self._interval_s
+
+    def sent(self, job: Job) -> None:
+        self._bumps[job.frontend][job.rank] += self._times
+        self._bumped_tokens[job.frontend][job.rank] += self._times * job.prompt_tokens
+
+    def view(self, frontend: int, order: list[int], now_s: float) -> View:
+        bumps, tokens = self._bumps[frontend], self._bumped_tokens[frontend]
+        return self._view(frontend, order, now_s, self._rows, bumps, tokens)
+
+
+class _Counting(Information):
+    """What a front-end sent, less what the row that it sees has received."""
+
+    def __init__(self, ranks: list[SimRank], own: list[list[int]]) -> None:
+        super().__init__(ranks, own)
+        self._sent = [[0] * len(ranks) for _ in own]
+        self._sent_tokens = [[0] * len(ranks) for _ in own]
+
+    def sent(self, job: Job) -> None:
+        self._sent[job.frontend][job.rank] += 1
+        self._sent_tokens[job.frontend][job.rank] += job.prompt_tokens
+
+    def _counted(self, frontend: int, order: list[int], now_s: float, rows: Sequence[Row]) -> View:
+        sent, tokens = self._sent[frontend], self._sent_tokens[frontend]
+        unseen = [sent[e] - row.received[frontend] for e, row in enumerate(rows)]
+        unseen_tokens = [tokens[e] - row.received_tokens[frontend] for e, row in enumerate(rows)]
+        return self._view(frontend, order, now_s, rows, unseen, unseen_tokens)
+
+
+class BroadcastKeep(_Counting):
+    """All rows, every so often; what is on its way is kept apart."""
+
+    def __init__(self, ranks: list[SimRank], own: list[list[int]], interval_s: float) -> None:
+        super().__init__(ranks, own)
+        self._interval_s = interval_s
+        self._count = 0
+        self.tick(0.0)
+
+    def tick(self, now_s: float) -> None:
+        self._rows = [r.row for r in self.ranks]
+        self._count += 1
+        self.next_tick_s = self._count * self._interval_s
+
+    def view(self, frontend: int, order: list[int], now_s: float) -> View:
+        return self._counted(frontend, order, now_s, self._rows)
+
+
+class Immediate(_Counting):
+    """Each row as it was a little while ago."""
+
+    def __init__(self, ranks: list[SimRank], own: list[list[int]], delay_s: float) -> None:
+        super().__init__(ranks, own)
+        self._delay_s = delay_s
+        self._under_way: list[deque[tuple[float, Row]]] = [deque() for _ in ranks]
+        self._rows = [r.row for r in ranks]
+
+    def published(self, rank: int, now_s: float) -> None:
+        self._under_way[rank].append((now_s + self._delay_s, self.ranks[rank].row))
+
+    def view(self, frontend: int, order: list[int], now_s: float) -> View:
+        for e, queue in enumerate(self._under_way):
+            while queue and queue[0][0] <= now_s:
+                self._rows[e] = queue.popleft()[1]
+        return self._counted(frontend, order, now_s, self._rows)
+
+
+DEFAULT_MS = {"broadcast": 100.0, "broadcast-keep": 100.0, "immediate": 1.0, "scrape": 1000.0}
+NAMES = ("live", "live-unbooked", *DEFAULT_MS)
+
+
+def check_information(name: str) -> tuple[str, float]:
+    """Its kind and its interval or delay in seconds (0 for the live ones).
+
+    Raises:
+        SettingError: there is none of that name.
+    """
+    kind, colon, number = name.partition(":")
+    try:
+        ms = float(number) if colon else DEFAULT_MS.get(kind, 0.0)
+    except ValueError:
+        ms = 0.0
+    if kind not in NAMES or (colon and (kind not in DEFAULT_MS or not 0 < ms < 1e9)):
+        raise SettingError(
+            f"no information model {name!r}: choose one of {', '.join(NAMES)}; those but the live ones take "
+            "milliseconds after a colon, as in broadcast:10"
+        )
+    return kind, ms / 1e3
+
+
+def make_information(name: str, ranks: list[SimRank], own: list[list[int]]) -> Information:
+    """The model of that name, over these ranks."""
+    kind, seconds = check_information(name)
+    made: dict[str, Any] = {
+        "live": lambda: Live(ranks, own),
+        "live-unbooked": lambda: LiveUnbooked(ranks, own),
+        "broadcast": lambda: Broadcast(ranks, own, seconds, times=len(own)),
+        "broadcast-keep": lambda: BroadcastKeep(ranks, own, seconds),
+        "immediate": lambda: Immediate(ranks, own, seconds),
+        "scrape": lambda: Broadcast(ranks, own, seconds, times=0),
+    }
+    return made[kind]()  # type: ignore[no-any-return]

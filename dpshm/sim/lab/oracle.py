@@ -1,0 +1,63 @@
+"""The clairvoyant: tries a request on a copy of each rank and takes the one that gives it its first token soonest.
+
+It knows what nobody can: how many tokens every running request will still generate, and what each rank holds in
+its prefix cache. It is greedy, not optimal: it does nothing for the requests that come later. Ranks in lockstep
+wait for each other, which it leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dpshm.sim.batching import SimRequest
+from dpshm.sim.lab.rank import Job, SimRank
+
+
+def soonest(ranks: Sequence[SimRank], order: Sequence[int], job: Job, now_s: float) -> int:
+    """The first rank in `order` on which the request's first token would come soonest."""
+    bounded = sorted((_lower_bound(ranks[r], job, now_s), position, r) for position, r in enumerate(order))
+    best_s, best = float("inf"), order[0]
+    for bound_s, _, r in bounded:
+        if bound_s >= best_s:
+            break
+        found_s = first_token(ranks[r], job, now_s, give_up_s=best_s)
+        if found_s < best_s:
+            best_s, best = found_s, r
+    return best
+
+
+def first_token(rank: SimRank, job: Job, now_s: float, give_up_s: float = float("inf")) -> float:
+    """When a request sent to this rank now would have its first token; infinite if later than `give_up_s`."""
+    batcher = rank.batcher.copy()
+    time_s = now_s
+    if rank.busy_until_s >= 0:
+        time_s = rank.busy_until_s
+        batcher.finish(rank.step)
+    for other in rank.inbox:
+        hit = rank.cache.hit_tokens(other.blocks, other.prompt_tokens)
+        batcher.add(SimRequest(None, other.prompt_tokens - hit, other.output_tokens))
+    mine = SimRequest(job, _to_compute(rank, job), job.output_tokens)
+    batcher.add(mine)
+    while not mine.started:
+        step = batcher.plan()
+        time_s += step.seconds
+        if time_s > give_up_s:
+            return float("inf")
+        batcher.finish(step)
+    return time_s
+
+
+def _to_compute(rank: SimRank, job: Job) -> int:
+    return job.prompt_tokens - rank.cache.hit_tokens(job.blocks, job.prompt_tokens)
+
+
+def _lower_bound(rank: SimRank, job: Job, now_s: float) -> float:
+    """It cannot be sooner: all prompt tokens before its own, and its own, have to be computed."""
+    cost = rank.batcher.cost
+    left = rank.batcher.prefill_backlog + _to_compute(rank, job)
+    start_s = now_s
+    if rank.busy_until_s >= 0:
+        start_s = rank.busy_until_s
+        left -= rank.step.prompt_tokens
+    steps = -(-left // cost.max_prompt_tokens)
+    return start_s + steps * cost.base_s + left * cost.per_prompt_token_s

@@ -1,0 +1,159 @@
+"""One rank of the laboratory: the batching of the demo, a prefix cache, and what it publishes and when.
+
+It does what `dpshm.sim.demo.engine` does in a process of its own: before each step it takes in what has come, and
+it publishes when a step begins and when the last one ends. What has come since then is on its way, unseen. Its row
+is what an engine's row on the board would hold at that moment, learnt step times (`dpshm.policies.step_model`)
+among it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, TypeAlias
+
+from dpshm.policies.step_model import StepModel
+from dpshm.sim.batching import Batcher, SimRequest, Step, StepCost
+from dpshm.sim.lab.prefix_cache import PrefixCache
+
+Coefficients: TypeAlias = Literal["learnt", "true", "none"]
+
+
+class Job:
+    """One request on its way through the laboratory; times in seconds, -1 until they are known."""
+
+    __slots__ = (
+        *("blocks", "done_s", "due_s", "first_s", "frontend", "hit_tokens"),
+        *("key", "output_tokens", "prompt_tokens", "rank"),
+    )
+
+    def __init__(  # noqa: PLR0917 - as a row of a table
+        self,
+        due_s: float,
+        frontend: int,
+        prompt_tokens: int,
+        output_tokens: int,
+        key: int | None = None,
+        blocks: tuple[int, ...] = (),
+    ) -> None:
+        self.due_s = due_s
+        self.frontend = frontend
+        self.prompt_tokens = prompt_tokens
+        self.output_tokens = output_tokens
+        self.key = key
+        self.blocks = blocks
+        self.rank = -1
+        self.hit_tokens = 0
+        self.first_s = -1.0
+        self.done_s = -1.0
+
+
+class Row(NamedTuple):
+    """What a rank has published.
+
+    Attributes:
+        load: packed.
+        backlog: prompt tokens taken in and not computed.
+        model: the words of `dpshm.board.layout.STEP_MODEL_WORDS`.
+        received: requests taken in, by front-end.
+        received_tokens: their prompt tokens, by front-end.
+    """
+
+    load: int
+    backlog: int
+    model: tuple[int, ...]
+    received: tuple[int, ...]
+    received_tokens: tuple[int, ...]
+
+
+class SimRank:
+    """One rank.
+
+    Attributes:
+        row: what it published last.
+        inbox: requests sent to it and not taken in.
+        inbox_tokens: their prompt tokens.
+        busy_until_s: when its step ends; -1 while it has none.
+    """
+
+    def __init__(self, cost: StepCost, num_frontends: int, coefficients: Coefficients = "learnt") -> None:
+        self.batcher = Batcher(cost)
+        self.cache = PrefixCache()
+        self.inbox: list[Job] = []
+        self.inbox_tokens = 0
+        self.busy_until_s = -1.0
+        self.step = Step(0, 0, 0, 0.0)
+        self._cost = cost
+        self._model = StepModel()
+        self._learns = coefficients == "learnt"
+        self._received = [0] * num_frontends
+        self._received_tokens = [0] * num_frontends
+        self.row: Row
+        if coefficients == "true":
+            words = self._model.words
+            words[2:6] = (
+                *(int(x * 1e9) for x in (cost.base_s, cost.per_request_s, cost.per_prompt_token_s)),
+                cost.max_prompt_tokens,
+            )
+        self._frozen = ((0,) * num_frontends, (0,) * num_frontends)
+        self.publish()
+
+    def send(self, job: Job) -> None:
+        """A front-end sends it a request."""
+        self.inbox.append(job)
+        self.inbox_tokens += job.prompt_tokens
+
+    def begin(self, now_s: float) -> Step:
+        """Takes in what has come, and plans the next step."""
+        if self.inbox:
+            self._take_in()
+        batcher = self.batcher
+        step = self.step = batcher.plan()
+        if not self._learns:
+            words = self._model.words
+            words[0], words[1] = int((now_s + step.seconds) * 1e9) if words[2] else 0, step.prompt_tokens
+        else:
+            self._model.begin(int(now_s * 1e9), step.prompt_tokens, step.batch)
+        self.publish()
+        return step
+
+    def end(self, now_s: float, seconds: float) -> list[Job]:
+        """Its step took so long and is over; the requests that are complete."""
+        batcher = self.batcher
+        finished = batcher.finish(self.step)
+        for request in finished.first_tokens:
+            job = request.key
+            job.first_s = now_s
+            if job.blocks:
+                self.cache.insert(job.blocks, self._cost.kv_tokens - batcher.kv_used)
+        completed = []
+        for request in finished.completed:
+            request.key.done_s = now_s
+            completed.append(request.key)
+        if not self._learns:
+            self._model.words[0] = self._model.words[1] = 0
+        else:
+            self._model.finished(len(completed))
+            self._model.end(int(seconds * 1e9), self.step.prompt_tokens, self.step.batch)
+            self._model.left(batcher.waiting, batcher.running, batcher.prefill_backlog)
+        return completed
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that it has and that are on their way to it."""
+        return self.batcher.unfinished + len(self.inbox)
+
+    def _take_in(self) -> None:
+        for job in self.inbox:
+            self._received[job.frontend] += 1
+            self._received_tokens[job.frontend] += job.prompt_tokens
+            job.hit_tokens = self.cache.hit_tokens(job.blocks, job.prompt_tokens) if job.blocks else 0
+            self.batcher.add(SimRequest(job, job.prompt_tokens - job.hit_tokens, job.output_tokens))
+        self.inbox.clear()
+        self.inbox_tokens = 0
+        self._frozen = (tuple(self._received), tuple(self._received_tokens))
+
+    def publish(self) -> None:
+        """Shows its row as it is now. After `end`, call it or `begin`, which does."""
+        batcher = self.batcher
+        # `layout.pack_load` without its saturation: nothing here comes near the limits.
+        load = batcher.waiting << 40 | batcher.running << 16 | int(batcher.kv_cache_usage * 0xFFFF)
+        self.row = Row(load, batcher.prefill_backlog, tuple(self._model.words), *self._frozen)

@@ -1,0 +1,313 @@
+"""One run of the routing laboratory: a discrete-event simulation of engines and front-ends.
+
+Three things happen, in the order of their times: a rank's step ends, an information model's tick comes, a request
+arrives. A request is routed at once, by the same policy code that front-ends run, from what the information
+model lets its front-end see. A run depends on nothing but its arguments: the same give the same outcome.
+
+What is left out: the time that a message and a decision take (tens of microseconds, beside steps of
+milliseconds), and everything that the cost model of `dpshm.sim.batching` leaves out.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from operator import attrgetter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpshm.errors import SettingError
+from dpshm.frontend.handle import TURN_STRIDE
+from dpshm.policies import Request, by_name
+from dpshm.sim.batching import Batcher, StepCost
+from dpshm.sim.demo.lockstep import AGREEMENT_INTERVAL
+from dpshm.sim.lab.information import check_information, make_information
+from dpshm.sim.lab.oracle import soonest
+from dpshm.sim.lab.rank import Coefficients, Job, SimRank
+
+ORACLE = "oracle"
+COST = StepCost(kv_tokens=1_000_000)
+"""The engine of the study: as in the demo, with room for a million tokens."""
+_due_s = attrgetter("due_s")
+RAMP_S = 10.0
+"""Closed loop: the clients begin one after another over this time, as those of a load test do."""
+_NEVER_S = float("inf")
+
+
+@dataclass(frozen=True)
+class Plant:
+    """The engines and front-ends of a run.
+
+    Attributes:
+        cost: of an engine's steps, and what it can hold.
+        slow: by rank, how many times as long its steps take.
+        lockstep: whether all ranks step together, as those of mixture-of-experts models do.
+        restart: a rank, when it loses all it has, and how many seconds it is away.
+        coefficients: what policies get for step times: what engines have learnt, the truth, or nothing.
+        clients: closed loop: so many clients, each of whom sends a request when its last one is complete; 0 is
+            open loop, requests at their own times.
+    """
+
+    engines: int = 8
+    frontends: int = 8
+    cost: StepCost = COST
+    slow: tuple[tuple[int, float], ...] = ()
+    lockstep: bool = False
+    restart: tuple[int, float, float] | None = None
+    coefficients: Coefficients = "learnt"
+    clients: int = 0
+
+    def __post_init__(self) -> None:
+        ranks = [rank for rank, _ in self.slow] + ([self.restart[0]] if self.restart else [])
+        for rank in ranks:
+            if not 0 <= rank < self.engines:
+                raise SettingError(f"there is no rank {rank}: choose 0 to {self.engines - 1}")
+        for rank, factor in self.slow:
+            if not 0 < factor < 1e6:
+                raise SettingError(f"rank {rank} cannot be {factor:g} times as slow: choose a number above 0")
+        if self.restart and self.engines < 2:
+            raise SettingError("with one engine, nobody takes requests while it restarts: use two or more")
+
+    def cost_of(self, rank: int) -> StepCost:
+        """The step cost of one rank."""
+        factor = dict(self.slow).get(rank, 1.0)
+        cost = self.cost
+        return cost._replace(
+            base_s=cost.base_s * factor,
+            per_request_s=cost.per_request_s * factor,
+            per_prompt_token_s=cost.per_prompt_token_s * factor,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gave, one item a request in the order of arrival, refused ones left out.
+
+    Attributes:
+        ttft_s: seconds from when it was due to its first token.
+        e2e_s: and to its last.
+        tpot_s: seconds per output token after the first; only of requests with more than one.
+        seconds: from the first arrival to the last token.
+        requests_per_s: that arrived; of a closed loop, that were completed.
+        output_tokens: of all requests.
+        imbalance: mean over the arrivals of the most less the fewest requests on a rank.
+        prefix_hit_rate: prompt tokens that no rank had to compute, of all; None if the workload has no blocks.
+        refused: requests that could never fit.
+        preemptions: how many times a request lost its room.
+        by_rank: requests that each rank got.
+    """
+
+    ttft_s: NDArray[np.float64]
+    e2e_s: NDArray[np.float64]
+    tpot_s: NDArray[np.float64]
+    seconds: float
+    requests_per_s: float
+    output_tokens: int
+    imbalance: float
+    prefix_hit_rate: float | None
+    refused: int
+    preemptions: int
+    by_rank: list[int]
+
+
+def run(plant: Plant, jobs: Sequence[Job], policy: str, information: str) -> Outcome:
+    """Plays jobs, which it fills in, through a plant.
+
+    Args:
+        plant: engines and front-ends.
+        jobs: in the order of arrival; each has its front-end.
+        policy: a name that `dpshm.policies.by_name` knows, or `ORACLE`.
+        information: a name that `dpshm.sim.lab.information` knows; means nothing to the oracle.
+
+    Raises:
+        SettingError: there is no such policy or information model.
+    """
+    return _Run(plant, jobs, policy, information).play()
+
+
+class _Run:
+    def __init__(self, plant: Plant, jobs: Sequence[Job], policy: str, information: str) -> None:
+        check_information(information)
+        self._plant = plant
+        self._policy = None if policy == ORACLE else by_name(policy)
+        holds = Batcher(plant.cost)
+        self._jobs = [job for job in jobs if holds.fits(job.prompt_tokens, job.output_tokens)]
+        self._refused = len(jobs) - len(self._jobs)
+        n = plant.engines
+        self._ranks = [self._new_rank(e) for e in range(n)]
+        self._own = [[0] * n for _ in range(plant.frontends)]
+        self._information = make_information(information, self._ranks, self._own)
+        self._information.lockstep = plant.lockstep
+        self._turns = [f * TURN_STRIDE for f in range(plant.frontends)]
+        self._chosen = list(range(n))  # the ranks that may be chosen
+        self._unfinished = [0] * n
+        self._steps: list[tuple[float, int]] = []  # a heap: when a rank's step ends; in lockstep, rank 0 alone
+        self._lockstep_s = 0.0  # how long the common step takes
+        self._round = 0
+        self._spread = 0
+        self._by_rank = [0] * n
+        self._preemptions = 0
+
+    def _new_rank(self, rank: int) -> SimRank:
+        return SimRank(self._plant.cost_of(rank), self._plant.frontends, self._plant.coefficients)
+
+    def play(self) -> Outcome:
+        plant, information, steps = self._plant, self._information, self._steps
+        waiting = deque(self._jobs)  # not yet due; closed loop: not yet sent
+        if plant.clients:
+            due: deque[Job] = deque()
+            for _ in range(min(plant.clients, len(waiting))):
+                due.append(waiting.popleft())
+                due[-1].due_s = RAMP_S * len(due) / plant.clients
+        else:
+            due, waiting = waiting, deque()
+        outage = deque(_outage(plant.restart))
+        while due or steps:
+            due_s = due[0].due_s if due else _NEVER_S
+            step_s = steps[0][0] if steps else _NEVER_S
+            # Of equal times: the end of a step first, then a tick, then an arrival, which so sees both.
+            if step_s <= due_s and step_s <= information.next_tick_s:
+                if outage and outage[0][0] <= step_s:
+                    self._switch(*outage.popleft())
+                    continue
+                now_s, rank = heappop(steps)
+                for _ in range(self._end_step(rank, now_s)):
+                    if waiting:
+                        job = waiting.popleft()
+                        job.due_s = now_s
+                        insort(due, job, key=_due_s)  # clients may still be beginning
+            elif information.next_tick_s <= due_s:
+                information.tick(information.next_tick_s)
+            else:
+                if outage and outage[0][0] <= due_s:
+                    self._switch(*outage.popleft())
+                    continue
+                self._arrive(due.popleft())
+        return self._outcome()
+
+    def _arrive(self, job: Job) -> None:
+        self._spread += max(self._unfinished) - min(self._unfinished)
+        self._dispatch(job, job.due_s)
+
+    def _dispatch(self, job: Job, now_s: float) -> None:
+        ranks, f = self._chosen, job.frontend
+        turn = self._turns[f] = (self._turns[f] + 1) % len(ranks)
+        order = ranks[turn:] + ranks[:turn]
+        if self._policy is None:
+            rank = soonest(self._ranks, order, job, now_s)
+        else:
+            view = self._information.view(f, order, now_s)
+            rank = self._policy(view, Request(job.prompt_tokens, job.key))
+        job.rank = rank
+        self._own[f][rank] += 1
+        self._unfinished[rank] += 1
+        self._by_rank[rank] += 1
+        self._ranks[rank].send(job)
+        self._information.sent(job)
+        if self._plant.lockstep:
+            if not self._steps:
+                self._begin_all(now_s)
+        elif self._ranks[rank].busy_until_s < 0:
+            self._begin(rank, now_s)
+
+    def _begin(self, rank: int, now_s: float) -> None:
+        sim = self._ranks[rank]
+        step = sim.begin(now_s)
+        sim.busy_until_s = now_s + step.seconds
+        heappush(self._steps, (sim.busy_until_s, rank))
+        self._information.published(rank, now_s)
+
+    def _begin_all(self, now_s: float) -> None:
+        self._round += 1
+        self._lockstep_s = max(sim.begin(now_s).seconds for sim in self._ranks)
+        for rank, sim in enumerate(self._ranks):
+            sim.busy_until_s = now_s + self._lockstep_s
+            self._information.published(rank, now_s)
+        heappush(self._steps, (now_s + self._lockstep_s, 0))
+
+    def _end_step(self, rank: int, now_s: float) -> int:
+        """Ends a step and begins the next, if there is anything to do; how many requests are complete."""
+        if not self._plant.lockstep:
+            sim = self._ranks[rank]
+            completed = self._end_one(rank, now_s, sim.step.seconds)
+            if sim.unfinished:
+                self._begin(rank, now_s)
+            else:
+                sim.publish()
+                self._information.published(rank, now_s)
+            return completed
+        completed = sum(self._end_one(e, now_s, self._lockstep_s) for e in range(len(self._ranks)))
+        if self._round % AGREEMENT_INTERVAL or any(self._unfinished):
+            self._begin_all(now_s)
+        else:
+            for e, sim in enumerate(self._ranks):
+                sim.publish()
+                self._information.published(e, now_s)
+        return completed
+
+    def _end_one(self, rank: int, now_s: float, seconds: float) -> int:
+        sim = self._ranks[rank]
+        sim.busy_until_s = -1.0
+        completed = sim.end(now_s, seconds)
+        for job in completed:
+            self._own[job.frontend][rank] -= 1
+        self._unfinished[rank] -= len(completed)
+        return len(completed)
+
+    def _switch(self, now_s: float, rank: int, away: bool) -> None:
+        """A rank goes away with all it has, or comes back empty. Its requests are sent again, to others."""
+        if not away:
+            self._chosen = sorted({*self._chosen, rank})
+            return
+        lost = self._ranks[rank]
+        jobs = [job for job in self._jobs if job.rank == rank and job.done_s < 0]
+        self._preemptions += lost.batcher.preemptions
+        self._ranks[rank] = self._new_rank(rank)  # the list that the information model reads, too
+        self._information.published(rank, now_s)
+        if not self._plant.lockstep:
+            self._steps[:] = [step for step in self._steps if step[1] != rank]
+            self._steps.sort()
+        elif lost.busy_until_s >= 0:
+            self._ranks[rank].begin(now_s)  # it joins the common step, empty
+        self._chosen = [e for e in self._chosen if e != rank]
+        for job in jobs:
+            self._own[job.frontend][rank] -= 1
+            self._unfinished[rank] -= 1
+            job.first_s = -1.0
+            self._dispatch(job, now_s)
+
+    def _outcome(self) -> Outcome:
+        jobs = self._jobs
+        due = np.array([job.due_s for job in jobs])
+        first = np.array([job.first_s for job in jobs])
+        done = np.array([job.done_s for job in jobs])
+        outputs = np.array([job.output_tokens for job in jobs])
+        several = outputs > 1
+        prompts = sum(job.prompt_tokens for job in jobs)
+        hits = sum(job.hit_tokens for job in jobs)
+        return Outcome(
+            ttft_s=first - due,
+            e2e_s=done - due,
+            tpot_s=(done - first)[several] / (outputs[several] - 1),
+            seconds=float(done.max() - due.min()) if jobs else 0.0,
+            requests_per_s=len(jobs) / max(1e-9, float((done if self._plant.clients else due).max()))
+            if jobs
+            else 0.0,
+            output_tokens=int(outputs.sum()),
+            imbalance=self._spread / max(1, len(jobs)),
+            prefix_hit_rate=hits / prompts if any(job.blocks for job in jobs) else None,
+            refused=self._refused,
+            preemptions=self._preemptions + sum(sim.batcher.preemptions for sim in self._ranks),
+            by_rank=self._by_rank,
+        )
+
+
+def _outage(restart: tuple[int, float, float] | None) -> list[tuple[float, int, bool]]:
+    if restart is None:
+        return []
+    rank, at_s, for_s = restart
+    return [(at_s, rank, True), (at_s + for_s, rank, False)]

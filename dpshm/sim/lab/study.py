@@ -1,0 +1,232 @@
+"""``dpshm simulate``: policies and information models compared on the same arrivals, over several seeds.
+
+A *combination* is a policy with what it knows. Each is run once a seed; a seed decides which front-end gets which
+request, and the arrivals: of the built-in workload all of them, of a trace where in it the replay begins (it goes
+round). Ratios are taken seed by seed, on the same arrivals, and only then averaged; intervals are Student's, 95 %.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import isfinite
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from dpshm.errors import SettingError
+from dpshm.policies import by_name, key_of
+from dpshm.sim.lab.figures import Combination, Comparison, Figures, figures_of, result_of
+from dpshm.sim.lab.information import check_information
+from dpshm.sim.lab.rank import Job
+from dpshm.sim.lab.run import ORACLE, Plant, run
+from dpshm.sim.workloads.chat import chat_arrivals
+from dpshm.sim.workloads.traces import Arrival, read_trace
+
+DEFAULT_REQUESTS = 12_000
+MAX_REQUESTS = 1_000_000
+BASELINE = ("vllm", "broadcast")
+_BROADCAST_BY_DEFAULT = ("vllm", "round_robin")
+
+
+@dataclass(frozen=True)
+class SimulationSettings:
+    """What is compared, and on what.
+
+    Attributes:
+        plant: engines and front-ends.
+        policies: names; `dpshm.sim.lab.run.ORACLE` is one.
+        information: names; empty: `vllm` and `round_robin` get the broadcast, the others the live board.
+        trace: a file to replay; None is the built-in chat workload.
+        rate: how many times the recorded speed.
+        requests: at most so many; None: all of a trace, `DEFAULT_REQUESTS` of the built-in workload.
+        skew: front-end i gets a share proportional to ``1 / (i + 1) ** skew``; 0 is even.
+        seeds: how many runs of each combination.
+        first_seed: the seed of the first.
+        key_blocks: the key of a request, for `affinity`, is the hash of so many leading blocks of its prompt.
+        oracle: run the oracle too, for the regret.
+
+    Raises:
+        SettingError: a value is out of range.
+    """
+
+    plant: Plant = field(default_factory=Plant)
+    policies: tuple[str, ...] = ("vllm", "round_robin", "least_loaded", "power_of_two", "least_work")
+    information: tuple[str, ...] = ()
+    trace: Path | None = None
+    rate: float = 1.0
+    requests: int | None = None
+    skew: float = 0.0
+    seeds: int = 3
+    first_seed: int = 0
+    key_blocks: int = 2
+    oracle: bool = True
+
+    def __post_init__(self) -> None:
+        for name, number, most in (
+            ("engines", self.plant.engines, 4096),
+            ("frontends", self.plant.frontends, 4096),
+            ("seeds", self.seeds, 1000),
+            ("requests", 1 if self.requests is None else self.requests, MAX_REQUESTS),
+            ("key_blocks", self.key_blocks, 1_000_000),
+        ):
+            if not 1 <= number <= most:
+                raise SettingError(f"{name} is {number}: choose 1 to {most}")
+        if not (isfinite(self.rate) and self.rate > 0):
+            raise SettingError(f"rate is {self.rate}: choose a number above 0")
+        if not (isfinite(self.skew) and self.skew >= 0):
+            raise SettingError(f"skew is {self.skew}: choose 0 (even) or more")
+        if not self.policies:
+            raise SettingError("there is nothing to compare: name at least one policy")
+        for policy in self.policies:
+            if policy != ORACLE:
+                by_name(policy)
+        for information in self.information:
+            check_information(information)
+
+    @property
+    def combinations(self) -> list[Combination]:
+        """What is run, each once."""
+        pairs = [(p, i) for p in self.policies if p != ORACLE for i in self.information or (_information_of(p),)]
+        if ORACLE in self.policies or (self.oracle and not self.plant.lockstep):
+            pairs.append((ORACLE, "live"))
+        return list(dict.fromkeys(pairs))
+
+
+def make_jobs(settings: SimulationSettings, seed: int, trace: Sequence[Arrival] | None = None) -> list[Job]:
+    """The requests of one run, dealt out to the front-ends.
+
+    Args:
+        settings: what is compared.
+        seed: of the run.
+        trace: the trace, if it has been read already.
+
+    Raises:
+        TraceError: it cannot be read.
+    """
+    random = Random(seed)
+    if settings.trace is None:
+        arrivals: Sequence[Arrival] = chat_arrivals(settings.requests or DEFAULT_REQUESTS, seed)
+    else:
+        recorded = read_trace(settings.trace) if trace is None else trace
+        # Seed 0 replays it as it was recorded.
+        start = random.randrange(len(recorded)) if seed else 0
+        arrivals = _turned(recorded, start)[: settings.requests]
+    shares = [1 / (f + 1) ** settings.skew for f in range(settings.plant.frontends)]
+    frontends = random.choices(range(len(shares)), shares, k=len(arrivals))
+    return [
+        Job(
+            arrival.time_s / settings.rate,
+            frontend,
+            arrival.prompt_tokens,
+            arrival.output_tokens,
+            key_of(repr(arrival.block_hashes[: settings.key_blocks])) if arrival.block_hashes else None,
+            arrival.block_hashes,
+        )
+        for arrival, frontend in zip(arrivals, frontends, strict=True)
+    ]
+
+
+def _turned(arrivals: Sequence[Arrival], start: int) -> list[Arrival]:
+    """From one arrival on, round to the one before it; the first again at 0 s."""
+    if not start:
+        return list(arrivals)
+    from_s = arrivals[start].time_s
+    # The gap where the end meets the beginning is the mean one.
+    length_s = arrivals[-1].time_s + arrivals[-1].time_s / max(1, len(arrivals) - 1)
+    later = [a._replace(time_s=a.time_s - from_s) for a in arrivals[start:]]
+    return later + [a._replace(time_s=a.time_s - from_s + length_s) for a in arrivals[:start]]
+
+
+def compare(
+    settings: SimulationSettings, processes: int = 1, show: Callable[[int, int], None] = lambda done, of: None
+) -> Comparison:
+    """Runs every combination on every seed.
+
+    Args:
+        settings: what to compare.
+        processes: how many runs at a time; more than 1 uses processes of their own.
+        show: called with how many runs are done, and of how many.
+
+    Raises:
+        TraceError: the trace cannot be read.
+        SettingError: the workload has no requests that fit.
+    """
+    trace = read_trace(settings.trace) if settings.trace else None
+    combinations = settings.combinations
+    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+    tasks = [(combination, seed) for seed in seeds for combination in combinations]
+    found: dict[tuple[Combination, int], Figures] = {}
+    show(0, len(tasks))
+    with _mapper(min(processes, len(tasks)), (settings, trace)) as mapper:
+        for task, figures in mapper(_run_task, tasks):
+            found[task] = figures
+            show(len(found), len(tasks))
+    return _put_together(settings, combinations, [[found[c, s] for s in seeds] for c in combinations])
+
+
+_given: tuple[SimulationSettings, Sequence[Arrival] | None]
+
+
+def _prepare(given: tuple[SimulationSettings, Sequence[Arrival] | None], *, alone: bool) -> None:
+    global _given  # noqa: PLW0603 - a pool's way to hand the trace over once
+    _given = given
+    if alone:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+
+
+def _run_task(task: tuple[Combination, int]) -> tuple[tuple[Combination, int], Figures]:
+    settings, trace = _given
+    (policy, information), seed = task
+    jobs = make_jobs(settings, seed, trace)
+    if not jobs:
+        raise SettingError("the workload has no requests")
+    return task, figures_of(run(settings.plant, jobs, policy, information))
+
+
+@contextmanager
+def _mapper(processes: int, given: tuple[SimulationSettings, Sequence[Arrival] | None]) -> Iterator[Any]:
+    if processes <= 1:
+        _prepare(given, alone=False)
+        yield map
+        return
+    # Leaving the pool's context terminates its processes, whatever ended it.
+    with get_context("spawn").Pool(processes, _prepare_alone, (given,)) as pool:
+        yield pool.imap_unordered
+
+
+def _prepare_alone(given: tuple[SimulationSettings, Sequence[Arrival] | None]) -> None:
+    _prepare(given, alone=True)
+
+
+def _put_together(
+    settings: SimulationSettings, combinations: list[Combination], runs: list[list[Figures]]
+) -> Comparison:
+    by_combination = dict(zip(combinations, runs, strict=True))
+    baseline = BASELINE if BASELINE in by_combination else combinations[0] if len(combinations) > 1 else None
+    if baseline and baseline[0] == ORACLE:
+        baseline = None
+    oracle = by_combination.get((ORACLE, "live"))
+    results = [
+        result_of(combination, figures, baseline and by_combination[baseline], oracle)
+        for combination, figures in by_combination.items()
+    ]
+    first = runs[0]
+    return Comparison(
+        workload=str(settings.trace) if settings.trace else "built-in chat",
+        engines=settings.plant.engines,
+        frontends=settings.plant.frontends,
+        rate=settings.rate,
+        seeds=settings.seeds,
+        requests=first[0].requests,
+        requests_per_s=sum(f.requests_per_s for f in first) / len(first),
+        baseline=baseline,
+        results=results,
+    )
+
+
+def _information_of(policy: str) -> str:
+    return "broadcast" if policy in _BROADCAST_BY_DEFAULT else "live"

@@ -1,0 +1,287 @@
+"""An engine's part: its row of the board, written by the thread that owns the scheduler.
+
+Put on one engine when its busy loop begins, in that very thread, whichever start method brought the process up:
+
+    _process_input_queue              about to wait for work: shows itself idle; before each step: publishes
+    _process_engine_step              after each step: publishes
+    _handle_client_request            a request left the input queue: counts it as received from its API server,
+                                      together with the queue it entered
+    _handle_request_preproc_error,    refused in the input thread: noted there, counted by the busy loop, which is
+    _handle_mm_cache_miss             woken for it
+    _maybe_publish_request_counts     no message to the coordinator: the row says it
+    step_fn, execute_dummy_batch      marks and times the step, counts its tokens
+
+The wave stays vLLM's own: its machine, its messages. The row shows what that machine is in.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from dpshm.engine.row import EngineRow, Step
+from dpshm.vllm.backlog import PrefillBacklog
+from dpshm.vllm.find import group_at, owner_name
+from dpshm.vllm.instance import InstanceHooks
+from dpshm.vllm.log import logger
+
+
+def busy_loop(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The hook on ``run_busy_loop``: the loop, with the rank's row open around it."""
+
+    def run_busy_loop(core: Any) -> Any:
+        link = _attach(core)
+        try:
+            return stock(core)
+        finally:
+            if link is not None:
+                link.close()
+
+    return run_busy_loop
+
+
+def _attach(core: Any) -> EngineLink | None:
+    address = getattr(core, "frontend_stats_publish_address", None)
+    if not address:
+        return None  # no coordinator: no data parallelism, or ranks that are on their own
+    try:
+        group = group_at(address)
+        if group is None:
+            logger.info(
+                "dpshm: engine %d finds no board for %s and reports to the coordinator (another node, a container "
+                "with a /dev/shm of its own, or a coordinator that is not dpshm's)",
+                core.engine_index,
+                address,
+            )
+            return None
+        row = EngineRow.attach(group, core.engine_index)
+        try:
+            link = EngineLink(core, row)
+        except BaseException:
+            row.close()
+            raise
+    except Exception:
+        logger.warning("dpshm: engine %d goes on without a row", core.engine_index, exc_info=True)
+        return None
+    logger.info("dpshm: engine %d publishes to the board of group %r", core.engine_index, group)
+    return link
+
+
+class EngineLink:
+    """One engine and its row. `_note_refused` runs in the input thread, all else in the busy loop's."""
+
+    def __init__(self, core: Any, row: EngineRow) -> None:
+        self._core = core
+        self._row: EngineRow | None = row
+        self._scheduler = core.scheduler
+        self._backlog = PrefillBacklog()
+        self._inputs = list(core.addresses.inputs)
+        self._frontends: dict[int, int] = {}
+        self._seen_frontends = -1
+        self._refused: deque[tuple[int, int]] = deque()  # (client, tokens), from the input thread
+        self._steps = 0
+        self._step: Step | None = None
+        types = import_module("vllm.v1.engine").EngineCoreRequestType
+        self._add, self._wakeup = types.ADD, types.WAKEUP
+        self._count_tokens = import_module("vllm.utils").length_from_prompt_token_ids_or_embeds
+        self._hooks = InstanceHooks(core)
+        self._publish()
+        self._hook()
+
+    def close(self) -> None:
+        """Takes the hooks off and gives the row up."""
+        self._hooks.remove()
+        self._core.step_fn = self._stock_step_fn
+        row, self._row = self._row, None
+        if row is not None:
+            row.close()
+
+    # The hooks. Each calls what it hides exactly once, whatever becomes of ours.
+
+    def _hook(self) -> None:
+        core, put = self._core, self._hooks.put
+        process_input_queue, process_engine_step = core._process_input_queue, core._process_engine_step
+        handle_client_request = core._handle_client_request
+        step_fn, execute_dummy_batch = core.step_fn, core.execute_dummy_batch
+
+        def _process_input_queue() -> Any:
+            if not core.has_work():
+                self._safely(self._publish)
+            result = process_input_queue()
+            self._safely(self._publish)
+            return result
+
+        def _process_engine_step() -> Any:
+            result = process_engine_step()
+            self._safely(self._publish)
+            return result
+
+        def _handle_client_request(request_type: Any, request: Any) -> Any:
+            result = handle_client_request(request_type, request)
+            self._safely(self._received, request_type, request)
+            return result
+
+        def step() -> Any:
+            return self._timed(step_fn, dummy=False)
+
+        def dummy_batch() -> Any:
+            return self._timed(execute_dummy_batch, dummy=True)
+
+        put("_process_input_queue", _process_input_queue)
+        put("_handle_client_request", _handle_client_request)
+        put("_process_engine_step", _process_engine_step)
+        if hasattr(core, "_maybe_publish_request_counts"):  # in lockstep ranks; after 0.24 in all
+            put("_maybe_publish_request_counts", lambda: None)
+        put("execute_dummy_batch", dummy_batch)
+        for name in ("_handle_request_preproc_error", "_handle_mm_cache_miss"):
+            if hasattr(core, name):
+                put(name, self._refusing(getattr(core, name)))
+        # Not a method but an attribute of the instance already: it is put back, not uncovered.
+        self._stock_step_fn = step_fn
+        core.step_fn = step
+
+    def _refusing(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(request: Any, *args: Any) -> Any:
+            # Before the answer: once the API server hears that its request is over, it expects it to be counted.
+            self._note_refused(request)
+            return stock(request, *args)
+
+        return refuse
+
+    def _note_refused(self, request: Any) -> None:
+        try:
+            tokens = self._count_tokens(request.prompt_token_ids, getattr(request, "prompt_embeds", None))
+        except Exception:
+            tokens = 0  # neither can the API server have booked any
+        self._refused.append((request.client_index, tokens))
+        self._core.input_queue.put_nowait((self._wakeup, None))
+
+    def _safely(self, function: Callable[..., None], *args: Any) -> bool:
+        """Runs ours; if it raises, says so once and leaves the engine to vLLM. True if the row is still ours."""
+        if self._row is None:
+            return False
+        try:
+            function(*args)
+        except Exception:
+            logger.warning(
+                "dpshm: engine %d gives its row up and reports to the coordinator from now on",
+                self._core.engine_index,
+                exc_info=True,
+            )
+            self._give_up()
+            return False
+        return True
+
+    def _give_up(self) -> None:
+        core = self._core
+        try:
+            self.close()
+        except Exception:
+            logger.debug("dpshm: the row could not be closed", exc_info=True)
+        if hasattr(core, "_maybe_publish_request_counts"):
+            core.last_counts = None  # a report now, changed or not: until it comes nobody would choose this rank
+            core._maybe_publish_request_counts()
+
+    # What is published.
+
+    def _publish(self) -> None:
+        row, core, scheduler = self._row, self._core, self._scheduler
+        assert row is not None
+        if self._refused:
+            self._take_refused()
+        if not core.has_work():
+            self._forget_step()  # whatever was in flight is over, by an abort
+        running, waiting = scheduler.get_request_counts()
+        self._backlog.look(scheduler.running, waiting, scheduler.requests.values())
+        # Not `has_work`: that is also true while the engine has only to tell who finished, in the next wave
+        # already, and would wake all ranks for nothing.
+        running_wave = core.engines_running or scheduler.has_unfinished_requests()
+        row.show(getattr(core, "current_wave", 0), running=running_wave, paused=core.is_scheduler_paused())
+        row.publish(
+            waiting=waiting,
+            running=running,
+            kv_cache_usage=self._kv_cache_usage(),
+            prefill_backlog=self._backlog.tokens,
+            step=self._steps,
+        )
+
+    def _kv_cache_usage(self) -> float:
+        get = getattr(self._scheduler, "get_kv_cache_usage", None)  # after 0.24
+        return float(get() if get is not None else self._scheduler.kv_cache_manager.usage)
+
+    def _received(self, request_type: Any, request: Any) -> None:
+        assert self._row is not None
+        if request_type == self._add:
+            added = request[0]
+            self._row.count_received(self._frontend_of(added.client_index), added.num_prompt_tokens)
+            if added.request_id in self._scheduler.requests:
+                self._backlog.add(added)
+        if not self._core.has_work():
+            self._publish()  # nothing else will: the loop goes on waiting
+
+    def _take_refused(self) -> None:
+        assert self._row is not None
+        while self._refused:
+            client_index, tokens = self._refused.popleft()
+            self._row.count_received(self._frontend_of(client_index), tokens)
+
+    def _frontend_of(self, client_index: int) -> int | None:
+        """The row of an API server; None while it has none."""
+        row = self._frontends.get(client_index)
+        if row is not None:
+            return row
+        assert self._row is not None
+        board = self._row.board
+        seen = int(board.frontend_incarnation.sum())
+        if seen != self._seen_frontends:
+            self._seen_frontends = seen
+            owners = {board.owner_of(f): f for f in range(board.frontends_used())}
+            for i, address in enumerate(self._inputs):
+                if (f := owners.get(owner_name(i, address))) is not None:
+                    self._frontends[i] = f
+        return self._frontends.get(client_index)
+
+    # Steps.
+
+    def _timed(self, stock: Callable[[], Any], *, dummy: bool) -> Any:
+        if not dummy and not self._core.has_work():
+            return stock()
+        self._safely(self._begin_step)
+        result = stock()
+        self._safely(self._end_step, None if dummy else result)
+        return result
+
+    def _begin_step(self) -> None:
+        assert self._row is not None
+        if self._step is None:
+            self._step = self._row.step()
+            self._step.__enter__()
+
+    def _end_step(self, result: Any) -> None:
+        """Counts a step; `result` is what ``step_fn`` gave, None after a dummy batch."""
+        assert self._row is not None
+        assert self._step is not None
+        tokens = finished = 0
+        for of_client in (result[0] or {}).values() if result is not None else ():
+            for output in of_client.outputs:
+                tokens += len(output.new_token_ids)
+                finished += output.finish_reason is not None
+        if finished:
+            self._row.finished(finished)
+        waiting = self._scheduler.get_request_counts()[1]
+        prefilled = self._backlog.look(self._scheduler.running, waiting, self._scheduler.requests.values())
+        if result is not None and not tokens and not prefilled:
+            if not self._core.batch_queue:
+                self._forget_step()  # it only told who had finished
+            return  # else a batch was queued: the step goes on until its outputs are here
+        step, self._step = self._step, None
+        step.batch, step.prefill_tokens = tokens, prefilled
+        step.__exit__(None, None, None)
+        self._steps += 1
+
+    def _forget_step(self) -> None:
+        if self._step is not None:
+            self._step.forget()
+            self._step = None

@@ -1,0 +1,285 @@
+"""Tests of `dpshm.coordinator.watch_thread`: rounds at times of the test's choosing, over real rows, locks and
+processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+
+from dpshm import Board, Coordinator, Engine, Frontend
+from dpshm.board import segment
+from dpshm.rules.liveness import Verdict
+from tests.support import HandWatch, LoneBoard, Remote, count_fds, frontend_verdict, verdict, wait_until
+
+
+@pytest.fixture
+def board(group, using):
+    """A board of two ranks that nobody coordinates."""
+    return using(LoneBoard(group, watched=False))
+
+
+@pytest.fixture
+def watch(board, using):
+    """A watch over it."""
+    return using(HandWatch(board))
+
+
+@pytest.fixture
+def engine(board, group, using):
+    """Rank 0."""
+    return using(Engine.attach(group, 0))
+
+
+def test_absent_alive_absent(board, watch, group):
+    """Guards against a verdict on a row that nobody has, or that was given up in good order."""
+    assert watch.after(0) is Verdict.ABSENT
+    engine, frontend = Engine.attach(group, 0), Frontend.attach(group)
+    assert watch.after(0.05) is Verdict.ALIVE
+    assert frontend_verdict(board, 0) is Verdict.ALIVE
+    engine.close()
+    frontend.close()
+    assert watch.after(0.05) is Verdict.ABSENT
+    assert frontend_verdict(board, 0) is Verdict.ABSENT
+
+
+def test_the_killed_are_dead_and_their_successors_alive(board, watch, group, using):
+    """Guards against a verdict that outlives the process it is on."""
+    for _ in range(2):
+        remote = using(Remote())
+        remote.run("engine, frontend = Engine.attach(group, 0), Frontend.attach(group, owner='a')", group=group)
+        assert watch.after(0.05) is Verdict.ALIVE
+        remote.kill()
+        assert watch.after(0.05) is Verdict.DEAD
+        assert frontend_verdict(board, 0) is Verdict.DEAD
+    with Engine.attach(group, 0):
+        assert watch.after(0.05) is Verdict.ALIVE
+
+
+def test_a_row_that_is_locked_and_not_filled_is_absent(board, watch, group, using):
+    """Guards against an engine that is chosen before it has said who it is."""
+    half = using(Board.attach(group, readonly=False))
+    assert half.lock_engine(0)
+    assert watch.after(0.05) is Verdict.ABSENT
+
+
+def test_an_engine_with_work_that_does_not_move_is_stalled(watch, engine):
+    """Guards against requests that go on being sent to an engine that is wedged."""
+    engine.publish(waiting=1, running=0)
+    assert watch.after(0) is Verdict.ALIVE
+    assert watch.after(59) is Verdict.ALIVE
+    assert watch.after(120) is Verdict.STALLED
+    engine.publish(waiting=1, running=0)
+    assert watch.after(0.05) is Verdict.ALIVE
+    assert watch.after(59) is Verdict.ALIVE
+
+
+@pytest.mark.parametrize("work", ["waiting", "step", "unseen"])
+def test_what_counts_as_work(watch, engine, using, work):
+    """Guards against an engine that hangs in a step, or does not take its messages, and is not noticed."""
+    if work == "unseen":
+        frontend = using(Frontend.attach(watch.board.segment.group))
+        watch.after(0)
+        frontend.route(dp_rank=0)
+    elif work == "step":
+        engine.step().__enter__()
+        engine.publish(waiting=0, running=0)
+    else:
+        engine.publish(waiting=1, running=0)
+    watch.after(0)
+    for _ in range(3):
+        watch.after(59)
+    assert watch.after(0.05) is Verdict.STALLED
+
+
+def test_an_idle_engine_is_not_stalled(watch, engine):
+    """Guards against engines that are taken out because nobody wants anything of them."""
+    engine.publish(waiting=0, running=0)
+    for _ in range(5):
+        assert watch.after(600) is Verdict.ALIVE
+
+
+def test_an_engine_is_not_stalled_the_moment_it_gets_work(watch, engine, group, using):
+    """Guards against every engine of a quiet group being taken out by its first request.
+
+    Its beat is old then, because it was idle; it has to have *had work* for the timeout, and not moved.
+    """
+    frontend = using(Frontend.attach(group))
+    engine.publish(waiting=0, running=0)
+    for _ in range(10):
+        watch.after(60)
+    frontend.route(dp_rank=0)
+    assert watch.after(0.05) is Verdict.ALIVE
+    assert watch.after(30) is Verdict.ALIVE
+    for _ in range(3):
+        watch.after(59)
+    assert watch.after(0.05) is Verdict.STALLED
+
+
+def test_the_timeout_counts_from_the_work(watch, engine, group, using):
+    """Guards against an engine that was idle for almost the timeout, and is stalled within its first request."""
+    frontend = using(Frontend.attach(group))
+    engine.publish(waiting=0, running=0)
+    watch.after(0)
+    watch.after(59.97)
+    frontend.route(dp_rank=0)
+    assert watch.after(0.05) is Verdict.ALIVE
+    assert watch.after(1) is Verdict.ALIVE  # work is looked for once a second
+    assert watch.after(59) is Verdict.ALIVE
+    assert watch.after(1.05) is Verdict.STALLED
+
+
+def test_a_paused_engine_is_not_stalled(watch, engine):
+    """Guards against an engine that its user paused and the watch takes out."""
+    engine.publish(waiting=3, running=0)
+    engine.pause()
+    for _ in range(3):
+        assert watch.after(600) is Verdict.ALIVE
+    engine.resume(has_work=True)
+    for _ in range(3):
+        watch.after(600)
+    assert watch.after(0.05) is Verdict.STALLED
+
+
+def test_zero_means_never(board, engine, using):
+    """Guards against a timeout of zero that takes every engine out at once."""
+    watch = using(HandWatch(board, 0))
+    engine.publish(waiting=3, running=0)
+    for _ in range(3):
+        assert watch.after(6000) is Verdict.ALIVE
+
+
+def test_a_successor_has_its_own_time(watch, board, group, using):
+    """Guards against a restarted engine that is stalled from its first moment, for its predecessor's stillness."""
+    first = Engine.attach(group, 0)
+    first.publish(waiting=1, running=0)
+    watch.after(0)
+    watch.after(120)
+    assert verdict(board, 0) is Verdict.STALLED
+    first.close()
+    second = using(Engine.attach(group, 0))
+    second.publish(waiting=1, running=0)
+    board.beat[0] = 0
+    assert watch.after(0.05) is Verdict.ALIVE
+    assert watch.after(59) is Verdict.ALIVE
+
+
+def test_a_drained_engine_stays_drained(board, watch, engine):
+    """Guards against a verdict that takes the operator's mark away, as both are in one word."""
+    board.marks.set_engine(0, drained=True)
+    engine.publish(waiting=1, running=0)
+    for seconds in (0, 120, 120):
+        watch.after(seconds)
+        assert board.snapshot()[0]["drained"]
+    assert verdict(board, 0) is Verdict.STALLED
+
+
+def test_stock_engines_get_no_verdict(board, watch):
+    """Guards against a stock engine, which has no lock, that is called dead."""
+    board.marks.set_engine(0, verdict=Verdict.ALIVE, on_behalf=True)
+    assert watch.after(600) is Verdict.ALIVE
+    assert board.snapshot()[0]["stock"]
+
+
+def test_a_scribbled_row_ends_nothing(board, watch, engine):
+    """Guards against trust in shared memory: no number of it may raise, or be used as an index."""
+    for name in ("engine_state", "beat", "step_start", "engine_pid", "engine_start_time", "engine_incarnation"):
+        for value in (-1, -(1 << 63), (1 << 63) - 1):
+            board.words[board.index(name, 0)] = value
+            assert watch.after(600) is not Verdict.DEAD
+    board.words[board.index("dp_size")] = 1 << 40
+    watch.after(0.05)
+    board.words[board.index("dp_size")] = -5
+    watch.after(0.05)
+
+
+def test_an_unlinked_segment_is_told_once(board, watch, caplog):
+    """Guards against a group whose file somebody removed, which nobody notices, or which fills the log."""
+    segment.segment_path(board.segment.group).unlink()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            watch.after(0.05)
+    assert [r.levelname for r in caplog.records if "unlinked" in r.message] == ["WARNING"]
+
+
+def test_verdicts_are_logged_once(board, watch, group, using, caplog):
+    """Guards against an engine's death that is not in the log, or in it twenty times a second."""
+    remote = using(Remote())
+    remote.run("engine = Engine.attach(group, 0)", group=group)
+    watch.after(0)
+    remote.kill()
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            watch.after(0.05)
+    assert [r.message for r in caplog.records] == [f"engine 0 (pid {remote.pid}) is dead, was alive"]
+
+
+# The thread itself.
+
+
+def test_a_death_is_noticed(group, using):
+    """Guards against a watch that never looks."""
+    coordinator = using(Coordinator(group=group, dp_size=1))
+    remotes = [using(Remote()) for _ in range(2)]
+    remotes[0].run("engine = Engine.attach(group, 0)", group=group)
+    remotes[1].run("frontend = Frontend.attach(group)", group=group)
+    wait_until(lambda: frontend_verdict(coordinator.board, 0) is Verdict.ALIVE)
+    for remote in remotes:
+        remote.kill()
+    wait_until(lambda: verdict(coordinator.board, 0) is Verdict.DEAD)
+    wait_until(lambda: frontend_verdict(coordinator.board, 0) is Verdict.DEAD)
+
+
+def test_a_round_that_fails_is_not_the_last(group, using, caplog, monkeypatch):
+    """Guards against one error after which nobody watches any more."""
+    coordinator = using(Coordinator(group=group, dp_size=1))
+    watch = coordinator._watch
+    real, failed = watch._judge_engine, threading.Event()
+
+    def fails_once(*arguments):
+        if not failed.is_set():
+            failed.set()
+            raise ZeroDivisionError
+        real(*arguments)
+
+    monkeypatch.setattr(watch, "_judge_engine", fails_once)
+    wait_until(failed.is_set)
+    using(Engine.attach(group, 0))
+    wait_until(lambda: verdict(coordinator.board, 0) is Verdict.ALIVE)
+    assert any("the next one comes" in r.message for r in caplog.records)
+
+
+def test_pidfds_are_closed(board, watch, group, using):
+    """Guards against a descriptor for each process that ever took a row."""
+
+    def live_and_die():
+        remote = Remote()
+        remote.run("engine, frontend = Engine.attach(group, 0), Frontend.attach(group, owner='a')", group=group)
+        watch.after(0.05)
+        watched = sum(o.pidfd is not None for o in watch._occupants.values())
+        remote.close()
+        watch.after(0.05)
+        return watched
+
+    assert live_and_die() == 2
+    before = count_fds()
+    for _ in range(5):
+        live_and_die()
+    assert count_fds() <= before
+
+
+def test_a_rank_that_went_and_came_is_followed(group, using):
+    """Guards against a rank whose death shows late because its number was used before the group shrank."""
+    coordinator = using(Coordinator(group=group, dp_size=2))
+    remote = Remote()
+    remote.run("engine = Engine.attach(group, 1)", group=group)
+    wait_until(lambda: coordinator._watch._occupants.get(("engine", 1)))
+    remote.close()
+    wait_until(lambda: verdict(coordinator.board, 1) is Verdict.DEAD)
+    coordinator.scale(1)
+    coordinator.scale(2)
+    with Engine.attach(group, 1):
+        wait_until(lambda: coordinator._watch._occupants[("engine", 1)].pidfd is not None)

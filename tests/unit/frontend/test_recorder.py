@@ -1,0 +1,193 @@
+"""The decision recorder: what is kept can be read back as it was seen."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpshm import Engine, Frontend
+from dpshm.board import segment
+from dpshm.board.layout import PAGE_BYTES, pack_load
+from dpshm.errors import SettingError
+from dpshm.frontend.recorder import Recorder, default_path, read, slot_bytes
+from dpshm.policies import VECTOR_FROM, LeastWork, Request, View, Work, least_loaded
+from tests.support import LoneBoard
+
+NOW = 123_456_789_000
+
+
+def view_of(rng: random.Random, n: int, *, with_work: bool, arrays: bool = False) -> View:
+    """A view with numbers of every size."""
+
+    def column() -> list[int]:
+        return [rng.randrange(1 << rng.randrange(1, 63)) for _ in range(n)]
+
+    ranks = rng.sample(range(n), rng.randint(1, n))
+    load, requests = [pack_load(rng.randrange(9), rng.randrange(99), rng.random()) for _ in range(n)], column()
+    work = Work(column(), [[NOW, 5] for _ in range(n)], [column()[:1] * 6 for _ in range(n)], NOW)
+    if arrays:
+        ranks, load, requests = np.array(ranks), np.array(load), np.array(requests)
+        rows = (np.array(row) for row in (work.tokens, work.steps, work.models))
+        work = Work(*rows, NOW)
+    return View(ranks, load, requests, [rng.randrange(9) for _ in range(n)], 4, work if with_work else None)
+
+
+def plain(view: View) -> object:
+    """A view as lists, to compare."""
+
+    def listed(x):
+        return np.asarray(x).tolist()
+
+    work = view.work and [listed(x) for x in (view.work.tokens, view.work.models)]
+    return [listed(view.ranks), listed(view.load), listed(view.requests), view.own, view.num_frontends, work]
+
+
+@pytest.mark.parametrize("with_work", [False, True])
+@pytest.mark.parametrize("n", [1, 8, VECTOR_FROM])
+def test_what_was_seen_is_what_is_read(tmp_path, n, with_work):
+    """Guards against a replay that asks about something else than what was decided."""
+    rng, path = random.Random(n), tmp_path / "ring"
+    recorder = Recorder.create(path, engines=n, group="g", frontend=3, slots=8)
+    kept = []
+    for i in range(8):
+        view = view_of(rng, n, with_work=with_work, arrays=n >= VECTOR_FROM)
+        request = Request(rng.randrange(1 << 31), rng.choice([None, rng.randrange(1 << 63)]))
+        choice = int(view.ranks[-1])
+        recorder.record(NOW + i, view, request, choice, [NOW + i - 7] * n)
+        kept.append((view, request, choice))
+    recorder.close()
+    header, decisions = read(path)
+    assert (header.group, header.frontend, header.engines, header.slots, header.pid) == ("g", 3, n, 8, os.getpid())
+    assert [d.number for d in decisions] == list(range(1, 9))
+    for d, (view, request, choice) in zip(decisions, kept, strict=True):
+        assert plain(d.view) == plain(view)
+        assert type(d.view.load) is type(view.load)
+        assert (d.request, d.choice, d.age_ns) == (request, choice, [7] * n)
+
+
+def test_the_oldest_make_room(tmp_path):
+    """Guards against a ring that grows, stops, or mixes old and new."""
+    rng, path = random.Random(1), tmp_path / "ring"
+    recorder = Recorder.create(path, engines=4, group="g", frontend=0, slots=5)
+    size = path.stat().st_size
+    for i in range(13):
+        recorder.record(i, view_of(rng, 4, with_work=True), Request(i), 0, [0] * 4)
+        decisions = read(path)[1]
+        # Those whose choice (0) was not among the random ranks are not taken for whole.
+        assert {d.request.prompt_tokens for d in decisions} <= set(range(max(0, i - 4), i + 1))
+    assert path.stat().st_size == size
+
+
+def test_a_record_of_the_largest_numbers_fits(tmp_path):
+    """Guards against a slot that runs over into the next."""
+    for n in (1, 8, 64):
+        path = tmp_path / str(n)
+        recorder = Recorder.create(path, engines=n, group="g", frontend=0, slots=2)
+        top = (1 << 63) - 1
+        work = Work([top] * n, [[top] * 2] * n, [[top] * 6] * n, top)
+        view = View(list(range(n)), [top] * n, [top] * n, [top] * n, top, work)
+        for _ in range(2):
+            recorder.record(top, view, Request(top, top), 0, [top] * n)
+        assert len(read(path)[1]) == 2
+
+
+def test_a_slot_that_is_being_filled_is_left_out(tmp_path):
+    """Guards against half a record that is taken for a whole one."""
+    path = tmp_path / "ring"
+    recorder = Recorder.create(path, engines=2, group="g", frontend=0, slots=4)
+    view = View([0, 1], [0, 0], [0, 0], [0, 0], 1)
+    for i in range(4):
+        recorder.record(i, view, Request(i), 0, [0, 0])
+    whole = path.read_bytes()
+    second = PAGE_BYTES + 8 + slot_bytes(2)
+    for broken in (
+        whole[:second] + bytes(8) + whole[second + 8 :],  # its number is cleared
+        whole[: second + 8] + b"\xff" * 8 + whole[second + 16 :],  # its length is not one
+        whole[: second + 20] + b"\xc1" * 12 + whole[second + 32 :],  # its bytes are of two
+    ):
+        path.write_bytes(broken)
+        assert [d.request.prompt_tokens for d in read(path)[1]] == [0, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is no decision ring"),
+        (b"x" * 9000, "is no decision ring"),
+        (
+            b"DPSHMREC\x07\0\0\0\x02\0\0\0{}" + bytes(9000),
+            "is a decision ring of version 7, and this dpshm reads 1",
+        ),
+        (b"DPSHMREC\x01\0\0\0\x02\0\0\0{}" + bytes(9000), "the header cannot be read"),
+    ],
+)
+def test_another_file_is_refused(tmp_path, data, message):
+    """Guards against figures made of a file that holds no decisions."""
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    with pytest.raises(SettingError, match=message):
+        read(path)
+
+
+def test_a_ring_that_is_cut_off_is_refused(tmp_path):
+    """Guards against a copy that was interrupted and is read as if it were whole."""
+    path = tmp_path / "ring"
+    Recorder.create(path, engines=2, group="g", frontend=0, slots=4)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(SettingError, match="the file is cut off"):
+        read(path)
+    with pytest.raises(SettingError, match="cannot read the decision ring"):
+        read(tmp_path / "none")
+
+
+def test_a_ring_that_cannot_be_made(tmp_path):
+    """Guards against a draft that is left behind, and against an error without the file's name."""
+    (tmp_path / "ring").mkdir()
+    with pytest.raises(SettingError, match=r"cannot make the decision ring .*ring"):
+        Recorder.create(tmp_path / "ring", engines=2, group="g", frontend=0)
+    assert os.listdir(tmp_path) == ["ring"]
+    with pytest.raises(SettingError, match="0 slots"):
+        Recorder.create(tmp_path / "other", engines=2, group="g", frontend=0, slots=0)
+
+
+@pytest.mark.parametrize("policy", ["least_loaded", "least_work", "affinity"])
+@pytest.mark.parametrize("where", [True, "named"])
+def test_a_frontend_records_its_decisions(group, using, tmp_path, policy, where):
+    """Guards against a recorder that sees another view than the policy did: each choice must come out again."""
+    from dpshm.policies import by_name
+
+    using(LoneBoard(group, watched=False, dp_size=3))
+    engines = [using(Engine.attach(group, rank)) for rank in range(3)]
+    record = True if where is True else tmp_path / "ring"
+    frontend = using(Frontend.attach(group, policy=policy, record=record))
+    path = default_path(group, frontend.index) if where is True else Path(record)
+    routes = []
+    for i in range(60):
+        engines[i % 3].publish(waiting=i % 5, running=i % 7, prefill_backlog=100 * i)
+        with engines[i % 2].step(prefill_tokens=i, batch=2):
+            routes.append(frontend.route(10 * i, key=i % 4 or None))
+    header, decisions = read(path)
+    assert (header.group, header.frontend) == (group, frontend.index)
+    assert [d.choice for d in decisions] == [route.dp_rank for route in routes]
+    assert [by_name(policy)(d.view, d.request) for d in decisions] == [d.choice for d in decisions]
+    assert all(age >= 0 for d in decisions[3:] for age in d.age_ns)
+    assert (decisions[0].view.work is None) == (policy == "least_loaded")
+    segment.sockets_path(group)
+    if where is True:
+        frontend.close()
+        path.unlink()
+        path.parent.rmdir()
+
+
+def test_views_of_either_kind_give_the_same_choice():
+    """Guards against a ring of a large group whose lists a policy treats unlike the arrays that were seen."""
+    for policy in (least_loaded, LeastWork()):
+        one, other = (view_of(random.Random(3), 40, with_work=True, arrays=arrays) for arrays in (False, True))
+        for view in (one, other):
+            view.work.models = view.work.models if isinstance(view.load, list) else np.array(view.work.models)
+        assert policy(one, Request(5)) in one.ranks
+        assert policy(other, Request(5)) in other.ranks

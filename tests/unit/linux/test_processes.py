@@ -1,0 +1,135 @@
+"""What the kernel says about processes; every process here is a real one."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import dpshm
+from dpshm.linux import processes
+
+PACKAGE_ROOT = Path(dpshm.__file__).parents[1]
+PATIENCE_S = 20
+
+
+@contextmanager
+def child(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A Python process that runs `code` and has said one line."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE_ROOT)},
+    )
+    with process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
+IDLE = "print('ready', flush=True); input()"
+
+
+def readable(fd: int, timeout_s: float) -> bool:
+    """Whether a descriptor becomes readable."""
+    return bool(select.select([fd], [], [], timeout_s)[0])
+
+
+def test_start_time_tells_a_process_from_its_successor():
+    """Guards against a field off by one: the value must be the process's, and grow with later processes."""
+    with child(IDLE) as first, child(IDLE) as second:
+        assert 0 < processes.start_time(first.pid) <= processes.start_time(second.pid)
+        assert processes.start_time(os.getpid()) <= processes.start_time(first.pid)
+        pid = first.pid
+    assert processes.start_time(pid) == 0  # gone and reaped
+
+
+@pytest.mark.parametrize("name", ["a) R 1 2", ") ) )", "(((", "x y z"])
+def test_start_time_of_a_process_with_an_awkward_name(name: str):
+    """Guards against splitting /proc/PID/stat at the wrong parenthesis."""
+    code = f"from dpshm.linux import processes; processes.set_title({name!r}); {IDLE}"
+    with child(IDLE) as before, child(code) as renamed, child(IDLE) as after:
+        assert Path(f"/proc/{renamed.pid}/comm").read_text().rstrip("\n") == name[:15]
+        assert (
+            processes.start_time(before.pid)
+            <= processes.start_time(renamed.pid)
+            <= processes.start_time(after.pid)
+        )
+
+
+def test_set_title_cuts_in_the_middle_of_a_character():
+    """Guards against an exception, or a title that runs over, for names that are not ASCII."""
+    with child(f"from dpshm.linux import processes; processes.set_title('dpshm-' + 'é' * 20); {IDLE}") as renamed:
+        comm = Path(f"/proc/{renamed.pid}/comm").read_bytes().rstrip(b"\n")
+    assert comm.startswith("dpshm-é".encode())
+    assert len(comm) <= processes.COMM_BYTES
+
+
+def test_a_pidfd_is_readable_once_its_process_is_gone():
+    """Guards against a descriptor of the wrong process, or one that never tells."""
+    with child(IDLE) as process:
+        fd = processes.open_pidfd(process.pid, processes.start_time(process.pid))
+        assert fd is not None
+        assert not os.get_inheritable(fd)
+        assert not readable(fd, 0)
+        process.kill()
+        assert readable(fd, PATIENCE_S)
+        os.close(fd)
+
+
+def test_no_pidfd_for_another_process_of_the_same_pid():
+    """Guards against watching whoever got a dead process's pid."""
+    with child(IDLE) as process:
+        assert processes.open_pidfd(process.pid, processes.start_time(process.pid) + 1) is None
+        pid, started = process.pid, processes.start_time(process.pid)
+    before = os.listdir("/proc/self/fd")
+    assert processes.open_pidfd(pid, started) is None  # gone
+    assert [processes.open_pidfd(bad, 1) for bad in (0, -1, 1 << 22, 1 << 40, -(1 << 63))] == [None] * 5
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_childs_descriptor_tells_of_its_parents_end():
+    """Guards against a daemon that outlives a server which was killed."""
+    grandchild = (
+        "import os, select, sys; from dpshm.linux import processes; "
+        "fd = processes.parent_pidfd(int(sys.argv[1])); "
+        "print('ready', flush=True); select.select([fd], [], []); print('gone', flush=True)"
+    )
+    middle = (
+        "import os, subprocess, sys, time; "
+        "subprocess.Popen([sys.executable, '-c', sys.argv[1], str(os.getpid())]); time.sleep(600)"
+    )
+    with child(middle, grandchild) as process:
+        assert not readable(process.stdout.fileno(), 0.05)
+        process.kill()
+        assert process.stdout.readline() == "gone\n"
+
+
+def test_a_parent_that_is_gone_already_is_told_at_once():
+    """Guards against a child that was re-parented before it looked, and then waits for ever."""
+    with child(IDLE) as gone:
+        pid = gone.pid
+    for not_our_parent in (os.getpid(), pid):
+        fd = processes.parent_pidfd(not_our_parent)
+        assert readable(fd, 0)
+        os.close(fd)
+    fd = processes.parent_pidfd(os.getppid())
+    assert not readable(fd, 0)
+    os.close(fd)
+
+
+def test_namespaces_and_boot_have_names():
+    """Guards against comparing 0 with 0, which would make two unknown namespaces the same."""
+    assert processes.namespace_inode("pid") == os.stat("/proc/self/ns/pid").st_ino > 0
+    assert processes.namespace_inode("no such kind") == 0
+    assert processes.boot_id() == Path("/proc/sys/kernel/random/boot_id").read_text().strip() != ""

@@ -1,0 +1,112 @@
+"""A frame as lines of a terminal."""
+
+from __future__ import annotations
+
+import pytest
+
+from dpshm.ops.screen.table import STATES, History, frontend_table, headline, rank_columns, rank_table, screen
+from dpshm.ops.screen.text import Glyphs
+from tests.unit.ops.frames import make_coordinator, make_frame, make_frontend, make_rank
+
+HUGE = 1 << 40
+WIDTHS = (40, 80, 100, 120, 237)
+
+
+@pytest.fixture
+def busy():
+    """256 ranks in every state with large numbers, and 5 front-ends."""
+    ranks = [
+        make_rank(
+            i, state=list(STATES)[i % 8], waiting=HUGE, running=i, kv_cache_usage=i / 255, pid=4_194_303,
+            prefill_backlog=HUGE, step_ms=12.5, requests_per_s=99.9, generation_tokens_per_s=1e9, age_s=1e6,
+        )
+        for i in range(256)
+    ]  # fmt: skip
+    frontends = [
+        make_frontend(i, owner="x" * 48, sent_by_rank=[HUGE] * 256, unseen_by_rank=[i] * 256) for i in range(5)
+    ]
+    return make_frame(ranks, frontends, waves_per_minute=8.0, rates_over_s=1.0)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("unicode", [True, False])
+def test_no_line_is_wider_than_the_terminal(busy, width: int, unicode: bool):
+    """Guards against lines that wrap and push the rest off the screen, with the largest numbers there are."""
+    history = History()
+    for _ in range(300):
+        history.add(busy)
+    lines = screen(busy, history, width, Glyphs(unicode))
+    assert max(line.cell_len for line in lines) <= width
+    if not unicode:
+        assert all(line.plain.isascii() for line in lines)
+
+
+def test_columns_stand_under_their_headings(busy):
+    """Guards against cells that shift when a value is wide or missing."""
+    title, line = rank_table(History(), 120, Glyphs())
+    lines = list(map(line, busy.ranks))
+    for name in ("wait", "run", "age", "pid"):
+        end = title.plain.index(name) + len(name)
+        assert all(line.plain[end - 1] != " " and line.plain[end : end + 1] in ("", " ") for line in lines)
+
+
+def test_eighty_columns_hold_what_matters(busy):
+    """Guards against a standard terminal that lacks a rank's state, queue, cache, step or age."""
+    history = History()
+    history.add(busy)
+    title, _ = rank_table(history, 80, Glyphs())
+    assert " ".join(title.plain.split()) == "rank state wait run unsn backlog KV req/s tok/s step age history"
+
+
+def test_the_state_is_a_word_and_a_sign_of_its_own():
+    """Guards against states that only a colour tells apart."""
+    assert len({sign for sign, _, _ in STATES.values()}) == len(STATES) - 1  # alive is running's sign
+    assert len({plain for _, plain, _ in STATES.values()}) == len(STATES) - 1
+    _, line = rank_table(History(), 80, Glyphs())
+    assert "✕ dead" in line(make_rank(3, state="dead")).plain
+
+
+def test_the_headline_tells_of_the_whole_group():
+    """Guards against totals that leave ranks out."""
+    ranks = [make_rank(0, waiting=3, running=4), make_rank(1, state="dead", running=5), make_rank(2, unseen=1)]
+    frame = make_frame(ranks, balance=1.8, waves_per_minute=8.2)
+    lines = [line.plain for line in headline(frame, 200, Glyphs())]
+    assert lines[0] == "g · wave 17 running · 8.2 waves/min · balance 1.80 · coordinator alive (pid 42)"
+    assert lines[1] == "3 ranks: 1 dead, 2 running · 3 waiting · 9 running · 1 unseen"
+    assert lines[2] == "! out of routing: rank 1 dead: dpshm doctor"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"coordinator": make_coordinator(state="none")}, "no coordinator: routing goes on; start one"),
+        ({"coordinator": make_coordinator(state="silent")}, "coordinator pid 42 hangs or is stopped"),
+        ({"linked": False}, "this group has ended, or its segment was unlinked"),
+    ],
+)
+def test_what_is_wrong_with_the_group_is_said(fields, words):
+    """Guards against a group without a coordinator, or without a name, that looks healthy."""
+    lines = headline(make_frame([make_rank()], **fields), 120, Glyphs())
+    assert lines[2].plain.startswith(f"! {words}")
+
+
+def test_a_step_that_lasts_shows_how_long():
+    """Guards against a rank that hangs in a step and shows the fine mean of the steps before."""
+    columns = {c.title: c for c in rank_columns(Glyphs())}
+    assert columns["step"].cell(make_rank(step_ms=20.0, step_age_s=0.03)) == "20ms"
+    assert columns["step"].cell(make_rank(step_ms=20.0, step_age_s=45.0)) == "45s"
+    assert columns["step"].cell(make_rank(step_ms=None, step_age_s=None)) == "-"
+
+
+def test_front_ends_show_what_is_on_its_way_by_rank():
+    """Guards against bookings of one rank shown as another's."""
+    frontends = [make_frontend(0, sent_by_rank=[10, 20, 30], unseen_by_rank=[0, 7, 0])]
+    title, line = frontend_table(120, Glyphs())
+    assert line(frontends[0]).plain[title.plain.index("in flight by rank") :].split() == [
+        "0",
+        "7",
+        "0",
+        "10",
+        "20",
+        "30",
+    ]

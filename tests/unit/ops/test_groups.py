@@ -1,0 +1,71 @@
+"""Which group a command means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dpshm import Board, Coordinator, SegmentNotFound, SettingError
+from dpshm.board.segment import Segment, make_header
+from dpshm.ops.groups import find_groups, open_group
+from tests.support import LoneBoard
+
+ADDRESSES = ("stats_address", "engine_input_address", "engine_output_address")
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of segments that no other test uses."""
+    folder = Path("/dev/shm") / f"dpt-{tmp_path.name[-20:]}-{id(tmp_path)}"
+    folder.mkdir()
+    monkeypatch.setenv("DPSHM_DIR", str(folder))
+    yield folder
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+def test_no_group(alone: Path):
+    """Guards against an error that does not say what to do."""
+    with pytest.raises(SegmentNotFound, match=r"no live group in .*dpshm coordinator --group NAME"):
+        open_group(None)
+
+
+def test_the_only_live_group_is_meant(alone: Path):
+    """Guards against a name that must be typed where there is no choice, and against dead groups as a choice."""
+    Segment.create(make_header("dead", 1, 1, settings={}, **dict.fromkeys(ADDRESSES, ""))).close()
+    with Coordinator(group="a", dp_size=1), open_group(None) as board:
+        assert board.segment.group == "a"
+        assert board.segment.readonly
+        assert [(f.group, f.state) for f in find_groups()] == [("a", "alive"), ("dead", "dead")]
+
+
+def test_several_are_listed(alone: Path):
+    """Guards against a command that acts on the wrong deployment."""
+    with Coordinator(group="a", dp_size=1), Coordinator(group="b", dp_size=2):
+        with pytest.raises(SettingError, match=r"(?s)2 groups.*--group.*a .*1 ranks.*b .*2 ranks"):
+            open_group(None)
+        with open_group("b") as board:
+            assert board.dp_size == 2
+
+
+def test_a_group_without_its_coordinator_still_counts(alone: Path):
+    """Guards against a group that cannot be looked at because its coordinator died."""
+    with LoneBoard("orphan") as board:
+        assert board.lock_engine(0)
+        assert find_groups()[0].state == "orphaned"
+        with open_group(None) as found:
+            assert found.segment.group == "orphan"
+
+
+def test_what_cannot_be_read_is_told(alone: Path):
+    """Guards against a damaged segment that hides the others."""
+    (alone / "dpshm-bad").write_bytes(b"x" * 4096)
+    found = find_groups()
+    assert [(f.group, f.state) for f in found] == [("bad", "unreadable")]
+    assert "magic" in found[0].detail
+    with pytest.raises(SegmentNotFound, match=r"bad .*unreadable"):
+        open_group(None)
+    with Coordinator(group="good", dp_size=1), open_group(None) as board:
+        assert isinstance(board, Board)

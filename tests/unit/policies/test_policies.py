@@ -1,0 +1,340 @@
+"""Policies: the choice of an engine, the same on lists and on arrays."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpshm import policies
+from dpshm.board.layout import STEP_MODEL_WORDS, pack_load
+from dpshm.errors import SettingError
+from dpshm.policies import Affinity, LeastWork, Policy, PowerOfTwo, Request, View, Work
+from dpshm.policies.hashing import mix, mix_array
+
+NOW = 1_000_000_000
+REQUEST = Request(100, key=7)
+SEEDED = st.integers(0, 1 << 32).map(random.Random)
+deterministic = settings(deadline=None, derandomize=True, max_examples=50)
+
+
+def learnt(**words: int) -> list[int]:
+    """An engine's row of step-model words; unless told otherwise 10 ms, 0.1 ms a request, 50 us a token."""
+    usual = {"base_ns": 10_000_000, "per_request_ns": 100_000, "per_token_ns": 50_000}
+    assert words.keys() <= set(STEP_MODEL_WORDS)
+    return [(usual | words).get(name, 0) for name in STEP_MODEL_WORDS]
+
+
+MODEL, UNLEARNT = learnt(), [0] * len(STEP_MODEL_WORDS)
+
+
+def seen(arrays: bool, ranks: list[int], load: list[int], **more: Any) -> View:
+    """What a front-end shows of a group: lists, or what a large group has, of which `own` is a list too."""
+    zeros = [0] * len(load)
+    unseen, tokens = more.get("unseen", zeros), more.get("tokens", zeros)
+    # As the board's own words would: what overflows wraps.
+    counts = [(word >> 40) + (word >> 16 & 0xFFFFFF) + n for word, n in zip(load, unseen, strict=True)]
+    requests = [(n + (1 << 63)) % (1 << 64) - (1 << 63) for n in counts]
+    rows = {"requests": requests, "tokens": tokens}
+    rows |= {"ranks": ranks, "load": load, "models": more.get("models", [MODEL] * len(load))}
+    if arrays:
+        rows = {name: np.array(row, np.int64) for name, row in rows.items()}
+    steps = [model[:2] for model in rows["models"]]
+    models = policies.comparable([list(map(int, model[2:])) for model in rows["models"]])
+    if arrays:
+        steps, models = np.array(steps, np.int64), np.array(models, np.int64)
+    work = Work(rows["tokens"], steps, models, NOW)
+    own, num_frontends = list(more.get("own", zeros)), more.get("num_frontends", 1)
+    return View(rows["ranks"], rows["load"], rows["requests"], own, num_frontends, work)
+
+
+def choose(policy: Policy, ranks: list[int], load: list[int], *, request: Request = REQUEST, **more: Any) -> int:
+    """The choice, which must not depend on the kind of view."""
+    one = policy(seen(False, ranks, load, **more), request)
+    other = policy(seen(True, ranks, load, **more), request)
+    assert type(one) is int
+    assert type(other) is int
+    assert one == other
+    return one
+
+
+def group(rng: random.Random, *, wild: bool = False) -> dict[str, Any]:
+    """Any group of 1 to 12 ranks; small numbers, so that there are ties, or whatever a word can hold."""
+    n = rng.randint(1, 12)
+    extremes = (-(1 << 63), -1, 0, 1, (1 << 63) - 1, 1 << 62, 1 << 40)
+
+    def column(small: int) -> list[int]:
+        return [rng.choice(extremes) if wild and rng.random() < 0.5 else rng.randrange(small) for _ in range(n)]
+
+    loads = [pack_load(rng.randrange(4), rng.randrange(4), rng.choice([0.0, 0.4, 0.6, 1.0])) for _ in range(n)]
+    step_end, step_tokens = column(NOW), column(512)
+    return {
+        "ranks": rng.sample(range(n), rng.randint(1, n)),
+        "load": column(1) if wild else loads,
+        "unseen": column(4),
+        "own": [rng.randrange(4) for _ in range(n)],
+        "num_frontends": rng.randint(1, 8),
+        "tokens": column(4000),
+        "models": [
+            learnt(step_end=end, step_tokens=tokens) if rng.random() < 0.8 else UNLEARNT
+            for end, tokens in zip(step_end, step_tokens, strict=True)
+        ],
+    }
+
+
+@pytest.mark.parametrize("name", policies.NAMES)
+@deterministic
+@given(rng=SEEDED)
+def test_a_choice_is_one_that_may_be_chosen(name: str, rng: random.Random):
+    """Guards against a drained or dead rank being chosen, and against lists and arrays that disagree."""
+    view = group(rng)
+    assert choose(policies.by_name(name), **view) in view["ranks"]
+
+
+@pytest.mark.parametrize("name", policies.NAMES)
+@pytest.mark.parametrize("arrays", [False, True])
+@deterministic
+@given(rng=SEEDED)
+def test_scribbled_loads_cost_a_bad_choice_at_most(name: str, arrays: bool, rng: random.Random):
+    """Guards against one engine that writes rubbish and so makes every front-end's `route` raise."""
+    view = group(rng, wild=True)
+    assert policies.by_name(name)(seen(arrays, **view), REQUEST) in view["ranks"]
+
+
+@pytest.mark.parametrize("name", policies.NAMES)
+@pytest.mark.parametrize("load", [[-1], [-(1 << 63)], [-(1 << 63), -(1 << 63)], [-(1 << 63), (1 << 63) - 1]])
+def test_loads_that_no_engine_packs(name: str, load: list[int]):
+    """Guards against the smallest case of the above: a negative word, which reads as fewer than no requests."""
+    ranks = list(range(len(load)))
+    assert choose(policies.by_name(name), ranks, load) in ranks
+
+
+@pytest.mark.parametrize("name", ["least_loaded", "vllm", "least_work"])
+@deterministic
+@given(rng=SEEDED, shift=st.integers(1, 11))
+def test_renaming_the_ranks_renames_the_choice(name: str, rng: random.Random, shift: int):
+    """Guards against a preference for low or high ranks beyond the order that breaks ties."""
+    view = group(rng)
+    n, policy = len(view["load"]), policies.by_name(name)
+    before = choose(policy, **view)
+    renamed = {"ranks": [(e + shift) % n for e in view["ranks"]], "num_frontends": view["num_frontends"]}
+    for column in view.keys() - renamed.keys():
+        renamed[column] = [view[column][(e - shift) % n] for e in range(n)]
+    assert choose(policy, **renamed) == (before + shift) % n
+
+
+@pytest.mark.parametrize("name", ["least_loaded", "vllm", "least_work", "affinity"])
+@deterministic
+@given(rng=SEEDED)
+def test_only_a_tie_depends_on_the_order(name: str, rng: random.Random):
+    """Guards against a strict minimum that is missed because it stands late in the order."""
+    view = group(rng)
+    policy = policies.by_name(name)
+    best = choose(policy, **view)
+    rng.shuffle(view["ranks"])
+    again = choose(policy, **view)
+    if again != best:  # then the two are equal, and each is chosen when it comes first
+        for pair in ([again, best], [best, again]):
+            assert choose(policy, **view | {"ranks": pair}) == pair[0]
+
+
+@pytest.mark.parametrize("name", ["least_loaded", "vllm", "round_robin", "least_work"])
+@pytest.mark.parametrize("ranks", [[2, 0, 1], [1, 2, 0], [0, 2, 1]])
+def test_ties_go_to_the_first_in_the_order(name: str, ranks: list[int]):
+    """Guards against all front-ends sending to the same one of several idle engines."""
+    assert choose(policies.by_name(name), ranks, [0, 0, 0]) == ranks[0]
+
+
+FULL = pack_load(1, 0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("load", "unseen", "chosen"),
+    [
+        ([pack_load(0, 3, 0), pack_load(2, 0, 0), pack_load(0, 4, 0)], [0, 0, 0], 1),
+        ([pack_load(0, 3, 0), pack_load(2, 0, 0), pack_load(0, 4, 0)], [0, 2, 0], 0),  # booked since the report
+        ([pack_load(1, 1, 0), pack_load(0, 3, 0.0), pack_load(0, 3, 1.0)], [9, 0, 0], 1),
+        ([pack_load(1 << 23, 0, 0), pack_load(0, 1 << 24, 0), pack_load(0, 1 << 24, 0)], [0, 0, 1], 0),
+        ([0, 0, 0], [1, 0, 1], 1),
+        ([FULL, pack_load(0, 9, 1.0), pack_load(0, 8, 0.2)], [0, 0, 0], 2),  # overloaded, so only if all are
+        ([FULL, pack_load(0, 7, 1.0), pack_load(0, 8, 0.2)], [0, 0, 0], 1),  # a full cache without a queue is none
+        ([FULL, FULL, FULL], [1, 0, 1], 1),
+    ],
+)
+def test_least_loaded_joins_the_shortest_queue(load: list[int], unseen: list[int], chosen: int):
+    """Guards against leaving out what is unseen, saturated loads that wrap, and pushing out running requests."""
+    assert choose(policies.least_loaded, [0, 1, 2], load, unseen=unseen) == chosen
+
+
+@pytest.mark.parametrize(
+    ("load", "unseen", "own", "num_frontends", "chosen"),
+    [
+        # scores: 5, 4
+        ([pack_load(2, 3, 0.2), pack_load(0, 4, 0.9)], [0, 0], [0, 0], 8, 1),
+        # 1 + 6 * 1 * 0.4 = 3.4, 3: pressure counts only where requests wait
+        ([pack_load(1, 0, 0.9), pack_load(0, 3, 1.0)], [0, 0], [0, 0], 8, 1),
+        # 2 + 6 * 2 * 0 = 2, 3: and only above one half
+        ([pack_load(2, 0, 0.5), pack_load(0, 3, 0.0)], [0, 0], [0, 0], 8, 0),
+        # max(4 * 2, 1) = 8, 7: own requests stand for those of all front-ends
+        ([pack_load(0, 1, 0.0), pack_load(0, 7, 0.0)], [0, 0], [2, 0], 4, 1),
+        # max(4 * 2, 9) = 9, 8
+        ([pack_load(0, 9, 0.0), pack_load(0, 8, 0.0)], [0, 0], [2, 2], 4, 1),
+        # 1 unseen + 6 * 1 * 0.5 = 4, 3: what is on its way waits
+        ([pack_load(0, 0, 1.0), pack_load(0, 3, 0.0)], [1, 0], [0, 0], 1, 1),
+    ],
+)
+def test_the_choice_of_vllm(load: list[int], unseen: list[int], own: list[int], num_frontends: int, chosen: int):
+    """Guards against a formula that drifts from that of vLLM's API servers."""
+    assert choose(policies.vllm, [0, 1], load, unseen=unseen, own=own, num_frontends=num_frontends) == chosen
+
+
+def test_round_robin_looks_at_nothing():
+    """Guards against a baseline that balances."""
+    load = [pack_load(1 << 22, 1 << 22, 1.0)] * 2 + [0]
+    assert [choose(policies.round_robin, [e, 2], load, unseen=[9, 9, 0]) for e in (0, 1)] == [0, 1]
+
+
+def test_least_work_goes_where_the_first_token_comes_first():
+    """Guards against counting requests where their tokens, or the engines' speeds, differ."""
+    slow = learnt(base_ns=10_000_000, per_request_ns=100_000, per_token_ns=100_000)
+    two = {"ranks": [0, 1], "load": [pack_load(1, 0, 0), pack_load(3, 0, 0)]}
+    assert choose(LeastWork(), **two) == 0
+    assert choose(LeastWork(), **two, tokens=[9000, 30]) == 1
+    assert choose(LeastWork(), **two, models=[slow, MODEL], request=Request(4000)) == 1
+    assert choose(LeastWork(), **two, models=[slow, slow], request=Request(4000)) == 0
+    busy = learnt(step_end=NOW + 500_000_000)
+    assert choose(LeastWork(), **two, models=[busy, MODEL]) == 1
+    assert choose(LeastWork(), **two, models=[learnt(base_ns=0), slow]) == 0  # has learnt nothing: like the other
+
+
+@deterministic
+@given(words=st.lists(st.integers(0, (1 << 64) - 1)))
+def test_arrays_are_mixed_as_numbers_are(words: list[int]):
+    """Guards against a key whose rank depends on how many ranks there are."""
+    assert mix_array(np.array(words, np.uint64)).tolist() == [mix(word) for word in words]
+
+
+def test_keys_stay_with_their_ranks():
+    """Guards against a rank that leaves and so moves keys that were not its own."""
+    ranks = list(range(8))
+    at = {key: choose(Affinity(), ranks, [0] * 8, request=Request(1, key)) for key in range(400)}
+    assert min(Counter(at[key] for key in at).values()) > 20
+    for key, rank in at.items():
+        fewer = choose(Affinity(), [e for e in ranks if e != 3], [0] * 8, request=Request(1, key))
+        assert fewer == rank if rank != 3 else fewer != 3
+
+
+def test_a_popular_key_is_shared_out():
+    """Guards against one rank that gets all requests of one key, beyond its bound."""
+    requests, tokens = [0] * 4, [0] * 4
+    for _ in range(60):
+        rows = {"ranks": [0, 1, 2, 3], "load": [0] * 4, "unseen": requests, "tokens": tokens}
+        chosen = choose(Affinity(epsilon=0.25), **rows)
+        expected = LeastWork().expected_ns(seen(False, **rows), REQUEST)
+        assert expected[chosen] <= 1.25 * sum(expected) / 4
+        requests[chosen] += 1
+        tokens[chosen] += REQUEST.prompt_tokens
+    assert min(requests) > 0
+
+
+@pytest.mark.parametrize("name", policies.NAMES)
+@deterministic
+@given(rng=SEEDED)
+def test_equal_input_gives_an_equal_choice(name: str, rng: random.Random):
+    """Guards against a policy with a memory or dice of its own, whose decisions cannot be replayed."""
+    view = group(rng)
+    policy, again = policies.by_name(name), policies.by_name(name)
+    first = choose(policy, **view)
+    assert [choose(p, **view) for p in (policy, again, policy)] == [first] * 3
+
+
+def test_least_work_waits_for_a_place():
+    """Guards against engines that are filled to their last place, so that a burst waits for requests to end."""
+    full = {"places": 64, "ending_ns": 200_000_000}
+    models = [learnt(**full), learnt(base_ns=20_000_000, **full)]
+    for running, chosen in ((60, 0), (63, 0), (64, 1), (65, 1)):
+        load = [pack_load(0, running, 0), pack_load(0, 10, 0)]
+        assert choose(LeastWork(), [0, 1], load, models=models) == chosen
+
+
+def test_least_work_counts_the_steps_of_a_long_backlog():
+    """Guards against a backlog whose tokens are counted and whose steps are not."""
+    models = [learnt(chunk_tokens=512), learnt(chunk_tokens=8192)]
+    expected = LeastWork().expected_ns(seen(False, [0, 1], [0, 0], models=models), Request(4096))
+    assert expected[0] - expected[1] == 7 * (10_000_000 + 100_000)
+
+
+def test_models_are_made_comparable():
+    """Guards against a mean that counts ranks which have learnt nothing, or takes what belongs to each rank."""
+    one, other, new = [10, 2, 6, 100, 64, 7], [20, 4, 2, 200, 0, 9], [0] * 6
+    never = 1 << 40
+    assert policies.comparable([one, new, other]) == [
+        *(one, [15, 3, 4, never, never, 0], [20, 4, 2, 200, never, 0]),
+    ]
+    assert policies.comparable([one, new, other], lockstep=True) == [
+        *([15, 3, 4, 100, 64, 7], [15, 3, 4, never, never, 0], [15, 3, 4, 200, never, 0]),
+    ]
+    assert policies.comparable([new, new]) == [new, new]
+    again = policies.comparable([one, new, [-5, 1, 1, -1, -1, 1]])
+    assert policies.comparable(again) == again
+
+
+@pytest.mark.parametrize("epsilon", ["0", "-1", "nan", "inf", "1e-30", "1e308"])
+def test_every_bound_that_is_accepted_leaves_a_rank(epsilon: str):
+    """Guards against a parameter that passes and then makes `route` raise."""
+    try:
+        policy = policies.by_name(f"affinity:epsilon={epsilon}")
+    except SettingError:
+        return
+    for load in ([0, 0], [pack_load(0, 3, 0), 0], [pack_load(0, (1 << 24) - 1, 0)] * 2):
+        assert choose(policy, [0, 1], load, unseen=[(1 << 40) + 1] * 2) in (0, 1)
+
+
+def test_two_choices_are_drawn_evenly():
+    """Guards against ranks that are never drawn, and against choosing the busier of the two."""
+    busy = [pack_load(0, e, 0.0) for e in range(4)]
+    drawn = Counter(
+        choose(PowerOfTwo(), [0, 1, 2, 3], busy, own=[i % 7, i // 7, i, 0], request=Request(i))
+        for i in range(1200)
+    )
+    assert drawn[3] == 0  # the busiest loses against any other
+    assert abs(drawn[0] - 600) < 90  # in three of six pairs
+    assert abs(drawn[1] - 400) < 90
+    assert abs(drawn[2] - 200) < 90
+
+
+def test_policies_are_found_by_name():
+    """Guards against a name in the list that is not one, and against a parameter that is taken in silence."""
+    assert policies.NAMES == ("affinity", "least_loaded", "least_work", "power_of_two", "round_robin", "vllm")
+    assert policies.by_name("least_loaded") is policies.least_loaded
+    assert policies.by_name("affinity:epsilon=0.5") == Affinity(epsilon=0.5)
+    assert policies.by_name("power_of_two:seed=3") == PowerOfTwo(3)
+    for name, message in {
+        "random": "no policy 'random': choose one of affinity, least_loaded, ",
+        "": "no policy ''",
+        "least_loaded:x=1": "policy 'least_loaded' has no parameters, and was given 'x=1'",
+        "affinity:seed=1": "policy 'affinity' has no parameter 'seed'; it has: epsilon",
+        "affinity:epsilon=much": "policy 'affinity:epsilon=much': ",
+        "affinity:epsilon": "policy 'affinity:epsilon': ",
+        "power_of_two:seed=0.5": "policy 'power_of_two:seed=0.5': ",
+    }.items():
+        with pytest.raises(SettingError, match=message):
+            policies.by_name(name)
+
+
+@deterministic
+@given(rng=SEEDED)
+def test_requests_are_reported_and_unseen(rng: random.Random):
+    """Guards against views of which the two kinds count differently."""
+    view = group(rng)
+    as_list, as_array = seen(False, **view).requests, seen(True, **view).requests
+    assert isinstance(as_list, list)
+    assert isinstance(as_array, np.ndarray)
+    assert as_array.dtype == np.int64
+    assert as_array.tolist() == as_list
+    assert all(r >= u for r, u in zip(as_list, view["unseen"], strict=True))

@@ -1,0 +1,295 @@
+"""Tests of `dpshm.service.child`: the coordinator's own process, and the handle on it."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+import subprocess
+import sys
+from multiprocessing import connection
+from pathlib import Path
+
+import pytest
+
+import dpshm
+from dpshm import (
+    Board,
+    Coordinator,
+    CoordinatorProcess,
+    Engine,
+    Frontend,
+    GroupInUse,
+    SegmentError,
+    SettingError,
+    StartupTimeout,
+)
+from dpshm.rules.waves import Phase
+from tests.support import Remote, RemoteError, count_fds, count_threads, gone, leftovers, polled, wait_until
+
+ROOT = Path(dpshm.__file__).parent.parent
+
+
+def ended(process, timeout_s=30.0):
+    """Whether a monitor that waits for a process's sentinel sees it end."""
+    return connection.wait([process.proc.sentinel], timeout_s) == [process.proc.sentinel]
+
+
+def test_it_coordinates(group, using):
+    """Guards against a process that reports addresses and does nothing."""
+    process = using(CoordinatorProcess(group=group, dp_size=2))
+    header = using(Board.attach(group)).segment.header
+    assert process.get_stats_publish_address() == process.stats_publish_address == header.stats_address
+    assert process.get_engine_socket_addresses() == (header.engine_input_address, header.engine_output_address)
+    assert header.creator_pid == process.proc.pid != os.getpid()
+    engines = [using(Engine.attach(group, dp_rank)) for dp_rank in (0, 1)]
+    using(Frontend.attach(group)).route(dp_rank=1)
+    wait_until(lambda: polled(engines))
+    wait_until(lambda: engines[0].board.phase is Phase.RUNNING)
+
+
+def test_the_handle_is_what_a_monitor_wants(group):
+    """Guards against a server that cannot watch its coordinator: it has to end when the coordinator does."""
+    process = CoordinatorProcess(group=group, dp_size=1)
+    proc = process.proc
+    assert proc.is_alive()
+    assert proc.exitcode is None
+    assert (group in proc.name, str(proc.pid) in repr(proc)) == (True, True)
+    proc.join(timeout=0.01)
+    assert connection.wait([proc.sentinel], timeout=0.01) == []
+    proc.terminate()
+    assert ended(process)
+    proc.join()
+    assert (proc.is_alive(), proc.exitcode) == (False, 0)
+    assert leftovers(group) == []
+    process.close()
+
+
+@pytest.mark.parametrize("how", ["close", "shutdown", "with", "dropped"])
+def test_every_way_to_end_it(group, how):
+    """Guards against a child or a board that stays behind, and a second end that raises."""
+    process = CoordinatorProcess(group=group, dp_size=1)
+    pid = process.proc.pid
+    if how == "with":
+        with process:
+            pass
+    elif how == "shutdown":
+        process.shutdown(timeout=20.0)
+    elif how == "close":
+        process.close()
+    if how == "dropped":
+        del process
+    else:
+        process.close()
+        process.shutdown(timeout=1.0)
+        assert process.proc.exitcode == 0
+    assert gone(pid)
+    assert leftovers(group) == []
+
+
+def test_a_child_that_does_not_end_is_killed(group):
+    """Guards against a server whose shutdown hangs on a stopped coordinator."""
+    process = CoordinatorProcess(group=group, dp_size=1)
+    os.kill(process.proc.pid, signal.SIGSTOP)
+    process.shutdown(timeout=0.2)
+    assert process.proc.exitcode == -signal.SIGKILL
+    assert len(leftovers(group)) == 2
+    with Coordinator(group=group, dp_size=1):
+        pass
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "exit"])
+def test_it_ends_with_its_parent(group, using, how):
+    """Guards against a coordinator that lives on when its server was killed, and a board that stays behind."""
+    parent = using(Remote())
+    parent.run("process = CoordinatorProcess(group=group, dp_size=1)", group=group)
+    child = parent.eval("process.proc.pid")
+    with Engine.attach(group, 0):
+        if how == "exit":
+            parent.begin("os._exit(0)")
+        else:
+            parent.signal(getattr(signal, how))
+        wait_until(lambda: gone(child))
+        assert leftovers(group) == []
+
+
+def test_it_ends_though_a_sibling_lives_on(group, using):
+    """Guards against a coordinator that waits on a pipe, which other children of its parent hold open too."""
+    parent = using(Remote())
+    parent.run(
+        """
+process = CoordinatorProcess(group=group, dp_size=1)
+if (sibling := os.fork()) == 0:
+    signal.pause()
+    os._exit(0)
+""",
+        group=group,
+    )
+    child, sibling = parent.eval("(process.proc.pid, sibling)")
+    try:
+        parent.kill()
+        wait_until(lambda: gone(child))
+        assert not gone(sibling)
+        assert leftovers(group) == []
+    finally:
+        os.kill(sibling, signal.SIGKILL)
+
+
+def test_a_terminal_interrupt_is_left_to_the_parent(group, using):
+    """Guards against Ctrl-C, which goes to every process of the terminal, ending the coordinator first."""
+    process = using(CoordinatorProcess(group=group, dp_size=1))
+    os.kill(process.proc.pid, signal.SIGINT)
+    with Engine.attach(group, 0) as engine:
+        engine.receive(None)
+        wait_until(lambda: engine.board.phase is Phase.RUNNING)
+    assert process.proc.is_alive()
+
+
+def test_errors_keep_their_type(group, using, monkeypatch):
+    """Guards against an error in the child that shows as a mere exit status."""
+    owner = using(CoordinatorProcess(group=group, dp_size=1))
+    with pytest.raises(GroupInUse, match=f"pid {owner.proc.pid}"):
+        CoordinatorProcess(group=group, dp_size=1)
+    with pytest.raises(SettingError, match="dp_size is 0"):
+        CoordinatorProcess(group=group, dp_size=0)
+    with pytest.raises(SettingError, match="cannot name a group"):
+        CoordinatorProcess(group="a/b", dp_size=1)
+    monkeypatch.setenv("DPSHM_DIR", "/nowhere")
+    with pytest.raises(SegmentError, match="/nowhere"):
+        CoordinatorProcess(group=group, dp_size=1)
+
+
+def test_the_start_has_a_deadline(group):
+    """Guards against a launcher that waits for ever, and a child that comes up after it was given up."""
+    with pytest.raises(StartupTimeout, match=r"pid \d+\) did not report its addresses within 0\.001 s") as caught:
+        CoordinatorProcess(group=group, dp_size=1, start_timeout_s=0.001)
+    pid = int(str(caught.value).split("pid ")[1].split(")")[0])
+    assert gone(pid)
+    assert leftovers(group) == []
+
+
+def test_a_child_that_dies_before_it_reports(group, monkeypatch):
+    """Guards against a wait for a child that is gone already."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(StartupTimeout, match="exit status 1"):
+        CoordinatorProcess(group=group, dp_size=1)
+
+
+def test_a_python_that_does_not_exist(group, monkeypatch):
+    """Guards against descriptors that a failed start leaves open."""
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    before = count_fds()
+    with pytest.raises(FileNotFoundError):
+        CoordinatorProcess(group=group, dp_size=1)
+    assert count_fds() == before
+
+
+@pytest.mark.slow
+def test_nothing_is_left_open(group):
+    """Guards against descriptors, threads and processes that pile up over restarts."""
+
+    def cycle():
+        CoordinatorProcess(group=group, dp_size=1).close()
+        with pytest.raises(StartupTimeout):
+            CoordinatorProcess(group=group, dp_size=1, start_timeout_s=0.0)
+
+    cycle()
+    before, threads = count_fds(), count_threads()
+    for _ in range(3):
+        cycle()
+    assert count_fds() <= before
+    assert count_threads() == threads
+
+
+def test_a_parent_with_many_descriptors(group):
+    """Guards against select(2), which fails from descriptor 1024 on; an API server has more than that."""
+    low, high = (os.open("/dev/null", os.O_RDONLY) for _ in range(2))
+    opened = [low, high]
+    try:
+        while opened[-1] < 1100:
+            opened.append(os.dup(low))
+    except OSError:
+        pytest.skip("this user may not open as many")
+    else:
+        with CoordinatorProcess(group=group, dp_size=1) as process:
+            assert process.proc.is_alive()
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+def test_a_forked_copy_does_nothing(group, using):
+    """Guards against a forked worker whose exit, or whose shutdown, ends its parent's coordinator."""
+    parent = using(Remote())
+    parent.run(
+        """
+process = CoordinatorProcess(group=group, dp_size=1)
+if (child := os.fork()) == 0:
+    import atexit
+    signal.alarm(20)
+    process.shutdown()
+    del process
+    atexit._run_exitfuncs()
+    os._exit(0)
+status = os.waitpid(child, 0)[1]
+""",
+        group=group,
+    )
+    assert parent.eval("status") == 0
+    assert parent.eval("process.proc.is_alive()")
+    parent.run(
+        """
+process.proc._popen._waitpid_lock.acquire()  # as if a thread of the parent were asking for the exit status
+if (child := os.fork()) == 0:
+    signal.alarm(3)
+    process.shutdown(timeout=0.1)
+    os._exit(0)
+process.proc._popen._waitpid_lock.release()
+status = os.waitpid(child, 0)[1]
+time.sleep(0.2)
+"""
+    )
+    assert parent.eval("process.proc.exitcode") is None
+    parent.run("process.close()")
+    assert leftovers(group) == []
+
+
+def test_the_parents_folder_stands_in_for_nothing(group, tmp_path):
+    """Guards against a child that imports whatever lies in the folder in which a server was started."""
+    for name in ("msgspec.py", "zmq.py", "logging.py"):
+        (tmp_path / name).write_text("raise SystemExit('the wrong module')\n")
+    code = f"""
+import sys
+sys.path[:] = [{str(ROOT)!r}] + [p for p in sys.path if p]
+from dpshm import CoordinatorProcess
+with CoordinatorProcess(group={group!r}, dp_size=1) as process:
+    print(process.proc.is_alive())
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.strip() == "True", done.stderr
+
+
+def test_the_child_is_light(group, using):
+    """Guards against a child that imports the server again: the parent's main module is none of its business."""
+    process = using(CoordinatorProcess(group=group, dp_size=1))
+    maps = Path(f"/proc/{process.proc.pid}/maps").read_text(encoding="utf-8")
+    assert "_zmq" in maps
+    assert "_pytest" not in maps
+    assert "rpds" not in maps
+    command = Path(f"/proc/{process.proc.pid}/comm").read_text(encoding="utf-8").strip()
+    assert command.startswith("dpshm-coord")
+
+
+def test_an_interface_like_the_one_it_replaces():
+    """Guards against a handle that a launcher written for vLLM's coordinator cannot use."""
+    assert list(inspect.signature(CoordinatorProcess.shutdown).parameters) == ["self", "timeout"]
+    for name in ("get_stats_publish_address", "get_engine_socket_addresses", "close"):
+        assert list(inspect.signature(getattr(CoordinatorProcess, name)).parameters) == ["self"]
+
+
+def test_a_remote_error_is_not_swallowed(using):
+    """Guards against tests of this module that cannot fail: what is raised in a child process has to arrive."""
+    with pytest.raises(RemoteError, match="SettingError"):
+        using(Remote()).run("CoordinatorProcess(group='a', dp_size=-1)")

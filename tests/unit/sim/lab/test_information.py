@@ -1,0 +1,98 @@
+"""What front-ends of the laboratory know, at which time."""
+
+from __future__ import annotations
+
+import pytest
+
+from dpshm.errors import SettingError
+from dpshm.policies import View
+from dpshm.sim.batching import StepCost
+from dpshm.sim.lab.information import NAMES, Information, check_information, make_information
+from dpshm.sim.lab.rank import Job, SimRank
+
+
+class World:
+    """Two ranks, two front-ends, and what one of them sees."""
+
+    def __init__(self, name: str) -> None:
+        self.ranks = [SimRank(StepCost(), 2) for _ in range(2)]
+        self.own = [[0, 0], [0, 0]]
+        self.information: Information = make_information(name, self.ranks, self.own)
+
+    def send(self, frontend: int, rank: int, tokens: int = 100) -> None:
+        """A front-end sends a request."""
+        job = Job(0.0, frontend, tokens, 5)
+        job.rank = rank
+        self.own[frontend][rank] += 1
+        self.ranks[rank].send(job)
+        self.information.sent(job)
+
+    def step(self, rank: int, now_s: float) -> None:
+        """A rank takes in what has come and begins a step."""
+        self.ranks[rank].begin(now_s)
+        self.information.published(rank, now_s)
+
+    def seen(self, frontend: int, now_s: float) -> tuple[list[int], list[int]]:
+        """Requests, and tokens, by rank."""
+        while self.information.next_tick_s <= now_s:
+            self.information.tick(self.information.next_tick_s)
+        view: View = self.information.view(frontend, [0, 1], now_s)
+        work = view.work
+        assert work is not None
+        return list(view.requests), list(work.tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "mine_at_once", "others_at_once", "taken_in", "later"),
+    [
+        ("live", 1, 1, 1, 1),
+        ("live-unbooked", 0, 0, 1, 1),
+        ("broadcast", 2, 0, 2, 1),
+        ("broadcast-keep", 1, 0, 1, 1),
+        ("immediate", 1, 0, 1, 1),
+        ("scrape", 0, 0, 0, 0),
+    ],
+)
+def test_when_a_request_is_known(name, mine_at_once, others_at_once, taken_in, later):
+    """Guards against a model that knows more, or less, than what it stands for."""
+    world = World(name)
+    world.send(0, 1)
+    assert world.seen(0, 0.01) == ([0, mine_at_once], [0, 100 * mine_at_once])
+    assert world.seen(1, 0.01) == ([0, others_at_once], [0, 100 * others_at_once])
+    world.step(1, 0.02)
+    assert world.seen(0, 0.0201) == ([0, taken_in], [0, 100 * taken_in])
+    assert world.seen(1, 0.15) == ([0, later], [0, 100 * later])
+    assert world.seen(1, 1.05) == ([0, 1], [0, 100])
+
+
+def test_what_is_on_its_way_at_a_broadcast():
+    """Guards against the two kinds of bumps being mixed up: vLLM's are overwritten, ours stay until received."""
+    for name, seen in (("broadcast", 0), ("broadcast-keep", 1), ("live", 1)):
+        world = World(name)
+        world.send(0, 0)
+        assert world.seen(0, 0.11)[0] == [seen, 0]
+
+
+def test_an_interval_can_be_named():
+    """Guards against an interval that is ignored."""
+    world = World("broadcast:10")
+    world.send(0, 0)
+    world.step(0, 0.001)
+    assert world.seen(1, 0.009)[0] == [0, 0]
+    assert world.seen(1, 0.011)[0] == [1, 0]
+    world = World("immediate:50")
+    world.send(0, 0)
+    world.step(0, 0.0)
+    assert world.seen(1, 0.049)[0] == [0, 0]
+    assert world.seen(1, 0.051)[0] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "name", ["", "lively", "live:10", "broadcast:", "broadcast:0", "broadcast:-1", "scrape:nan"]
+)
+def test_a_name_that_is_none(name):
+    """Guards against an information model that is taken for another in silence."""
+    with pytest.raises(SettingError, match="no information model"):
+        check_information(name)
+    assert check_information("broadcast") == ("broadcast", 0.1)
+    assert all(check_information(n) for n in NAMES)

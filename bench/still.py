@@ -15,8 +15,9 @@ from typing import Literal, cast
 
 from dpshm import Frontend
 from dpshm.board.board import Board
-from dpshm.board.layout import DEFAULT_ENGINES, DEFAULT_FRONTENDS, pack_control, pack_load
+from dpshm.board.layout import DEFAULT_ENGINES, DEFAULT_FRONTENDS
 from dpshm.board.segment import Segment, coordinator_byte, make_header
+from dpshm.board.words import pack_control, pack_load
 from dpshm.coordinator.row import Marks
 from dpshm.policies import Policy
 from dpshm.rules.liveness import Verdict

@@ -15,7 +15,7 @@ from pathlib import Path
 import zmq
 
 from dpshm import Board, Engine, Frontend
-from dpshm.board import layout
+from dpshm.board.words import DRAINED
 from dpshm.net import wire
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
@@ -77,14 +77,14 @@ class Honest:
             if self.board.dp_size != 2:
                 self._operator.send(wire.encode_scale(2))
             for e, mark in enumerate(self.board.engine_mark[:2].tolist()):
-                if mark & layout.DRAINED:
+                if mark & DRAINED:
                     self._operator.send(wire.encode_drain(e, False))
             if any([engine.poll(1) for engine in self.engines]):  # noqa: C419 - each has to look
                 for engine in self.engines:
                     engine.wave_complete()
             for engine in self.engines:
                 engine.publish(waiting=0, running=0)
-            drained = any(mark & layout.DRAINED for mark in self.board.engine_mark[:2].tolist())
+            drained = any(mark & DRAINED for mark in self.board.engine_mark[:2].tolist())
             alive = all(verdict(self.board, e) is Verdict.ALIVE for e in (0, 1))
             return self.board.dp_size == 2 and not drained and alive and self.board.phase is Phase.PAUSED
 

@@ -27,6 +27,15 @@ from numpy.typing import NDArray
 from dpshm.board import layout
 from dpshm.board.outstanding import Outstanding, Words
 from dpshm.board.segment import Segment, coordinator_byte, engine_byte, frontend_byte
+from dpshm.board.words import (
+    DRAINED,
+    ON_BEHALF,
+    VERDICT_MASK,
+    unpack_control,
+    unpack_load,
+    unpack_progress,
+    unpack_state,
+)
 from dpshm.linux.descriptors import explained
 from dpshm.rules.liveness import Signs, Verdict, judge
 from dpshm.rules.waves import Phase
@@ -192,12 +201,12 @@ class Board:
     @property
     def wave(self) -> int:
         """The coordinator's wave."""
-        return layout.unpack_control(int(self.control[0]))[0]
+        return unpack_control(int(self.control[0]))[0]
 
     @property
     def phase(self) -> Phase:
         """The coordinator's phase."""
-        return layout.unpack_control(int(self.control[0]))[1]
+        return unpack_control(int(self.control[0]))[1]
 
     @property
     def dp_size(self) -> int:
@@ -232,11 +241,9 @@ class Board:
         """By rank: the coordinator's verdicts; while none watches, what the locks tell (stock ones stay)."""
         marks = self.engine_mark[: self.dp_size].tolist()
         if self.is_watched():
-            return [Verdict(mark & layout.VERDICT_MASK) for mark in marks]
+            return [Verdict(mark & VERDICT_MASK) for mark in marks]
         return [
-            Verdict.ALIVE
-            if mark & layout.ON_BEHALF
-            else judge(Signs(bool(self.engine_pid[e]), self.engine_alive(e)), 0)
+            Verdict.ALIVE if mark & ON_BEHALF else judge(Signs(bool(self.engine_pid[e]), self.engine_alive(e)), 0)
             for e, mark in enumerate(marks)
         ]
 
@@ -287,19 +294,19 @@ class Board:
         for e in range(n):
             row = out[e]
             row["dp_rank"] = e
-            row["waiting"], row["running"], row["kv_cache_usage"] = layout.unpack_load(load[e])
+            row["waiting"], row["running"], row["kv_cache_usage"] = unpack_load(load[e])
             # What was outstanding an instant before these loads, and may have ended since.
             row["requests"] = max(_sane(requests[e]), row["waiting"] + row["running"])
             row["prefill_backlog"] = max(_sane(tokens[e]), _sane(backlog[e]))
             row["unseen"] = row["requests"] - row["waiting"] - row["running"]
             row["unseen_tokens"] = row["prefill_backlog"] - _sane(backlog[e])
-            row["wave"], running, paused = layout.unpack_state(int(self.engine_state[e]))
-            row["step"] = layout.unpack_progress(int(self.progress[e]))[1]
+            row["wave"], running, paused = unpack_state(int(self.engine_state[e]))
+            row["step"] = unpack_progress(int(self.progress[e]))[1]
             mark = int(self.engine_mark[e])
             verdict = verdicts[e]
             row["verdict"] = verdict.name.lower()
-            row["drained"] = bool(mark & layout.DRAINED)
-            row["stock"] = bool(mark & layout.ON_BEHALF)
+            row["drained"] = bool(mark & DRAINED)
+            row["stock"] = bool(mark & ON_BEHALF)
             row["state"] = _state(verdict, bool(row["drained"]), paused, running, waking)
             beat, step_start = int(self.beat[e]), int(self.step_start[e])
             row["age_ns"] = _sane(now_ns - beat) if now_ns is not None and beat else -1

@@ -15,7 +15,7 @@ import time
 
 from dpshm.board import layout
 from dpshm.board.board import Board
-from dpshm.board.layout import ChangeKind
+from dpshm.board.words import COUNT_MASK, DRAINED, ON_BEHALF, VERDICT_MASK, ChangeKind, pack_change
 from dpshm.rules.liveness import Verdict
 
 
@@ -39,11 +39,11 @@ class Marks:
 
     def engine_verdict(self, dp_rank: int) -> Verdict:
         """The verdict in an engine's mark."""
-        return Verdict(self.engine(dp_rank) & layout.VERDICT_MASK)
+        return Verdict(self.engine(dp_rank) & VERDICT_MASK)
 
     def frontend_verdict(self, index: int) -> Verdict:
         """The verdict in a front-end's mark."""
-        return Verdict(self._words[self._at_frontend + index] & layout.VERDICT_MASK)
+        return Verdict(self._words[self._at_frontend + index] & VERDICT_MASK)
 
     def set_engine(
         self,
@@ -57,11 +57,11 @@ class Marks:
         with self._lock:
             mark = self.engine(dp_rank)
             if verdict is not None:
-                mark = mark & ~layout.VERDICT_MASK | verdict
+                mark = mark & ~VERDICT_MASK | verdict
             if on_behalf is not None:
-                mark = mark & ~layout.ON_BEHALF | (layout.ON_BEHALF if on_behalf else 0)
+                mark = mark & ~ON_BEHALF | (ON_BEHALF if on_behalf else 0)
             if drained is not None:
-                mark = mark & ~layout.DRAINED | (layout.DRAINED if drained else 0)
+                mark = mark & ~DRAINED | (DRAINED if drained else 0)
             self._store(ChangeKind.ENGINE, dp_rank, self._at_engine + dp_rank, mark)
 
     def clear_engine(self, dp_rank: int) -> None:
@@ -82,20 +82,18 @@ class Marks:
     def begin_epoch(self) -> None:
         """Notes that this coordinator has the board now."""
         with self._lock:
-            self._store(
-                ChangeKind.COORDINATOR, 0, self._at_epoch, (self._words[self._at_epoch] & layout.COUNT_MASK) + 1
-            )
+            self._store(ChangeKind.COORDINATOR, 0, self._at_epoch, (self._words[self._at_epoch] & COUNT_MASK) + 1)
 
     def _store(self, kind: ChangeKind, row: int, at: int, value: int) -> None:
         words = self._words
         before = words[at]
         if before != value:
-            revision = (words[self._at_revision] & layout.COUNT_MASK) + 1
+            revision = (words[self._at_revision] & COUNT_MASK) + 1
             slot = revision % layout.CHANGES
             # SYNC: the change and its record, then the revision; a front-end loads the revision, then what
             # changed. On Arm it may see the new revision with the old mark; it looks again every
             # LOOK_INTERVAL_NS. A reader of the records loads the revision before and after them.
             words[at] = value
             words[self._at_change_time + slot] = time.monotonic_ns()
-            words[self._at_change + slot] = layout.pack_change(revision, kind, row, before, value)
+            words[self._at_change + slot] = pack_change(revision, kind, row, before, value)
             words[self._at_revision] = revision

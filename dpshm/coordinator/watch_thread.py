@@ -14,9 +14,9 @@ import threading
 import time
 from typing import NamedTuple
 
-from dpshm.board import layout
 from dpshm.board.board import Board
 from dpshm.board.segment import engine_byte, frontend_byte
+from dpshm.board.words import ON_BEHALF, unpack_state
 from dpshm.coordinator.row import Marks
 from dpshm.linux import processes
 from dpshm.rules.liveness import Signs, Verdict, judge
@@ -148,12 +148,12 @@ class WatchThread(threading.Thread):
     def _judge_engine(self, e: int, has_work: bool, now_ns: int) -> None:
         board, marks = self._board, self._marks
         locked = board.engine_alive(e)
-        stock = bool(marks.engine(e) & layout.ON_BEHALF)
+        stock = bool(marks.engine(e) & ON_BEHALF)
         if stock and not locked:
             return
         incarnation = int(board.engine_incarnation[e])
         self._follow(("engine", e), incarnation, int(board.engine_pid[e]), int(board.engine_start_time[e]))
-        paused = layout.unpack_state(int(board.engine_state[e]))[2]
+        paused = unpack_state(int(board.engine_state[e]))[2]
         still_ns = self._still_ns(e, incarnation, now_ns)
         if not has_work:
             self._moved.pop(e, None)  # the timeout counts from when it has work

@@ -25,6 +25,19 @@ from typing import TYPE_CHECKING
 import zmq
 
 from dpshm.board import layout
+from dpshm.board.words import (
+    DRAINED,
+    ON_BEHALF,
+    VERDICT_MASK,
+    pack_control,
+    pack_load,
+    pack_progress,
+    saturate,
+    unpack_control,
+    unpack_load,
+    unpack_state,
+    wake_bucket,
+)
 from dpshm.coordinator.flood_guard import Growth
 from dpshm.coordinator.rate_limited_log import LimitedLog
 from dpshm.coordinator.settings import Settings
@@ -180,7 +193,7 @@ class WaveThread(threading.Thread):
         self._sockets = sockets
         self._words = board.words
         self._at_control = board.index("control")
-        self._state = CoordinatorState(*layout.unpack_control(self._words[self._at_control]))
+        self._state = CoordinatorState(*unpack_control(self._words[self._at_control]))
         self._rows = RowWatch(settings.resend_interval_ms * _MS, round(settings.wake_timeout_s * _S))
         self._counts = StepCounts()
         self._published: list[RankCounts] = []
@@ -286,7 +299,7 @@ class WaveThread(threading.Thread):
 
     def _count(self, name: str, by: int = 1, *, row: int = 0) -> None:
         at = self._board.index(name, row)
-        self._words[at] = layout.saturate(self._words[at] + by)
+        self._words[at] = saturate(self._words[at] + by)
 
     # Messages.
 
@@ -386,14 +399,14 @@ class WaveThread(threading.Thread):
         used = board.frontends_used()
         sent_requests = board.sent_requests[:, e].tolist()
         sent_tokens = board.sent_tokens[:, e].tolist()
-        words[board.index("load", e)] = layout.pack_load(waiting, running, kv)
+        words[board.index("load", e)] = pack_load(waiting, running, kv)
         words[board.index("request_balance", e)] = waiting + running - sum(sent_requests[:used])
         words[board.index("token_balance", e)] = -sum(sent_tokens[:used])
         at_tokens, at_requests = board.index("received_tokens", e), board.index("received_requests", e)
         for f in range(used):
             words[at_tokens + f] = sent_tokens[f]
             words[at_requests + f] = sent_requests[f]
-        words[board.index("progress", e)] = layout.pack_progress(stats.current_wave, stats.step_counter)
+        words[board.index("progress", e)] = pack_progress(stats.current_wave, stats.step_counter)
         words[board.index("beat", e)] = time.monotonic_ns()
         self._marks.set_engine(e, verdict=Verdict.ALIVE, on_behalf=True)
         # The engines of 2025 never confirm a START in words; their work does.
@@ -417,7 +430,7 @@ class WaveThread(threading.Thread):
         )
         if self._state != before:
             # The board before the messages: whoever hears of the change finds it there.
-            self._words[self._at_control] = layout.pack_control(*self._state)
+            self._words[self._at_control] = pack_control(*self._state)
             if self._state.phase is Phase.RUNNING and (
                 before.phase is not Phase.RUNNING or self._state.wave > before.wave
             ):
@@ -441,7 +454,7 @@ class WaveThread(threading.Thread):
 
     def _has_stock_engines(self) -> bool:
         """Whether some ranks' rows say nothing about whether they step."""
-        return any(self._marks.engine(e) & layout.ON_BEHALF for e in range(self._board.dp_size))
+        return any(self._marks.engine(e) & ON_BEHALF for e in range(self._board.dp_size))
 
     def _time_wake_up(self, before: Phase) -> None:
         now_ns, phase = time.monotonic_ns(), self._state.phase
@@ -450,7 +463,7 @@ class WaveThread(threading.Thread):
         if phase is Phase.RUNNING and before is not Phase.RUNNING:
             duration_ns = now_ns - self._waking_since_ns  # 0 if the ranks were rung and one of them spoke first
             self._count("wake_ns", duration_ns)
-            self._count("wake_bucket", row=layout.wake_bucket(duration_ns))
+            self._count("wake_bucket", row=wake_bucket(duration_ns))
 
     def scale(self, dp_size: int) -> None:
         """Changes the number of ranks; wave and phase stay. Called in this thread."""
@@ -480,7 +493,7 @@ class WaveThread(threading.Thread):
         """Takes a rank out of routing, or puts it back. Called in this thread."""
         if not 0 <= dp_rank < self._board.dp_size:
             raise SettingError(f"dp_rank {dp_rank} is outside 0 to {self._board.dp_size - 1}")
-        if bool(self._marks.engine(dp_rank) & layout.DRAINED) != drained:
+        if bool(self._marks.engine(dp_rank) & DRAINED) != drained:
             self._marks.set_engine(dp_rank, drained=drained)
             done = "drained" if drained else "undrained"
             self._news.note("steering", f"engine {dp_rank} is {done} by an operator")
@@ -518,10 +531,10 @@ class WaveThread(threading.Thread):
         stock = 0
         for e, word in enumerate(board.engine_state[: board.dp_size].tolist()):
             mark = marks.engine(e)
-            if mark & layout.VERDICT_MASK in (Verdict.ALIVE, Verdict.STALLED) and not mark & layout.ON_BEHALF:
-                wave, running, _ = layout.unpack_state(word)
+            if mark & VERDICT_MASK in (Verdict.ALIVE, Verdict.STALLED) and not mark & ON_BEHALF:
+                wave, running, _ = unpack_state(word)
                 rows.append(EngineRow(e, wave, running))
-            elif mark & layout.ON_BEHALF:
+            elif mark & ON_BEHALF:
                 stock += 1
         for event in self._rows.look(now, self._state, rows, unseen_ranks=stock):
             self._take_event(event)
@@ -535,8 +548,8 @@ class WaveThread(threading.Thread):
         stock = self._counts.take()
         counts = []
         for e, word in enumerate(board.load[: board.dp_size].tolist()):
-            on_behalf = self._marks.engine(e) & layout.ON_BEHALF
-            counts.append(stock[e] if on_behalf and e in stock else layout.unpack_load(word))
+            on_behalf = self._marks.engine(e) & ON_BEHALF
+            counts.append(stock[e] if on_behalf and e in stock else unpack_load(word))
         return counts
 
     def _publish_state(self) -> None:

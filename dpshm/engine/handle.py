@@ -12,8 +12,8 @@ from typing import Any, Self
 
 import zmq
 
-from dpshm.board import layout
 from dpshm.board.board import Board
+from dpshm.board.words import unpack_control
 from dpshm.engine.row import EngineRow
 from dpshm.errors import WireError
 from dpshm.net import wire
@@ -71,7 +71,7 @@ class Engine(EngineRow):
         self.bell = None if self._doorbell is None else self._doorbell.socket.fileno()
         self._poller = zmq.Poller()  # made once: making one costs more than all that a START does here
         self.register(self._poller)
-        self._handle(Attached(layout.unpack_control(board.words[board.index("control")])[0]))
+        self._handle(Attached(unpack_control(board.words[board.index("control")])[0]))
 
     @classmethod
     def attach(cls, group: str, dp_rank: int, *, curve_dir: Folder | None = None, **options: Any) -> Self:

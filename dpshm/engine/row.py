@@ -20,6 +20,18 @@ from typing import Any, Self
 from dpshm.board import layout
 from dpshm.board.board import Board
 from dpshm.board.segment import Segment
+from dpshm.board.words import (
+    COUNT_MASK,
+    MAX_PROMPT_TOKENS,
+    ON_BEHALF,
+    PAUSED_BY_USER,
+    RUNNING,
+    VERDICT_MASK,
+    pack_load,
+    pack_progress,
+    pack_state,
+    saturate,
+)
 from dpshm.errors import CapacityExceeded, RowInUse, SettingError, WrongThread
 from dpshm.linux import processes
 from dpshm.linux.descriptors import explained
@@ -85,7 +97,7 @@ class EngineRow:
         self._at_finished = board.index("requests_finished", dp_rank)
         self._at_received_requests = board.index("received_requests", dp_rank)
         self._at_received_tokens = board.index("received_tokens", dp_rank)
-        mask, frontends = layout.COUNT_MASK, range(board.frontends)
+        mask, frontends = COUNT_MASK, range(board.frontends)
         self._received_requests = [words[self._at_received_requests + f] & mask for f in frontends]
         self._received_tokens = [words[self._at_received_tokens + f] & mask for f in frontends]
         self._all_requests, self._all_tokens = sum(self._received_requests), sum(self._received_tokens)
@@ -133,7 +145,7 @@ class EngineRow:
                 board.wait_for_coordinator(
                     lambda: (
                         dp_rank >= board.dp_size
-                        or board.engine_mark[dp_rank] & (layout.VERDICT_MASK | layout.ON_BEHALF) == Verdict.ALIVE
+                        or board.engine_mark[dp_rank] & (VERDICT_MASK | ON_BEHALF) == Verdict.ALIVE
                     )
                 )
             except BaseException:
@@ -152,9 +164,9 @@ class EngineRow:
             running: whether it steps, with work or to keep step with the others.
             paused: whether the user paused it.
         """
-        self._wave, self._progress = wave, layout.pack_progress(wave, 0)
-        flags = (layout.RUNNING if running else 0) | (layout.PAUSED_BY_USER if paused else 0)
-        self._words[self._at_state] = layout.pack_state(wave, flags)
+        self._wave, self._progress = wave, pack_progress(wave, 0)
+        flags = (RUNNING if running else 0) | (PAUSED_BY_USER if paused else 0)
+        self._words[self._at_state] = pack_state(wave, flags)
 
     def count_received(self, frontend: int | None, prompt_tokens: int = 0) -> None:
         """Counts a request that came in; the next `publish` must count it in its queue, or as ended.
@@ -172,12 +184,12 @@ class EngineRow:
         if not 0 <= frontend < len(self._received_requests):
             raise SettingError(f"frontend {frontend} is outside 0 to {len(self._received_requests) - 1}")
         words, tokens = self._words, prompt_tokens
-        if not 0 <= tokens <= layout.MAX_PROMPT_TOKENS:
-            tokens = 0 if tokens < 0 else layout.MAX_PROMPT_TOKENS
+        if not 0 <= tokens <= MAX_PROMPT_TOKENS:
+            tokens = 0 if tokens < 0 else MAX_PROMPT_TOKENS
         self._all_requests += 1
         self._all_tokens += tokens
         self._received_requests[frontend] = requests = self._received_requests[frontend] + 1
-        self._received_tokens[frontend] = tokens = layout.saturate(self._received_tokens[frontend] + tokens)
+        self._received_tokens[frontend] = tokens = saturate(self._received_tokens[frontend] + tokens)
         # SYNC: tokens, then requests; `Frontend._settle` loads them the other way round.
         words[self._at_received_tokens + frontend] = tokens
         words[self._at_received_requests + frontend] = requests
@@ -200,7 +212,7 @@ class EngineRow:
             prefill_backlog: prompt tokens received and not yet computed.
             step: number of the step, growing within an incarnation; 0 if it does not fit 32 bits.
         """
-        # `_check`, `layout.pack_load` and `layout.saturate` are written out, for what a rank usually says: it
+        # `_check`, `pack_load` and `saturate` are written out, for what a rank usually says: it
         # publishes with cold caches, where each call and each test costs a microsecond until others see the load.
         if not self._segment.usable or get_ident() != self._thread:
             self._check()
@@ -213,10 +225,10 @@ class EngineRow:
         if every.__class__ is int and 0 <= every <= 0x7FFFFF:  # numpy's integers would wrap
             load, queued = waiting << 40 | running << 16 | kv, waiting + running
         else:
-            load = layout.pack_load(waiting, running, kv_cache_usage)
+            load = pack_load(waiting, running, kv_cache_usage)
             queued = (load >> 40) + (load >> 16 & 0xFFFFFF)
         if not (backlog.__class__ is int is step.__class__ and 0 <= backlog < 1 << 63 and 0 <= step < 1 << 32):
-            backlog = layout.saturate(int(backlog))
+            backlog = saturate(int(backlog))
             step = int(step) if 0 <= step < 1 << 32 else 0
         # SYNC: what a decision needs is whole in each of these words (`dpshm.board.outstanding`), whatever their
         # order.
@@ -259,7 +271,7 @@ class EngineRow:
         for at in (self._at_load, self._at_backlog, self._at_step_start, self._at_model, self._at_model + 1):
             words[at] = 0
         words[self._at_request_balance], words[self._at_token_balance] = -self._all_requests, -self._all_tokens
-        words[self._at_state] = layout.pack_state(self._wave, 0)
+        words[self._at_state] = pack_state(self._wave, 0)
         words[self.board.index("engine_pid", self.dp_rank)] = 0  # left, not died
         del self._step  # which refers back: without the cycle the memory goes with this handle
         self.board.close()
@@ -313,7 +325,7 @@ def _initialise(board: Board, dp_rank: int) -> None:
     words = board.words
     if not board.segment.linked:
         raise RowInUse(f"group {board.segment.group!r} ended while rank {dp_rank} attached; try again")
-    incarnation = words[board.index("engine_incarnation", dp_rank)] & layout.COUNT_MASK
+    incarnation = words[board.index("engine_incarnation", dp_rank)] & COUNT_MASK
     # First of all nobody: who looks now must not take these counters, which fall, for those of the last process.
     words[board.index("engine_pid", dp_rank)] = 0
     for name in ("load", *layout.ENGINE_WORDS):
@@ -323,10 +335,10 @@ def _initialise(board: Board, dp_rank: int) -> None:
         words[board.index("step_model", dp_rank, i)] = 0
     for f in range(board.frontends):
         words[board.index("received_tokens", dp_rank, f)] = (
-            words[board.index("sent_tokens", f, dp_rank)] & layout.COUNT_MASK
+            words[board.index("sent_tokens", f, dp_rank)] & COUNT_MASK
         )
         words[board.index("received_requests", dp_rank, f)] = (
-            words[board.index("sent_requests", f, dp_rank)] & layout.COUNT_MASK
+            words[board.index("sent_requests", f, dp_rank)] & COUNT_MASK
         )
     board.nothing_outstanding(dp_rank)
     pid = os.getpid()

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from dpshm.board import layout
 from dpshm.board.board import Board
 from dpshm.board.segment import Segment
+from dpshm.board.words import COUNT_MASK, DRAINED, MAX_PROMPT_TOKENS
 from dpshm.errors import NoEngineAvailable, SettingError
 from dpshm.frontend.decision_lock import Turnstile
 from dpshm.frontend.recorder import Recorder, default_path
@@ -47,7 +48,7 @@ from dpshm.rules.waves import Phase
 
 logger = logging.getLogger(__name__)
 
-_COUNT_MASK = layout.COUNT_MASK
+_COUNT_MASK = COUNT_MASK
 LOOK_INTERVAL_NS = 100_000_000
 """How often a deciding front-end looks at what it need not look at each time: see `Frontend._look`."""
 TURN_STRIDE = 5
@@ -219,7 +220,7 @@ class Frontend:
             NoEngineAvailable: there is no engine to take it. Nothing was booked.
             SettingError: `dp_rank`, or the policy's choice, is not one that this front-end may choose.
         """
-        prompt_tokens = min(operator.index(prompt_tokens), layout.MAX_PROMPT_TOKENS)
+        prompt_tokens = min(operator.index(prompt_tokens), MAX_PROMPT_TOKENS)
         self._check()  # here too: in a forked child the lock may be held for ever
         words = self._words
         with self._lock:
@@ -276,7 +277,7 @@ class Frontend:
                 self._look(now_ns)
             if self._words[self._at_revision] != self._revision:
                 self._refresh()
-            return self._choose(min(operator.index(prompt_tokens), layout.MAX_PROMPT_TOKENS), key, now_ns)
+            return self._choose(min(operator.index(prompt_tokens), MAX_PROMPT_TOKENS), key, now_ns)
 
     def wake(self) -> None:
         """Wakes the ranks if they are paused: for a request that is sent without `route`."""
@@ -379,7 +380,7 @@ class Frontend:
             learnt = comparable(models.tolist(), lockstep=self._segment.header.waves)
             self._models: Any = np.array(learnt, np.int64, order="F") if n >= VECTOR_FROM else learnt
         self._verdicts = board.engine_verdicts()
-        drained = [bool(mark & layout.DRAINED) for mark in board.engine_mark[:n].tolist()]
+        drained = [bool(mark & DRAINED) for mark in board.engine_mark[:n].tolist()]
         eligible = [
             e
             for e, verdict in enumerate(self._verdicts)

@@ -14,6 +14,7 @@ import numpy as np
 
 from dpshm.board import layout
 from dpshm.board.board import Board
+from dpshm.board.words import COUNT_MASK
 from dpshm.errors import CapacityExceeded, RowInUse
 from dpshm.linux import processes
 from dpshm.version import version_word
@@ -54,10 +55,8 @@ def _initialise(board: Board, f: int, owner: bytes) -> None:
     if not board.segment.linked:
         raise RowInUse(f"group {board.segment.group!r} ended while this front-end attached; try again")
     for e in range(board.engines):
-        words[board.index("sent_tokens", f, e)] = words[board.index("received_tokens", e, f)] & layout.COUNT_MASK
-        words[board.index("sent_requests", f, e)] = (
-            words[board.index("received_requests", e, f)] & layout.COUNT_MASK
-        )
+        words[board.index("sent_tokens", f, e)] = words[board.index("received_tokens", e, f)] & COUNT_MASK
+        words[board.index("sent_requests", f, e)] = words[board.index("received_requests", e, f)] & COUNT_MASK
     for i in range(len(owner) // layout.WORD_BYTES):
         part = owner[i * layout.WORD_BYTES : (i + 1) * layout.WORD_BYTES]
         words[board.index("owner", f, i)] = int.from_bytes(part, "little", signed=True)
@@ -70,4 +69,4 @@ def _initialise(board: Board, f: int, owner: bytes) -> None:
     # SYNC: publication. The incarnation is stored last; whoever reads a new one reads this owner and pid.
     # (On Arm a reader may see it first; it then looks again on its next round, as the watcher does.)
     at = board.index("frontend_incarnation", f)
-    words[at] = (words[at] & layout.COUNT_MASK) + 1
+    words[at] = (words[at] & COUNT_MASK) + 1

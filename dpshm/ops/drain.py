@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 
 import zmq
 
-from dpshm.board import layout
 from dpshm.board.board import Board
 from dpshm.board.segment import Segment
+from dpshm.board.words import DRAINED
 from dpshm.coordinator.row import Marks
 from dpshm.errors import DpshmError, SettingError
 from dpshm.net import wire
@@ -74,7 +74,7 @@ def set_drained(board: Board, ranks: Sequence[int], drained: bool) -> None:
         SegmentError: there is no coordinator, and this user may not write to the board.
     """
     deadline = time.monotonic() + PATIENCE_S
-    while wrong := [e for e in ranks if bool(board.engine_mark[e] & layout.DRAINED) != drained]:
+    while wrong := [e for e in ranks if bool(board.engine_mark[e] & DRAINED) != drained]:
         if time.monotonic() > deadline:
             raise NotHeeded(
                 f"the coordinator of group {board.segment.group!r}, pid {int(board.coordinator_pid[0])}, did not "
@@ -97,7 +97,7 @@ def _ask(board: Board, ranks: Sequence[int], drained: bool) -> None:
         for e in ranks:
             socket.send(wire.encode_drain(e, drained), zmq.NOBLOCK)
         again = time.monotonic() + ASK_AGAIN_S
-        while any(bool(board.engine_mark[e] & layout.DRAINED) != drained for e in ranks):
+        while any(bool(board.engine_mark[e] & DRAINED) != drained for e in ranks):
             if time.monotonic() > again:
                 return
             time.sleep(LOOK_S)

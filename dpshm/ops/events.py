@@ -15,7 +15,7 @@ import msgspec
 
 from dpshm.board import layout
 from dpshm.board.board import Board
-from dpshm.board.layout import Change, ChangeKind
+from dpshm.board.words import DRAINED, ON_BEHALF, VERDICT_MASK, Change, ChangeKind, unpack_change, unpack_control
 from dpshm.errors import SegmentError
 from dpshm.ops.read_frame import SILENT_AFTER_S, clocks_agree
 from dpshm.rules.liveness import Verdict
@@ -80,7 +80,7 @@ def from_change(change: Change) -> list[Happened]:
         case ChangeKind.FRONTEND:
             return _verdict("frontend", f"front-end {change.row}", change)
     found = _verdict("rank", f"rank {change.row}", change)
-    was, is_ = bool(change.before & layout.DRAINED), bool(change.after & layout.DRAINED)
+    was, is_ = bool(change.before & DRAINED), bool(change.after & DRAINED)
     if was != is_:
         kind, words = ("rank_drained", "was drained") if is_ else ("rank_undrained", "is back in routing")
         found.append(Happened(kind, change.row, None, f"rank {change.row} {words}"))
@@ -88,7 +88,7 @@ def from_change(change: Change) -> list[Happened]:
 
 
 def _verdict(who: str, name: str, change: Change) -> list[Happened]:
-    before, after = Verdict(change.before & layout.VERDICT_MASK), Verdict(change.after & layout.VERDICT_MASK)
+    before, after = Verdict(change.before & VERDICT_MASK), Verdict(change.after & VERDICT_MASK)
     if before is after:
         return []
     match before, after:
@@ -143,7 +143,7 @@ def read_changes(board: Board, after: int) -> tuple[list[tuple[Change, int]], in
     oldest = board.words[at_revision] + 2 - layout.CHANGES
     found = []
     for revision, word, time_ns in raw:
-        change = layout.unpack_change(word)
+        change = unpack_change(word)
         if revision >= oldest and change.revision == revision & 0xFFFF:
             found.append((change, time_ns))
     return found, newest, newest - after - len(found)
@@ -224,9 +224,7 @@ class EventReader:
     def _of_waves(self) -> list[Happened]:
         board = self.board
         before = self._waves
-        self._waves = Waves(
-            *layout.unpack_control(int(board.control[0])), board.words[board.index("waves_started")]
-        )
+        self._waves = Waves(*unpack_control(int(board.control[0])), board.words[board.index("waves_started")])
         return [] if before is None else from_waves(before, self._waves)
 
     def _of_ranks(self) -> list[Happened]:
@@ -236,8 +234,8 @@ class EventReader:
             return []
         board, found = self.board, []
         for e, mark in enumerate(board.engine_mark[: board.dp_size].tolist()):
-            verdict = Verdict(mark & layout.VERDICT_MASK)
-            dead = verdict in (Verdict.ALIVE, Verdict.STALLED) and not mark & layout.ON_BEHALF
+            verdict = Verdict(mark & VERDICT_MASK)
+            dead = verdict in (Verdict.ALIVE, Verdict.STALLED) and not mark & ON_BEHALF
             if dead and e not in self._noticed_dead and not board.engine_alive(e):
                 self._noticed_dead.add(e)
                 found.append(Happened("rank_died", e, None, f"rank {e} died: its process is gone"))

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dpshm.board import layout
 from dpshm.board.board import Board
+from dpshm.board.words import VERDICT_MASK, WAKE_LIMITS_MS, unpack_state
 from dpshm.linux import processes
 from dpshm.ops.frame import SCHEMA_VERSION, Coordinator, Frame, Frontend, Rank
 from dpshm.rules.liveness import Verdict
@@ -79,7 +79,7 @@ def _coordinator(board: Board, now_ns: int | None) -> Coordinator:
         state = "none"
     else:
         state = "silent" if beat_age_s is not None and beat_age_s > SILENT_AFTER_S else "alive"
-    limits = [*(f"{limit:g}" for limit in layout.WAKE_LIMITS_MS), "inf"]
+    limits = [*(f"{limit:g}" for limit in WAKE_LIMITS_MS), "inf"]
     return Coordinator(
         state=state,
         pid=int(board.coordinator_pid[0]),
@@ -138,7 +138,7 @@ def _state_by_lock(board: Board, e: int, row: dict[str, Any]) -> str:
         return "dead" if row["pid"] else "absent"
     if row["drained"]:
         return "drained"
-    _, running, paused = layout.unpack_state(int(board.engine_state[e]))
+    _, running, paused = unpack_state(int(board.engine_state[e]))
     return "paused" if paused else "running" if running else "idle"
 
 
@@ -152,7 +152,7 @@ def _frontends(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Fron
     for f in range(used):
         pid = int(board.frontend_pid[f])
         if marks_fresh:
-            state = Verdict(marks[f] & layout.VERDICT_MASK).name.lower()
+            state = Verdict(marks[f] & VERDICT_MASK).name.lower()
         else:
             state = "alive" if board.frontend_alive(f) else "dead" if pid else "absent"
         counted = state == "alive"

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from dpshm.board import layout
+from dpshm.board.words import unpack_load
 from dpshm.errors import SettingError
 from dpshm.frontend.recorder import Decision
 from dpshm.policies import LeastWork, Policy
@@ -130,7 +130,7 @@ def rows(replayed: Iterable[Replayed]) -> Iterator[dict[str, int]]:
     for r in replayed:
         d, work = r.decision, r.decision.view.work
         for rank, word in enumerate(d.view.load):
-            waiting, running, kv = layout.unpack_load(int(word))
+            waiting, running, kv = unpack_load(int(word))
             yield {
                 "number": d.number,
                 "time_ns": d.time_ns,

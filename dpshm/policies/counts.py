@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from dpshm.board import layout
+from dpshm.board.words import unpack_load
 from dpshm.policies.hashing import mix
 from dpshm.policies.view import Request, View, first_least
 
@@ -33,12 +33,12 @@ def vllm(view: View, request: Request) -> int:
         scores: Any = []
         # One item a rank in each; `strict` would cost a tenth of the decision.
         for word, requests, own in zip(view.load, view.requests, view.own):  # noqa: B905
-            waiting, running, kv_cache_usage = layout.unpack_load(word)
+            waiting, running, kv_cache_usage = unpack_load(word)
             waiting = max(waiting, requests - running)
             pressure = 6 * waiting * max(0.0, kv_cache_usage - 0.5)
             scores.append(max(view.num_frontends * own, waiting + running) + pressure)
     else:
-        waiting, running, kv_cache_usage = layout.unpack_load(view.load)  # elementwise
+        waiting, running, kv_cache_usage = unpack_load(view.load)  # elementwise
         waiting = np.maximum(waiting, view.requests - running)
         pressure = 6 * waiting * np.maximum(kv_cache_usage - 0.5, 0.0)
         scores = np.maximum(view.num_frontends * np.array(view.own), waiting + running) + pressure

@@ -61,7 +61,7 @@ class View(msgspec.Struct, eq=False, gc=False):
 
     Attributes:
         ranks: who may be chosen, never empty, in the order that breaks ties.
-        load: reported load, packed (`dpshm.board.layout.unpack_load`).
+        load: reported load, packed (`dpshm.board.words.unpack_load`).
         requests: by rank those waiting, running, and sent by any front-end but not received (`unseen`).
         own: requests of this front-end that are unfinished, by rank.
         num_frontends: live front-ends.

@@ -25,8 +25,8 @@ from typing import Any
 
 import zmq
 
-from dpshm.board import layout
 from dpshm.board.board import Board
+from dpshm.board.words import unpack_control
 from dpshm.errors import NoEngineAvailable
 from dpshm.frontend.handle import Frontend, Route
 from dpshm.rules.waves import Phase
@@ -143,7 +143,7 @@ class WaveLink(ClientLink):
 
         async def add(request: Any) -> Any:
             try:
-                wave, phase = layout.unpack_control(int(self._board.control[0]))
+                wave, phase = unpack_control(int(self._board.control[0]))
                 client.current_wave, client.engines_running = wave, phase is not Phase.PAUSED
             except Exception:
                 self._give_up()
@@ -261,7 +261,7 @@ class BoardLink(BookingLink):
     def _before_add(self) -> None:
         # `_after_add` wakes paused ranks; vLLM's own wake-up would go to a task that does not run.
         client = self._client
-        client.current_wave = layout.unpack_control(self._frontend.board.words[self._at_control])[0]
+        client.current_wave = unpack_control(self._frontend.board.words[self._at_control])[0]
         client.engines_running = True
 
     def _after_add(self) -> None:

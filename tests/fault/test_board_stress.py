@@ -14,7 +14,7 @@ import time
 import pytest
 
 from dpshm import Coordinator, Frontend
-from dpshm.board import layout
+from dpshm.board.words import unpack_load
 from dpshm.rules.liveness import Verdict
 from tests.support import Remote, verdict, wait_until
 
@@ -52,7 +52,7 @@ def look(e):
     before = int(board.engine_incarnation[e])
     received = int(board.received_requests[e, e])
     word = int(board.load[e])
-    waiting, running, _ = layout.unpack_load(word)
+    waiting, running, _ = unpack_load(word)
     balance = int(board.request_balance[e])  # those in the load, less those received: twice the counter
     whole = running == 2 * waiting and word & 0xFFFF == waiting % KV_ONE and balance % 2 == 0 <= balance
     values = {name: int(getattr(board, name)[e]) for name in GROWING}
@@ -106,7 +106,7 @@ def test_writers_readers_and_a_writer_that_is_killed(group, using):
         time.sleep(rng.random() * 0.05)
         writer.kill()
         # Whatever it was in the middle of, what is there is what it stored, word by word.
-        waiting, running, _ = layout.unpack_load(int(board.load[last]))
+        waiting, running, _ = unpack_load(int(board.load[last]))
         assert running == 2 * waiting
         assert int(board.load[last]) & KV_ONE == waiting % KV_ONE
         steps = int(board.steps[last])

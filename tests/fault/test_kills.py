@@ -10,7 +10,7 @@ import time
 import pytest
 
 from dpshm import Board, Coordinator, Engine, Frontend
-from dpshm.board import layout
+from dpshm.board.words import unpack_load, unpack_progress
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
 from tests.fault.nursery import KV_ONE, Nursery
@@ -24,7 +24,7 @@ ROUNDS = 10
 
 def is_whole(word):
     """Whether a load is one that `write_forever` stored: its three parts come from one counter."""
-    waiting, running, _ = layout.unpack_load(word)
+    waiting, running, _ = unpack_load(word)
     return running == 2 * waiting and word & KV_ONE == waiting % KV_ONE
 
 
@@ -51,12 +51,12 @@ def test_engines_killed_while_they_publish(group, using):
             assert is_whole(int(board.load[e]))
             steps = int(board.steps[e])
             found = {
-                "waiting": layout.unpack_load(int(board.load[e]))[0],
+                "waiting": unpack_load(int(board.load[e]))[0],
                 "prompt tokens": board.prompt_tokens[e] / 3,
                 "generation tokens": board.generation_tokens[e] / 2,
                 "backlog": board.prefill_backlog[e] / 3,
                 "finished": board.requests_finished[e],
-                "step": layout.unpack_progress(int(board.progress[e]))[1],
+                "step": unpack_progress(int(board.progress[e]))[1],
             }
             assert all(count in (steps - 1, steps) for count in found.values()), (steps, found)
         wait_until(lambda: all(verdict(board, e) is Verdict.DEAD for e in range(ENGINES)))

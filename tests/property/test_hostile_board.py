@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from dpshm import Board, Coordinator, Engine, Frontend
 from dpshm.board import layout, segment
+from dpshm.board.words import MAX_WORD
 from dpshm.errors import DpshmError, NoEngineAvailable, SettingError
 from dpshm.ops.events import EventReader
 from dpshm.ops.groups import find_groups
@@ -39,9 +40,9 @@ EDGES = (
     1 << 48,
     1 << 61,
     1 << 62,
-    layout.MAX_WORD - 1,
-    layout.MAX_WORD,
-    -layout.MAX_WORD - 1,
+    MAX_WORD - 1,
+    MAX_WORD,
+    -MAX_WORD - 1,
 )
 WORDS = st.one_of(
     st.sampled_from(EDGES),
@@ -171,7 +172,7 @@ def test_any_row_at_attach(group, using):
     for _ in range(40):
         rows[:] = rng.integers(-(1 << 63), (1 << 63) - 1, len(rows), np.int64)
         use(group)
-    for word in (-1, layout.MAX_WORD, -layout.MAX_WORD - 1, 1):
+    for word in (-1, MAX_WORD, -MAX_WORD - 1, 1):
         rows[:] = word
         use(group)
 

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dpshm.board import layout
+from dpshm.board.words import pack_control, pack_state, unpack_control, unpack_state
 from dpshm.rules.reconciler import EngineRow, RowWatch
 from dpshm.rules.waves import (
+    MAX_WAVE,
     AllIdle,
     AllPaused,
     Attached,
@@ -139,7 +140,7 @@ class Group:
         self.state, commands = handle_coordinator(
             self.state, event, exclude_named=self.named, repeat_start=self.repeat_start
         )
-        self.state = CoordinatorState(*layout.unpack_control(layout.pack_control(*self.state)))  # the board's
+        self.state = CoordinatorState(*unpack_control(pack_control(*self.state)))  # the board's
         self.commands += len(commands)
         for command in commands:
             if isinstance(command, StartWave):
@@ -156,9 +157,9 @@ class Group:
             if isinstance(command, self.without):
                 continue
             if isinstance(command, SendWaveStarted):
-                self.to_coordinator.append(WaveStarted(i, min(command.wave, layout.MAX_WAVE)))
+                self.to_coordinator.append(WaveStarted(i, min(command.wave, MAX_WAVE)))
             elif isinstance(command, SendWaveCompleted):
-                self.to_coordinator.append(WaveCompleted(min(command.wave, layout.MAX_WAVE - 1)))
+                self.to_coordinator.append(WaveCompleted(min(command.wave, MAX_WAVE - 1)))
 
     # What may happen; `k` picks one of several.
 
@@ -264,8 +265,8 @@ class Group:
     def tick(self, k: int) -> None:
         """100 ms pass, and the coordinator looks at the rows."""
         self.now += 100
-        words = [layout.pack_state(e.wave, int(e.running)) for e in self.engines]
-        rows = [EngineRow(i, *layout.unpack_state(word)[:2]) for i, word in enumerate(words)]
+        words = [pack_state(e.wave, int(e.running)) for e in self.engines]
+        rows = [EngineRow(i, *unpack_state(word)[:2]) for i, word in enumerate(words)]
         for event in self.watch.look(self.now, self.state, rows):
             self.coordinate(event)
 
@@ -300,7 +301,7 @@ class Group:
         """Nothing is left to do, and everybody knows."""
         messages = self.to_coordinator or self.to_engines or self.requests or self.published
         engines = any(e.running or e.paused for e in self.engines)
-        highest = min(max(e.wave for e in self.engines), layout.MAX_WAVE)
+        highest = min(max(e.wave for e in self.engines), MAX_WAVE)
         return not (messages or engines or any(self.work)) and (
             self.state.phase is Phase.PAUSED and self.state.wave >= highest
         )
@@ -363,7 +364,7 @@ def test_the_last_wave_goes_on():
 
     A wave that does not fit its word saturates on the board; the machines have to agree with the board there.
     """
-    group = Group(3, wave=layout.MAX_WAVE - 2)
+    group = Group(3, wave=MAX_WAVE - 2)
     for i in range(12):
         group.request(i % 3)
         assert group.comes_to_rest(), (i, group.state, group.engines, group.work)

@@ -20,7 +20,7 @@ from typing import Annotated
 import msgspec
 import zmq
 
-from dpshm.board import layout
+from dpshm.board.words import pack_load
 from dpshm.linux.processes import set_title
 from dpshm.policies import Policy, Request, View
 from dpshm.sim.demo.child import Lifeline, read_line, write_line
@@ -129,7 +129,7 @@ class StatsCopy:
         n = self._dp_size
         self._turn += 1
         ranks = [(self._turn + i) % n for i in range(n)]
-        load = list(map(layout.pack_load, self._waiting, self._running, self._kv_cache_usage))
+        load = list(map(pack_load, self._waiting, self._running, self._kv_cache_usage))
         requests = list(map(add, self._waiting, self._running))
         rank = self._policy(View(ranks, load, requests, own, self._num_frontends), request)
         self._waiting[rank] += self._num_frontends

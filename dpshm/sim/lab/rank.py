@@ -154,6 +154,6 @@ class SimRank:
     def publish(self) -> None:
         """Shows its row as it is now. After `end`, call it or `begin`, which does."""
         batcher = self.batcher
-        # `layout.pack_load` without its saturation: nothing here comes near the limits.
+        # `pack_load` without its saturation: nothing here comes near the limits.
         load = batcher.waiting << 40 | batcher.running << 16 | int(batcher.kv_cache_usage * 0xFFFF)
         self.row = Row(load, batcher.prefill_backlog, tuple(self._model.words), *self._frozen)

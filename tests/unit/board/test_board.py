@@ -21,6 +21,16 @@ import dpshm
 from dpshm.board import layout, segment
 from dpshm.board.board import SNAPSHOT_DTYPE, Board
 from dpshm.board.segment import Segment, make_header
+from dpshm.board.words import (
+    DRAINED,
+    ON_BEHALF,
+    PAUSED_BY_USER,
+    RUNNING,
+    pack_control,
+    pack_load,
+    pack_progress,
+    pack_state,
+)
 from dpshm.errors import SegmentNotFound
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
@@ -166,7 +176,7 @@ def test_locks_are_where_a_newer_version_has_its_rows(board: Board):
 
 def test_facts_of_the_coordinator(board: Board):
     """Guards against a wave read with the wrong bits, and a size beyond the rows, whatever the word says."""
-    board.control[0] = layout.pack_control(12, Phase.WAKING)
+    board.control[0] = pack_control(12, Phase.WAKING)
     assert (board.wave, board.phase) == (12, Phase.WAKING)
     for word, size in ((3, 3), (0, 0), (-1, 0), (4, 4), (5, 4), (1 << 62, 4)):
         board.words[board.index("dp_size")] = word
@@ -201,7 +211,7 @@ def test_without_a_coordinator_the_locks_tell(board: Board):
     """Guards against the verdicts of a coordinator that died, which nobody takes back."""
     take_front_ends(board, Verdict.ALIVE, Verdict.DEAD, Verdict.ALIVE)
     board.engine_pid[:] = [11, 12, 0, 0]
-    board.engine_mark[:] = [Verdict.ALIVE, Verdict.DEAD, Verdict.ALIVE | layout.ON_BEHALF, 0]
+    board.engine_mark[:] = [Verdict.ALIVE, Verdict.DEAD, Verdict.ALIVE | ON_BEHALF, 0]
     with closing(Board.attach("g", readonly=False)) as group, closing(Board.attach("g")) as tool:
         assert group.lock_engine(1)
         assert group.lock_frontend(1)
@@ -229,17 +239,17 @@ def test_a_beat_from_the_future_is_not_a_fresh_one(board: Board, ahead_ns: int):
 def test_a_snapshot_counts_reported_and_unseen(board: Board):
     """Guards against a rank that looks idle while requests are on their way, or twice as busy."""
     words = board.words
-    words[board.index("load", 1)] = layout.pack_load(2, 30, 1.0)
+    words[board.index("load", 1)] = pack_load(2, 30, 1.0)
     board.request_balance[1] = 32 - sum([3, 0, 4])
     board.token_balance[1] = 900 - sum([12, 0, 80])
     words[board.index("prefill_backlog", 1)] = 900
-    words[board.index("engine_state", 1)] = layout.pack_state(7, layout.RUNNING)
-    words[board.index("progress", 1)] = layout.pack_progress(7, 17)
+    words[board.index("engine_state", 1)] = pack_state(7, RUNNING)
+    words[board.index("progress", 1)] = pack_progress(7, 17)
     words[board.index("beat", 1)] = 1000
     words[board.index("step_start", 1)] = 1400
     words[board.index("engine_pid", 1)] = 4242
     words[board.index("steps", 1)] = 99
-    words[board.index("engine_mark", 1)] = Verdict.ALIVE | layout.ON_BEHALF
+    words[board.index("engine_mark", 1)] = Verdict.ALIVE | ON_BEHALF
     take_front_ends(board, Verdict.ALIVE, Verdict.DEAD, Verdict.ALIVE)
     board.sent_requests[:, 1] = [5, 100, 3]  # the second front-end is dead: its bookings do not count
     board.received_requests[1] = [3, 0, 4]  # the third restarted: a negative difference counts as 0
@@ -261,12 +271,12 @@ def test_a_snapshot_counts_reported_and_unseen(board: Board):
 @pytest.mark.parametrize(
     ("mark", "flags", "phase", "state"),
     [
-        (Verdict.ABSENT, layout.RUNNING, Phase.RUNNING, "absent"),
-        (Verdict.DEAD | layout.DRAINED, layout.RUNNING, Phase.RUNNING, "dead"),
-        (Verdict.STALLED, layout.RUNNING, Phase.RUNNING, "stalled"),
-        (Verdict.ALIVE | layout.DRAINED, layout.RUNNING, Phase.RUNNING, "drained"),
-        (Verdict.ALIVE, layout.PAUSED_BY_USER, Phase.RUNNING, "paused"),
-        (Verdict.ALIVE, layout.RUNNING, Phase.WAKING, "running"),
+        (Verdict.ABSENT, RUNNING, Phase.RUNNING, "absent"),
+        (Verdict.DEAD | DRAINED, RUNNING, Phase.RUNNING, "dead"),
+        (Verdict.STALLED, RUNNING, Phase.RUNNING, "stalled"),
+        (Verdict.ALIVE | DRAINED, RUNNING, Phase.RUNNING, "drained"),
+        (Verdict.ALIVE, PAUSED_BY_USER, Phase.RUNNING, "paused"),
+        (Verdict.ALIVE, RUNNING, Phase.WAKING, "running"),
         (Verdict.ALIVE, 0, Phase.WAKING, "waking"),
         (Verdict.ALIVE, 0, Phase.RUNNING, "idle"),
         (Verdict.ALIVE, 0, Phase.PAUSED, "idle"),
@@ -275,8 +285,8 @@ def test_a_snapshot_counts_reported_and_unseen(board: Board):
 def test_states_in_a_snapshot(board: Board, mark: int, flags: int, phase: Phase, state: str):
     """Guards against a state that hides a worse one."""
     board.engine_mark[0] = mark
-    board.engine_state[0] = layout.pack_state(3, flags)
-    board.control[0] = layout.pack_control(3, phase)
+    board.engine_state[0] = pack_state(3, flags)
+    board.control[0] = pack_control(3, phase)
     assert board.snapshot()[0]["state"] == state
 
 
@@ -390,7 +400,7 @@ def test_an_unlink_by_another_process_is_noticed(board: Board):
 
 def test_words_are_whole(board: Board):
     """Guards against a load that is half the old one and half the new one, in any way that readers load it."""
-    busy, idle = layout.pack_load((1 << 23) - 1, (1 << 24) - 1, 1.0), 0
+    busy, idle = pack_load((1 << 23) - 1, (1 << 24) - 1, 1.0), 0
     code = f"{ATTACH}; at = board.index('load', 1); words = board.words; print('ready', flush=True)\n"
     seen: set[int] = set()
     with child(f"{code}while True:\n    words[at] = {busy}\n    words[at] = {idle}"):

@@ -14,8 +14,8 @@ import pytest
 
 from dpshm.board import layout
 from dpshm.board.board import Board
-from dpshm.board.layout import DRAINED, ON_BEHALF, ChangeKind
 from dpshm.board.segment import Segment, make_header
+from dpshm.board.words import DRAINED, ON_BEHALF, VERDICT_MASK, ChangeKind, unpack_change
 from dpshm.coordinator.row import Marks
 from dpshm.rules.liveness import Verdict
 
@@ -89,7 +89,7 @@ def test_threads_do_not_lose_each_others_part(board: Board):
                     lost.append(part)
 
     threads = [
-        threading.Thread(target=turn, args=("verdict", layout.VERDICT_MASK, Verdict.ALIVE, Verdict.ABSENT)),
+        threading.Thread(target=turn, args=("verdict", VERDICT_MASK, Verdict.ALIVE, Verdict.ABSENT)),
         threading.Thread(target=turn, args=("drained", DRAINED, True, False)),
         threading.Thread(target=turn, args=("on_behalf", ON_BEHALF, True, False)),
     ]
@@ -104,7 +104,7 @@ def changes(board: Board) -> list[tuple[int, ...]]:
     """The records on the board, oldest first, less their revisions."""
     revision = int(board.words[board.index("revision")])
     first = max(1, revision - layout.CHANGES + 1)
-    records = [layout.unpack_change(int(board.change[r % layout.CHANGES])) for r in range(first, revision + 1)]
+    records = [unpack_change(int(board.change[r % layout.CHANGES])) for r in range(first, revision + 1)]
     assert [record.revision for record in records] == [r & 0xFFFF for r in range(first, revision + 1)]
     return [tuple(record[1:]) for record in records]
 

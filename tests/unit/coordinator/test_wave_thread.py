@@ -12,10 +12,10 @@ import msgspec
 import pytest
 
 from dpshm import Coordinator, Engine, Frontend
-from dpshm.board import layout
+from dpshm.board.words import DRAINED, MAX_WORD
 from dpshm.net import wire
 from dpshm.rules.liveness import Verdict
-from dpshm.rules.waves import Phase
+from dpshm.rules.waves import MAX_WAVE, Phase
 from tests.support import (
     NOWHERE,
     Remote,
@@ -494,19 +494,19 @@ def test_counts_beyond_a_word(coordinator, stock):
 def test_the_last_wave(coordinator, stock, using):
     """Guards against a wave, from a hostile message, after which nobody can decode what the coordinator says."""
     frontend = using(StockFrontend(coordinator.stats_publish_address))
-    for wave in ((1 << 62) - 1, layout.MAX_WAVE + 1, layout.MAX_WAVE):
+    for wave in ((1 << 62) - 1, MAX_WAVE + 1, MAX_WAVE):
         stock[0].send(encode([0, (), None, 0.0, None, None, wave, None]))
-    wait_until(lambda: control(coordinator)[0] == layout.MAX_WAVE)
-    frontend.wait_for(lambda state: state.wave == layout.MAX_WAVE)
-    frontend.send(wire.encode_first_request(0, layout.MAX_WAVE))
+    wait_until(lambda: control(coordinator)[0] == MAX_WAVE)
+    frontend.wait_for(lambda state: state.wave == MAX_WAVE)
+    frontend.send(wire.encode_first_request(0, MAX_WAVE))
     for engine in stock:
-        assert wire.decode_start(engine.heard()[1]).wave == layout.MAX_WAVE
+        assert wire.decode_start(engine.heard()[1]).wave == MAX_WAVE
 
 
 @pytest.mark.parametrize("name", ["messages_received", "messages_dropped", "starts_sent", "counts_published"])
 def test_a_scribbled_counter_does_not_end_it(coordinator, stock, using, name):
     """Guards against trust in shared memory: a number on the board that cannot be counted up any further."""
-    coordinator.board.words[coordinator.board.index(name)] = layout.MAX_WORD
+    coordinator.board.words[coordinator.board.index(name)] = MAX_WORD
     frontend = using(StockFrontend(coordinator.stats_publish_address))
     stock[0].send(b"\xc1")
     frontend.send(wire.encode_first_request(1, 0))
@@ -543,7 +543,7 @@ def test_calls_from_many_threads(coordinator, group, using):
     def drain_and_back(dp_rank):
         for _ in range(40):
             coordinator.drain(dp_rank)
-            assert coordinator.board.engine_mark[dp_rank] & layout.DRAINED
+            assert coordinator.board.engine_mark[dp_rank] & DRAINED
             coordinator.undrain(dp_rank)
         done.append(dp_rank)
 

@@ -23,7 +23,7 @@ from dpshm import (
     SettingError,
     WrongThread,
 )
-from dpshm.board import layout
+from dpshm.board.words import pack_control, pack_load, unpack_state
 from dpshm.linux import processes
 from dpshm.net import wire
 from dpshm.rules.liveness import Verdict
@@ -91,7 +91,7 @@ def test_a_load_is_packed_as_the_layout_says(board, group, using, kind):
     engine = using(Engine.attach(group, 0))
     for waiting, running, kv in ((0, 0, 0.0), (3, 100, 0.4), (1, 2, 1.0), (5, 0, np.float32(0.7))):
         engine.publish(waiting=kind(waiting), running=kind(running), kv_cache_usage=kv)
-        assert board.load[0] == layout.pack_load(waiting, running, kv)
+        assert board.load[0] == pack_load(waiting, running, kv)
         assert board.request_balance[0] == waiting + running
 
 
@@ -195,7 +195,7 @@ def test_attach_takes_a_row_from_its_predecessor(board, group, using):
     first.close()
     board.sent_requests[1, 0] = 8
     board.sent_tokens[1, 0] = 80
-    board.control[0] = layout.pack_control(5, Phase.PAUSED)
+    board.control[0] = pack_control(5, Phase.PAUSED)
     second = using(Engine.attach(group, 0))
     row = board.snapshot()[0]
     assert row["incarnation"] == 2
@@ -348,7 +348,7 @@ def test_a_request_wakes_an_idle_engine_and_the_group(coordinator, group, using)
     engines = [using(Engine.attach(group, dp_rank)) for dp_rank in (0, 1)]
     engines[1].receive(None)
     assert engines[1].running
-    assert layout.unpack_state(int(coordinator.board.engine_state[1])) == (0, True, False)
+    assert unpack_state(int(coordinator.board.engine_state[1])) == (0, True, False)
     wait_until(lambda: engines[0].poll(timeout_ms=10))
     wait_until(lambda: coordinator.board.phase is Phase.RUNNING)
 

@@ -23,7 +23,7 @@ from dpshm import (
     SegmentNotFound,
     SettingError,
 )
-from dpshm.board import layout
+from dpshm.board.words import pack_control, pack_load
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
 from tests.support import LoneBoard, Remote, count_fds, count_threads, frontend_verdict, gone, wait_until
@@ -211,7 +211,7 @@ def test_a_policy_of_ones_own(board, group, using):
         seen.append((sorted(view.ranks), list(view.requests), list(view.own)[:2], request.prompt_tokens))
         return 1
 
-    board.load[:2] = [layout.pack_load(1, 2, 0.5), layout.pack_load(0, 4, 0.0)]
+    board.load[:2] = [pack_load(1, 2, 0.5), pack_load(0, 4, 0.0)]
     board.request_balance[:2] = [3, 4]
     frontend = using(Frontend.attach(group, policy=last))
     frontend.route(prompt_tokens=9)
@@ -648,7 +648,7 @@ def test_routes_are_stamped_with_the_wave(board, group, using):
     """Guards against requests whose stamp is older than what the front-end could know."""
     frontend = using(Frontend.attach(group))
     for wave, phase in ((0, Phase.PAUSED), (4, Phase.RUNNING), (7, Phase.WAKING)):
-        board.control[0] = layout.pack_control(wave, phase)
+        board.control[0] = pack_control(wave, phase)
         assert frontend.route().wave == wave
 
 
@@ -665,7 +665,7 @@ def test_a_paused_group_is_woken(coordinator, engines, group, using):
 
 def test_a_running_group_is_left_alone(board, group, using):
     """Guards against a message for every request."""
-    board.control[0] = layout.pack_control(1, Phase.RUNNING)
+    board.control[0] = pack_control(1, Phase.RUNNING)
     frontend = using(Frontend.attach(group))
     frontend.route()
     assert frontend._wake_socket is None
@@ -803,7 +803,7 @@ def test_what_a_policy_sees_has_the_groups_size(board, group, using, dp_size):
 def test_choose_books_nothing(board, group, using):
     """Guards against a question that changes the answer: `choose` only looks."""
     frontend = using(Frontend.attach(group))
-    board.load[0], board.request_balance[0] = layout.pack_load(5, 0, 0.0), 5
+    board.load[0], board.request_balance[0] = pack_load(5, 0, 0.0), 5
     assert frontend.choose(100) == 1
     assert frontend.choose(100) == frontend.route(100).dp_rank == 1
     assert board.sent_requests[frontend.index, :2].tolist() == [0, 1]

@@ -11,7 +11,8 @@ import pytest
 
 from dpshm import Engine, Frontend
 from dpshm.board import segment
-from dpshm.board.layout import PAGE_BYTES, pack_load
+from dpshm.board.layout import PAGE_BYTES
+from dpshm.board.words import pack_load
 from dpshm.errors import SettingError
 from dpshm.frontend.recorder import Recorder, default_path, read, slot_bytes
 from dpshm.policies import VECTOR_FROM, LeastWork, Request, View, Work, least_loaded

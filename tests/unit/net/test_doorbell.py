@@ -11,8 +11,8 @@ import pytest
 import zmq
 
 from dpshm import Coordinator, Engine, Frontend
-from dpshm.board import layout
 from dpshm.board.segment import sockets_path
+from dpshm.board.words import pack_control
 from dpshm.net import wire
 from dpshm.net.doorbell import MOST_RANKS, Doorbell, Ringer
 from dpshm.rules.liveness import Verdict
@@ -36,7 +36,7 @@ def board(folder, group, using):
 
 def sleep_in(board, wave):
     """The group is paused in that wave, as a coordinator would have it."""
-    board.words[board.index("control")] = layout.pack_control(wave, Phase.PAUSED)
+    board.words[board.index("control")] = pack_control(wave, Phase.PAUSED)
 
 
 def ring(folder, data, dp_rank=0):
@@ -195,7 +195,7 @@ def test_once_a_wave(folder, board, group, using):
             for _ in range(5):
                 frontend.route(dp_rank=1).done()
             assert [wire.decode_start(data).wave for data in bell.take()] == [wave]
-        board.words[board.index("control")] = layout.pack_control(2, Phase.RUNNING)
+        board.words[board.index("control")] = pack_control(2, Phase.RUNNING)
         frontend.route(dp_rank=1).done()
         assert bell.take() == []
 

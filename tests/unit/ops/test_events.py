@@ -8,16 +8,15 @@ from contextlib import ExitStack, closing
 import pytest
 
 from dpshm import Board, Coordinator, Engine
-from dpshm.board import layout
-from dpshm.board.layout import CHANGES, Change, ChangeKind
+from dpshm.board.layout import CHANGES
 from dpshm.board.segment import sweep
+from dpshm.board.words import DRAINED, ON_BEHALF, Change, ChangeKind, pack_change
 from dpshm.ops.events import KINDS, EventReader, Waves, from_change, from_waves, read_changes
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
 from tests.support import LoneBoard, Remote, wait_until
 
 ABSENT, ALIVE, STALLED, DEAD = Verdict
-DRAINED = layout.DRAINED
 PAUSED, WAKING, RUNNING = Phase
 
 
@@ -34,7 +33,7 @@ PAUSED, WAKING, RUNNING = Phase
         (ChangeKind.ENGINE, ALIVE, ALIVE | DRAINED, ["rank_drained"]),
         (ChangeKind.ENGINE, DEAD | DRAINED, DEAD, ["rank_undrained"]),
         (ChangeKind.ENGINE, ALIVE | DRAINED, 0, ["rank_left", "rank_undrained"]),
-        (ChangeKind.ENGINE, ALIVE, ALIVE | layout.ON_BEHALF, []),
+        (ChangeKind.ENGINE, ALIVE, ALIVE | ON_BEHALF, []),
         (ChangeKind.FRONTEND, ABSENT, ALIVE, ["frontend_joined"]),
         (ChangeKind.FRONTEND, ALIVE, DEAD, ["frontend_died"]),
         (ChangeKind.DP_SIZE, 4, 6, ["scaled"]),
@@ -102,9 +101,7 @@ def test_a_record_in_the_making_is_not_read(group, using):
     board = using(LoneBoard(group, watched=False))
     board.marks.set_engine(0, drained=True)
     newest = board.words[board.index("revision")]
-    board.words[board.index("change", newest % CHANGES)] = layout.pack_change(
-        newest + 1, ChangeKind.ENGINE, 9, 0, 1
-    )
+    board.words[board.index("change", newest % CHANGES)] = pack_change(newest + 1, ChangeKind.ENGINE, 9, 0, 1)
     found, _, lost = read_changes(board, newest - 1)
     assert (found, lost) == ([], 1)
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dpshm.board.layout import pack_load
+from dpshm.board.words import pack_load
 from dpshm.errors import SettingError
 from dpshm.frontend.recorder import Decision
 from dpshm.ops.replay import export, replay, summarise

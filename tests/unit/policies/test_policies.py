@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpshm import policies
-from dpshm.board.layout import STEP_MODEL_WORDS, pack_load
+from dpshm.board.layout import STEP_MODEL_WORDS
+from dpshm.board.words import pack_load
 from dpshm.errors import SettingError
 from dpshm.policies import Affinity, LeastWork, Policy, PowerOfTwo, Request, View, Work
 from dpshm.policies.hashing import mix, mix_array

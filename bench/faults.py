@@ -43,7 +43,7 @@ BOOKINGS = 5
 STALL_TIMEOUT_S = 0.5
 LOOK_S = 0.0002
 """Between two decisions: a front-end that did nothing else would take the core that the coordinator needs."""
-PATIENCE_S = 30.0
+TIMEOUT_S = 30.0
 AIM_MS = 100.0
 AIMS = {"dead_engine": AIM_MS, "dead_frontend": AIM_MS}
 Say = Callable[[str], None]
@@ -111,8 +111,8 @@ def time_until(condition: Callable[[], bool]) -> float:
     """
     began = time.monotonic_ns()
     while not condition():
-        if time.monotonic_ns() - began > PATIENCE_S * 1e9:
-            raise TimeoutError(f"not seen within {PATIENCE_S:g} s")
+        if time.monotonic_ns() - began > TIMEOUT_S * 1e9:
+            raise TimeoutError(f"not seen within {TIMEOUT_S:g} s")
         time.sleep(LOOK_S)
     return (time.monotonic_ns() - began) / 1e6
 
@@ -149,7 +149,7 @@ class Group:
 
     def _close_engines(self) -> None:
         for worker in self._engines:
-            worker.hang_up()
+            worker.open_doorbell()
         for worker in self._engines:
             worker.close()
 

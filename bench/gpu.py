@@ -55,7 +55,7 @@ except ModuleNotFoundError as e:
 
 STEP_LIMIT_S = 20.0
 """A rank whose step lasts longer prints its stacks and ends."""
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 LOAD_PER_RANK = 16
 LOAD_PROMPT_TOKENS = 256
 SPARE_OUTPUT_TOKENS = 64
@@ -121,7 +121,7 @@ class Driver:
                     self.out.pop(number).done()
             timeout_ms = 0
 
-    def wait(self, condition: Callable[[], object], what: str, patience_s: float = PATIENCE_S) -> None:
+    def wait(self, condition: Callable[[], object], what: str, patience_s: float = TIMEOUT_S) -> None:
         """Takes replies until the condition holds.
 
         Raises:
@@ -184,7 +184,7 @@ def measure_steps(driver: Driver, ranks: Sequence[Worker], reader: Worker, steps
         for rank in range(driver.dp_size):
             driver.send(rank, LOAD_PROMPT_TOKENS, steps + SPARE_OUTPUT_TOKENS)
     began = time.monotonic()
-    driver.wait(lambda: not driver.out, "the end of the steady load", patience_s=PATIENCE_S + steps * 0.5)
+    driver.wait(lambda: not driver.out, "the end of the steady load", patience_s=TIMEOUT_S + steps * 0.5)
     took_s = time.monotonic() - began
     driver.wait(driver.paused, "the pause after the load")
     reader.tell()
@@ -326,7 +326,7 @@ def measure_fault(driver: Driver, ranks: Sequence[Worker], restart: Callable[[],
         except NoEngineAvailable as e:
             result["route_raises_ms"] = elapsed_ms
             result["route_says"] = str(e)
-        if elapsed_ms > PATIENCE_S * 1e3:
+        if elapsed_ms > TIMEOUT_S * 1e3:
             raise Stuck(f"route() goes on; the board:\n{board.snapshot()}")
         time.sleep(0.0005)
     result["all_dead"] = board.snapshot()["verdict"].tolist() == ["dead"] * driver.dp_size

@@ -22,8 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-PATIENCE_S = 120.0
-STOP_PATIENCE_S = 5.0
+TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 5.0
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 _context = get_context("forkserver")
@@ -99,8 +99,8 @@ class Worker:
         return self._receive()[1]
 
     def _receive(self) -> tuple[str, Any]:
-        if not self._connection.poll(PATIENCE_S):
-            raise WorkerFailed(f"{self._name} (pid {self.pid}) said nothing for {PATIENCE_S:g} s")
+        if not self._connection.poll(TIMEOUT_S):
+            raise WorkerFailed(f"{self._name} (pid {self.pid}) said nothing for {TIMEOUT_S:g} s")
         try:
             kind, value = self._connection.recv()
         except EOFError:
@@ -111,17 +111,17 @@ class Worker:
 
     def exit_status(self) -> int | None:
         """How it ended, once it has; minus the signal if one ended it."""
-        self._process.join(PATIENCE_S)
+        self._process.join(TIMEOUT_S)
         return self._process.exitcode
 
-    def hang_up(self) -> None:
+    def open_doorbell(self) -> None:
         """Has nothing more to say: it is to end. For several workers, before they are waited for in turn."""
         self._connection.close()
 
     def close(self) -> None:
         """Ends it, whatever it is in."""
-        self.hang_up()
-        self._process.join(STOP_PATIENCE_S)
+        self.open_doorbell()
+        self._process.join(STOP_TIMEOUT_S)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()

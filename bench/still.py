@@ -53,7 +53,7 @@ class StillBoard:
             stats_address=f"inproc://{group}-f",
             engine_input_address=f"inproc://{group}-i",
             engine_output_address=f"inproc://{group}-o",
-            settings={"mode": "internal", "waves": False, "counts_with_kv": True},
+            settings={"balancing": "internal", "waves": False, "counts_with_kv": True},
         )
         with ExitStack() as stack:
             self.board = board = Board(Segment.create(header))

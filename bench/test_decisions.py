@@ -14,7 +14,7 @@ import pytest
 
 from bench.still import StillBoard
 from dpshm.board.layout import STEP_MODEL_WORDS
-from dpshm.frontend.decision_lock import Turnstile
+from dpshm.frontend.decision_lock import DecisionLock
 from dpshm.frontend.recorder import Recorder
 from dpshm.policies import NAMES, by_name
 
@@ -61,7 +61,7 @@ def test_route_exclusive(benchmark: Any, using: Any, name: str, exclusive: bool)
     """Without the lock, and with it and nobody else asking for it."""
     still = using(still_board(name))
     if exclusive:
-        still.frontend._turnstile = Turnstile(still.board.segment)
+        still.frontend._turnstile = DecisionLock(still.board.segment)
     timed(benchmark, still)
 
 

@@ -73,6 +73,6 @@ def test_round_trip(benchmark: Any, using: Any, peer: str, writers: int) -> None
         benchmark.pedantic(round_trip, rounds=ROUND_TRIPS, iterations=1, warmup_rounds=20)
         benchmark.extra_info.update(quantiles(us))
         for worker in others:
-            worker.hang_up()
+            worker.open_doorbell()
     finally:
         use_cores(all_cores())

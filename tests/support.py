@@ -29,14 +29,14 @@ from dpshm.coordinator.watch_thread import WatchThread
 from dpshm.net import wire
 from dpshm.rules.liveness import Verdict
 
-PATIENCE_S = 30.0
+TIMEOUT_S = 30.0
 HEARING_S = 10.0
 NOWHERE = "ipc:///nowhere/dpshm"
 HOUR_NS = 3_600_000_000_000
 _encode = msgspec.msgpack.encode
 
 
-def wait_until(condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
+def wait_until(condition: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Any:
     """Calls `condition` until it gives something true, and returns that.
 
     Raises:
@@ -108,7 +108,7 @@ class LoneBoard(Board):
             stats_address=NOWHERE,
             engine_input_address=NOWHERE,
             engine_output_address=NOWHERE,
-            settings={"mode": "internal", "waves": waves, "counts_with_kv": True},
+            settings={"balancing": "internal", "waves": waves, "counts_with_kv": True},
         )
         super().__init__(Segment.create(header))
         self.segment.unlock(coordinator_byte(header.columns))
@@ -247,7 +247,7 @@ class Remote:
             self._answer()
 
     def _answer(self) -> Any:
-        assert self._connection.poll(PATIENCE_S), f"process {self.pid} did not answer"
+        assert self._connection.poll(TIMEOUT_S), f"process {self.pid} did not answer"
         try:
             fine, value = self._connection.recv()
         except EOFError:
@@ -352,7 +352,7 @@ class StockFrontend:
 
     def wait_for(self, condition: Callable[[wire.StateMessage], Any]) -> wire.StateMessage:
         """The first publication from now on that fulfils `condition`."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + TIMEOUT_S
         while not condition(state := self.heard_state()):
             assert time.monotonic() < deadline, f"last heard {state}"
         return state

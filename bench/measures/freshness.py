@@ -64,7 +64,7 @@ def freshness(
             worker.tell()
         seen = reader.result()
         for worker in (*others, *writers):
-            worker.hang_up()
+            worker.open_doorbell()
     known = [first_known(p, *seen[e]) for e, p in enumerate(published)]
     sent, knew = np.concatenate(published), np.concatenate(known)
     arrived = np.isfinite(knew)

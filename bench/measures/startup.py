@@ -44,7 +44,7 @@ def at_rest(
         percent = 100 * spent / (time.monotonic_ns() - began)
         held = memory(middle.pids[0])
         for worker in workers:
-            worker.hang_up()
+            worker.open_doorbell()
     return {"rss": {"rss_mb": held.rss_mb, "pss_mb": held.pss_mb}, "idle_cpu": {"percent": percent}}
 
 

@@ -84,7 +84,7 @@ def truth(
             worker.tell()
         beliefs = [Belief(*b) for server in servers for b in server.result()]
         for worker in servers:
-            worker.hang_up()
+            worker.open_doorbell()
         for rank in ranks:
             rank.tell()
         finished = [np.sort(np.array(rank.result())) for rank in ranks]

@@ -41,7 +41,7 @@ def wake(start: Start, *, engines: int = 8, trials: int = 500) -> dict[str, floa
             for rank in ranks:
                 rank.tell()
         for worker in (frontend, *ranks):
-            worker.hang_up()
+            worker.open_doorbell()
         return quantiles(times)
 
 

@@ -37,7 +37,7 @@ from dpshm.board.words import (
     unpack_state,
 )
 from dpshm.linux.descriptors import explained
-from dpshm.rules.liveness import Signs, Verdict, judge
+from dpshm.rules.liveness import Observation, Verdict, judge
 from dpshm.rules.waves import Phase
 
 SNAPSHOT_DTYPE = np.dtype(
@@ -49,11 +49,11 @@ SNAPSHOT_DTYPE = np.dtype(
         ("stock", np.bool_),
         ("waiting", np.int64),
         ("running", np.int64),
-        ("unseen", np.int64),
+        ("in_flight", np.int64),
         ("requests", np.int64),
         ("kv_cache_usage", np.float64),
         ("prefill_backlog", np.int64),
-        ("unseen_tokens", np.int64),
+        ("in_flight_tokens", np.int64),
         ("wave", np.int64),
         ("step", np.int64),
         ("age_ns", np.int64),
@@ -68,9 +68,9 @@ SNAPSHOT_DTYPE = np.dtype(
         ("requests_finished", np.int64),
     ]
 )
-"""One row a rank. `requests` and `prefill_backlog` count what is unseen in; ages are -1 where unknown."""
+"""One row a rank. `requests` and `prefill_backlog` count what is in flight in; ages are -1 where unknown."""
 
-COORDINATOR_PATIENCE_S = 2.0
+COORDINATOR_TIMEOUT_S = 2.0
 COORDINATOR_SILENCE_NS = 500_000_000
 """A coordinator whose beat is older does not watch: whoever decides then looks at the locks."""
 _SANE = 1 << 61
@@ -98,8 +98,8 @@ class Board:
     wake_bucket: Words
     # Written by each engine: [engine], and [engine, front-end].
     load: Words
-    request_balance: Words
-    token_balance: Words
+    request_offset: Words
+    token_offset: Words
     engine_state: Words
     progress: Words
     prefill_backlog: Words
@@ -220,14 +220,14 @@ class Board:
 
     def wait_for_coordinator(self, condition: Callable[[], object]) -> None:
         """Waits for what a living coordinator is about to do; returns without it if none lives."""
-        deadline = time.monotonic() + COORDINATOR_PATIENCE_S
+        deadline = time.monotonic() + COORDINATOR_TIMEOUT_S
         while not condition() and time.monotonic() < deadline and self.coordinator_alive():
             time.sleep(0.002)
 
     def nothing_outstanding(self, dp_rank: int) -> None:
         """Stores that an engine has ended all that it received: by the engine, or on its behalf."""
-        self.request_balance[dp_rank] = -self.received_requests[dp_rank].sum()
-        self.token_balance[dp_rank] = -self.received_tokens[dp_rank].sum()
+        self.request_offset[dp_rank] = -self.received_requests[dp_rank].sum()
+        self.token_offset[dp_rank] = -self.received_tokens[dp_rank].sum()
 
     def owner_of(self, index: int) -> str:
         """The name under which a front-end took its row."""
@@ -243,7 +243,9 @@ class Board:
         if self.is_watched():
             return [Verdict(mark & VERDICT_MASK) for mark in marks]
         return [
-            Verdict.ALIVE if mark & ON_BEHALF else judge(Signs(bool(self.engine_pid[e]), self.engine_alive(e)), 0)
+            Verdict.ALIVE
+            if mark & ON_BEHALF
+            else judge(Observation(bool(self.engine_pid[e]), self.engine_alive(e)), 0)
             for e, mark in enumerate(marks)
         ]
 
@@ -260,11 +262,11 @@ class Board:
         Args:
             counted: the front-ends whose bookings count.
         """
-        return self._outstanding("request_balance", "sent_requests", self.received_requests, counted)
+        return self._outstanding("request_offset", "sent_requests", self.received_requests, counted)
 
     def outstanding_tokens(self, counted: Sequence[int]) -> Outstanding:
         """The same for prompt tokens."""
-        return self._outstanding("token_balance", "sent_tokens", self.received_tokens, counted)
+        return self._outstanding("token_offset", "sent_tokens", self.received_tokens, counted)
 
     def _outstanding(self, balance: str, sent: str, received: Words, counted: Sequence[int]) -> Outstanding:
         used, n = self.frontends_used(), self.dp_size
@@ -298,8 +300,8 @@ class Board:
             # What was outstanding an instant before these loads, and may have ended since.
             row["requests"] = max(_sane(requests[e]), row["waiting"] + row["running"])
             row["prefill_backlog"] = max(_sane(tokens[e]), _sane(backlog[e]))
-            row["unseen"] = row["requests"] - row["waiting"] - row["running"]
-            row["unseen_tokens"] = row["prefill_backlog"] - _sane(backlog[e])
+            row["in_flight"] = row["requests"] - row["waiting"] - row["running"]
+            row["in_flight_tokens"] = row["prefill_backlog"] - _sane(backlog[e])
             row["wave"], running, paused = unpack_state(int(self.engine_state[e]))
             row["step"] = unpack_progress(int(self.progress[e]))[1]
             mark = int(self.engine_mark[e])

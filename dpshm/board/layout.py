@@ -172,7 +172,7 @@ def make_layout(engines: int, frontends: int) -> Layout:
     for name in ("received_requests", "received_tokens"):
         columns[name] = Column(take(engines * stride), (engines, frontends), (stride, WORD_BYTES))
     stride = _padded(engines * WORD_BYTES, ROW_BYTES)
-    for balance, sent in (("request_balance", "sent_requests"), ("token_balance", "sent_tokens")):
+    for balance, sent in (("request_offset", "sent_requests"), ("token_offset", "sent_tokens")):
         # The balances are the row before the first front-end's: `dpshm.board.outstanding` sums them all as one
         # table.
         columns[balance] = Column(take(stride), (engines,), (WORD_BYTES,))

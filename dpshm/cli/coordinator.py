@@ -111,7 +111,7 @@ def coordinator(  # noqa: PLR0917 - typer makes options of parameters
         "group": group,
         "dp_size": dp_size,
         "dp_size_local": dp_size_local,
-        "mode": balancing.value if balancing else None,
+        "balancing": balancing.value if balancing else None,
         "host": host,
         "curve_dir": curve_dir,
         "insecure": insecure,

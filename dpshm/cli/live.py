@@ -97,7 +97,7 @@ def render(sample: Sample) -> Group:
     """The headline; below it a row for each rank and, beside them, a row for each front-end."""
     title = Text(headline(sample), style="bold", no_wrap=True, overflow="ellipsis")
     ranks = Table("rank", "state", box=None, header_style="dim", pad_edge=False)
-    for name in ("waiting", "running", "unseen", "KV", "age", "steps"):
+    for name in ("waiting", "running", "in_flight", "KV", "age", "steps"):
         ranks.add_column(name, justify="right", min_width=7)
     if sample.ranks is not None:
         for row in sample.ranks:
@@ -106,7 +106,7 @@ def render(sample: Sample) -> Group:
                 str(row["state"]),
                 str(row["waiting"]),
                 str(row["running"]),
-                str(row["unseen"]),
+                str(row["in_flight"]),
                 f"{row['kv_cache_usage']:.0%}",
                 f"{row['age_ns'] / 1e6:.0f} ms" if row["age_ns"] >= 0 else "-",
                 str(row["steps"]),

@@ -36,7 +36,7 @@ _TOLD = struct.Struct("=HI")  # what a monitor says: event and value; `zmq.utils
 _numbers = itertools.count()
 
 
-class Doorkeeper:
+class Authenticator:
     """Lets in whoever has the clients' key. Used in the wave thread alone.
 
     Args:

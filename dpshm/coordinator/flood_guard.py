@@ -13,7 +13,7 @@ from contextlib import suppress
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-class Growth:
+class MemoryGuard:
     """Compares the resident memory with what it was when this was made, or last settled.
 
     Args:

@@ -38,7 +38,7 @@ from dpshm.version import version_word
 logger = logging.getLogger(__name__)
 
 MAX_IPC_PATH_BYTES = 107  # sockaddr_un, less its final zero
-OPEN_PATIENCE_S = 0.5
+OPEN_TIMEOUT_S = 0.5
 
 
 class Coordinator:
@@ -218,7 +218,7 @@ class Coordinator:
         return board, marks
 
     def _take_folder(self, group: str) -> int:
-        deadline = time.monotonic() + OPEN_PATIENCE_S
+        deadline = time.monotonic() + OPEN_TIMEOUT_S
         while (folder := sockets_folder.take(sockets_path(group))) is None:
             if time.monotonic() > deadline:
                 raise GroupInUse(_in_use(group))
@@ -228,7 +228,7 @@ class Coordinator:
     def _take_over_or_create(self, sockets: Sockets) -> Segment:
         """The group's segment, the coordinator's lock held: the live one, or a new one."""
         group = self.settings.group
-        deadline = time.monotonic() + OPEN_PATIENCE_S
+        deadline = time.monotonic() + OPEN_TIMEOUT_S
         while True:
             try:
                 segment = Segment.attach(group)

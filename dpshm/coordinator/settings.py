@@ -12,8 +12,10 @@ from dpshm.board.segment import segment_path
 from dpshm.errors import SettingError
 
 Mode = Literal["internal", "hybrid", "external"]
-_HINTS = {"mode": "; choose internal, hybrid or external, by who balances (the board's permissions are file_mode)"}
-IMMUTABLE = ("mode", "waves", "counts_with_kv", "exclude_receiver")
+_HINTS = {
+    "balancing": "; choose internal, hybrid or external, by who balances (the board's permissions are file_mode)"
+}
+IMMUTABLE = ("balancing", "waves", "counts_with_kv", "exclude_receiver")
 """What every process of a group relies on: a coordinator that takes a live board over must agree in these."""
 
 
@@ -24,7 +26,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         group: the deployment's name on this node.
         dp_size: number of data-parallel ranks.
         dp_size_local: those on this node; fewer than `dp_size` makes the engines' sockets tcp. Default: all.
-        mode: who balances: the front-ends of this deployment (internal), of each node (hybrid), or somebody
+        balancing: who balances: the front-ends of this deployment (internal), of each node (hybrid), or somebody
             outside (external). Not internal makes the front-ends' socket tcp.
         host: the address that tcp sockets are bound to.
         curve_dir: folder of the keys (`dpshm keygen`) that peers must have who come in through a tcp socket.
@@ -32,7 +34,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             them may start waves and drain ranks.
         waves: whether ranks run in lockstep (mixture of experts); dense models need no waves.
         stats_interval_ms: stock front-ends hear changed counts at most this often; 0: never. Default: 100, and
-            0 in external mode.
+            0 with external balancing.
         idle_refresh_ms: and unchanged ones this often.
         counts_with_kv: counts carry the KV-cache usage (2026), or two numbers a rank (August 2025).
         max_engines: rows for engines; `dp_size` can grow up to it.
@@ -54,7 +56,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     group: str
     dp_size: int
     dp_size_local: int | None = None
-    mode: Mode = "internal"
+    balancing: Mode = "internal"
     host: str = "127.0.0.1"
     curve_dir: str | None = None
     insecure: bool = False
@@ -81,15 +83,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def interval_ms(self) -> int:
-        """`stats_interval_ms`, or its default for the mode."""
+        """`stats_interval_ms`, or its default for this kind of balancing."""
         if self.stats_interval_ms is not None:
             return self.stats_interval_ms
-        return 0 if self.mode == "external" else 100
+        return 0 if self.balancing == "external" else 100
 
     @property
     def frontends_local(self) -> bool:
         """Whether front-ends connect over ipc."""
-        return self.mode == "internal"
+        return self.balancing == "internal"
 
     @property
     def engines_local(self) -> bool:

@@ -21,7 +21,7 @@ from typing import TypeAlias
 
 import zmq
 
-from dpshm.coordinator.authenticator import Doorkeeper
+from dpshm.coordinator.authenticator import Authenticator
 from dpshm.errors import SettingError
 from dpshm.linux.descriptors import check_spare
 from dpshm.net import wire
@@ -57,7 +57,7 @@ class Sockets:
     def _open(self) -> None:
         check_spare()
         self._context: zmq.Context[Socket] = zmq.Context()
-        self.doorkeeper = Doorkeeper(self._context, self.keys, self._refused) if self.keys else None
+        self.doorkeeper = Authenticator(self._context, self.keys, self._refused) if self.keys else None
         self.frontends = self._context.socket(zmq.XPUB)
         self.to_engines = self._context.socket(zmq.XPUB)
         self.from_engines = self._context.socket(zmq.PULL)

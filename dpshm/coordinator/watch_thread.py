@@ -19,7 +19,7 @@ from dpshm.board.segment import engine_byte, frontend_byte
 from dpshm.board.words import ON_BEHALF, unpack_state
 from dpshm.coordinator.row import Marks
 from dpshm.linux import processes
-from dpshm.rules.liveness import Signs, Verdict, judge
+from dpshm.rules.liveness import Observation, Verdict, judge
 
 logger = logging.getLogger(__name__)
 
@@ -154,11 +154,11 @@ class WatchThread(threading.Thread):
         incarnation = int(board.engine_incarnation[e])
         self._follow(("engine", e), incarnation, int(board.engine_pid[e]), int(board.engine_start_time[e]))
         paused = unpack_state(int(board.engine_state[e]))[2]
-        still_ns = self._still_ns(e, incarnation, now_ns)
+        beat_age_ns = self._beat_age_ns(e, incarnation, now_ns)
         if not has_work:
             self._moved.pop(e, None)  # the timeout counts from when it has work
-            still_ns = 0
-        signs = Signs(bool(board.engine_pid[e]), locked, has_work, paused, still_ns)
+            beat_age_ns = 0
+        signs = Observation(bool(board.engine_pid[e]), locked, has_work, paused, beat_age_ns)
         verdict = judge(signs, self._stall_timeout_ns)
         if verdict is Verdict.STALLED:
             self._next_judging_ns = 0  # the next round sees whether it moves again
@@ -171,7 +171,7 @@ class WatchThread(threading.Thread):
         board, marks = self._board, self._marks
         incarnation = int(board.frontend_incarnation[f])
         self._follow(("front-end", f), incarnation, int(board.frontend_pid[f]), int(board.frontend_start_time[f]))
-        verdict = judge(Signs(bool(board.frontend_pid[f]), board.frontend_alive(f)), 0)
+        verdict = judge(Observation(bool(board.frontend_pid[f]), board.frontend_alive(f)), 0)
         before = marks.frontend_verdict(f)
         if verdict is not before:
             marks.set_frontend(f, verdict)
@@ -189,7 +189,7 @@ class WatchThread(threading.Thread):
         busy: list[bool] = ((board.step_start[:n] != 0) | not_running).tolist()
         return busy
 
-    def _still_ns(self, e: int, incarnation: int, now_ns: int) -> int:
+    def _beat_age_ns(self, e: int, incarnation: int, now_ns: int) -> int:
         """How long the beat of this incarnation has not moved, by our clock."""
         sign = (incarnation, int(self._board.beat[e]))
         last, since_ns = self._moved.get(e, (None, now_ns))

@@ -38,7 +38,7 @@ from dpshm.board.words import (
     unpack_state,
     wake_bucket,
 )
-from dpshm.coordinator.flood_guard import Growth
+from dpshm.coordinator.flood_guard import MemoryGuard
 from dpshm.coordinator.rate_limited_log import LimitedLog
 from dpshm.coordinator.settings import Settings
 from dpshm.coordinator.sockets import Sockets
@@ -48,7 +48,7 @@ from dpshm.net import wire
 from dpshm.net.context import Socket
 from dpshm.net.keys import server_keys
 from dpshm.rules.liveness import Verdict
-from dpshm.rules.reconciler import EngineRow, RowWatch
+from dpshm.rules.reconciler import RowState, WaveReconciler
 from dpshm.rules.waves import (
     CoordinatorEvent,
     CoordinatorState,
@@ -81,7 +81,7 @@ has heard yet that the ranks were woken."""
 MAX_GROWTH_BYTES = 256 << 20
 """Of a process that is a coordinator alone: a group of 4096 engines needs a tenth of it."""
 RENEW_PAUSE_S = 0.2
-START_PATIENCE_S = 0.5
+START_TIMEOUT_S = 0.5
 _MS = 1_000_000
 _S = 1_000_000_000
 
@@ -111,7 +111,7 @@ class WaveThread(threading.Thread):
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._nudge_lock = threading.Lock()
         self._nudge_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._growth = Growth(MAX_GROWTH_BYTES) if own_process else None
+        self._growth = MemoryGuard(MAX_GROWTH_BYTES) if own_process else None
         self._stop_asked = False
         self.opened: Future[Board] = Future()
         self.all_ready: Future[None] = Future()
@@ -146,7 +146,7 @@ class WaveThread(threading.Thread):
         """Ends the thread and waits for it."""
         self._stop_asked = True
         self._wake()
-        deadline = time.monotonic() + START_PATIENCE_S
+        deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
                 self.join(timeout=5.0)
@@ -194,7 +194,7 @@ class WaveThread(threading.Thread):
         self._words = board.words
         self._at_control = board.index("control")
         self._state = CoordinatorState(*unpack_control(self._words[self._at_control]))
-        self._rows = RowWatch(settings.resend_interval_ms * _MS, round(settings.wake_timeout_s * _S))
+        self._rows = WaveReconciler(settings.resend_interval_ms * _MS, round(settings.wake_timeout_s * _S))
         self._counts = StepCounts()
         self._published: list[RankCounts] = []
         self._waking_since_ns = now
@@ -394,14 +394,14 @@ class WaveThread(threading.Thread):
         waiting, running, kv = stats.num_waiting_reqs, stats.num_running_reqs, stats.kv_cache_usage
         if not self._counts.report(e, stats.current_wave, stats.step_counter, (waiting, running, kv)):
             logger.debug("engine %d reported step %d late", e, stats.step_counter)
-        # SYNC: on a stock engine's behalf, in the order in which an engine would store it (`EngineRow.publish`).
+        # SYNC: on a stock engine's behalf, in the order in which an engine would store it (`RowState.publish`).
         # It cannot say what it has taken in, so whatever was sent by now counts as received.
         used = board.frontends_used()
         sent_requests = board.sent_requests[:, e].tolist()
         sent_tokens = board.sent_tokens[:, e].tolist()
         words[board.index("load", e)] = pack_load(waiting, running, kv)
-        words[board.index("request_balance", e)] = waiting + running - sum(sent_requests[:used])
-        words[board.index("token_balance", e)] = -sum(sent_tokens[:used])
+        words[board.index("request_offset", e)] = waiting + running - sum(sent_requests[:used])
+        words[board.index("token_offset", e)] = -sum(sent_tokens[:used])
         at_tokens, at_requests = board.index("received_tokens", e), board.index("received_requests", e)
         for f in range(used):
             words[at_tokens + f] = sent_tokens[f]
@@ -533,10 +533,10 @@ class WaveThread(threading.Thread):
             mark = marks.engine(e)
             if mark & VERDICT_MASK in (Verdict.ALIVE, Verdict.STALLED) and not mark & ON_BEHALF:
                 wave, running, _ = unpack_state(word)
-                rows.append(EngineRow(e, wave, running))
+                rows.append(RowState(e, wave, running))
             elif mark & ON_BEHALF:
                 stock += 1
-        for event in self._rows.look(now, self._state, rows, unseen_ranks=stock):
+        for event in self._rows.look(now, self._state, rows, unobserved_ranks=stock):
             self._take_event(event)
         wave, phase = self._state
         idle = not stock and all(not row.running and row.wave <= wave for row in rows)

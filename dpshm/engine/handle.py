@@ -18,7 +18,7 @@ from dpshm.engine.row import EngineRow
 from dpshm.errors import WireError
 from dpshm.net import wire
 from dpshm.net.context import context
-from dpshm.net.doorbell import hang_up
+from dpshm.net.doorbell import open_doorbell
 from dpshm.net.keys import Folder, connect, keys_for
 from dpshm.rules.waves import (
     AllIdle,
@@ -67,7 +67,7 @@ class Engine(EngineRow):
         connect(self.socket, header.engine_input_address, keys)
         self.socket.subscribe(b"")
         connect(self._output, header.engine_output_address, keys)
-        self._doorbell = hang_up(board.segment.sockets_path, dp_rank) if header.waves else None
+        self._doorbell = open_doorbell(board.segment.sockets_path, dp_rank) if header.waves else None
         self.bell = None if self._doorbell is None else self._doorbell.socket.fileno()
         self._poller = zmq.Poller()  # made once: making one costs more than all that a START does here
         self.register(self._poller)

@@ -39,7 +39,7 @@ from dpshm.policies.step_model import StepModel
 from dpshm.rules.liveness import Verdict
 from dpshm.version import version_word
 
-ROW_PATIENCE_S = 0.05
+ROW_TIMEOUT_S = 0.05
 """A coordinator that scales holds a row for an instant, and the kernel a dead process's locks for some more."""
 
 
@@ -86,8 +86,8 @@ class EngineRow:
         self._step = Step(self)
         words = self._words = board.words
         self._at_load = board.index("load", dp_rank)
-        self._at_request_balance = board.index("request_balance", dp_rank)
-        self._at_token_balance = board.index("token_balance", dp_rank)
+        self._at_request_offset = board.index("request_offset", dp_rank)
+        self._at_token_offset = board.index("token_offset", dp_rank)
         self._at_state = board.index("engine_state", dp_rank)
         self._at_progress = board.index("progress", dp_rank)
         self._at_backlog = board.index("prefill_backlog", dp_rank)
@@ -127,7 +127,7 @@ class EngineRow:
                     f"dp_rank {dp_rank} is outside 0 to {board.engines - 1}, for which the board of group "
                     f"{group!r} was made: start its coordinator with a larger max_engines"
                 )
-            deadline = time.monotonic() + ROW_PATIENCE_S
+            deadline = time.monotonic() + ROW_TIMEOUT_S
             while not board.lock_engine(dp_rank):
                 if time.monotonic() > deadline:
                     raise RowInUse(
@@ -233,9 +233,9 @@ class EngineRow:
         # SYNC: what a decision needs is whole in each of these words (`dpshm.board.outstanding`), whatever their
         # order.
         words[self._at_load] = load
-        words[self._at_request_balance] = queued - self._all_requests
+        words[self._at_request_offset] = queued - self._all_requests
         words[self._at_backlog] = backlog
-        words[self._at_token_balance] = backlog - self._all_tokens
+        words[self._at_token_offset] = backlog - self._all_tokens
         if self._model.step_tokens is not None:
             self._model.left(waiting, running, backlog)
             self._store_model()
@@ -270,7 +270,7 @@ class EngineRow:
         words = self._words
         for at in (self._at_load, self._at_backlog, self._at_step_start, self._at_model, self._at_model + 1):
             words[at] = 0
-        words[self._at_request_balance], words[self._at_token_balance] = -self._all_requests, -self._all_tokens
+        words[self._at_request_offset], words[self._at_token_offset] = -self._all_requests, -self._all_tokens
         words[self._at_state] = pack_state(self._wave, 0)
         words[self.board.index("engine_pid", self.dp_rank)] = 0  # left, not died
         del self._step  # which refers back: without the cycle the memory goes with this handle

@@ -5,7 +5,7 @@ engine; neither has seen the other's booking. With it they take turns. The lock 
 on one byte of the segment, so it goes with its holder, however that ends. It binds those who ask for it alone.
 
 A holder may be stopped (SIGSTOP, a debugger, a busy host) and must not stop the others: who has waited for
-`PATIENCE_NS` decides without the lock, which is what everybody does when the mode is off, and is counted.
+`TIMEOUT_NS` decides without the lock, which is what everybody does when the mode is off, and is counted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dpshm.board.segment import Segment
 
 BYTE = 0
 """In the header, which has no row's lock."""
-PATIENCE_NS = 5_000_000
+TIMEOUT_NS = 5_000_000
 SPINS = 100
 """Tries with a mere yield between them: a decision takes some microseconds. After that it sleeps in between."""
 SLEEP_S = 50e-6
@@ -34,7 +34,7 @@ def _request(kind: int) -> bytes:
 _TAKE, _GIVE = _request(fcntl.F_WRLCK), _request(fcntl.F_UNLCK)
 
 
-class Turnstile:
+class DecisionLock:
     """The lock as one front-end sees it.
 
     Attributes:
@@ -58,7 +58,7 @@ class Turnstile:
                 return True
             tries += 1
             now_ns = time.monotonic_ns()
-            deadline_ns = deadline_ns or now_ns + PATIENCE_NS
+            deadline_ns = deadline_ns or now_ns + TIMEOUT_NS
             if now_ns > deadline_ns:
                 self.missed += 1
                 return False

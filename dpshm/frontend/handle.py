@@ -34,13 +34,13 @@ from dpshm.board.board import Board
 from dpshm.board.segment import Segment
 from dpshm.board.words import COUNT_MASK, DRAINED, MAX_PROMPT_TOKENS
 from dpshm.errors import NoEngineAvailable, SettingError
-from dpshm.frontend.decision_lock import Turnstile
+from dpshm.frontend.decision_lock import DecisionLock
 from dpshm.frontend.recorder import Recorder, default_path
 from dpshm.frontend.row import take_row
 from dpshm.linux.descriptors import explained
 from dpshm.net import wire
 from dpshm.net.context import Socket, context
-from dpshm.net.doorbell import Ringer
+from dpshm.net.doorbell import DoorbellClient
 from dpshm.net.keys import ClientKeys, Folder, connect, keys_for
 from dpshm.policies import VECTOR_FROM, Policy, Request, View, Work, by_name, comparable, key_of
 from dpshm.rules.liveness import Verdict
@@ -112,7 +112,7 @@ class Frontend:
         # Reentrant: the collector, or a signal, may end a request in the thread that is routing one.
         self._lock = threading.RLock()
         self._wake_socket: Socket | None = None
-        self._ringer: Ringer | None = None
+        self._ringer: DoorbellClient | None = None
         self._rung = -1  # the wave for which the ranks were rung last
         self._keys = keys
         self._warned_unlinked = False
@@ -137,7 +137,7 @@ class Frontend:
         self._turn = index * TURN_STRIDE  # so that equal loads do not send all front-ends to one engine
         self._next_look_ns = 0
         self._sees_work = bool(getattr(policy, "sees_work", False))
-        self._turnstile = Turnstile(board.segment) if exclusive else None
+        self._turnstile = DecisionLock(board.segment) if exclusive else None
         self._recorder: Recorder | None = None
         self._refresh()
 
@@ -425,7 +425,7 @@ class Frontend:
         try:
             if wave != self._rung and self._segment.linked:
                 if self._ringer is None:
-                    self._ringer = Ringer(self._segment.sockets_path, self.board.dp_size)
+                    self._ringer = DoorbellClient(self._segment.sockets_path, self.board.dp_size)
                 self._ringer.ring(wave, leave_out=dp_rank)
                 self._rung = wave
         except OSError as e:  # no descriptor for a socket

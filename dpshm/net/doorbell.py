@@ -80,7 +80,7 @@ class Doorbell:
         self.socket.close()
 
 
-def hang_up(folder: Path, dp_rank: int) -> Doorbell | None:
+def open_doorbell(folder: Path, dp_rank: int) -> Doorbell | None:
     """A rank's doorbell; None, and a line in the log, where there can be none. Raises OSError (EMFILE, ENFILE)."""
     try:
         return Doorbell(folder, dp_rank)
@@ -91,7 +91,7 @@ def hang_up(folder: Path, dp_rank: int) -> Doorbell | None:
         return None
 
 
-class Ringer:
+class DoorbellClient:
     """A front-end's end."""
 
     def __init__(self, folder: Path, dp_size: int) -> None:

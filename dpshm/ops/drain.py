@@ -21,7 +21,7 @@ from dpshm.net.context import Socket, context
 from dpshm.net.keys import connect, keys_for
 from dpshm.ops.frame import Frame
 
-PATIENCE_S = 3.0
+TIMEOUT_S = 3.0
 ASK_AGAIN_S = 0.5
 LOOK_S = 0.002
 
@@ -73,12 +73,12 @@ def set_drained(board: Board, ranks: Sequence[int], drained: bool) -> None:
         NotHeeded: the coordinator lives and did not do it.
         SegmentError: there is no coordinator, and this user may not write to the board.
     """
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + TIMEOUT_S
     while wrong := [e for e in ranks if bool(board.engine_mark[e] & DRAINED) != drained]:
         if time.monotonic() > deadline:
             raise NotHeeded(
                 f"the coordinator of group {board.segment.group!r}, pid {int(board.coordinator_pid[0])}, did not "
-                f"{'drain' if drained else 'undrain'} {_words(wrong)} within {PATIENCE_S:g} s: it is "
+                f"{'drain' if drained else 'undrain'} {_words(wrong)} within {TIMEOUT_S:g} s: it is "
                 "stopped or wedged, or its sockets cannot be reached from here. See: dpshm doctor"
             )
         if board.coordinator_alive():

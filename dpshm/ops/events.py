@@ -111,10 +111,12 @@ def from_waves(before: Waves, after: Waves) -> list[Happened]:
     """What became of the waves between two looks."""
     found = []
     began = after.phase is Phase.RUNNING and (before.phase is not Phase.RUNNING or before.wave != after.wave)
-    unseen = after.started - before.started - int(began)
-    if unseen > 0:
-        what = "wave" if unseen == 1 else "waves"
-        found.append(Happened("waves_unseen", None, unseen, f"{unseen} more {what} began between two looks"))
+    unrecorded = after.started - before.started - int(began)
+    if unrecorded > 0:
+        what = "wave" if unrecorded == 1 else "waves"
+        found.append(
+            Happened("waves_unseen", None, unrecorded, f"{unrecorded} more {what} began between two looks")
+        )
     if began:
         found.append(Happened("wave_started", None, after.wave, f"wave {after.wave} runs"))
     elif after.phase is Phase.WAKING and before.phase is not Phase.WAKING:

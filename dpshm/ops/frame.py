@@ -51,9 +51,9 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
         stock: it has no row of its own; the coordinator writes its load on its behalf.
         waiting: requests in its queue.
         running: requests in its batch.
-        unseen: requests sent to it that it has not taken in.
+        in_flight: requests sent to it that it has not taken in.
         requests: the sum of the three.
-        prefill_backlog: prompt tokens to compute, those of unseen requests among them.
+        prefill_backlog: prompt tokens to compute, those of in flight requests among them.
         kv_cache_usage: 0 to 1.
         age_s: since its last publish.
         step_age_s: since its present step began; null between steps.
@@ -72,7 +72,7 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
     stock: bool
     waiting: int
     running: int
-    unseen: int
+    in_flight: int
     requests: int
     prefill_backlog: int
     kv_cache_usage: float
@@ -104,7 +104,7 @@ class Frontend(msgspec.Struct, frozen=True, kw_only=True):
         age_s: since its last decision.
         routed: requests it has sent since the row was first taken.
         sent_by_rank: how many of them each rank got; grows, except for bookings taken back.
-        unseen_by_rank: of these, those on their way now.
+        in_flight_by_rank: of these, those on their way now.
     """
 
     index: int
@@ -115,9 +115,9 @@ class Frontend(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: int
     version: str
     routed: int
-    unseen: int
+    in_flight: int
     sent_by_rank: list[int]
-    unseen_by_rank: list[int]
+    in_flight_by_rank: list[int]
     routed_per_s: float | None = None
 
 
@@ -129,7 +129,7 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
         time: of the look, seconds since 1970.
         monotonic_s: the same on CLOCK_MONOTONIC, for intervals.
         linked: the segment still has its name: new processes can attach.
-        mode: internal, hybrid or external load balancing.
+        balancing: internal, hybrid or external load balancing.
         waves: whether ranks run in lockstep.
         phase: paused, waking or running.
         revision: how many changes of marks there have been.
@@ -143,7 +143,7 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     monotonic_s: float
     group: str
     linked: bool
-    mode: str
+    balancing: str
     waves: bool
     dp_size: int
     max_engines: int

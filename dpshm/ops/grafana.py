@@ -69,7 +69,9 @@ PANELS = (
     Panel(
         "Prefill backlog", "short", _rank("dpshm_rank_prefill_backlog_tokens"), help="Prompt tokens to compute."
     ),
-    Panel("Unseen requests", "short", _rank("dpshm_rank_unseen_requests"), help="Sent, and not taken in yet."),
+    Panel(
+        "In-flight requests", "short", _rank("dpshm_rank_in_flight_requests"), help="Sent, and not taken in yet."
+    ),
     Panel("Age of stats", "s", _rank("dpshm_rank_stats_age_seconds"), help="Since the rank's last publish."),
     Panel("Tokens generated", "short", _rate("dpshm_rank_generation_tokens_total")),
     Panel("Prompt tokens computed", "short", _rate("dpshm_rank_prompt_tokens_total")),

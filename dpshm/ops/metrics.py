@@ -33,8 +33,8 @@ RANK_STATES = ("running", "idle", "waking", "paused", "drained", "stalled", "dea
 _RANK_GAUGES: tuple[tuple[str, str, Callable[[Rank], float | None]], ...] = (
     ("waiting_requests", "Requests in the engine's queue.", lambda r: r.waiting),
     ("running_requests", "Requests in the engine's batch.", lambda r: r.running),
-    ("unseen_requests", "Requests sent to the engine that it has not taken in.", lambda r: r.unseen),
-    ("prefill_backlog_tokens", "Prompt tokens to compute, unseen requests' too.", lambda r: r.prefill_backlog),
+    ("in_flight_requests", "Requests sent to the engine that it has not taken in.", lambda r: r.in_flight),
+    ("prefill_backlog_tokens", "Prompt tokens to compute, in flight requests' too.", lambda r: r.prefill_backlog),
     ("kv_cache_usage_ratio", "Share of the KV cache in use.", lambda r: r.kv_cache_usage),
     ("stats_age_seconds", "Since the engine's last publish.", lambda r: r.age_s),
     ("step_age_seconds", "Since the present step began; 0 between steps.", lambda r: r.step_age_s or 0.0),
@@ -147,16 +147,16 @@ def _frontends(group: str, frontends: Iterable[Frontend]) -> Iterator[Metric]:
     labels = ["group", "frontend", "owner"]
     up = GaugeMetricFamily("dpshm_frontend_up", "1 if the front-end lives.", labels=labels)
     age = GaugeMetricFamily("dpshm_frontend_decision_age_seconds", "Since its last decision.", labels=labels)
-    unseen = GaugeMetricFamily("dpshm_frontend_unseen_requests", "Sent and not taken in yet.", labels=labels)
+    in_flight = GaugeMetricFamily("dpshm_frontend_in_flight_requests", "Sent and not taken in yet.", labels=labels)
     routed = CounterMetricFamily("dpshm_frontend_requests_routed", "Requests that it sent.", labels=labels)
     for frontend in frontends:
         of = [group, str(frontend.index), frontend.owner]
         up.add_metric(of, int(frontend.state == "alive"))
         if frontend.age_s is not None:
             age.add_metric(of, frontend.age_s)
-        unseen.add_metric(of, frontend.unseen)
+        in_flight.add_metric(of, frontend.in_flight)
         routed.add_metric(of, frontend.routed)
-    yield from (up, age, unseen, routed)
+    yield from (up, age, in_flight, routed)
 
 
 def _gauge(name: str, help_: str, group: str, value: float) -> Metric:

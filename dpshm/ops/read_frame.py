@@ -36,7 +36,7 @@ def look(board: Board) -> Frame:
         monotonic_s=now_ns / 1e9,
         group=header.group,
         linked=board.segment.linked,
-        mode=str(header.settings.get("mode", "internal")),
+        balancing=str(header.settings.get("balancing", "internal")),
         waves=header.waves,
         dp_size=board.dp_size,
         max_engines=board.engines,
@@ -127,7 +127,7 @@ def _ranks(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Rank]:
 
 
 _SAME = (
-    *("dp_rank", "drained", "stock", "waiting", "running", "unseen", "requests", "prefill_backlog"),
+    *("dp_rank", "drained", "stock", "waiting", "running", "in_flight", "requests", "prefill_backlog"),
     *("kv_cache_usage", "wave", "step", "pid", "incarnation", "steps", "dummy_steps", "prompt_tokens"),
     *("generation_tokens", "requests_finished"),
 )
@@ -144,9 +144,9 @@ def _state_by_lock(board: Board, e: int, row: dict[str, Any]) -> str:
 
 def _frontends(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Frontend]:
     used, n = board.frontends_used(), board.dp_size
-    # SYNC: sent before received: what arrives in between is not unseen any more.
+    # SYNC: sent before received: what arrives in between is not in flight any more.
     sent = np.positive(board.sent_requests[:used, :n])
-    unseen = np.maximum(sent - board.received_requests[:n, :used].T, 0)
+    in_flight = np.maximum(sent - board.received_requests[:n, :used].T, 0)
     marks = board.frontend_mark[:used].tolist()
     rows = []
     for f in range(used):
@@ -156,7 +156,7 @@ def _frontends(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Fron
         else:
             state = "alive" if board.frontend_alive(f) else "dead" if pid else "absent"
         counted = state == "alive"
-        by_rank = unseen[f].tolist() if counted else [0] * n
+        by_rank = in_flight[f].tolist() if counted else [0] * n
         rows.append(
             Frontend(
                 index=f,
@@ -167,9 +167,9 @@ def _frontends(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Fron
                 incarnation=int(board.frontend_incarnation[f]),
                 version=version_text(int(board.words[board.index("frontend_version", f)])),
                 routed=int(board.routed[f]),
-                unseen=sum(by_rank),
+                in_flight=sum(by_rank),
                 sent_by_rank=sent[f].tolist(),
-                unseen_by_rank=by_rank,
+                in_flight_by_rank=by_rank,
             )
         )
     return rows

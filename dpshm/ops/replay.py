@@ -42,7 +42,7 @@ class Summary(msgspec.Struct):
         agreed: on how many the two agree.
         by_rank: requests that each rank got.
         other_by_rank: and would have got.
-        requests_at_choice: requests, reported and unseen, at the chosen ranks: the mean.
+        requests_at_choice: requests, reported and in flight, at the chosen ranks: the mean.
         requests_at_other: and at the other ones.
         expected_ms_at_choice: expected time to first token (`least_work`'s estimate) at the chosen ranks: the
             mean; null where the ring has no tokens and step times, because its policy asked for none.
@@ -139,7 +139,7 @@ def rows(replayed: Iterable[Replayed]) -> Iterator[dict[str, int]]:
                 "waiting": waiting,
                 "running": running,
                 "kv_cache_permille": round(kv * 1000),
-                "unseen": int(d.view.unseen[rank]),
+                "in_flight": int(d.view.in_flight[rank]),
                 "own": d.view.own[rank],
                 "age_ns": d.age_ns[rank],
                 "outstanding_tokens": int(work.tokens[rank]) if work else -1,

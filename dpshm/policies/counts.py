@@ -13,11 +13,11 @@ from dpshm.policies.view import Request, View, first_least
 
 
 def least_loaded(view: View, request: Request) -> int:
-    """Join the shortest queue: the least requests, reported plus unseen.
+    """Join the shortest queue: the least requests, reported plus in flight.
 
     For engines that report neither tokens nor steps; `dpshm.policies.LeastWork` is as good there, and dearer.
 
-    Formula: ``argmin(waiting + running + unseen)``.
+    Formula: ``argmin(waiting + running + in flight)``.
     """
     return view.least(view.requests)
 
@@ -54,7 +54,7 @@ class PowerOfTwo(msgspec.Struct, frozen=True):
     """The less loaded of two ranks drawn at random.
 
     Formula: two different ranks, each pair equally likely; of them the one with fewer requests, reported plus
-    unseen. The draw is a hash of what the view holds, so equal input gives an equal choice.
+    in flight. The draw is a hash of what the view holds, so equal input gives an equal choice.
     Source: Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", IEEE TPDS 12(10), 2001.
 
     Attributes:

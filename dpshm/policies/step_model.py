@@ -29,7 +29,7 @@ MIN_PROMPT_STEPS = 4
 """so many of which have to have computed prompts."""
 SOLVE_EVERY = 8
 """Steps between two solutions, once `SOLVE_EVERY` squared are done; before, after each."""
-SURPRISE = 4.0
+OUTLIER_FACTOR = 4.0
 """A step that takes more than so many times its expectation (a page fault, a stopped process) counts as so
 many times: a stray one does little, and an engine that has become slow is still followed."""
 BLOCKED_STEPS = 3
@@ -130,7 +130,7 @@ class StepModel:
 
     def _take(self, y: float, prefill_tokens: int, batch: int) -> None:
         if self._steps > MIN_STEPS:
-            y = min(y, SURPRISE * self.expect(prefill_tokens, batch))
+            y = min(y, OUTLIER_FACTOR * self.expect(prefill_tokens, batch))
         b, t, f = batch / _BATCH_UNIT, prefill_tokens / _TOKEN_UNIT, FORGETTING
         n, sb, st, sbb, sbt, stt, sy, sby, sty = self._sums
         self._sums = (

@@ -62,7 +62,7 @@ class View(msgspec.Struct, eq=False, gc=False):
     Attributes:
         ranks: who may be chosen, never empty, in the order that breaks ties.
         load: reported load, packed (`dpshm.board.words.unpack_load`).
-        requests: by rank those waiting, running, and sent by any front-end but not received (`unseen`).
+        requests: by rank those waiting, running, and sent by any front-end but not received (`in_flight`).
         own: requests of this front-end that are unfinished, by rank.
         num_frontends: live front-ends.
         work: tokens and step times, for policies that ask for them.
@@ -76,13 +76,13 @@ class View(msgspec.Struct, eq=False, gc=False):
     work: Work | None = None
 
     @property
-    def unseen(self) -> Sequence64:
+    def in_flight(self) -> Sequence64:
         """Requests by rank that were sent and not received: those that are neither waiting nor running."""
         load, requests = self.load, self.requests
         if isinstance(load, list):
             return [max(0, n - (w >> 40) - (w >> 16 & 0xFFFFFF)) for n, w in zip(requests, load, strict=True)]
-        unseen: NDArray[np.int64] = np.maximum(requests - (load >> 40) - (load >> 16 & 0xFFFFFF), 0)
-        return unseen
+        in_flight: NDArray[np.int64] = np.maximum(requests - (load >> 40) - (load >> 16 & 0xFFFFFF), 0)
+        return in_flight
 
     def overloaded(self, rank: int) -> bool:
         """Whether a rank has a queue and hardly any KV cache left."""

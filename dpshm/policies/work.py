@@ -11,7 +11,7 @@ What a new request waits for, at an engine that serves first come, first served 
 
 The first is the work in front of it. The second is the wait for a place, if that many requests have to end first.
 
-All of it stands on the board. The counts are reported plus unseen. ``base``, ``per_request``, ``per_token``,
+All of it stands on the board. The counts are reported plus in flight. ``base``, ``per_request``, ``per_token``,
 ``chunk``, ``places`` and ``ending`` are what each engine has learnt of its own steps
 (`dpshm.policies.step_model`), so an engine that is slow, or of another kind, or slows down, is seen as what it
 is, and nothing has to be tuned. An engine that has learnt nothing yet, because it has just started or is a stock

@@ -24,7 +24,7 @@ class Verdict(IntEnum):
     DEAD = 3
 
 
-class Signs(NamedTuple):
+class Observation(NamedTuple):
     """What the watcher saw of one row.
 
     Attributes:
@@ -32,21 +32,21 @@ class Signs(NamedTuple):
         locked: the lock on its byte is held.
         has_work: it is in a step, has requests waiting, or has some on their way.
         paused: the user paused it.
-        still_ns: how long its beat has not moved, by the watcher's clock.
+        beat_age_ns: how long its beat has not moved, by the watcher's clock.
     """
 
     taken: bool
     locked: bool
     has_work: bool = False
     paused: bool = False
-    still_ns: int = 0
+    beat_age_ns: int = 0
 
 
-def judge(signs: Signs, stall_timeout_ns: int) -> Verdict:
+def judge(signs: Observation, stall_timeout_ns: int) -> Verdict:
     """The verdict on one row; `stall_timeout_ns` 0 means that nothing is ever called stalled."""
     if not signs.locked:
         return Verdict.DEAD if signs.taken else Verdict.ABSENT
     if not signs.taken:
         return Verdict.ABSENT  # between its lock and its first store
-    stalled = 0 < stall_timeout_ns <= signs.still_ns and signs.has_work and not signs.paused
+    stalled = 0 < stall_timeout_ns <= signs.beat_age_ns and signs.has_work and not signs.paused
     return Verdict.STALLED if stalled else Verdict.ALIVE

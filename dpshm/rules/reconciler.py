@@ -1,6 +1,6 @@
 """What the rows of the board say about the waves, whatever became of the messages.
 
-Pure but for a memory: how long the rows have said the same. The wave thread calls `RowWatch.look` with what
+Pure but for a memory: how long the rows have said the same. The wave thread calls `WaveReconciler.look` with what
 it read and the time, and feeds the events that come back to `dpshm.rules.waves.handle_coordinator`.
 
 Only rows of dpshm's own engines are evidence; a stock engine's row shows its queues, not whether it steps.
@@ -22,7 +22,7 @@ from dpshm.rules.waves import (
 )
 
 
-class EngineRow(NamedTuple):
+class RowState(NamedTuple):
     """What one live engine's state word says."""
 
     dp_rank: int
@@ -30,7 +30,7 @@ class EngineRow(NamedTuple):
     running: bool
 
 
-class RowWatch:
+class WaveReconciler:
     """Turns what rows show, and for how long, into events; and keeps the timer of a wake-up.
 
     Args:
@@ -48,7 +48,7 @@ class RowWatch:
         self._next_wake_ns = 0
 
     def look(
-        self, now_ns: int, state: CoordinatorState, rows: Iterable[EngineRow], *, unseen_ranks: int = 0
+        self, now_ns: int, state: CoordinatorState, rows: Iterable[RowState], *, unobserved_ranks: int = 0
     ) -> list[CoordinatorEvent]:
         """The events that this look gives rise to, at most one of each kind.
 
@@ -56,7 +56,8 @@ class RowWatch:
             now_ns: the time.
             state: the coordinator's machine.
             rows: what the live engines' rows say.
-            unseen_ranks: live ranks that have no such row (stock engines). While there are any, idle rows do not
+            unobserved_ranks: live ranks that have no such row (stock engines). While there are any, idle rows do
+                not
                 prove that the wave is over, only that these ranks do not run in it: they are called again.
         """
         rows = list(rows)
@@ -80,7 +81,7 @@ class RowWatch:
         self._idle_since_ns = _since(self._idle_since_ns, now_ns, idle)
         if self._idle_since_ns is not None and now_ns - self._idle_since_ns >= self._resend_ns:
             self._idle_since_ns = None
-            events.append(RanksSplit(wave) if unseen_ranks else RanksIdle(wave))
+            events.append(RanksSplit(wave) if unobserved_ranks else RanksIdle(wave))
 
         if state.phase is not Phase.WAKING:
             self._waking_since_ns = None

@@ -84,7 +84,7 @@ def _settings(parallel_config: Any, waves: bool, options: Options) -> dict[str, 
         "group": options.group or f"{GROUP_PREFIX}{os.getpid()}",
         "dp_size": parallel_config.data_parallel_size,
         "dp_size_local": parallel_config.data_parallel_size_local,
-        "mode": "external" if external else "hybrid" if hybrid else "internal",
+        "balancing": "external" if external else "hybrid" if hybrid else "internal",
         "host": parallel_config.data_parallel_master_ip,
         # vLLM's own coordinator binds that address without keys, and its engines have none: the same network is
         # trusted as without dpshm, which must not refuse what works.
@@ -114,7 +114,7 @@ def _announce(settings: Settings, parallel_config: Any, options: Options) -> Non
         settings.group,
         settings.dp_size,
         getattr(parallel_config, "_api_process_count", 1),
-        settings.mode,
+        settings.balancing,
         "on" if settings.waves else "off",
         shadow,
     )

@@ -98,7 +98,7 @@ def test_sigterm_leaves_a_board_that_is_in_use(group, service):
         board = frontend.board
         assert (board.epoch[0], board.dp_size, board.frontends) == (2, 2, 7)
         assert board.snapshot()["state"].tolist()[1] == "drained"
-        assert board.snapshot()["unseen"].tolist() == [1, 0]
+        assert board.snapshot()["in_flight"].tolist() == [1, 0]
         engine.receive(frontend.index, 100)
         engine.publish(waiting=0, running=0)
         booked.done()

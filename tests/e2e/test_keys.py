@@ -18,7 +18,7 @@ from dpshm.ops.drain import set_drained
 from dpshm.rules.waves import Phase
 from tests.support import StockFrontend, count_fds, count_threads, polled, wait_until
 
-TCP = {"mode": "hybrid", "dp_size_local": 0}
+TCP = {"balancing": "hybrid", "dp_size_local": 0}
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_who_was_refused_is_named(coordinator, folder, using, caplog):
 
 def test_ipc_needs_no_keys(group, folder, using):
     """Guards against keys asked for where the folder's permissions already tell who may come in."""
-    coordinator = using(Coordinator(group=group, dp_size=1, mode="hybrid", curve_dir=str(folder)))
+    coordinator = using(Coordinator(group=group, dp_size=1, balancing="hybrid", curve_dir=str(folder)))
     assert coordinator.stats_publish_address.startswith("tcp:")
     assert coordinator.engine_addresses[0].startswith("ipc:")
     other = using(Coordinator(group=f"{group}b", dp_size=1, curve_dir=str(folder)))

@@ -48,7 +48,7 @@ def test_our_frontends_route_to_all(group, using):
     stock[0].report(0, 5)
     stock[1].report(1, 9)
     wait_until(lambda: coordinator.board.snapshot()["requests"].tolist() == [5, 5, 5, 10])
-    assert coordinator.board.snapshot()["unseen"].tolist() == [0, 0, 0, 0]
+    assert coordinator.board.snapshot()["in_flight"].tolist() == [0, 0, 0, 0]
     assert Counter(frontends[i % 2].route(10).dp_rank for i in range(15)) == {0: 5, 1: 5, 2: 5}
 
 
@@ -57,16 +57,16 @@ def test_bookings_at_stock_engines_heal(group, using):
     coordinator, _, stock = mixed(group, using)
     frontend = using(Frontend.attach(group))
     routes = [frontend.route(10, dp_rank=2) for _ in range(4)]
-    assert frontend.snapshot()[2]["unseen"] == 4
+    assert frontend.snapshot()[2]["in_flight"] == 4
     stock[0].report(4, 0)
-    wait_until(lambda: frontend.snapshot()[2]["unseen"] == 0)
+    wait_until(lambda: frontend.snapshot()[2]["in_flight"] == 0)
     assert frontend.snapshot()[2]["requests"] == 4
     for route in routes:
         route.done()
     stock[0].report(0, 0)
     wait_until(lambda: frontend.snapshot()[2]["requests"] == 0)
     frontend.route(10, dp_rank=2)
-    assert (frontend.snapshot()[2]["unseen"], frontend.snapshot()[2]["unseen_tokens"]) == (1, 10)
+    assert (frontend.snapshot()[2]["in_flight"], frontend.snapshot()[2]["in_flight_tokens"]) == (1, 10)
     assert coordinator.dropped == {}
 
 

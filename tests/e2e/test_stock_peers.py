@@ -161,7 +161,7 @@ def test_ready_comes_again_for_a_late_engine(group, using):
 def test_against_the_coordinators_own_process(group, using):
     """Guards against a coordinator that works in the process of its test alone."""
     process = using(
-        CoordinatorProcess(group=group, dp_size=3, mode="hybrid", dp_size_local=0, stats_interval_ms=10)
+        CoordinatorProcess(group=group, dp_size=3, balancing="hybrid", dp_size_local=0, stats_interval_ms=10)
     )
     engines = [using(StockEngine(process.get_engine_socket_addresses(), dp_rank)) for dp_rank in range(3)]
     frontend = using(StockFrontend(process.get_stats_publish_address()))

@@ -53,7 +53,7 @@ def look(e):
     received = int(board.received_requests[e, e])
     word = int(board.load[e])
     waiting, running, _ = unpack_load(word)
-    balance = int(board.request_balance[e])  # those in the load, less those received: twice the counter
+    balance = int(board.request_offset[e])  # those in the load, less those received: twice the counter
     whole = running == 2 * waiting and word & 0xFFFF == waiting % KV_ONE and balance % 2 == 0 <= balance
     values = {name: int(getattr(board, name)[e]) for name in GROWING}
     if int(board.engine_incarnation[e]) != before or before != seen["engine_incarnation"]:
@@ -113,7 +113,7 @@ def test_writers_readers_and_a_writer_that_is_killed(group, using):
         assert waiting <= steps <= waiting + 1
         assert steps - 1 <= board.prompt_tokens[last] // 3 <= steps
         assert board.received_requests[last, last] in (waiting, waiting + 1)
-        assert board.request_balance[last] in (2 * waiting, 2 * (waiting - 1))
+        assert board.request_offset[last] in (2 * waiting, 2 * (waiting - 1))
         wait_until(lambda: verdict(board, last) is Verdict.DEAD)
 
     for writer in steady:
@@ -226,12 +226,12 @@ engine.publish(waiting=holding, running=0)
         )
     for remote in frontends[:2]:
         remote.run("for route in opened: route.done()")
-    wait_until(lambda: board.snapshot()["unseen"].tolist() == [0, 0])
-    assert board.snapshot()["unseen_tokens"].tolist() == [0, 0]
+    wait_until(lambda: board.snapshot()["in_flight"].tolist() == [0, 0])
+    assert board.snapshot()["in_flight_tokens"].tolist() == [0, 0]
     assert board.snapshot()["waiting"].tolist() == [remote.eval("holding") for remote in engines]
     with Frontend.attach(group) as frontend:
         frontend.route(9, dp_rank=0)
-        assert frontend.snapshot()[0]["unseen_tokens"] == 9
+        assert frontend.snapshot()[0]["in_flight_tokens"] == 9
 
 
 def test_a_front_end_that_is_killed_while_it_routes(group, using):
@@ -250,7 +250,7 @@ def test_a_front_end_that_is_killed_while_it_routes(group, using):
         remote.kill()
         assert board.sent_requests[index].min() >= 0
         assert board.sent_requests[index].max() <= 1
-        wait_until(lambda: board.snapshot()["unseen"].tolist() == [0, 0])
+        wait_until(lambda: board.snapshot()["in_flight"].tolist() == [0, 0])
     for remote in (engine, other):
         remote.signal(signal.SIGKILL)
     assert board.frontends_used() <= 7

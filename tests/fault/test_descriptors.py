@@ -150,7 +150,7 @@ def test_a_frontend_that_runs_out_of_descriptors(group, using):
     remote = using(Remote())
     remote.run(f"{HOARD}\nfrontend = Frontend.attach(group)\ntaken = hoard(0)", group=group)
     remote.run("routes = [frontend.route(10) for _ in range(5)]")
-    assert coordinator.board.snapshot()["unseen"].tolist() == [5]
+    assert coordinator.board.snapshot()["in_flight"].tolist() == [5]
     assert not engine.poll(20)
     remote.run("let_go(taken)\nroutes.append(frontend.route(10))")
     wait_until(lambda: engine.poll(10))

@@ -125,7 +125,7 @@ def test_a_frontend_killed_and_restarted_on_its_row(group, using):
                 engine.receive(row, 10)
             engine.publish(waiting=0, running=3)
         remote.run("routes += [frontend.route(10, dp_rank=0)]")
-        assert observer.snapshot()["unseen"].tolist() == [1, 0]
+        assert observer.snapshot()["in_flight"].tolist() == [1, 0]
         engines[0].receive(row, 10)
         engines[0].publish(waiting=0, running=0)
         remote.run("more = [frontend.route(10, dp_rank=1)]")
@@ -134,4 +134,4 @@ def test_a_frontend_killed_and_restarted_on_its_row(group, using):
         engines[1].publish(waiting=0, running=0)
         wait_until(lambda row=row: not board.frontend_alive(row))
         assert (row, board.frontend_incarnation[row]) == (1, life)
-        assert observer.snapshot()["unseen"].tolist() == [0, 0]
+        assert observer.snapshot()["in_flight"].tolist() == [0, 0]

@@ -172,13 +172,13 @@ def test_a_killed_frontends_bookings_leave_the_sums(coordinator, group, using):
             owner=str(i),
         )
     observer = using(Frontend.attach(group))
-    assert observer.snapshot()[0]["unseen"] == 10
+    assert observer.snapshot()[0]["in_flight"] == 10
     index = remotes[0].eval("frontend.index")
     remotes[0].kill()
     wait_until(lambda: frontend_verdict(coordinator.board, index) is Verdict.DEAD)
-    assert (observer.snapshot()[0]["unseen"], observer.snapshot()[0]["unseen_tokens"]) == (5, 50)
+    assert (observer.snapshot()[0]["in_flight"], observer.snapshot()[0]["in_flight_tokens"]) == (5, 50)
     remotes[1].run("frontend.close()")
-    wait_until(lambda: observer.snapshot()[0]["unseen"] == 0)
+    wait_until(lambda: observer.snapshot()[0]["in_flight"] == 0)
 
 
 def test_a_stopped_frontends_bookings_stay(coordinator, group, using):
@@ -188,7 +188,7 @@ def test_a_stopped_frontends_bookings_stay(coordinator, group, using):
     remote.run("frontend = Frontend.attach(group)\nroute = frontend.route()", group=group)
     remote.signal(signal.SIGSTOP)
     with pytest.raises(AssertionError, match="in vain"):
-        wait_until(lambda: coordinator.board.snapshot()[0]["unseen"] != 1, 0.6)
+        wait_until(lambda: coordinator.board.snapshot()[0]["in_flight"] != 1, 0.6)
     remote.signal(signal.SIGCONT)
 
 

@@ -111,7 +111,7 @@ def test_a_coordinator_killed_while_requests_flow(group, using, start, tmp_path)
     assert total("lost") == 0
     for name in ("no_engine", "unexpected"):  # `route()` never raised
         assert sum(ledger.get(life, name) for life in frontends) == 0
-    assert board.snapshot()["unseen"].tolist() == [0] * (RANKS + 1)
+    assert board.snapshot()["in_flight"].tolist() == [0] * (RANKS + 1)
     for remote in remotes:
         remote.run("")
     coordinator.send_signal(signal.SIGINT)

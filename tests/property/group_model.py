@@ -18,16 +18,16 @@ never. That covers links that keep order, and it covers a coordinator that resta
 what was sent to it or not yet sent by it is lost. START to a rank is one message of that rank's own; the one that
 a START excludes gets none, as the rule would ignore it.
 
-**Ticks** know no time here. While faults are possible, every event that `RowWatch` can give rise to may happen
-at any time, `RanksSplit` and `RanksIdle` with the wave of any rank: this covers rows that were read while they
-changed, rows of dead ranks that were left out, a clock that jumped, and a look that another has overtaken.
+**Ticks** know no time here. While faults are possible, every event that `WaveReconciler` can give rise to may
+happen at any time, `RanksSplit` and `RanksIdle` with the wave of any rank: this covers rows that were read while
+they changed, rows of dead ranks that were left out, a clock that jumped, and a look that another has overtaken.
 
 **Left alone**, after any state that can be reached, the group has no more faults, requests or users, but for one
 who resumes whom he paused (`Group.alone`). Links keep order now, as ZMQ's do: a rank's messages come in the
-order in which it sends them, and so does START. It is the real `RowWatch` that looks: once at any time, which is
-what `SeenRunning` needs, and look after look when nothing else can happen any more, since messages and steps are
-faster than `resend_interval`. Whatever else was still on its way has come by then, or comes first: both are
-moves of the group before it is left alone.
+order in which it sends them, and so does START. It is the real `WaveReconciler` that looks: once at any time,
+which is what `SeenRunning` needs, and look after look when nothing else can happen any more, since messages and
+steps are faster than `resend_interval`. Whatever else was still on its way has come by then, or comes first: both
+are moves of the group before it is left alone.
 
 **Patience.** Ranks that were restarted or added may run in a wave that is over for the others. START tells them
 the wave, but one that waits in a collective cannot hear it. If that very collective agrees that all are idle,
@@ -49,7 +49,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from dpshm.rules.reconciler import EngineRow, RowWatch
+from dpshm.rules.reconciler import RowState, WaveReconciler
 from dpshm.rules.waves import (
     CoordinatorEvent,
     CoordinatorState,
@@ -324,9 +324,9 @@ class Group(Ranks):
 
     def _watched(self, head_number: int, rows: tuple[tuple[int, bool], ...]) -> list[list[tuple[int, int]]]:
         """What the real watch says, look by look, of rows that stay as they are: (event, rank that it names)."""
-        watch = RowWatch(RESEND, TIMEOUT)
+        watch = WaveReconciler(RESEND, TIMEOUT)
         state = CoordinatorState(BASE, Phase(self._heads[head_number].phase))
-        shown = [EngineRow(at, BASE + wave, running) for at, (wave, running) in enumerate(rows)]
+        shown = [RowState(at, BASE + wave, running) for at, (wave, running) in enumerate(rows)]
         looks = [watch.look(now, state, shown) for now in range(0, TIMEOUT + RESEND + 1, LOOK)]
         return [[(self._event(event), getattr(event, "engine", 0)) for event in events] for events in looks]
 

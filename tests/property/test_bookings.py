@@ -71,7 +71,7 @@ class Bookings(RuleBasedStateMachine):
     # Front-ends.
 
     def policy(self, view, request):
-        assert view.unseen == self.board.snapshot()["unseen"].tolist()
+        assert view.in_flight == self.board.snapshot()["in_flight"].tolist()
         return view.ranks[self.pick % len(view.ranks)]
 
     @precondition(lambda self: len(self.frontends) < 3 and self.restarts < RESTARTS)
@@ -134,8 +134,8 @@ class Bookings(RuleBasedStateMachine):
     @rule(which=indexes, cancel=st.booleans())
     def end(self, which, cancel):
         request = self.open[which % len(self.open)]
-        unseen = request in self.inbox[request.dp_rank] or request in self.received[request.dp_rank]
-        if unseen and not self.ghosts:
+        in_flight = request in self.inbox[request.dp_rank] or request in self.received[request.dp_rank]
+        if in_flight and not self.ghosts:
             return
         self.open.remove(request)
         request.over = True
@@ -184,7 +184,7 @@ class Bookings(RuleBasedStateMachine):
         self.watch.after(0.05)
         self.received[dp_rank].clear()
         self.holding[dp_rank] = 0
-        assert self.board.snapshot()[dp_rank]["unseen"] == 0  # what its predecessor had not received is gone
+        assert self.board.snapshot()[dp_rank]["in_flight"] == 0  # what its predecessor had not received is gone
         if not self.ghosts:
             self.inbox[dp_rank].clear()  # what was on its way went to a socket that is gone
 
@@ -194,13 +194,13 @@ class Bookings(RuleBasedStateMachine):
     def no_live_booking_is_missed(self):
         snapshot = self.board.snapshot()
         for frontend in self.frontends:
-            assert frontend.snapshot()["unseen"].tolist() == snapshot["unseen"].tolist()
+            assert frontend.snapshot()["in_flight"].tolist() == snapshot["in_flight"].tolist()
         for dp_rank in range(RANKS):
-            unseen, unseen_tokens = snapshot[dp_rank]["unseen"], snapshot[dp_rank]["unseen_tokens"]
+            in_flight, in_flight_tokens = snapshot[dp_rank]["in_flight"], snapshot[dp_rank]["in_flight_tokens"]
             # What an engine has received is its own, whoever waits for it; one that was killed cannot say.
             taken = len(self.received[dp_rank])
             most = sum(request.dp_rank == dp_rank for request in self.open) + taken
-            assert unseen <= most or self.engines[dp_rank] is None
+            assert in_flight <= most or self.engines[dp_rank] is None
             if self.ghosts:
                 continue
             on_their_way = [
@@ -208,8 +208,8 @@ class Bookings(RuleBasedStateMachine):
                 for request in self.inbox[dp_rank] + self.received[dp_rank]
                 if not request.over and request.frontend in self.frontends
             ]
-            assert unseen >= len(on_their_way)
-            assert unseen_tokens >= sum(request.tokens for request in on_their_way)
+            assert in_flight >= len(on_their_way)
+            assert in_flight_tokens >= sum(request.tokens for request in on_their_way)
 
     def teardown(self):
         try:
@@ -227,14 +227,14 @@ class Bookings(RuleBasedStateMachine):
         for request in self.open:
             request.route.done()
         snapshot = self.board.snapshot()
-        assert snapshot["unseen"].tolist() == [0] * RANKS
-        assert snapshot["unseen_tokens"].tolist() == [0] * RANKS
+        assert snapshot["in_flight"].tolist() == [0] * RANKS
+        assert snapshot["in_flight_tokens"].tolist() == [0] * RANKS
         assert snapshot["waiting"].tolist() == self.holding
         for frontend in self.frontends:  # and the next one counts
             for dp_rank in range(RANKS):
                 frontend.route(7, dp_rank=dp_rank)
-        assert self.board.snapshot()["unseen"].tolist() == [len(self.frontends)] * RANKS
-        assert self.board.snapshot()["unseen_tokens"].tolist() == [7 * len(self.frontends)] * RANKS
+        assert self.board.snapshot()["in_flight"].tolist() == [len(self.frontends)] * RANKS
+        assert self.board.snapshot()["in_flight_tokens"].tolist() == [7 * len(self.frontends)] * RANKS
 
 
 @pytest.mark.slow

@@ -148,7 +148,7 @@ def test_any_value_in_the_header(group, using):
         if where == "field":
             changed[data.draw(st.sampled_from(sorted(fields)))] = value
         elif where == "settings":
-            changed["settings"][data.draw(st.sampled_from(["waves", "mode", "curve_server_key"]))] = value
+            changed["settings"][data.draw(st.sampled_from(["waves", "balancing", "curve_server_key"]))] = value
         elif where == "column":
             changed["columns"][data.draw(st.sampled_from(columns))] = value
         else:

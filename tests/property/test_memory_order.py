@@ -41,7 +41,7 @@ class Recorder:
     """Names the words of a board and lists the accesses to them."""
 
     COLUMNS = (
-        *("request_balance", "token_balance", "sent_requests", "sent_tokens"),
+        *("request_offset", "token_offset", "sent_requests", "sent_tokens"),
         *("received_requests", "received_tokens", "load", "prefill_backlog"),
     )
 
@@ -79,7 +79,7 @@ def watched(group, using) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(
-    ("balance", "sent"), [("request_balance", "sent_requests"), ("token_balance", "sent_tokens")]
+    ("balance", "sent"), [("request_offset", "sent_requests"), ("token_offset", "sent_tokens")]
 )
 def test_the_model_reads_and_books_as_the_code_does(watched: SimpleNamespace, balance: str, sent: str):
     """Guards against a proof about another program: stores or loads that were moved since."""
@@ -98,7 +98,7 @@ def test_the_model_reads_and_books_as_the_code_does(watched: SimpleNamespace, ba
 
     # A decision is one call of numpy over this table: its first row is the balances, the others what was sent.
     requests, tokens = watched.board.outstanding_requests([0, 1]), watched.board.outstanding_tokens([0, 1])
-    table = (requests if balance == "request_balance" else tokens)._table
+    table = (requests if balance == "request_offset" else tokens)._table
     named = [{recorder.names[at] for at in row} for row in recorder.column(table).positions().tolist()]
     assert [names[name] for row in named for name in row] == ["balance", "sent", "sent"]
 

@@ -1,7 +1,7 @@
 """The two wave machines against each other: messages late, lost, doubled and out of order; ranks and coordinator
 restarted; pauses by the user. Whatever happened, once losses stop, all work is done and the group comes to rest.
 
-The tick is the real one (`dpshm.rules.reconciler.RowWatch`), in simulated time.
+The tick is the real one (`dpshm.rules.reconciler.WaveReconciler`), in simulated time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dpshm.board.words import pack_control, pack_state, unpack_control, unpack_state
-from dpshm.rules.reconciler import EngineRow, RowWatch
+from dpshm.rules.reconciler import RowState, WaveReconciler
 from dpshm.rules.waves import (
     MAX_WAVE,
     AllIdle,
@@ -120,7 +120,7 @@ class Group:
         self.now = 0
         self.state = CoordinatorState(wave)
         self.heard = self.state  # what a front-end knows that hears publications instead of reading the board
-        self.watch = RowWatch(200, 1000)
+        self.watch = WaveReconciler(200, 1000)
         self.engines = [EngineState(wave) for _ in range(dp_size)]
         self.work = [0] * dp_size  # steps to do
         self.asked = [False] * dp_size  # by the user, to pause
@@ -259,14 +259,14 @@ class Group:
 
     def restart_coordinator(self, k: int) -> None:
         """A new coordinator takes the board over; what was on its way to the old one is lost."""
-        self.watch = RowWatch(200, 1000)
+        self.watch = WaveReconciler(200, 1000)
         self.to_coordinator.clear()
 
     def tick(self, k: int) -> None:
         """100 ms pass, and the coordinator looks at the rows."""
         self.now += 100
         words = [pack_state(e.wave, int(e.running)) for e in self.engines]
-        rows = [EngineRow(i, *unpack_state(word)[:2]) for i, word in enumerate(words)]
+        rows = [RowState(i, *unpack_state(word)[:2]) for i, word in enumerate(words)]
         for event in self.watch.look(self.now, self.state, rows):
             self.coordinate(event)
 

@@ -39,7 +39,7 @@ class Books:
     def check(self, board: Board) -> list[str]:
         """What does not add up."""
         rows = board.snapshot()
-        for name in ("waiting", "running", "unseen", "unseen_tokens", "prefill_backlog"):
+        for name in ("waiting", "running", "in_flight", "in_flight_tokens", "prefill_backlog"):
             self._expect(f"{name} by rank", rows[name].tolist(), [0] * len(rows))
         for engine in self._engines:
             finished = self._ledger.get(engine.life, "finished")

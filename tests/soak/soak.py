@@ -31,7 +31,7 @@ from tests.support import Remote, count_fds, count_threads, leftovers
 CHAOS_INTERVAL_S = 0.1
 COORDINATOR_INTERVAL_S = 4.0
 CALM_S = 1.0
-QUIET_PATIENCE_S = 60.0
+QUIET_TIMEOUT_S = 60.0
 PROGRESS_S = 5.0
 STALL_TIMEOUT_S = 0.5
 RSS_GROWTH_MB = 8.0
@@ -256,7 +256,7 @@ class Soak:
                 self._start(member)
 
     def _wait_for_quiet(self) -> None:
-        deadline = time.monotonic() + QUIET_PATIENCE_S
+        deadline = time.monotonic() + QUIET_TIMEOUT_S
         while True:
             loud = [str(m) for m in self._members if not self._ledger.get(m.life, "quiet")]
             dead = [e for e in range(len(self._engines)) if self._board.engine_mark[e] & 3 != Verdict.ALIVE]
@@ -267,9 +267,9 @@ class Soak:
             if self.problems:
                 return
             if time.monotonic() > deadline:
-                seen = self._board.snapshot()[["dp_rank", "state", "wave", "unseen"]].tolist()
+                seen = self._board.snapshot()[["dp_rank", "state", "wave", "in_flight"]].tolist()
                 self.problems.append(
-                    f"not quiet {QUIET_PATIENCE_S:g} s after the last request: {loud}; not alive: {dead}; "
+                    f"not quiet {QUIET_TIMEOUT_S:g} s after the last request: {loud}; not alive: {dead}; "
                     f"{self._board.phase.name}, {seen}"
                 )
                 return

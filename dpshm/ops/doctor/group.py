@@ -208,7 +208,7 @@ def _counters(board: Board, before: Frame, after: Frame) -> Iterator[Finding]:
             check="counters",
             group=after.group,
             what=problem,
-            why="load is reported plus unseen: where the counts do not add up, routing is misled",
+            why="load is reported plus in flight: where the counts do not add up, routing is misled",
             fix="restart that process; if it comes again, report it with the output of: dpshm stat --json",
         )
 

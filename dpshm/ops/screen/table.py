@@ -93,7 +93,7 @@ def rank_columns(glyphs: Glyphs, history: History | None = None, *, wide: bool =
         Column("state", 9, 0, lambda r: state_cell(r.state, glyphs), lambda r: _BAD.index(r.state), left=True),
         Column("wait", 5, 1, lambda r: count(r.waiting), lambda r: -r.waiting),
         Column("run", 4, 1, lambda r: count(r.running), lambda r: -r.running),
-        Column("unsn", 4, 2, lambda r: count(r.unseen), lambda r: -r.unseen),
+        Column("unsn", 4, 2, lambda r: count(r.in_flight), lambda r: -r.in_flight),
         Column("backlog", 7, 4, lambda r: count(r.prefill_backlog), lambda r: -r.prefill_backlog),
         Column(
             "KV", kv, 3, lambda r: kv_cell(r.kv_cache_usage, glyphs, kv), lambda r: -r.kv_cache_usage, left=True
@@ -125,7 +125,7 @@ def frontend_columns(glyphs: Glyphs) -> list[Column[Frontend]]:
         Column("state", 9, 0, lambda f: state_cell(f.state, glyphs), lambda f: _BAD.index(f.state), left=True),
         Column("sent", 6, 1, lambda f: count(f.routed), lambda f: -f.routed),
         Column("req/s", 5, 3, lambda f: count(f.routed_per_s), lambda f: -_or_less(f.routed_per_s)),
-        Column("unsn", 4, 1, lambda f: count(f.unseen), lambda f: -f.unseen),
+        Column("unsn", 4, 1, lambda f: count(f.in_flight), lambda f: -f.in_flight),
         Column("age", 5, 2, lambda f: duration(f.age_s), lambda f: -_or_less(f.age_s)),
         Column("pid", 7, 5, lambda f: str(f.pid or "-")),
         Column("owner", 18, 4, lambda f: f.owner, lambda f: f.owner, left=True),
@@ -156,7 +156,7 @@ def headline(frame: Frame, width: int, glyphs: Glyphs) -> list[Text]:
         f"{frame.dp_size} ranks: " + ", ".join(f"{states[s]} {s}" for s in _BAD if states[s]),
         f"{count(sum(r.waiting for r in frame.ranks))} waiting",
         f"{count(sum(r.running for r in frame.ranks))} running",
-        f"{count(sum(r.unseen for r in frame.ranks))} unseen",
+        f"{count(sum(r.in_flight for r in frame.ranks))} in flight",
     ]
     if frame.rates_over_s is not None:
         totals.append(f"{count(sum(r.requests_per_s or 0 for r in frame.ranks))} req/s")
@@ -202,7 +202,7 @@ def frontend_table(width: int, glyphs: Glyphs) -> tuple[Text, Callable[[Frontend
 
     def line(frontend: Frontend) -> Text:
         made = _row(columns, frontend)
-        for values, style in ((frontend.unseen_by_rank, "#E69F00"), (frontend.sent_by_rank, "#009E73")):
+        for values, style in ((frontend.in_flight_by_rank, "#E69F00"), (frontend.sent_by_rank, "#009E73")):
             made.append(" " + _by_rank(values, half, glyphs).ljust(half), style)
         return made
 

@@ -22,7 +22,7 @@ import msgspec
 
 from dpshm.sim.demo.messages import EngineReport, FrontendReport, Progress, Ready
 
-STOP_PATIENCE_S = 3.0
+STOP_TIMEOUT_S = 3.0
 STDERR_KEPT_BYTES = 8000
 _READ_BYTES = 1 << 16
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[3])
@@ -100,7 +100,7 @@ class Child:
     def obituary(self) -> str:
         """How it ended and what it said last."""
         try:
-            code = self._process.wait(STOP_PATIENCE_S)
+            code = self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             return f"{self.name} closed its output and goes on"
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
@@ -155,7 +155,7 @@ class Children:
         """Ends all: with SIGTERM, then, for those that do not hear, with SIGKILL."""
         for child in self.all:
             child.terminate()
-        deadline = time.monotonic() + STOP_PATIENCE_S
+        deadline = time.monotonic() + STOP_TIMEOUT_S
         while not all(child.ended for child in self.all) and time.monotonic() < deadline:
             self.read(0.05)  # a child that writes its report must not find a full pipe
         for child in self.all:

@@ -4,7 +4,7 @@ Everything around the model is real: requests and replies cross ZMQ, load goes t
 broadcaster with ``--stats pub``), waves come from the coordinator, and the ranks step together. The loop is
 that of vLLM's ``DPEngineCoreProc``: take in what has come, publish, step with the others, publish, and
 reply; when all ranks agree that nobody has work, the wave is complete and the engine sleeps until a request or
-a START wakes it. Requests that arrive during a step wait in their socket, unseen, as they do in vLLM.
+a START wakes it. Requests that arrive during a step wait in their socket, in flight, as they do in vLLM.
 
 Replies tell of a request's first and last token only: the tokens in between would cost a message each and
 nothing here looks at them. `dpshm.sim.torch.engine` is the same engine with an accelerator that computes.

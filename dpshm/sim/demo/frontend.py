@@ -2,7 +2,7 @@
 
 Each request is sent at its own time, whether or not earlier ones were answered, and its time to first token
 counts from when it *should* have been sent: a front-end that falls behind cannot flatter the figures.
-When all is sent, it waits for what is out. It gives up, and the rest is lost, only when for ``PATIENCE_S``
+When all is sent, it waits for what is out. It gives up, and the rest is lost, only when for ``TIMEOUT_S``
 no reply has come and no rank that has requests has made a step: a long queue is not a loss.
 """
 
@@ -31,7 +31,7 @@ from dpshm.sim.demo.messages import (
 )
 from dpshm.sim.demo.router import make_router
 
-PATIENCE_S = 10.0
+TIMEOUT_S = 10.0
 LOOK_S = 0.1
 """How often it reports its progress and, at the end, looks whether the engines still move."""
 
@@ -86,7 +86,7 @@ class SimFrontend:
                 next_look_s = now_s + LOOK_S
                 write_line(Progress(self._report.sent, self._answered))
                 if next_id < len(arrivals) or (sign := self._sign_of_life()) != last_sign:
-                    patience_ends_s = now_s + PATIENCE_S
+                    patience_ends_s = now_s + TIMEOUT_S
                     last_sign = None if next_id < len(arrivals) else sign
                 elif now_s > patience_ends_s:
                     return

@@ -40,8 +40,8 @@ from dpshm.sim.demo.report import Report, imbalance_of, staleness_of, ttft_of
 from dpshm.sim.demo.workload import DemoSettings, Workload, make_workload
 
 GROUP_PREFIX = "demo-"
-START_PATIENCE_S = 60.0
-PAUSE_PATIENCE_S = 5.0
+START_TIMEOUT_S = 60.0
+PAUSE_TIMEOUT_S = 5.0
 """How long the ranks may take to agree that they are idle once the last reply is in."""
 SAMPLE_INTERVAL_S = 0.05
 LEAD_S = 0.1
@@ -178,7 +178,7 @@ class _Demo:
 
     def _wait_until_ready(self) -> None:
         """Waits for every process that has its orders."""
-        deadline = time.monotonic() + START_PATIENCE_S
+        deadline = time.monotonic() + START_TIMEOUT_S
         while missing := {child for child in self._children.all if child.told} - self._ready:
             self._turn(f"starting: {len(self._ready)} of {len(self._children.all)} processes are ready")
             for child in self._children.all:
@@ -187,7 +187,7 @@ class _Demo:
             if time.monotonic() > deadline:
                 names = ", ".join(sorted(child.name for child in missing))
                 raise StartupTimeout(
-                    f"after {START_PATIENCE_S:.0f} s these have not started: {names}. Use fewer --engines and "
+                    f"after {START_TIMEOUT_S:.0f} s these have not started: {names}. Use fewer --engines and "
                     "--frontends, or a machine with less to do"
                 )
 
@@ -206,7 +206,7 @@ class _Demo:
             self._bury()
         self._end_ns = time.monotonic_ns()
         assert self._board is not None
-        deadline = time.monotonic() + PAUSE_PATIENCE_S
+        deadline = time.monotonic() + PAUSE_TIMEOUT_S
         while not self._problems and self._board.phase is not Phase.PAUSED and time.monotonic() < deadline:
             self._turn("waiting for the ranks to pause")
 
@@ -306,6 +306,6 @@ class _Demo:
     def _stop_engines(self) -> None:
         for child in self._engines:
             child.terminate()
-        deadline = time.monotonic() + PAUSE_PATIENCE_S
+        deadline = time.monotonic() + PAUSE_TIMEOUT_S
         while not all(child.ended for child in self._engines) and time.monotonic() < deadline:
             self._turn("ending")

@@ -65,17 +65,17 @@ class Information(ABC):
         order: list[int],
         now_s: float,
         rows: Sequence[Row],
-        unseen: list[int],
-        unseen_tokens: list[int],
+        in_flight: list[int],
+        in_flight_tokens: list[int],
     ) -> View:
         work = Work(
-            [r.backlog + tokens for r, tokens in zip(rows, unseen_tokens, strict=True)],
+            [r.backlog + tokens for r, tokens in zip(rows, in_flight_tokens, strict=True)],
             [r.model[:2] for r in rows],
             comparable([list(r.model[2:]) for r in rows], lockstep=self.lockstep),
             int(now_s * 1e9),
         )
         load = [r.load for r in rows]
-        requests = [(w >> 40) + (w >> 16 & 0xFFFFFF) + u for w, u in zip(load, unseen, strict=True)]
+        requests = [(w >> 40) + (w >> 16 & 0xFFFFFF) + u for w, u in zip(load, in_flight, strict=True)]
         return View(order, load, requests, self.own[frontend], len(self.own), work)
 
 
@@ -143,9 +143,9 @@ class _Counting(Information):
 
     def _counted(self, frontend: int, order: list[int], now_s: float, rows: Sequence[Row]) -> View:
         sent, tokens = self._sent[frontend], self._sent_tokens[frontend]
-        unseen = [sent[e] - row.received[frontend] for e, row in enumerate(rows)]
-        unseen_tokens = [tokens[e] - row.received_tokens[frontend] for e, row in enumerate(rows)]
-        return self._view(frontend, order, now_s, rows, unseen, unseen_tokens)
+        in_flight = [sent[e] - row.received[frontend] for e, row in enumerate(rows)]
+        in_flight_tokens = [tokens[e] - row.received_tokens[frontend] for e, row in enumerate(rows)]
+        return self._view(frontend, order, now_s, rows, in_flight, in_flight_tokens)
 
 
 class BroadcastKeep(_Counting):

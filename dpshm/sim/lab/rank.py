@@ -1,8 +1,8 @@
 """One rank of the laboratory: the batching of the demo, a prefix cache, and what it publishes and when.
 
 It does what `dpshm.sim.demo.engine` does in a process of its own: before each step it takes in what has come, and
-it publishes when a step begins and when the last one ends. What has come since then is on its way, unseen. Its row
-is what an engine's row on the board would hold at that moment, learnt step times (`dpshm.policies.step_model`)
+it publishes when a step begins and when the last one ends. What has come since then is on its way, in flight. Its
+row is what an engine's row on the board would hold at that moment, learnt step times (`dpshm.policies.step_model`)
 among it.
 """
 

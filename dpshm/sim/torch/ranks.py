@@ -22,7 +22,7 @@ from torch import Tensor
 from dpshm.errors import DpshmError
 from dpshm.sim.demo.lockstep import AGREEMENT_INTERVAL
 
-START_PATIENCE = timedelta(minutes=5)
+START_TIMEOUT = timedelta(minutes=5)
 
 
 class LockstepBroken(DpshmError):
@@ -68,7 +68,7 @@ class Ranks:
             store=dist.FileStore(store, size),
             rank=rank,
             world_size=size,
-            timeout=START_PATIENCE,
+            timeout=START_TIMEOUT,
         )
 
     def agree(self, num_tokens: int, has_work: bool) -> Agreed:

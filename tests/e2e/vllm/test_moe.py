@@ -173,7 +173,7 @@ def test_pause_and_resume(server, board):
 
 def test_the_boards_figures_are_on_vllms_metrics_page(server, board):
     """Guards against figures that need a second port, which nobody scrapes."""
-    for name in ("unseen_requests", "prefill_backlog_tokens", "stats_age_seconds"):
+    for name in ("in_flight_requests", "prefill_backlog_tokens", "stats_age_seconds"):
         values = server.metric(f"dpshm_rank_{name}", label="dp_rank", group=server.group)
         assert sorted(values) == list(range(RANKS)), name
 

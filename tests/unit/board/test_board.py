@@ -240,8 +240,8 @@ def test_a_snapshot_counts_reported_and_unseen(board: Board):
     """Guards against a rank that looks idle while requests are on their way, or twice as busy."""
     words = board.words
     words[board.index("load", 1)] = pack_load(2, 30, 1.0)
-    board.request_balance[1] = 32 - sum([3, 0, 4])
-    board.token_balance[1] = 900 - sum([12, 0, 80])
+    board.request_offset[1] = 32 - sum([3, 0, 4])
+    board.token_offset[1] = 900 - sum([12, 0, 80])
     words[board.index("prefill_backlog", 1)] = 900
     words[board.index("engine_state", 1)] = pack_state(7, RUNNING)
     words[board.index("progress", 1)] = pack_progress(7, 17)
@@ -258,8 +258,8 @@ def test_a_snapshot_counts_reported_and_unseen(board: Board):
     row = board.snapshot(1500)[1]
     assert {name: row[name].item() for name in SNAPSHOT_DTYPE.names} == {
         "dp_rank": 1, "state": "running", "verdict": "alive", "drained": False, "stock": True,
-        "waiting": 2, "running": 30, "unseen": 2, "requests": 34, "kv_cache_usage": 1.0,
-        "prefill_backlog": 1400, "unseen_tokens": 500, "wave": 7, "step": 17, "age_ns": 500, "step_age_ns": 100,
+        "waiting": 2, "running": 30, "in_flight": 2, "requests": 34, "kv_cache_usage": 1.0,
+        "prefill_backlog": 1400, "in_flight_tokens": 500, "wave": 7, "step": 17, "age_ns": 500, "step_age_ns": 100,
         "incarnation": 0, "pid": 4242, "steps": 99, "dummy_steps": 0, "busy_ns": 0, "prompt_tokens": 0,
         "generation_tokens": 0, "requests_finished": 0,
     }  # fmt: skip
@@ -299,7 +299,16 @@ def test_a_snapshot_of_scribbled_memory_is_a_snapshot(board: Board, seed: int):
     board.words[board.index("dp_size")] = 4
     rows = board.snapshot(time.monotonic_ns())
     assert len(rows) == 4
-    for name in ("waiting", "running", "unseen", "requests", "prefill_backlog", "unseen_tokens", "wave", "step"):
+    for name in (
+        "waiting",
+        "running",
+        "in_flight",
+        "requests",
+        "prefill_backlog",
+        "in_flight_tokens",
+        "wave",
+        "step",
+    ):
         assert (rows[name] >= 0).all(), name
     assert (rows["age_ns"] >= -1).all()
 

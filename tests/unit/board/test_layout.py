@@ -78,7 +78,7 @@ def writer(name: str) -> str:
         return "engine"
     if name in layout.FRONTEND_WORDS or name.startswith("sent_") or name == "owner":
         return "front-end"
-    return "engines" if name in ("load", "request_balance", "token_balance") else "coordinator"
+    return "engines" if name in ("load", "request_offset", "token_offset") else "coordinator"
 
 
 def test_no_two_writers_share_two_lines():

@@ -167,7 +167,7 @@ def test_the_largest_header_fits_its_page(folder: Path):
     """Guards against capacities, or paths of the allowed length, for which no board can be made."""
     longest = dict.fromkeys(ADDRESSES, "ipc://" + "x" * 107)
     largest = make_header(
-        "g" * 48, layout.MAX_ENGINES, layout.MAX_FRONTENDS, **longest, settings={"mode": "internal"}
+        "g" * 48, layout.MAX_ENGINES, layout.MAX_FRONTENDS, **longest, settings={"balancing": "internal"}
     )
     assert len(msgspec.json.encode(largest)) + 20 <= layout.PAGE_BYTES
     small = make_header("g", 1, 1, **dict.fromkeys(ADDRESSES, "ipc://" + "x" * 2000), settings={})

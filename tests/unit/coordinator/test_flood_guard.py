@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dpshm.coordinator.flood_guard import Growth
+from dpshm.coordinator.flood_guard import MemoryGuard
 from tests.support import count_fds
 
 
 def test_growth_is_seen_and_settled():
     """Guards against a limit that is never reached, or that is reached for ever once it was."""
     before = count_fds()
-    growth = Growth(32 << 20)
+    growth = MemoryGuard(32 << 20)
     assert not growth.is_too_much()
     block = bytearray(64 << 20)
     for i in range(0, len(block), 4096):
@@ -28,7 +28,7 @@ def test_growth_is_seen_and_settled():
 
 def test_what_was_freed_goes_back():
     """Guards against a limit that creeps up with every flood, because the allocator keeps what was freed."""
-    growth = Growth(1)
+    growth = MemoryGuard(1)
     pieces = [bytes(400) for _ in range(200_000)]
     kept = pieces[::1000]
     del pieces

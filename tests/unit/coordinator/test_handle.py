@@ -81,10 +81,10 @@ def test_nothing_is_left_open(group):
     """Guards against descriptors and threads that pile up over coordinators in one process, refused ones too."""
 
     def cycle():
-        with Coordinator(group=group, dp_size=1, mode="external"):
+        with Coordinator(group=group, dp_size=1, balancing="external"):
             pass
         with pytest.raises(SettingError):
-            Coordinator(group=group, dp_size=1, mode="hybrid", host="no such host", insecure=True)
+            Coordinator(group=group, dp_size=1, balancing="hybrid", host="no such host", insecure=True)
 
     cycle()
     before, threads = count_fds(), count_threads()
@@ -153,7 +153,7 @@ def test_one_after_another(group):
         ({"dp_size": 1, "speed": 9}, "speed"),
         ({"dp_size": 2, "max_engines": 1}, "dp_size is 2"),
         ({"dp_size": 1, "group": "../x"}, "cannot name a group"),
-        ({"dp_size": 1, "mode": "remote"}, "mode"),
+        ({"dp_size": 1, "balancing": "remote"}, "balancing"),
     ],
 )
 def test_settings_that_cannot_be(group, settings, found):
@@ -416,10 +416,10 @@ def test_a_close_ends_the_wait(group):
         ({}, ("ipc", "ipc", 100)),
         ({"dp_size_local": 2}, ("ipc", "ipc", 100)),
         ({"dp_size_local": 1}, ("ipc", "tcp", 100)),
-        ({"mode": "hybrid"}, ("tcp", "ipc", 100)),
-        ({"mode": "hybrid", "dp_size_local": 0}, ("tcp", "tcp", 100)),
-        ({"mode": "external", "dp_size_local": 1}, ("tcp", "tcp", 0)),
-        ({"mode": "external", "stats_interval_ms": 20}, ("tcp", "ipc", 20)),
+        ({"balancing": "hybrid"}, ("tcp", "ipc", 100)),
+        ({"balancing": "hybrid", "dp_size_local": 0}, ("tcp", "tcp", 100)),
+        ({"balancing": "external", "dp_size_local": 1}, ("tcp", "tcp", 0)),
+        ({"balancing": "external", "stats_interval_ms": 20}, ("tcp", "ipc", 20)),
     ],
 )
 def test_modes(group, using, settings, expected):
@@ -444,7 +444,7 @@ def test_modes(group, using, settings, expected):
 
 def test_hosts(group, using):
     """Guards against addresses of another interface than the one that was asked for."""
-    coordinator = using(Coordinator(group=group, dp_size=1, mode="hybrid", host="127.0.0.2"))
+    coordinator = using(Coordinator(group=group, dp_size=1, balancing="hybrid", host="127.0.0.2"))
     assert coordinator.stats_publish_address.startswith("tcp://127.0.0.2:")
     using(StockFrontend(coordinator.stats_publish_address)).heard()
 
@@ -559,14 +559,15 @@ def test_draining(group, using):
 # Taking over.
 
 
-@pytest.mark.parametrize("mode", ["internal", "external"])
-def test_a_killed_coordinator_is_replaced(group, using, mode):
+@pytest.mark.parametrize("balancing", ["internal", "external"])
+def test_a_killed_coordinator_is_replaced(group, using, balancing):
     """Guards against a restart that forgets waves, bookings or drains, or that the others never notice."""
     first = using(Remote())
     first.run(
-        "coordinator = Coordinator(group=group, dp_size=2, mode=mode, dp_size_local=2)\ncoordinator.drain(1)",
+        "coordinator = Coordinator(group=group, dp_size=2, balancing=balancing, dp_size_local=2)\n"
+        "coordinator.drain(1)",
         group=group,
-        mode=mode,
+        balancing=balancing,
     )
     engines = [using(Engine.attach(group, dp_rank)) for dp_rank in (0, 1)]
     frontend = using(Frontend.attach(group))
@@ -579,14 +580,14 @@ def test_a_killed_coordinator_is_replaced(group, using, mode):
     # Nothing that a request needs is in the coordinator.
     booked += [frontend.route(10) for _ in range(3)]
     assert {route.dp_rank for route in booked} == {0}
-    assert frontend.snapshot()[0]["unseen"] == 6
+    assert frontend.snapshot()[0]["in_flight"] == 6
 
-    second = using(Coordinator(group=group, dp_size=2, mode=mode, dp_size_local=2))
+    second = using(Coordinator(group=group, dp_size=2, balancing=balancing, dp_size_local=2))
     board = second.board
     assert (word(second, "epoch"), word(second, "coordinator_pid")) == (2, os.getpid())
     assert (board.wave, board.phase) == (4, Phase.RUNNING)
     assert board.snapshot()["state"].tolist() == ["running", "drained"]
-    assert board.snapshot()[0]["unseen_tokens"] == 60
+    assert board.snapshot()[0]["in_flight_tokens"] == 60
     second.wait_ready(0)
     for engine in engines:
         engine.wave_complete()
@@ -627,7 +628,7 @@ def test_a_takeover_while_waking(group, using):
     wait_until(lambda: second.board.phase is Phase.RUNNING)
 
 
-@pytest.mark.parametrize("change", [{"waves": False}, {"mode": "hybrid"}, {"counts_with_kv": False}])
+@pytest.mark.parametrize("change", [{"waves": False}, {"balancing": "hybrid"}, {"counts_with_kv": False}])
 def test_a_takeover_with_other_settings_is_refused(group, using, change):
     """Guards against a coordinator whose idea of the group is not that of those who live in it."""
     first = using(Remote())

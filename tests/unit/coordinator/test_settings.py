@@ -19,7 +19,7 @@ def test_the_defaults_are_those_that_the_documentation_names():
         "group": "g",
         "dp_size": 8,
         "dp_size_local": None,
-        "mode": "internal",
+        "balancing": "internal",
         "host": "127.0.0.1",
         "curve_dir": None,
         "insecure": False,
@@ -73,7 +73,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("file_mode", {"file_mode": 0o440}, "file_mode is 0o440"),
     ("file_mode", {"file_mode": 0o4600}, "file_mode is 0o4600"),
     ("file_mode", {"file_mode": -1}, "file_mode is 0o-1"),
-    ("mode", {"mode": "Internal"}, "'Internal'"),
+    ("balancing", {"balancing": "Internal"}, "'Internal'"),
     ("waves", {"waves": 1}, "expected `bool`, got `int`"),
     ("group", {"group": None}, "expected `str`, got `null`"),
     ("dpsize", {"dpsize": 8}, "unknown setting 'dpsize': choose from group, dp_size, "),
@@ -112,7 +112,7 @@ def test_what_is_missing_is_named(missing: str):
         {"stall_timeout_s": 0},
         {"ready_timeout_s": 0.0},
         {"wake_timeout_s": 1},
-        {"mode": "hybrid"},
+        {"balancing": "hybrid"},
         {"file_mode": 0o640},
         {"file_mode": 0o644},
         {"metrics_port": 0},
@@ -133,7 +133,7 @@ def test_room_for_engines_grows_with_dp_size():
 
 
 @pytest.mark.parametrize(
-    ("mode", "given", "interval", "local"),
+    ("balancing", "given", "interval", "local"),
     [
         ("internal", None, 100, True),
         ("hybrid", None, 100, False),
@@ -142,9 +142,11 @@ def test_room_for_engines_grows_with_dp_size():
         ("internal", 0, 0, True),
     ],
 )
-def test_what_the_mode_decides(mode: str, given: int | None, interval: int, local: bool):
-    """Guards against counts in external mode, where engines report none, and ipc to front-ends elsewhere."""
-    settings = make_settings(group="g", dp_size=2, mode=mode, stats_interval_ms=given)
+def test_what_balancing_decides(balancing: str, given: int | None, interval: int, local: bool):
+    """Guards against counts with external balancing, where engines report none, and ipc to front-ends
+    elsewhere.
+    """
+    settings = make_settings(group="g", dp_size=2, balancing=balancing, stats_interval_ms=given)
     assert settings.interval_ms == interval
     assert settings.frontends_local is local
 
@@ -156,7 +158,7 @@ def test_engines_elsewhere_need_tcp():
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "*", "10.0.0.1", "::", "eth0", "node7.example", "127.0.0.1.example"])
-@pytest.mark.parametrize("tcp", [{"mode": "hybrid"}, {"mode": "external"}, {"dp_size_local": 3}])
+@pytest.mark.parametrize("tcp", [{"balancing": "hybrid"}, {"balancing": "external"}, {"dp_size_local": 3}])
 def test_other_machines_come_in_with_keys_or_on_purpose(host: str, tcp: dict[str, Any]):
     """Guards against sockets that a whole network can reach because nobody thought of it."""
     given = {"group": "g", "dp_size": 4, "host": host, **tcp}
@@ -172,12 +174,12 @@ def test_other_machines_come_in_with_keys_or_on_purpose(host: str, tcp: dict[str
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost", "lo"])
 def test_this_machine_alone_needs_no_keys(host: str):
     """Guards against keys asked for where only this machine comes in."""
-    assert make_settings(group="g", dp_size=4, host=host, mode="hybrid").host == host
+    assert make_settings(group="g", dp_size=4, host=host, balancing="hybrid").host == host
 
 
 def test_settings_survive_the_way_to_the_daemon():
     """Guards against a coordinator process that runs with other settings than it was given."""
-    settings = make_settings(group="g", dp_size=4, mode="hybrid", wake_timeout_s=2.5, max_engines=9)
+    settings = make_settings(group="g", dp_size=4, balancing="hybrid", wake_timeout_s=2.5, max_engines=9)
     assert make_settings(**msgspec.json.decode(msgspec.json.encode(settings))) == settings
 
 

@@ -76,10 +76,10 @@ def test_an_engine_with_work_that_does_not_move_is_stalled(watch, engine):
     assert watch.after(59) is Verdict.ALIVE
 
 
-@pytest.mark.parametrize("work", ["waiting", "step", "unseen"])
+@pytest.mark.parametrize("work", ["waiting", "step", "in_flight"])
 def test_what_counts_as_work(watch, engine, using, work):
     """Guards against an engine that hangs in a step, or does not take its messages, and is not noticed."""
-    if work == "unseen":
+    if work == "in_flight":
         frontend = using(Frontend.attach(watch.board.segment.group))
         watch.after(0)
         frontend.route(dp_rank=0)

@@ -357,7 +357,7 @@ def test_a_stock_engines_report_is_on_the_board(coordinator, stock, group, using
     stock[1].report(2, 5, 0.5, step=8, wave=3)
     wait_until(lambda: board.load[1] != 0)
     row = board.snapshot(time.monotonic_ns())[1]
-    assert (row["waiting"], row["running"], row["unseen"], row["unseen_tokens"]) == (2, 5, 0, 0)
+    assert (row["waiting"], row["running"], row["in_flight"], row["in_flight_tokens"]) == (2, 5, 0, 0)
     assert (row["step"], row["stock"], row["verdict"]) == (8, True, "alive")
     assert row["kv_cache_usage"] == pytest.approx(0.5, abs=1e-4)
     assert row["age_ns"] >= 0

@@ -92,7 +92,7 @@ def test_a_load_is_packed_as_the_layout_says(board, group, using, kind):
     for waiting, running, kv in ((0, 0, 0.0), (3, 100, 0.4), (1, 2, 1.0), (5, 0, np.float32(0.7))):
         engine.publish(waiting=kind(waiting), running=kind(running), kv_cache_usage=kv)
         assert board.load[0] == pack_load(waiting, running, kv)
-        assert board.request_balance[0] == waiting + running
+        assert board.request_offset[0] == waiting + running
 
 
 @pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int32, np.uint32, np.int64, np.uint64])
@@ -199,7 +199,9 @@ def test_attach_takes_a_row_from_its_predecessor(board, group, using):
     second = using(Engine.attach(group, 0))
     row = board.snapshot()[0]
     assert row["incarnation"] == 2
-    assert [row[name] for name in ("requests", "unseen_tokens", "steps", "generation_tokens", "step")] == [0] * 5
+    assert [row[name] for name in ("requests", "in_flight_tokens", "steps", "generation_tokens", "step")] == [
+        0
+    ] * 5
     assert (board.received_requests[0, 1], board.received_tokens[0, 1]) == (8, 80)
     assert (second.wave, second.running, row["wave"]) == (5, False, 5)
 

@@ -10,7 +10,7 @@ import pytest
 from dpshm import Engine, Frontend
 from dpshm.board.segment import Segment
 from dpshm.frontend import decision_lock
-from dpshm.frontend.decision_lock import Turnstile
+from dpshm.frontend.decision_lock import DecisionLock
 from tests.support import LoneBoard, Remote
 
 PATIENT_NS = 60_000_000_000
@@ -20,7 +20,7 @@ PATIENT_NS = 60_000_000_000
 def turnstiles(group, using):
     """Two handles' turnstiles on one segment."""
     using(LoneBoard(group, watched=False))
-    return [Turnstile(using(Segment.attach(group))) for _ in range(2)]
+    return [DecisionLock(using(Segment.attach(group))) for _ in range(2)]
 
 
 def test_one_at_a_time(turnstiles):
@@ -37,11 +37,11 @@ def test_one_at_a_time(turnstiles):
 def test_a_holder_that_dies_holds_up_nobody(group, using):
     """Guards against a group that stops routing because a front-end was killed in the middle of a decision."""
     using(LoneBoard(group, watched=False))
-    mine = Turnstile(using(Segment.attach(group)))
+    mine = DecisionLock(using(Segment.attach(group)))
     remote = using(Remote())
     remote.run(
-        "from dpshm.board.segment import Segment\nfrom dpshm.frontend.decision_lock import Turnstile\n"
-        "t = Turnstile(Segment.attach(group)); assert t.enter()",
+        "from dpshm.board.segment import Segment\nfrom dpshm.frontend.decision_lock import DecisionLock\n"
+        "t = DecisionLock(Segment.attach(group)); assert t.enter()",
         group=group,
     )
     assert not mine.enter()
@@ -56,8 +56,8 @@ def test_a_holder_that_is_stopped_holds_up_nobody(group, using):
     frontend = using(Frontend.attach(group, exclusive=True))
     remote = using(Remote())
     remote.run(
-        "from dpshm.board.segment import Segment\nfrom dpshm.frontend.decision_lock import Turnstile\n"
-        "t = Turnstile(Segment.attach(group)); assert t.enter()",
+        "from dpshm.board.segment import Segment\nfrom dpshm.frontend.decision_lock import DecisionLock\n"
+        "t = DecisionLock(Segment.attach(group)); assert t.enter()",
         group=group,
     )
     remote.signal(signal.SIGSTOP)
@@ -79,7 +79,7 @@ def test_the_lock_is_given_back_whatever_happens(group, using):
     frontend = using(Frontend.attach(group, policy=policy, exclusive=True))
     with pytest.raises(ZeroDivisionError):
         frontend.route(1)
-    assert Turnstile(using(Segment.attach(group))).enter()
+    assert DecisionLock(using(Segment.attach(group))).enter()
 
 
 def test_decisions_see_all_bookings(group, using, monkeypatch):
@@ -89,9 +89,9 @@ def test_decisions_see_all_bookings(group, using, monkeypatch):
         using(Engine.attach(group, rank))
     ours = using(Frontend.attach(group, exclusive=True))
     remotes = [using(Remote()) for _ in range(2)]
-    monkeypatch.setattr(decision_lock, "PATIENCE_NS", PATIENT_NS)  # on a busy machine a holder may be set aside
+    monkeypatch.setattr(decision_lock, "TIMEOUT_NS", PATIENT_NS)  # on a busy machine a holder may be set aside
     code = (
-        "from dpshm.frontend import decision_lock\ndecision_lock.PATIENCE_NS = patient\n"
+        "from dpshm.frontend import decision_lock\ndecision_lock.TIMEOUT_NS = patient\n"
         "f = Frontend.attach(group, exclusive=True)\nchosen = []"
     )
     for remote in remotes:

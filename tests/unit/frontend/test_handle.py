@@ -76,8 +76,8 @@ def test_bookings_count_at_once_for_everybody(engines, group, using):
     assert counts == {0: 10, 1: 10, 2: 10}
     for frontend in frontends:
         seen = frontend.snapshot()
-        assert seen["unseen"].tolist() == [10, 10, 10]
-        assert seen["unseen_tokens"].tolist() == [100, 100, 100]
+        assert seen["in_flight"].tolist() == [10, 10, 10]
+        assert seen["in_flight_tokens"].tolist() == [100, 100, 100]
 
 
 def test_a_new_frontends_first_booking_is_seen_by_the_others(engines, group, using):
@@ -86,7 +86,7 @@ def test_a_new_frontends_first_booking_is_seen_by_the_others(engines, group, usi
     for i in range(8):
         frontends.append(using(Frontend.attach(group, owner=f"api-{i}")))
         frontends[-1].route(dp_rank=1)
-        assert [f.snapshot()[1]["unseen"] for f in frontends] == [i + 1] * (i + 1)
+        assert [f.snapshot()[1]["in_flight"] for f in frontends] == [i + 1] * (i + 1)
 
 
 def test_a_restarted_frontends_first_booking_is_seen_by_the_others(engines, group, using):
@@ -100,7 +100,7 @@ def test_a_restarted_frontends_first_booking_is_seen_by_the_others(engines, grou
     successor = using(Frontend.attach(group, owner="api"))
     assert successor.index == index
     successor.route(dp_rank=2)
-    assert observer.snapshot()[2]["unseen"] == 1
+    assert observer.snapshot()[2]["in_flight"] == 1
 
 
 def test_ties_go_round(engines, group, using):
@@ -212,7 +212,7 @@ def test_a_policy_of_ones_own(board, group, using):
         return 1
 
     board.load[:2] = [pack_load(1, 2, 0.5), pack_load(0, 4, 0.0)]
-    board.request_balance[:2] = [3, 4]
+    board.request_offset[:2] = [3, 4]
     frontend = using(Frontend.attach(group, policy=last))
     frontend.route(prompt_tokens=9)
     frontend.route()
@@ -285,7 +285,7 @@ def test_a_request_that_never_arrived_heals_with_the_next_end(board, group, usin
     engine.receive(frontend.index, 7)
     engine.publish(waiting=1, running=0)
     lost.done()
-    assert frontend.snapshot()[0]["unseen"] == 1  # it cannot know yet which of the two arrived
+    assert frontend.snapshot()[0]["in_flight"] == 1  # it cannot know yet which of the two arrived
     engine.publish(waiting=0, running=0)
     arrives.done()
     assert (board.sent_requests[0, 0], board.sent_tokens[0, 0]) == (1, 7)
@@ -305,7 +305,7 @@ def test_a_booking_on_top_of_a_predecessors_late_message(board, group, using):
     engine.publish(waiting=0, running=0)
     frontend.route(20, dp_rank=0)
     seen = frontend.snapshot()[0]
-    assert (seen["unseen"], seen["unseen_tokens"]) == (1, 20)
+    assert (seen["in_flight"], seen["in_flight_tokens"]) == (1, 20)
 
 
 @pytest.mark.parametrize("prompt_tokens", [1 << 70, "12", 1.5])
@@ -407,7 +407,7 @@ def test_a_restart_gets_the_same_row_when_nothing_is_on_its_way(engines, group, 
     assert (other.index, first.index, second.index) == (0, 1, 1)
     assert second.board.owner_of(1) == "api"
     assert second.board.frontend_incarnation[1] == 2
-    assert second.snapshot()["unseen"].tolist() == [0, 0, 0]
+    assert second.snapshot()["in_flight"].tolist() == [0, 0, 0]
 
 
 def test_a_restart_gets_another_row_when_something_is_on_its_way(engines, group, using):
@@ -419,7 +419,7 @@ def test_a_restart_gets_another_row_when_something_is_on_its_way(engines, group,
     assert (first.index, second.index) == (0, 1)
     engines[0].receive(first.index, 10)
     engines[0].publish(waiting=1, running=0)
-    assert second.snapshot()["unseen"].tolist() == [0, 0, 0]
+    assert second.snapshot()["in_flight"].tolist() == [0, 0, 0]
     third = using(Frontend.attach(group, owner="api"))
     assert third.index == 0
 
@@ -478,10 +478,10 @@ def test_close_takes_the_bookings_out_of_the_sums(engines, group, using):
     """Guards against a front-end that left and whose lost requests weigh on an engine for ever."""
     observer, frontend = (using(Frontend.attach(group, owner=name)) for name in ("observer", "api"))
     frontend.route(10, dp_rank=0)
-    assert observer.snapshot()[0]["unseen"] == 1
+    assert observer.snapshot()[0]["in_flight"] == 1
     frontend.close()
     frontend.close()
-    wait_until(lambda: observer.snapshot()[0]["unseen"] == 0)
+    wait_until(lambda: observer.snapshot()[0]["in_flight"] == 0)
 
 
 def test_no_such_group(group):
@@ -619,7 +619,7 @@ if (child := os.fork()) == 0:
         remote.kill()
         wait_until(lambda: frontend_verdict(coordinator.board, index) is Verdict.DEAD)
         assert not gone(child)
-        assert coordinator.board.snapshot()[0]["unseen"] == 0
+        assert coordinator.board.snapshot()[0]["in_flight"] == 0
     finally:
         os.kill(child, signal.SIGKILL)
 
@@ -762,7 +762,7 @@ def test_without_a_coordinator_ones_own_bookings_count(group, using):
     frontend = using(Frontend.attach(group))
     assert Counter(frontend.route(10).dp_rank for _ in range(12)) == {0: 8, 1: 4}
     seen = frontend.snapshot()
-    assert seen["unseen"].tolist() == [8, 4]
+    assert seen["in_flight"].tolist() == [8, 4]
     assert seen["verdict"].tolist() == ["alive", "alive"]
 
 
@@ -792,7 +792,7 @@ def test_what_a_policy_sees_has_the_groups_size(board, group, using, dp_size):
     sizes = []
 
     def policy(view, request):
-        sizes.append({len(a) for a in (view.ranks, view.load, view.unseen, view.requests, view.own)})
+        sizes.append({len(a) for a in (view.ranks, view.load, view.in_flight, view.requests, view.own)})
         return dp_size - 1
 
     frontend = using(Frontend.attach(group, policy=policy))
@@ -803,7 +803,7 @@ def test_what_a_policy_sees_has_the_groups_size(board, group, using, dp_size):
 def test_choose_books_nothing(board, group, using):
     """Guards against a question that changes the answer: `choose` only looks."""
     frontend = using(Frontend.attach(group))
-    board.load[0], board.request_balance[0] = pack_load(5, 0, 0.0), 5
+    board.load[0], board.request_offset[0] = pack_load(5, 0, 0.0), 5
     assert frontend.choose(100) == 1
     assert frontend.choose(100) == frontend.route(100).dp_rank == 1
     assert board.sent_requests[frontend.index, :2].tolist() == [0, 1]

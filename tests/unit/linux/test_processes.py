@@ -16,7 +16,7 @@ import dpshm
 from dpshm.linux import processes
 
 PACKAGE_ROOT = Path(dpshm.__file__).parents[1]
-PATIENCE_S = 20
+TIMEOUT_S = 20
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def test_a_pidfd_is_readable_once_its_process_is_gone():
         assert not os.get_inheritable(fd)
         assert not readable(fd, 0)
         process.kill()
-        assert readable(fd, PATIENCE_S)
+        assert readable(fd, TIMEOUT_S)
         os.close(fd)
 
 

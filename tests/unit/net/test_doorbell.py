@@ -14,7 +14,7 @@ from dpshm import Coordinator, Engine, Frontend
 from dpshm.board.segment import sockets_path
 from dpshm.board.words import pack_control
 from dpshm.net import wire
-from dpshm.net.doorbell import MOST_RANKS, Doorbell, Ringer
+from dpshm.net.doorbell import MOST_RANKS, Doorbell, DoorbellClient
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
 from tests.support import LoneBoard, Remote, StockFrontend, polled, wait_until
@@ -140,7 +140,7 @@ def test_a_flood_ends(folder, board, group, using):
 
 def test_who_does_not_listen_holds_nobody_up(folder):
     """Guards against a front-end that waits for an engine, or raises since there is none."""
-    with closing(Doorbell(folder, 1)) as bell, closing(Ringer(folder, 3)) as ringer:
+    with closing(Doorbell(folder, 1)) as bell, closing(DoorbellClient(folder, 3)) as ringer:
         for wave in range(5000):
             ringer.ring(wave)  # ranks 0 and 2 have none
         starts = [wire.decode_start(data).wave for data in bell.take()]

@@ -13,7 +13,7 @@ def make_rank(dp_rank: int = 0, **fields: Any) -> Rank:
         (
             "waiting",
             "running",
-            "unseen",
+            "in_flight",
             "prefill_backlog",
             "wave",
             "step",
@@ -39,14 +39,20 @@ def make_rank(dp_rank: int = 0, **fields: Any) -> Rank:
     }
     made = {**base, **zero, **fields, "dp_rank": dp_rank}
     made.setdefault("routable", made["state"] in ("running", "idle", "waking", "paused"))
-    made.setdefault("requests", made["waiting"] + made["running"] + made["unseen"])
+    made.setdefault("requests", made["waiting"] + made["running"] + made["in_flight"])
     return Rank(**made)
 
 
 def make_frontend(index: int = 0, **fields: Any) -> Frontend:
     """A living front-end that sent nothing."""
     base = {"owner": f"api:{index}", "state": "alive", "age_s": 0.1, "pid": 2000 + index, "incarnation": 1}
-    zero: dict[str, Any] = {"version": "0.1.0", "routed": 0, "unseen": 0, "sent_by_rank": [], "unseen_by_rank": []}
+    zero: dict[str, Any] = {
+        "version": "0.1.0",
+        "routed": 0,
+        "in_flight": 0,
+        "sent_by_rank": [],
+        "in_flight_by_rank": [],
+    }
     return Frontend(**{**base, **zero, "index": index, **fields})
 
 
@@ -66,7 +72,7 @@ def make_frame(ranks: list[Rank], frontends: list[Frontend] | None = None, **fie
         "monotonic_s": 100.0,
         "group": "g",
         "linked": True,
-        "mode": "internal",
+        "balancing": "internal",
         "waves": True,
         "dp_size": len(ranks),
         "max_engines": 64,

@@ -46,7 +46,7 @@ def test_without_a_coordinator_the_operator_writes(group, using):
 
 def test_a_coordinator_that_does_not_answer_is_named(group, using, monkeypatch: pytest.MonkeyPatch):
     """Guards against a drain that is said to be done, or waits for ever, when the coordinator hangs."""
-    monkeypatch.setattr(drain, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(drain, "TIMEOUT_S", 0.2)
     remote = using(Remote())
     remote.run("coordinator = Coordinator(group=group, dp_size=1)", group=group)
     board = using(Board.attach(group))

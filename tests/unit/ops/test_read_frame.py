@@ -50,14 +50,14 @@ def test_everything_that_was_published_is_seen(group, using, coordinator, seen):
     engine.publish(waiting=2, running=5, kv_cache_usage=0.5, prefill_backlog=70, step=9)
     frame = seen()
     rank, row = frame.ranks[0], frame.frontends[0]
-    assert (rank.waiting, rank.running, rank.unseen, rank.requests) == (2, 5, 1, 8)
+    assert (rank.waiting, rank.running, rank.in_flight, rank.requests) == (2, 5, 1, 8)
     assert (rank.prefill_backlog, rank.step, rank.steps, rank.requests_finished) == (570, 9, 1, 4)
     assert (rank.prompt_tokens, rank.generation_tokens, rank.dummy_steps) == (300, 3, 0)
     assert rank.kv_cache_usage == pytest.approx(0.5, abs=1e-4)
     assert (rank.state, rank.routable, rank.pid, rank.version) == ("running", True, os.getpid(), __version__)
     assert 0 <= rank.age_s < 30
-    assert (row.owner, row.state, row.routed, row.unseen) == ("api", "alive", 2, 1)
-    assert (row.sent_by_rank, row.unseen_by_rank) == ([2, 0], [1, 0])
+    assert (row.owner, row.state, row.routed, row.in_flight) == ("api", "alive", 2, 1)
+    assert (row.sent_by_rank, row.in_flight_by_rank) == ([2, 0], [1, 0])
     assert frame.ranks[1].state == "absent"
     assert (frame.coordinator.state, frame.coordinator.version) == ("alive", __version__)
 
@@ -75,11 +75,11 @@ def test_the_fields_of_schema_1_are_these(coordinator, seen):
     frame = json.loads(msgspec.json.encode(seen()))
     assert frame["schema_version"] == 1
     assert " ".join(frame) == (
-        "schema_version time monotonic_s group linked mode waves dp_size max_engines max_frontends wave phase "
+        "schema_version time monotonic_s group linked balancing waves dp_size max_engines max_frontends wave phase "
         "revision waves_per_minute balance rates_over_s coordinator ranks frontends"
     )
     assert " ".join(frame["ranks"][0]) == (
-        "dp_rank state routable drained stock waiting running unseen requests prefill_backlog kv_cache_usage "
+        "dp_rank state routable drained stock waiting running in flight requests prefill_backlog kv_cache_usage "
         "wave step age_s step_age_s pid incarnation version steps dummy_steps busy_s prompt_tokens "
         "generation_tokens requests_finished step_ms busy requests_per_s prompt_tokens_per_s "
         "generation_tokens_per_s"
@@ -100,7 +100,7 @@ def test_without_a_coordinator_the_locks_tell(group, elsewhere, using, seen):
     victim, stays = using(Remote()), using(Engine.attach(group, 1))
     victim.run("e = Engine.attach(group, 0); f = Frontend.attach(group); f.route(10, dp_rank=1)", group=group)
     stays.publish(waiting=1, running=0)
-    assert seen().ranks[1].unseen == 1
+    assert seen().ranks[1].in_flight == 1
     elsewhere.kill()
     victim.kill()
     frame = seen()
@@ -108,7 +108,7 @@ def test_without_a_coordinator_the_locks_tell(group, elsewhere, using, seen):
     assert frame.ranks[0].state == "dead"
     assert frame.ranks[1].state in ("idle", "running")
     assert [r.routable for r in frame.ranks] == [False, True]
-    assert (frame.frontends[0].state, frame.ranks[1].unseen, frame.ranks[1].requests) == ("dead", 0, 1)
+    assert (frame.frontends[0].state, frame.ranks[1].in_flight, frame.ranks[1].requests) == ("dead", 0, 1)
 
 
 @pytest.mark.slow

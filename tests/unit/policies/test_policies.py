@@ -37,9 +37,9 @@ MODEL, UNLEARNT = learnt(), [0] * len(STEP_MODEL_WORDS)
 def seen(arrays: bool, ranks: list[int], load: list[int], **more: Any) -> View:
     """What a front-end shows of a group: lists, or what a large group has, of which `own` is a list too."""
     zeros = [0] * len(load)
-    unseen, tokens = more.get("unseen", zeros), more.get("tokens", zeros)
+    in_flight, tokens = more.get("in_flight", zeros), more.get("tokens", zeros)
     # As the board's own words would: what overflows wraps.
-    counts = [(word >> 40) + (word >> 16 & 0xFFFFFF) + n for word, n in zip(load, unseen, strict=True)]
+    counts = [(word >> 40) + (word >> 16 & 0xFFFFFF) + n for word, n in zip(load, in_flight, strict=True)]
     requests = [(n + (1 << 63)) % (1 << 64) - (1 << 63) for n in counts]
     rows = {"requests": requests, "tokens": tokens}
     rows |= {"ranks": ranks, "load": load, "models": more.get("models", [MODEL] * len(load))}
@@ -77,7 +77,7 @@ def group(rng: random.Random, *, wild: bool = False) -> dict[str, Any]:
     return {
         "ranks": rng.sample(range(n), rng.randint(1, n)),
         "load": column(1) if wild else loads,
-        "unseen": column(4),
+        "in_flight": column(4),
         "own": [rng.randrange(4) for _ in range(n)],
         "num_frontends": rng.randint(1, 8),
         "tokens": column(4000),
@@ -155,7 +155,7 @@ FULL = pack_load(1, 0, 1.0)
 
 
 @pytest.mark.parametrize(
-    ("load", "unseen", "chosen"),
+    ("load", "in_flight", "chosen"),
     [
         ([pack_load(0, 3, 0), pack_load(2, 0, 0), pack_load(0, 4, 0)], [0, 0, 0], 1),
         ([pack_load(0, 3, 0), pack_load(2, 0, 0), pack_load(0, 4, 0)], [0, 2, 0], 0),  # booked since the report
@@ -167,13 +167,15 @@ FULL = pack_load(1, 0, 1.0)
         ([FULL, FULL, FULL], [1, 0, 1], 1),
     ],
 )
-def test_least_loaded_joins_the_shortest_queue(load: list[int], unseen: list[int], chosen: int):
-    """Guards against leaving out what is unseen, saturated loads that wrap, and pushing out running requests."""
-    assert choose(policies.least_loaded, [0, 1, 2], load, unseen=unseen) == chosen
+def test_least_loaded_joins_the_shortest_queue(load: list[int], in_flight: list[int], chosen: int):
+    """Guards against leaving out what is in flight, saturated loads that wrap, and pushing out running
+    requests.
+    """
+    assert choose(policies.least_loaded, [0, 1, 2], load, in_flight=in_flight) == chosen
 
 
 @pytest.mark.parametrize(
-    ("load", "unseen", "own", "num_frontends", "chosen"),
+    ("load", "in_flight", "own", "num_frontends", "chosen"),
     [
         # scores: 5, 4
         ([pack_load(2, 3, 0.2), pack_load(0, 4, 0.9)], [0, 0], [0, 0], 8, 1),
@@ -185,19 +187,21 @@ def test_least_loaded_joins_the_shortest_queue(load: list[int], unseen: list[int
         ([pack_load(0, 1, 0.0), pack_load(0, 7, 0.0)], [0, 0], [2, 0], 4, 1),
         # max(4 * 2, 9) = 9, 8
         ([pack_load(0, 9, 0.0), pack_load(0, 8, 0.0)], [0, 0], [2, 2], 4, 1),
-        # 1 unseen + 6 * 1 * 0.5 = 4, 3: what is on its way waits
+        # 1 in flight + 6 * 1 * 0.5 = 4, 3: what is on its way waits
         ([pack_load(0, 0, 1.0), pack_load(0, 3, 0.0)], [1, 0], [0, 0], 1, 1),
     ],
 )
-def test_the_choice_of_vllm(load: list[int], unseen: list[int], own: list[int], num_frontends: int, chosen: int):
+def test_the_choice_of_vllm(
+    load: list[int], in_flight: list[int], own: list[int], num_frontends: int, chosen: int
+):
     """Guards against a formula that drifts from that of vLLM's API servers."""
-    assert choose(policies.vllm, [0, 1], load, unseen=unseen, own=own, num_frontends=num_frontends) == chosen
+    assert choose(policies.vllm, [0, 1], load, in_flight=in_flight, own=own, num_frontends=num_frontends) == chosen
 
 
 def test_round_robin_looks_at_nothing():
     """Guards against a baseline that balances."""
     load = [pack_load(1 << 22, 1 << 22, 1.0)] * 2 + [0]
-    assert [choose(policies.round_robin, [e, 2], load, unseen=[9, 9, 0]) for e in (0, 1)] == [0, 1]
+    assert [choose(policies.round_robin, [e, 2], load, in_flight=[9, 9, 0]) for e in (0, 1)] == [0, 1]
 
 
 def test_least_work_goes_where_the_first_token_comes_first():
@@ -234,7 +238,7 @@ def test_a_popular_key_is_shared_out():
     """Guards against one rank that gets all requests of one key, beyond its bound."""
     requests, tokens = [0] * 4, [0] * 4
     for _ in range(60):
-        rows = {"ranks": [0, 1, 2, 3], "load": [0] * 4, "unseen": requests, "tokens": tokens}
+        rows = {"ranks": [0, 1, 2, 3], "load": [0] * 4, "in_flight": requests, "tokens": tokens}
         chosen = choose(Affinity(epsilon=0.25), **rows)
         expected = LeastWork().expected_ns(seen(False, **rows), REQUEST)
         assert expected[chosen] <= 1.25 * sum(expected) / 4
@@ -293,7 +297,7 @@ def test_every_bound_that_is_accepted_leaves_a_rank(epsilon: str):
     except SettingError:
         return
     for load in ([0, 0], [pack_load(0, 3, 0), 0], [pack_load(0, (1 << 24) - 1, 0)] * 2):
-        assert choose(policy, [0, 1], load, unseen=[(1 << 40) + 1] * 2) in (0, 1)
+        assert choose(policy, [0, 1], load, in_flight=[(1 << 40) + 1] * 2) in (0, 1)
 
 
 def test_two_choices_are_drawn_evenly():
@@ -338,4 +342,4 @@ def test_requests_are_reported_and_unseen(rng: random.Random):
     assert isinstance(as_array, np.ndarray)
     assert as_array.dtype == np.int64
     assert as_array.tolist() == as_list
-    assert all(r >= u for r, u in zip(as_list, view["unseen"], strict=True))
+    assert all(r >= u for r, u in zip(as_list, view["in_flight"], strict=True))

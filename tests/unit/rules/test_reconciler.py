@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpshm.rules.reconciler import EngineRow, RowWatch
+from dpshm.rules.reconciler import RowState, WaveReconciler
 from dpshm.rules.waves import CoordinatorState, Phase, RanksIdle, RanksSplit, SeenRunning, WakeTimer
 
 RESEND, TIMEOUT = 200, 1000
@@ -12,14 +12,14 @@ T = 10_000  # when the tests begin
 PAUSED, WAKING, RUNNING = (CoordinatorState(5, phase) for phase in Phase)
 
 
-def rows(*waves: int) -> list[EngineRow]:
+def rows(*waves: int) -> list[RowState]:
     """One row a rank; a negative wave is that of an idle rank (wave 0 is not used)."""
-    return [EngineRow(dp_rank, abs(wave), wave > 0) for dp_rank, wave in enumerate(waves)]
+    return [RowState(dp_rank, abs(wave), wave > 0) for dp_rank, wave in enumerate(waves)]
 
 
-def watch() -> RowWatch:
+def watch() -> WaveReconciler:
     """A new watch."""
-    return RowWatch(RESEND, TIMEOUT)
+    return WaveReconciler(RESEND, TIMEOUT)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def watch() -> RowWatch:
     ],
 )
 def test_at_first_sight_only_running_rows_say_something(
-    state: CoordinatorState, shown: list[EngineRow], events: list[object]
+    state: CoordinatorState, shown: list[RowState], events: list[object]
 ):
     """Guards against acting at once on what the next message is about to explain."""
     assert watch().look(T, state, shown) == events
@@ -65,7 +65,7 @@ def test_at_first_sight_only_running_rows_say_something(
         (RUNNING, rows(5, 5, 5, -5), 5),
     ],
 )
-def test_ranks_that_stay_split_are_told_apart(state: CoordinatorState, shown: list[EngineRow], wave: int):
+def test_ranks_that_stay_split_are_told_apart(state: CoordinatorState, shown: list[RowState], wave: int):
     """Guards against a rank that waits in a collective for one whose START was lost."""
     rows_ = watch()
     assert rows_.look(T, state, shown) == []
@@ -96,7 +96,7 @@ def test_a_split_that_healed_counts_anew():
         (RUNNING, rows(-5), 5),
     ],
 )
-def test_ranks_that_stay_idle_end_the_wave(state: CoordinatorState, shown: list[EngineRow], wave: int):
+def test_ranks_that_stay_idle_end_the_wave(state: CoordinatorState, shown: list[RowState], wave: int):
     """Guards against a phase that stays RUNNING for ever because one message was lost."""
     rows_ = watch()
     assert rows_.look(T, state, shown) == []
@@ -137,7 +137,7 @@ def test_no_rows_are_no_evidence():
 
 
 @pytest.mark.parametrize("shown", [rows(-5, -5), rows()], ids=["idle", "stock engines"])
-def test_an_unanswered_wake_up_is_repeated_and_given_up(shown: list[EngineRow]):
+def test_an_unanswered_wake_up_is_repeated_and_given_up(shown: list[RowState]):
     """Guards against a lost START that nobody repeats, and one that is repeated for ever."""
     rows_ = watch()
     seen = {at: rows_.look(T + at, WAKING, shown) for at in range(0, TIMEOUT + 1, 100)}
@@ -184,7 +184,7 @@ def test_while_a_rank_runs_the_wake_up_waits():
         (WAKING, rows(-5), WakeTimer(False)),
     ],
 )
-def test_time_may_begin_at_zero(state: CoordinatorState, shown: list[EngineRow], event: object):
+def test_time_may_begin_at_zero(state: CoordinatorState, shown: list[RowState], event: object):
     """Guards against an instant that reads as "not set", in the simulations if not on a machine."""
     rows_ = watch()
     assert rows_.look(0, state, shown) == []

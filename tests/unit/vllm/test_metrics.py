@@ -29,9 +29,9 @@ def test_each_scrape_reads_the_board(shown, using):
     with Coordinator(group=shown, dp_size=2) as coordinator:
         frontend = using(Frontend.attach(shown))
         coordinator._marks.set_engine(1, verdict=1)
-        assert value("dpshm_rank_unseen_requests", 1) == 0
+        assert value("dpshm_rank_in_flight_requests", 1) == 0
         frontend.route(100, dp_rank=1)
-        assert value("dpshm_rank_unseen_requests", 1) == 1
+        assert value("dpshm_rank_in_flight_requests", 1) == 1
         assert value("dpshm_rank_prefill_backlog_tokens", 1) == 100
 
 

@@ -23,7 +23,7 @@ def busy():
         for i in range(256)
     ]  # fmt: skip
     frontends = [
-        make_frontend(i, owner="x" * 48, sent_by_rank=[HUGE] * 256, unseen_by_rank=[i] * 256) for i in range(5)
+        make_frontend(i, owner="x" * 48, sent_by_rank=[HUGE] * 256, in_flight_by_rank=[i] * 256) for i in range(5)
     ]
     return make_frame(ranks, frontends, waves_per_minute=8.0, rates_over_s=1.0)
 
@@ -68,11 +68,11 @@ def test_the_state_is_a_word_and_a_sign_of_its_own():
 
 def test_the_headline_tells_of_the_whole_group():
     """Guards against totals that leave ranks out."""
-    ranks = [make_rank(0, waiting=3, running=4), make_rank(1, state="dead", running=5), make_rank(2, unseen=1)]
+    ranks = [make_rank(0, waiting=3, running=4), make_rank(1, state="dead", running=5), make_rank(2, in_flight=1)]
     frame = make_frame(ranks, balance=1.8, waves_per_minute=8.2)
     lines = [line.plain for line in headline(frame, 200, Glyphs())]
     assert lines[0] == "g · wave 17 running · 8.2 waves/min · balance 1.80 · coordinator alive (pid 42)"
-    assert lines[1] == "3 ranks: 1 dead, 2 running · 3 waiting · 9 running · 1 unseen"
+    assert lines[1] == "3 ranks: 1 dead, 2 running · 3 waiting · 9 running · 1 in flight"
     assert lines[2] == "! out of routing: rank 1 dead: dpshm doctor"
 
 
@@ -100,7 +100,7 @@ def test_a_step_that_lasts_shows_how_long():
 
 def test_front_ends_show_what_is_on_its_way_by_rank():
     """Guards against bookings of one rank shown as another's."""
-    frontends = [make_frontend(0, sent_by_rank=[10, 20, 30], unseen_by_rank=[0, 7, 0])]
+    frontends = [make_frontend(0, sent_by_rank=[10, 20, 30], in_flight_by_rank=[0, 7, 0])]
     title, line = frontend_table(120, Glyphs())
     assert line(frontends[0]).plain[title.plain.index("in flight by rank") :].split() == [
         "0",

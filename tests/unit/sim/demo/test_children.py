@@ -44,7 +44,7 @@ def test_all_end_with_the_context():
 
 def test_a_stopped_child_is_killed(monkeypatch):
     """Guards against waiting for ever for a child that does not hear."""
-    monkeypatch.setattr("dpshm.sim.demo.children.STOP_PATIENCE_S", 0.1)
+    monkeypatch.setattr("dpshm.sim.demo.children.STOP_TIMEOUT_S", 0.1)
     with Children() as children:
         child = start(children)
         wait_ready(children, 1)

@@ -74,7 +74,7 @@ def test_pub_router_uses_its_copy_and_says_how_old_it_is(pair, engines, using):
     route = router.route(10)
     assert route.dp_rank == 1
     assert router.staleness_us == [(int(engines[0].board.beat[1]) - beats[1]) / 1e3]
-    wait_until(lambda: engines[0].board.snapshot()["unseen"].tolist() == [0, 1])  # booked all the same
+    wait_until(lambda: engines[0].board.snapshot()["in_flight"].tolist() == [0, 1])  # booked all the same
     # One request of its own counts for as many as there are front-ends.
     assert router.route(10).dp_rank == 0
     router.done(route)

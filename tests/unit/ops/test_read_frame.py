@@ -75,11 +75,11 @@ def test_the_fields_of_schema_1_are_these(coordinator, seen):
     frame = json.loads(msgspec.json.encode(seen()))
     assert frame["schema_version"] == 1
     assert " ".join(frame) == (
-        "schema_version time monotonic_s group linked balancing waves dp_size max_engines max_frontends wave phase "
-        "revision waves_per_minute balance rates_over_s coordinator ranks frontends"
+        "schema_version time monotonic_s group linked balancing waves dp_size max_engines max_frontends wave "
+        "phase revision waves_per_minute balance rates_over_s coordinator ranks frontends"
     )
     assert " ".join(frame["ranks"][0]) == (
-        "dp_rank state routable drained stock waiting running in flight requests prefill_backlog kv_cache_usage "
+        "dp_rank state routable drained stock waiting running in_flight requests prefill_backlog kv_cache_usage "
         "wave step age_s step_age_s pid incarnation version steps dummy_steps busy_s prompt_tokens "
         "generation_tokens requests_finished step_ms busy requests_per_s prompt_tokens_per_s "
         "generation_tokens_per_s"

@@ -107,7 +107,7 @@ def test_affinity_meets_the_cache(trace):
 
 
 def test_intervals():
-    """Guards against intervals that are too narrow to be of 95 %: half of t * s / sqrt(n) would pass in flight."""
+    """Guards against intervals that are too narrow to be of 95 %: half of t * s / sqrt(n) would pass unnoticed."""
     assert estimate([2.0]).plus_minus is None
     assert estimate([1.0, 3.0]).value == 2.0
     assert estimate([1.0, 3.0]).plus_minus == pytest.approx(12.706, rel=1e-3)

@@ -1,9 +1,9 @@
-"""The prefill backlog of an engine: prompt tokens that it has taken in and not computed, from its own requests.
+"""The prefill backlog of an engine: prompt tokens that it has received and not yet computed.
 
-The scheduler of vLLM keeps no such sum. Requests are followed from their arrival until their prompt is computed
-or they are gone. Only those in the batch change from step to step, so a look goes through the batch and not
-through the queue. Who is followed and not in the batch must be waiting, and the other way round: when the numbers
-differ (one was aborted in the queue, or preempted and has to begin anew) everything is looked through once.
+The scheduler of vLLM keeps no such sum. A request is followed from its arrival until its prompt is computed or it
+ends. Only requests in the batch change from step to step, so an update goes through the batch and not through the
+queue. Followed requests outside the batch must be exactly those that wait. When the numbers differ (a request was
+aborted in the queue, or preempted and begins anew), the update goes through all requests once.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ class PromptedRequest(Protocol):
 
 
 class _Followed:
-    """A request whose prompt is not computed, and what was left of it at the last look."""
+    """A request whose prompt is not computed, and how many tokens of it were left at the last update."""
 
     __slots__ = ("left", "prefill_stats", "request")
 
     def __init__(self, request: PromptedRequest, left: int) -> None:
         self.request = request
         self.left = left
-        # Kept from the beginning: the scheduler fills it in and the first token takes it off the request.
+        # Kept from the start: the scheduler fills it in, and removes it from the request at the first token.
         self.prefill_stats: Any = getattr(request, "prefill_stats", None)
 
     def cached(self) -> int:
-        """Tokens of its prompt found in a cache, told once, when it was first scheduled."""
+        """Tokens of its prompt that were found in a cache; 0 from the second call on."""
         stats, self.prefill_stats = self.prefill_stats, None
         return getattr(stats, "num_cached_tokens", 0)
 
@@ -44,7 +44,7 @@ class PrefillBacklog:
     """Follows the requests of one scheduler whose prompts are not computed.
 
     Attributes:
-        tokens: the backlog at the last look.
+        tokens: the backlog at the last update.
     """
 
     def __init__(self) -> None:
@@ -52,24 +52,24 @@ class PrefillBacklog:
         self.tokens = 0
 
     def add(self, request: PromptedRequest) -> None:
-        """A request came into the queue."""
+        """Follows a request that came into the queue."""
         left = request.num_prompt_tokens - request.num_computed_tokens
         if left > 0 and not request.is_finished():
             self._followed[request.request_id] = _Followed(request, left)
             self.tokens += left
 
-    def look(
+    def update(
         self, batch: Collection[PromptedRequest], num_waiting: int, everything: Iterable[PromptedRequest]
     ) -> int:
-        """Brings `tokens` up to date.
+        """Brings `tokens` up to date with the scheduler.
 
         Args:
-            batch: the requests that the scheduler runs.
-            num_waiting: how many wait.
+            batch: the requests that are running.
+            num_waiting: the number of requests that wait.
             everything: all unfinished requests.
 
         Returns:
-            Prompt tokens computed since the last look; those found in a cache do not count.
+            Prompt tokens computed since the last update; those found in a cache do not count.
         """
         followed = self._followed
         if not followed and not num_waiting:
@@ -78,19 +78,19 @@ class PrefillBacklog:
         for request in batch:
             known = followed.get(request.request_id)
             if known is not None:
-                computed += self._look_at(known)
+                computed += self._update_request(known)
                 if request.request_id in followed:
                     in_batch += 1
         if len(followed) - in_batch != num_waiting:
             for known in list(followed.values()):
-                computed += self._look_at(known)
+                computed += self._update_request(known)
             for request in everything:
                 if request.request_id not in followed:
                     self.add(request)
         return computed
 
-    def _look_at(self, known: _Followed) -> int:
-        """Prompt tokens of one request that were computed since the last look at it."""
+    def _update_request(self, known: _Followed) -> int:
+        """Prompt tokens of one request that were computed since its last update."""
         request, before = known.request, known.left
         left = max(0, request.num_prompt_tokens - request.num_computed_tokens)
         computed = max(0, before - left - known.cached()) if left != before else 0

@@ -1,41 +1,30 @@
 """The launcher's part: dpshm's coordinator where vLLM starts its own, in a process that imports dpshm alone.
 
-vLLM watches the process of its coordinator and ends the server when that ends. A coordinator of dpshm that dies
-can be started again: the new one takes the live board over, with wave and bookings, and binds the same
-addresses, to which everybody reconnects. So what vLLM is given to watch is a stand-in that ends only when a
-restart has failed.
+The factory stands for vLLM's class ``DPCoordinator``. It gives a handle with the same methods
+(`dpshm.vllm.supervisor`), or calls the class itself where dpshm cannot help or does not start.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import select
-import threading
-import time
-from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
 from dpshm.board import segment
 from dpshm.coordinator.settings import Settings
-from dpshm.errors import SegmentError, SettingError
-from dpshm.service.child import START_TIMEOUT_S, STOP_TIMEOUT_S, CoordinatorProcess
 from dpshm.version import __version__
 from dpshm.vllm.log import logger
 from dpshm.vllm.options import Options
+from dpshm.vllm.supervisor import WatchedCoordinator, sweep_group
 
 GROUP_PREFIX = "vllm-"
-MAX_RESTARTS = 5
-RESTART_WINDOW_S = 60.0
-RESTART_PAUSE_S = 0.2
 FRONTENDS_TO_SPARE = 8
+"""Rows for front-ends beyond one for each rank and API server: restarted servers, and tools."""
 
 
 def coordinator_factory(stock: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    """What stands for the class ``DPCoordinator``: gives ours, or the stock one if ours cannot be had."""
+    """The hook on ``DPCoordinator``: makes our coordinator, or the stock one if ours does not start."""
 
     def dp_coordinator(parallel_config: Any, *args: Any, **kwargs: Any) -> Any:
         if reason := _why_stay_out(parallel_config):
@@ -55,24 +44,18 @@ def coordinator_factory(stock: Callable[..., Any], options: Options) -> Callable
 
 
 def _sweep_the_dead() -> None:
-    """Removes the boards of servers that were killed: their names hold a pid, so nobody else would."""
+    """Removes the boards of killed servers. Their names hold a pid, so no later server reuses them."""
     for group in segment.groups():
         if group.startswith(GROUP_PREFIX):
-            _sweep(group)
-
-
-def _sweep(group: str) -> None:
-    with suppress(SegmentError, SettingError):  # another user's, or alive: locks decide
-        if segment.sweep(group):
-            logger.info("dpshm: removed what the dead group %r left", group)
+            sweep_group(group)
 
 
 def _why_stay_out(parallel_config: Any) -> str | None:
     envs = import_module("vllm.envs")
     if getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
-        return "the Rust front-end (VLLM_USE_RUST_FRONTEND) chooses engines by itself, no Python hook reaches it"
+        return "the Rust front-end (VLLM_USE_RUST_FRONTEND) chooses engines, and no Python hook reaches it"
     if getattr(parallel_config, "enable_elastic_ep", False):
-        return "elastic expert parallelism runs with one API server, which sees all that it sends; nothing to gain"
+        return "elastic expert parallelism runs with one API server, which knows all loads already"
     return None
 
 
@@ -86,8 +69,8 @@ def _settings(parallel_config: Any, waves: bool, options: Options) -> dict[str, 
         "dp_size_local": parallel_config.data_parallel_size_local,
         "balancing": "external" if external else "hybrid" if hybrid else "internal",
         "host": parallel_config.data_parallel_master_ip,
-        # vLLM's own coordinator binds that address without keys, and its engines have none: the same network is
-        # trusted as without dpshm, which must not refuse what works.
+        # vLLM's own coordinator binds that address without keys, and its engines have none. dpshm trusts the same
+        # network, so that a server starts with dpshm wherever it starts without.
         "insecure": True,
         "waves": waves,
         "counts_with_kv": _counts_have_kv(),
@@ -118,152 +101,3 @@ def _announce(settings: Settings, parallel_config: Any, options: Options) -> Non
         "on" if settings.waves else "off",
         shadow,
     )
-
-
-class StandIn:
-    """A process as vLLM's monitor wants it, through all restarts of the one behind it.
-
-    Attributes:
-        name: for messages.
-        sentinel: a descriptor that is readable once the coordinator has ended for good.
-        exitcode: None until then.
-    """
-
-    def __init__(self, process: CoordinatorProcess) -> None:
-        self.process = process
-        self.name = "dpshm-coordinator"
-        self.exitcode: int | None = None
-        # An eventfd, not a pipe: forked engines keep the other end of a pipe open, and it would never end.
-        self.sentinel = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._ended = threading.Event()
-
-    @property
-    def pid(self) -> int:
-        """The present process."""
-        return self.process.proc.pid
-
-    def is_alive(self) -> bool:
-        """Whether there is a coordinator, or may be one again."""
-        return self.exitcode is None
-
-    def terminate(self) -> None:
-        """Asks the present process to end, for good."""
-        self.end(0)
-        self.process.proc.terminate()
-
-    def kill(self) -> None:
-        """Ends the present process, for good."""
-        self.end(-9)
-        self.process.proc.kill()
-
-    def join(self, timeout: float | None = None) -> None:
-        """Waits for the end, for `timeout` seconds at most."""
-        self._ended.wait(timeout)
-
-    def end(self, exitcode: int) -> None:
-        """From now on there is no coordinator any more; whoever watches hears of it."""
-        if self.exitcode is None:
-            self.exitcode = exitcode
-            self._ended.set()
-            os.eventfd_write(self.sentinel, 1)
-
-
-class WatchedCoordinator:
-    """vLLM's handle on a coordinator; starts it again when it dies.
-
-    Takes the settings of `dpshm.coordinator.settings.Settings`.
-
-    Attributes:
-        settings: what the coordinator was told.
-        proc: what vLLM watches.
-        restarts: how many times it was started again.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        process = CoordinatorProcess(**settings)
-        self.settings = process.settings
-        self.proc = StandIn(process)
-        self.restarts = 0
-        self._addresses = (process.get_stats_publish_address(), *process.get_engine_socket_addresses())
-        self._pid = os.getpid()
-        self._given = settings
-        self._times: deque[float] = deque(maxlen=MAX_RESTARTS)
-        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._thread = threading.Thread(target=self._watch, name="dpshm-watch-coordinator", daemon=True)
-        self._thread.start()
-
-    def get_stats_publish_address(self) -> str:
-        """Where front-ends connect."""
-        return self._addresses[0]
-
-    def get_engine_socket_addresses(self) -> tuple[str, str]:
-        """(input, output) for engines."""
-        return self._addresses[1], self._addresses[2]
-
-    def shutdown(self, timeout: float | None = None) -> None:
-        """Ends the coordinator, for good; kills it after `timeout` seconds, at least 5."""
-        if self._pid != os.getpid():
-            return  # a forked child's copy of the handle
-        os.eventfd_write(self._stop_fd, 1)
-        self._thread.join(START_TIMEOUT_S)
-        # vLLM often gives no time at all, and a coordinator that is killed leaves the board behind.
-        self.proc.process.shutdown(max(timeout or 0.0, STOP_TIMEOUT_S))
-        self.proc.end(0)
-        _sweep(self.settings.group)
-
-    # The watching thread.
-
-    def _watch(self) -> None:
-        while True:
-            child = self.proc.process.proc
-            poller = select.poll()
-            for fd in (child.sentinel, self._stop_fd):
-                poller.register(fd, select.POLLIN)
-            if self._stop_fd in dict(poller.poll()):
-                return
-            exitcode = child.exitcode
-            if self.proc.exitcode is not None:
-                return  # vLLM asked for it
-            if not exitcode:
-                # It ended in good order and took the board along: somebody else told it to.
-                logger.error("dpshm's coordinator (pid %d) was told to end by another than this server", child.pid)
-                self.proc.end(1)
-                return
-            logger.warning(
-                "dpshm's coordinator (pid %d) died, exit status %s: starting it again. Requests go on meanwhile",
-                child.pid,
-                exitcode,
-            )
-            if not self._start_again():
-                self.proc.end(exitcode)
-                return
-
-    def _start_again(self) -> bool:
-        now = time.monotonic()
-        if len(self._times) == MAX_RESTARTS and now - self._times[0] < RESTART_WINDOW_S:
-            logger.error(
-                "dpshm's coordinator died %d times within %g s: giving up", MAX_RESTARTS + 1, RESTART_WINDOW_S
-            )
-            return False
-        self._times.append(now)
-        for attempt in range(MAX_RESTARTS):
-            try:
-                process = CoordinatorProcess(**self._given)
-            except Exception:
-                logger.log(
-                    logging.WARNING if attempt + 1 < MAX_RESTARTS else logging.ERROR,
-                    "dpshm's coordinator did not start again",
-                    exc_info=True,
-                )
-                time.sleep(RESTART_PAUSE_S * 2**attempt)
-                continue
-            addresses = (process.get_stats_publish_address(), *process.get_engine_socket_addresses())
-            if addresses != self._addresses:
-                logger.error("the board was gone with dpshm's coordinator: nobody would find the new one")
-                process.close()
-                return False
-            self.proc.process = process
-            self.restarts += 1
-            logger.info("dpshm's coordinator is back, pid %d", process.proc.pid)
-            return True
-        return False

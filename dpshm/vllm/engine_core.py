@@ -190,11 +190,11 @@ class EngineLink:
         row, core, scheduler = self._row, self._core, self._scheduler
         assert row is not None
         if self._refused:
-            self._take_refused()
+            self._count_refused()
         if not core.has_work():
             self._forget_step()  # whatever was in flight is over, by an abort
         running, waiting = scheduler.get_request_counts()
-        self._backlog.look(scheduler.running, waiting, scheduler.requests.values())
+        self._backlog.update(scheduler.running, waiting, scheduler.requests.values())
         # Not `has_work`: that is also true while the engine has only to tell who finished, in the next wave
         # already, and would wake all ranks for nothing.
         running_wave = core.engines_running or scheduler.has_unfinished_requests()
@@ -221,7 +221,7 @@ class EngineLink:
         if not self._core.has_work():
             self._publish()  # nothing else will: the loop goes on waiting
 
-    def _take_refused(self) -> None:
+    def _count_refused(self) -> None:
         assert self._row is not None
         while self._refused:
             client_index, tokens = self._refused.popleft()
@@ -271,7 +271,7 @@ class EngineLink:
         if finished:
             self._row.finished(finished)
         waiting = self._scheduler.get_request_counts()[1]
-        prefilled = self._backlog.look(self._scheduler.running, waiting, self._scheduler.requests.values())
+        prefilled = self._backlog.update(self._scheduler.running, waiting, self._scheduler.requests.values())
         if result is not None and not tokens and not prefilled:
             if not self._core.batch_queue:
                 self._forget_step()  # it only told who had finished

@@ -1,8 +1,20 @@
-"""Shadow mode's account: vLLM's choices beside those that dpshm would have made, and the loads behind both."""
+"""Shadow mode: vLLM chooses, and its choices are compared with those that dpshm would have made.
+
+The board is filled as in the other modes: rows, bookings, wave. So the comparison sees the loads that dpshm would
+see. Only the choice, the wake-ups and the wave of a client stay vLLM's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import atexit
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dpshm.errors import NoEngineAvailable
+from dpshm.vllm.client_links import BookingLink
+from dpshm.vllm.log import logger
+from dpshm.vllm.options import Options
 
 
 class ShadowTally:
@@ -26,7 +38,7 @@ class ShadowTally:
         Args:
             theirs: the rank that vLLM chose.
             ours: the rank that dpshm would have chosen.
-            requests: by rank, requests waiting, running and on their way.
+            requests: by rank, requests waiting, running and in flight.
         """
         self.decisions += 1
         self.agreed += theirs == ours
@@ -44,3 +56,46 @@ class ShadowTally:
             f"chosen engine: vLLM {self._theirs / n:.2f}, dpshm {self._ours / n:.2f} on average; "
             f"vLLM's engine had up to {self._worst} more"
         )
+
+
+class ShadowLink(BookingLink):
+    """A client that leaves the choice to vLLM, and counts how often dpshm's choice would have differed."""
+
+    does = "leaves the choice to vLLM and compares (shadow)"
+    instead_of_broadcast = False
+
+    def __init__(self, client: Any, group: str, options: Options) -> None:
+        super().__init__(client, group, options)
+        self._tally = ShadowTally()
+        self._log_s = options.shadow_log_s
+        self._next_log = time.monotonic() + self._log_s
+        atexit.register(self._log)
+
+    def _choose(self, stock: Callable[[Any], Any], request: Any) -> Any:
+        try:
+            ours = (
+                None
+                if self._is_pinned(request)
+                else self._frontend.choose(self._tokens(request), key=self._key(request))
+            )
+            requests = self._frontend.snapshot()["requests"].tolist()
+        except NoEngineAvailable:
+            ours = None
+        except Exception:
+            self._give_up()
+            return stock(request)
+        engine = stock(request)
+        try:
+            route = self._book(request, engine)
+            if ours is not None and route is not None:
+                self._tally.count(route.dp_rank, ours, requests)
+            if time.monotonic() >= self._next_log:
+                self._log()
+        except Exception:
+            self._give_up()
+        return engine
+
+    def _log(self) -> None:
+        self._next_log = time.monotonic() + self._log_s
+        if self._tally.decisions:
+            logger.info("dpshm shadow, API server %d: %s", self._client.client_index, self._tally.summary())

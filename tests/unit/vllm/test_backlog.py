@@ -35,16 +35,16 @@ def test_it_falls_as_prompts_are_computed():
     a, b = Prompted("a", 100), Prompted("b", 50)
     backlog = backlog_of(a, b)
     assert backlog.tokens == 150
-    assert backlog.look([], 2, [a, b]) == 0
+    assert backlog.update([], 2, [a, b]) == 0
     a.num_computed_tokens = 64
-    assert backlog.look([a], 1, [a, b]) == 64
+    assert backlog.update([a], 1, [a, b]) == 64
     assert backlog.tokens == 86
     a.num_computed_tokens = 101  # its prompt, and a token of its own
-    assert backlog.look([a], 1, [a, b]) == 36
+    assert backlog.update([a], 1, [a, b]) == 36
     assert backlog.tokens == 50
-    assert backlog.look([a], 1, [a, b]) == 0
+    assert backlog.update([a], 1, [a, b]) == 0
     b.num_computed_tokens = 50
-    assert backlog.look([a, b], 0, [a, b]) == 50
+    assert backlog.update([a, b], 0, [a, b]) == 50
     assert backlog.tokens == 0
 
 
@@ -54,7 +54,7 @@ def test_what_a_cache_held_was_not_computed():
     backlog = backlog_of(a)
     stats, a.prefill_stats = a.prefill_stats, None  # the first token takes it off the request
     stats.num_cached_tokens, a.num_computed_tokens = 48, 100
-    assert backlog.look([a], 0, [a]) == 52
+    assert backlog.update([a], 0, [a]) == 52
     assert backlog.tokens == 0
 
 
@@ -63,12 +63,12 @@ def test_a_request_that_ended_early_leaves():
     a, b, c = Prompted("a", 100), Prompted("b", 10), Prompted("c", 1)
     backlog = backlog_of(a, b, c)
     a.num_computed_tokens = 30
-    assert backlog.look([a], 2, [a, b, c]) == 30
+    assert backlog.update([a], 2, [a, b, c]) == 30
     b.finished = True  # in the queue
-    assert backlog.look([a], 1, [a, c]) == 0
+    assert backlog.update([a], 1, [a, c]) == 0
     assert backlog.tokens == 71
     a.finished = True  # in the batch, and it left at once
-    assert backlog.look([], 1, [c]) == 0
+    assert backlog.update([], 1, [c]) == 0
     assert backlog.tokens == 1
     ended = Prompted("d", 5)
     ended.finished = True
@@ -81,7 +81,7 @@ def test_a_preempted_request_counts_again():
     a, b = Prompted("a", 100), Prompted("b", 10)
     backlog = backlog_of(a, b)
     a.num_computed_tokens = 120
-    assert backlog.look([a], 1, [a, b]) == 100
+    assert backlog.update([a], 1, [a, b]) == 100
     a.num_computed_tokens = 0  # preempted: it waits beside b, and is not followed
-    assert backlog.look([], 2, [a, b]) == 0
+    assert backlog.update([], 2, [a, b]) == 0
     assert backlog.tokens == 110

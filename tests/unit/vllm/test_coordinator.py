@@ -1,40 +1,20 @@
-"""Tests of `dpshm.vllm.coordinator`: the handle that vLLM watches, and the way to vLLM's own coordinator."""
+"""Tests of `dpshm.vllm.coordinator`: when ours is started, with what, and when vLLM's own."""
 
 from __future__ import annotations
 
-import os
-import select
-import signal
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from dpshm import Board, Engine
 from dpshm.board import segment
-from dpshm.board.segment import segment_path
 from dpshm.coordinator.settings import make_settings
-from dpshm.rules.waves import Phase
 from dpshm.vllm import coordinator as module
-from dpshm.vllm.coordinator import WatchedCoordinator, coordinator_factory
+from dpshm.vllm.coordinator import coordinator_factory
 from dpshm.vllm.options import Options
-from tests.support import gone, wait_until
+from tests.support import LoneBoard
 
 STOCK = object()
-
-
-@pytest.fixture
-def watched(group):
-    """`watched()` gives a coordinator of two ranks; it ends with the test."""
-    made = []
-
-    def start(**settings):
-        made.append(WatchedCoordinator(group=group, dp_size=2, **settings))
-        return made[-1]
-
-    yield start
-    for coordinator in made:
-        coordinator.shutdown()
 
 
 @pytest.fixture
@@ -58,68 +38,6 @@ def envs(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
     monkeypatch.setitem(sys.modules, "vllm.envs", envs)
     return envs
-
-
-def ended(proc):
-    """Whether a watcher of the process has been told that it ended."""
-    return bool(select.select([proc.sentinel], [], [], 0)[0])
-
-
-@pytest.mark.slow
-def test_a_dead_coordinator_comes_back_at_the_same_addresses(group, watched, using):
-    """Guards against a server that ends, or a wave that starts from 0, because the coordinator died."""
-    coordinator = watched()
-    addresses = coordinator.get_stats_publish_address(), *coordinator.get_engine_socket_addresses()
-    engine = using(Engine.attach(group, 0))
-    engine.receive(None, wave=7)
-    with Board.attach(group) as board:
-        wait_until(lambda: board.wave == 7 and board.phase is Phase.RUNNING)
-        pid = coordinator.proc.pid
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: coordinator.restarts == 1)
-        assert coordinator.proc.pid != pid
-        assert gone(pid)
-        assert coordinator.proc.is_alive()
-        assert not ended(coordinator.proc)
-        assert board.wave == 7
-        assert int(board.epoch[0]) == 2
-        assert (coordinator.get_stats_publish_address(), *coordinator.get_engine_socket_addresses()) == addresses
-
-
-@pytest.mark.slow
-def test_when_the_board_died_too_the_watcher_is_told(watched):
-    """Guards against a server that goes on with a coordinator which nobody can find."""
-    coordinator = watched(balancing="hybrid")  # tcp: the next one has other ports; nobody holds the board
-    os.kill(coordinator.proc.pid, signal.SIGKILL)
-    wait_until(lambda: ended(coordinator.proc))
-    assert coordinator.proc.exitcode not in (None, 0)
-    assert not coordinator.proc.is_alive()
-
-
-@pytest.mark.slow
-def test_one_that_keeps_dying_is_given_up(group, watched, using, monkeypatch):
-    """Guards against a coordinator that is started for ever."""
-    monkeypatch.setattr(module, "MAX_RESTARTS", 1)
-    coordinator = watched()
-    coordinator._times = type(coordinator._times)(maxlen=1)
-    using(Engine.attach(group, 0))
-    os.kill(coordinator.proc.pid, signal.SIGKILL)
-    wait_until(lambda: coordinator.restarts == 1)
-    os.kill(coordinator.proc.pid, signal.SIGKILL)
-    wait_until(lambda: ended(coordinator.proc))
-    assert coordinator.proc.exitcode == -signal.SIGKILL
-
-
-def test_shutdown_without_time_still_removes_the_board(group, watched):
-    """Guards against a board that outlives the server because vLLM gives its coordinator no time to end."""
-    coordinator = watched()
-    pid = coordinator.proc.pid
-    coordinator.shutdown(timeout=0)
-    assert gone(pid)
-    assert not segment_path(group).exists()
-    assert coordinator.proc.exitcode == 0
-    assert ended(coordinator.proc)
-    coordinator.proc.join()
 
 
 def test_the_factory_gives_ours(group, parallel_config, envs, caplog):
@@ -163,8 +81,6 @@ def test_a_failure_leaves_vllm_its_own(group, parallel_config, caplog, monkeypat
 
 def test_boards_of_killed_servers_are_removed(monkeypatch, parallel_config, envs, group, using):
     """Guards against a /dev/shm that fills up: the names of killed servers' boards never come again."""
-    from tests.support import LoneBoard
-
     dead = LoneBoard(f"vllm-{group}")
     try:
         coordinator = coordinator_factory(lambda *_, **__: STOCK, Options(group=group))(parallel_config, True)

@@ -1,0 +1,265 @@
+"""Links between one client of vLLM's and the board of its group; each hooks its client, and knows the way back.
+
+    WaveLink      one engine, behind an external load balancer: the wave comes from the board
+    BookingLink   what the two below share: a front-end's row, in which every request sent is booked
+    BoardLink     chooses engines by the board
+    ShadowLink    leaves the choice to vLLM and compares (`dpshm.vllm.shadow`)
+
+The hooks are on the instance (`dpshm.vllm.instance`):
+
+    get_core_engine_for_request   chooses by the board and books. A request that is pinned to a rank, or belongs
+                                  to a session that is placed already, goes where vLLM sends it, and is booked too
+    add_request_async             reads the wave from the board, wakes paused ranks once the request is sent, and
+                                  cancels the booking if the send fails
+
+vLLM keeps its own record of requests in flight. It stays right: vLLM's own method notes each choice that we made,
+as the choice of a request that names its rank. While the board serves, the client does not listen to the broadcast
+at all. When a link gives up, the hooks come off and the client begins to listen.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import zmq
+
+from dpshm.board.board import Board
+from dpshm.board.words import unpack_control
+from dpshm.errors import NoEngineAvailable
+from dpshm.frontend.handle import Frontend, Route
+from dpshm.rules.waves import Phase
+from dpshm.vllm import metrics
+from dpshm.vllm.find import owner_name
+from dpshm.vllm.instance import InstanceHooks
+from dpshm.vllm.log import logger
+from dpshm.vllm.options import Options
+
+LINK = "_dpshm_link"
+"""The attribute of a client that holds its link: None once there is none, absent before anything was tried."""
+KEY_TOKENS = 256
+"""How many tokens of a prompt make its key for the policy `affinity`."""
+
+
+class ClientLink:
+    """One client and the board of its group.
+
+    Attributes:
+        does: what the link does, for the log.
+        instead_of_broadcast: whether the client needs no broadcast while it has this link.
+    """
+
+    does: str
+    instead_of_broadcast: bool
+
+    def __init__(self, client: Any, group: str) -> None:
+        self._client = client
+        self._group = group
+        self._hooks = InstanceHooks(client)
+
+    def finished(self, request_ids: Any) -> None:
+        """Called with the ids of requests that are over: finished, aborted or refused."""
+
+    def _close(self) -> None:
+        self._hooks.remove()
+        metrics.hide(self._group)
+
+    def _give_up(self) -> None:
+        """Ends the link after a failure of ours: the hooks come off, and the client goes the stock way."""
+        client = self._client
+        logger.warning(
+            "dpshm: API server %d leaves the board and listens to the coordinator from now on",
+            client.client_index,
+            exc_info=True,
+        )
+        setattr(client, LINK, None)
+        try:
+            self._close()
+        except Exception:
+            logger.debug("dpshm: the board could not be left", exc_info=True)
+        client.engines_running = False  # at worst one wake-up too many
+        client._ensure_stats_update_task()  # the task that receives the broadcast and sends the wake-ups
+
+
+class WaveLink(ClientLink):
+    """A client with one engine, behind an external load balancer: the wave comes from the board."""
+
+    does = "reads the wave from the board and chooses nothing (external load balancing)"
+    instead_of_broadcast = False  # vLLM's task sends the wake-ups of this client
+
+    def __init__(self, client: Any, group: str, _options: Options) -> None:
+        super().__init__(client, group)
+        self._board = Board.attach(group)
+        add_request_async = client.add_request_async
+
+        async def add(request: Any) -> Any:
+            try:
+                wave, phase = unpack_control(int(self._board.control[0]))
+                client.current_wave, client.engines_running = wave, phase is not Phase.PAUSED
+            except Exception:
+                self._give_up()
+            return await add_request_async(request)
+
+        self._hooks.put("add_request_async", add)
+
+    def _close(self) -> None:
+        super()._close()
+        self._board.close()
+
+
+class BookingLink(ClientLink):
+    """A client with a front-end's row, in which every request that it sends is booked."""
+
+    def __init__(self, client: Any, group: str, options: Options) -> None:
+        super().__init__(client, group)
+        self._routes: dict[str, list[Route]] = {}
+        self._needs_key = options.policy.startswith("affinity")
+        core_client = import_module("vllm.v1.engine.core_client")
+        self._count_tokens = import_module("vllm.utils").length_from_prompt_token_ids_or_embeds
+        # After 0.16: documents of a late-interaction query go to the engine that has the query.
+        self._late_interaction = getattr(core_client, "get_late_interaction_engine_index", lambda *_: None)
+        self._frontend = Frontend.attach(
+            group,
+            owner=owner_name(client.client_index, client.input_socket.getsockopt(zmq.LAST_ENDPOINT).decode()),
+            ranks=client.engine_ranks_managed,
+            policy=options.policy,
+        )
+        choose, add_request_async = client.get_core_engine_for_request, client.add_request_async
+
+        async def add(request: Any) -> Any:
+            try:
+                self._before_add()
+            except Exception:
+                self._give_up()
+            try:
+                return await add_request_async(request)
+            except BaseException:
+                for route in self._routes.pop(request.request_id, ()):
+                    route.cancel()
+                raise
+            finally:
+                self._after_add()
+
+        self._hooks.put("get_core_engine_for_request", lambda request: self._choose(choose, request))
+        self._hooks.put("add_request_async", add)
+
+    def finished(self, request_ids: Any) -> None:
+        """Ends the bookings of these requests."""
+        try:
+            for request_id in request_ids:
+                for route in self._routes.pop(request_id, ()):
+                    route.done()
+        except Exception:
+            self._give_up()
+
+    def _before_add(self) -> None:
+        """Called before vLLM stamps a request with the wave of its client."""
+
+    def _after_add(self) -> None:
+        """Called after vLLM sent a request, or failed to; never raises."""
+
+    def _choose(self, stock: Callable[[Any], Any], request: Any) -> Any:
+        """The engine that gets the request, as vLLM names engines. Calls `stock` exactly once."""
+        raise NotImplementedError
+
+    def _close(self) -> None:
+        super()._close()
+        self._frontend.close()
+
+    def _tokens(self, request: Any) -> int:
+        return int(self._count_tokens(request.prompt_token_ids, getattr(request, "prompt_embeds", None)))
+
+    def _key(self, request: Any) -> bytes | None:
+        """The key for the policy `affinity`: the first tokens of the prompt. None for other policies."""
+        if not self._needs_key or request.prompt_token_ids is None:
+            return None
+        return array("q", request.prompt_token_ids[:KEY_TOKENS]).tobytes()
+
+    def _is_pinned(self, request: Any) -> bool:
+        client = self._client
+        return (
+            request.data_parallel_rank is not None
+            or request.request_id in client.reqs_in_flight
+            or self._late_interaction(request.pooling_params, len(client.core_engines)) is not None
+        )
+
+    def _book(self, request: Any, engine: Any) -> Route | None:
+        """Books a choice that vLLM made; None if the board says that the engine is dead."""
+        client = self._client
+        rank = client.engine_ranks_managed[client.core_engines.index(engine)]
+        try:
+            return self._note(request, self._frontend.route(self._tokens(request), dp_rank=rank, wake=False))
+        except NoEngineAvailable as e:
+            logger.debug("dpshm: not booked: %s", e)
+            return None
+
+    def _note(self, request: Any, route: Route) -> Route:
+        self._routes.setdefault(request.request_id, []).append(route)
+        return route
+
+
+class BoardLink(BookingLink):
+    """A client that chooses by the board."""
+
+    does = "chooses by the board"
+    instead_of_broadcast = True
+
+    def __init__(self, client: Any, group: str, options: Options) -> None:
+        super().__init__(client, group, options)
+        self._at_control = self._frontend.board.index("control")
+        self._warned_none = False
+
+    def _before_add(self) -> None:
+        # vLLM sends no wake-up to running engines. `_after_add` wakes paused ranks instead, since the task that
+        # would forward vLLM's wake-up does not run.
+        client = self._client
+        client.current_wave = unpack_control(self._frontend.board.words[self._at_control])[0]
+        client.engines_running = True
+
+    def _after_add(self) -> None:
+        # After the request, as vLLM does it: since 0.32 a rank that wakes up before its request has come goes back
+        # to sleep at its first step, and needs a second wake-up.
+        if self._client.__dict__.get(LINK) is not self:
+            return  # the link gave up during the send: vLLM has sent its own wake-up
+        try:
+            self._frontend.wake()
+        except Exception:
+            self._give_up()
+
+    def _choose(self, stock: Callable[[Any], Any], request: Any) -> Any:
+        route: Route | None = None
+        try:
+            if not self._is_pinned(request):
+                route = self._route(request)
+        except Exception:
+            self._give_up()
+            return stock(request)
+        if route is None:
+            engine = stock(request)
+            try:
+                route = self._book(request, engine)
+            except Exception:
+                self._give_up()
+                return engine
+        else:
+            # vLLM's own method notes the choice, as that of a request which names its rank.
+            request.data_parallel_rank = self._client.engine_ranks_managed.index(route.dp_rank)
+            try:
+                engine = stock(request)
+            finally:
+                request.data_parallel_rank = None
+        if route is not None:
+            request.current_wave = route.wave  # the wave of the board when the request was booked
+        return engine
+
+    def _route(self, request: Any) -> Route | None:
+        try:
+            key = self._key(request)
+            return self._note(request, self._frontend.route(self._tokens(request), key=key, wake=False))
+        except NoEngineAvailable as e:
+            if not self._warned_none:
+                self._warned_none = True
+                logger.warning("dpshm: vLLM chooses while there is no engine to choose (said once): %s", e)
+            return None

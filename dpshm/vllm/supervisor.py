@@ -1,0 +1,185 @@
+"""A coordinator process that is started again when it dies, behind the handle that vLLM watches.
+
+vLLM ends the server when the process of its coordinator ends. A coordinator of dpshm that dies can be replaced:
+the new process takes the live board over, with its wave and bookings, and binds the same addresses, to which all
+peers reconnect. So vLLM watches a stand-in, whose sentinel becomes readable only when a restart has failed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from typing import Any
+
+from dpshm.board import segment
+from dpshm.errors import SegmentError, SettingError
+from dpshm.service.child import START_TIMEOUT_S, STOP_TIMEOUT_S, CoordinatorProcess
+from dpshm.vllm.log import logger
+
+MAX_RESTARTS = 5
+"""Restarts within `RESTART_WINDOW_S` before the supervisor gives up; also attempts at one restart."""
+RESTART_WINDOW_S = 60.0
+RESTART_PAUSE_S = 0.2
+"""The pause after the first failed attempt at a restart; it doubles with each."""
+
+
+def sweep_group(group: str) -> None:
+    """Removes the files of a dead group; leaves a live group's, and another user's, alone."""
+    with suppress(SegmentError, SettingError):
+        if segment.sweep(group):
+            logger.info("dpshm: removed the files of the dead group %r", group)
+
+
+class StandIn:
+    """What vLLM's monitor watches in the place of the coordinator's process; outlives restarts of that process.
+
+    Attributes:
+        process: the coordinator's process at this moment.
+        name: for vLLM's messages.
+        sentinel: a descriptor that is readable once the coordinator has ended for good.
+        exitcode: None until then.
+    """
+
+    def __init__(self, process: CoordinatorProcess) -> None:
+        self.process = process
+        self.name = "dpshm-coordinator"
+        self.exitcode: int | None = None
+        # An eventfd, not a pipe: forked engines inherit the write end of a pipe and keep it open.
+        self.sentinel = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._ended = threading.Event()
+
+    @property
+    def pid(self) -> int:
+        """The pid of the coordinator's process at this moment."""
+        return self.process.proc.pid
+
+    def is_alive(self) -> bool:
+        """Whether the coordinator runs or is being restarted."""
+        return self.exitcode is None
+
+    def terminate(self) -> None:
+        """Sends SIGTERM to the coordinator, which is not started again."""
+        self.end(0)
+        self.process.proc.terminate()
+
+    def kill(self) -> None:
+        """Sends SIGKILL to the coordinator, which is not started again."""
+        self.end(-9)
+        self.process.proc.kill()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Waits until the coordinator has ended for good, for `timeout` seconds at most."""
+        self._ended.wait(timeout)
+
+    def end(self, exitcode: int) -> None:
+        """Marks the coordinator as ended for good, and makes the sentinel readable. The first exit code stays."""
+        if self.exitcode is None:
+            self.exitcode = exitcode
+            self._ended.set()
+            os.eventfd_write(self.sentinel, 1)
+
+
+class WatchedCoordinator:
+    """vLLM's handle on a coordinator; starts it again when it dies.
+
+    Takes the settings of `dpshm.coordinator.settings.Settings`.
+
+    Attributes:
+        settings: the settings of the coordinator.
+        proc: the stand-in that vLLM watches.
+        restarts: how many times the coordinator was started again.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        process = CoordinatorProcess(**settings)
+        self.settings = process.settings
+        self.proc = StandIn(process)
+        self.restarts = 0
+        self._addresses = (process.get_stats_publish_address(), *process.get_engine_socket_addresses())
+        self._pid = os.getpid()
+        self._given = settings
+        self._times: deque[float] = deque(maxlen=MAX_RESTARTS)
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread = threading.Thread(target=self._watch, name="dpshm-watch-coordinator", daemon=True)
+        self._thread.start()
+
+    def get_stats_publish_address(self) -> str:
+        """The address to which front-ends connect."""
+        return self._addresses[0]
+
+    def get_engine_socket_addresses(self) -> tuple[str, str]:
+        """The addresses to which engines connect: (input, output)."""
+        return self._addresses[1], self._addresses[2]
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Ends the coordinator for good; kills it after `timeout` seconds, at least 5."""
+        if self._pid != os.getpid():
+            return  # a forked child's copy of the handle
+        os.eventfd_write(self._stop_fd, 1)
+        self._thread.join(START_TIMEOUT_S)
+        # vLLM often gives no time at all, and a coordinator that is killed leaves the board behind.
+        self.proc.process.shutdown(max(timeout or 0.0, STOP_TIMEOUT_S))
+        self.proc.end(0)
+        sweep_group(self.settings.group)
+
+    # The watching thread.
+
+    def _watch(self) -> None:
+        while True:
+            child = self.proc.process.proc
+            poller = select.poll()
+            for fd in (child.sentinel, self._stop_fd):
+                poller.register(fd, select.POLLIN)
+            if self._stop_fd in dict(poller.poll()):
+                return
+            exitcode = child.exitcode
+            if self.proc.exitcode is not None:
+                return  # vLLM ended it
+            if not exitcode:
+                # It ended in good order and removed the board, so another process told it to.
+                logger.error("dpshm's coordinator (pid %d) was told to end by another process", child.pid)
+                self.proc.end(1)
+                return
+            logger.warning(
+                "dpshm's coordinator (pid %d) died, exit status %s: starting it again; serving goes on",
+                child.pid,
+                exitcode,
+            )
+            if not self._start_again():
+                self.proc.end(exitcode)
+                return
+
+    def _start_again(self) -> bool:
+        now = time.monotonic()
+        if len(self._times) == MAX_RESTARTS and now - self._times[0] < RESTART_WINDOW_S:
+            logger.error(
+                "dpshm's coordinator died %d times within %g s: giving up", MAX_RESTARTS + 1, RESTART_WINDOW_S
+            )
+            return False
+        self._times.append(now)
+        for attempt in range(MAX_RESTARTS):
+            try:
+                process = CoordinatorProcess(**self._given)
+            except Exception:
+                logger.log(
+                    logging.WARNING if attempt + 1 < MAX_RESTARTS else logging.ERROR,
+                    "dpshm's coordinator did not start again",
+                    exc_info=True,
+                )
+                time.sleep(RESTART_PAUSE_S * 2**attempt)
+                continue
+            addresses = (process.get_stats_publish_address(), *process.get_engine_socket_addresses())
+            if addresses != self._addresses:
+                logger.error("dpshm's coordinator has new addresses, since its board is gone: giving up")
+                process.close()
+                return False
+            self.proc.process = process
+            self.restarts += 1
+            logger.info("dpshm's coordinator is back, pid %d", process.proc.pid)
+            return True
+        return False

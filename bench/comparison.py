@@ -163,7 +163,7 @@ def _each(
 # The sections, in the order in which they run. Each adds to the result.
 
 
-def _limit(result: Result, sizes: Sizes, peers: Peers) -> None:
+def _limit(result: Result, sizes: Sizes, _: Peers) -> None:
     with reader_core_apart():
         rounds = [limit(20_000) for _ in range(sizes.rounds)]
     result["limit"] = {key: float(np.median([r[key] for r in rounds])) for key in rounds[0]}
@@ -273,7 +273,7 @@ def _wake(result: Result, sizes: Sizes, peers: Peers) -> None:
     result["wake"]["ratios_p99"] = compare(rounds, "p99")["ratios"]
 
 
-def _truth(result: Result, sizes: Sizes, peers: Peers) -> None:
+def _truth(result: Result, sizes: Sizes, _: Peers) -> None:
     load: dict[str, Any] = {
         "engines": ENGINES,
         "frontends": FRONTENDS,

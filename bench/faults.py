@@ -81,7 +81,7 @@ class Observer:
         self._requests = 0
         self._frontend = Frontend.attach(group, owner="observer", policy=self._policy)
 
-    def _policy(self, view: View, request: Request) -> int:
+    def _policy(self, view: View, _: Request) -> int:
         ranks = list(view.ranks)
         self._may = self._wanted in ranks
         self._requests = int(view.requests[0])
@@ -168,7 +168,7 @@ class Group:
         self._engines.insert(dp_rank, self._start_engine(dp_rank))
         return ms
 
-    def kill_frontend(self, number: int) -> float:
+    def kill_frontend(self, _: int) -> float:
         """One more dead front-end."""
         before = self._observer.requests()
         with Worker(be_frontend, self._name) as victim:

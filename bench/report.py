@@ -124,7 +124,7 @@ def _wake_share(result: Result, key: str) -> float:
     return float(1 / result["wake"]["ratios" if key == "p50" else "ratios_p99"]["vllm"]["median"])
 
 
-def _nothing(result: Result) -> str:
+def _nothing(_: Result) -> str:
     return ""
 
 
@@ -147,7 +147,7 @@ TARGETS: list[Check] = [
         "sampled age p50, p99",
         "none",
         lambda r: "{age_p50:.1f}, {age_p99:.0f} us".format(**r["freshness"]["board"]),
-        lambda r: True,
+        lambda _: True,
         lambda r: (
             f"{r['freshness']['vllm']['age_p50'] / 1e3:.0f}, {r['freshness']['vllm']['age_p99'] / 1e3:.0f} ms"
         ),

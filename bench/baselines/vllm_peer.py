@@ -14,11 +14,12 @@ import os
 import sys
 import threading
 import time
+from typing import Any
 
 SNAPSHOT_DECISIONS = 20  # between two broadcasts: 800 requests/s over 4 API servers and 100 ms
 
 
-def coordinator(order):
+def coordinator(order: dict[str, Any]) -> dict[str, Any]:
     """Starts a coordinator: {"dp_size", "waves"} -> its pid, its addresses, how long the constructor took."""
     from vllm.config import ParallelConfig
     from vllm.v1.engine.coordinator import DPCoordinator
@@ -38,13 +39,13 @@ def coordinator(order):
     }
 
 
-def shutdown(order):
+def shutdown(order: dict[str, Any]) -> dict[str, Any]:
     """Ends a coordinator: {"pid"}."""
     _running.pop(order["pid"]).shutdown()
     return {}
 
 
-def decide(order):
+def decide(order: dict[str, Any]) -> dict[str, Any]:
     """Times the choice: {"engines", "frontends", "batches"} -> ns per decision, one figure a batch."""
     from collections import Counter
 
@@ -76,7 +77,7 @@ def decide(order):
     return {"ns": ns}
 
 
-def _request(kind, sampling, i):
+def _request(kind: Any, sampling: Any, i: int) -> Any:
     import inspect
 
     given = {
@@ -86,12 +87,11 @@ def _request(kind, sampling, i):
         "arrival_time": 0.0,
     }
     fields = inspect.signature(kind).parameters
-    return kind(
-        **{name: given.get(name) for name in fields if name in given or fields[name].default is inspect._empty}
-    )
+    required = {name for name, field in fields.items() if field.default is inspect.Parameter.empty}
+    return kind(**{name: given.get(name) for name in fields if name in given or name in required})
 
 
-def publish(order):
+def publish(order: dict[str, Any]) -> dict[str, Any]:
     """Times an engine's report: {"calls", "batches"} -> ns the step loop pays a call, and CPU ns of all threads.
 
     The step loop builds the message and queues it; vLLM's output thread encodes and sends it.
@@ -131,17 +131,17 @@ def publish(order):
     return {"ns": ns, "cpu_ns": cpu_ns}
 
 
-def version(order):
-    """What is there: {} -> its version."""
+def version(_: dict[str, Any]) -> dict[str, Any]:
+    """The vLLM that is installed: {} -> its version."""
     import vllm
 
     return {"version": vllm.__version__}
 
 
-_running = {}
+_running: dict[str, Any] = {}
 
 
-def main():
+def main() -> None:
     """Serves orders until stdin ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever vLLM prints goes to stderr

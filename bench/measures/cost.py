@@ -51,7 +51,7 @@ def timed(
     return float(np.median(us))
 
 
-def board_decide(line: Line, engines: int, frontends: int, batches: int) -> dict[str, float]:
+def board_decide(_: Line, engines: int, frontends: int, batches: int) -> dict[str, float]:
     """Ours: `Frontend.choose`, which is `Frontend.route` less its stores."""
     result = {}
     names = {"one each": "us", "none": "us_none", "all": "us_all"}
@@ -62,7 +62,7 @@ def board_decide(line: Line, engines: int, frontends: int, batches: int) -> dict
     return result
 
 
-def board_route(line: Line, engines: int, frontends: int, batches: int) -> dict[str, float]:
+def board_route(_: Line, engines: int, frontends: int, batches: int) -> dict[str, float]:
     """Ours: the whole of `Frontend.route`, and of `Route.done`."""
     us, done_us = _route_and_done(engines, frontends, "one each", batches)
     us_all, done_us_all = _route_and_done(engines, frontends, "all", batches)
@@ -86,7 +86,7 @@ def _route_and_done(engines: int, frontends: int, on_their_way: OnTheirWay, batc
     return float(np.median(route_us)), float(np.median(done_us))
 
 
-def peer_decide(line: Line, spec: Spec, batches: int) -> dict[str, float]:
+def peer_decide(_: Line, spec: Spec, batches: int) -> dict[str, float]:
     """A peer's: the choice, as its front-end's end makes it."""
     with closing(frontend_end(spec, 0)) as end:
         chosen: list[int] = []
@@ -99,13 +99,13 @@ def peer_decide(line: Line, spec: Spec, batches: int) -> dict[str, float]:
         return {"us": timed(lambda: chosen.append(end.choose()), batches, after=finish)}
 
 
-def peer_publish(line: Line, spec: Spec, batches: int) -> dict[str, float]:
+def peer_publish(_: Line, spec: Spec, batches: int) -> dict[str, float]:
     """Any peer's: a report, from the call to its return."""
     with closing(engine_end(spec, 0)) as end:
         return {"us": timed(lambda: end.publish(3, 16), batches, 50, after=lambda: time.sleep(0.001))}
 
 
-def board_publish(line: Line, spec: Spec, batches: int) -> dict[str, float]:
+def board_publish(_: Line, spec: Spec, batches: int) -> dict[str, float]:
     """Ours, with one request received before each; the receive is timed apart."""
     counter = time.perf_counter_ns
     with closing(Engine.attach(spec.where, 0)) as engine:

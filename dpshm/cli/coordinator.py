@@ -40,7 +40,7 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
-def coordinator(  # noqa: PLR0917 - typer makes options of parameters
+def coordinator(
     group: Annotated[
         str | None, typer.Option("--group", "-g", metavar="NAME", help="The deployment's name on this node.")
     ] = None,

@@ -31,7 +31,7 @@ class StatsPath(StrEnum):
     PUB = "pub"
 
 
-def demo(  # noqa: PLR0917 - typer makes options of parameters
+def demo(
     engines: Annotated[int, typer.Option(help="Engines, each a process (1 to 64).")] = 8,
     frontends: Annotated[int, typer.Option(help="Front-ends, each a process (1 to 64).")] = 4,
     seconds: Annotated[float, typer.Option(help="How long requests are sent.")] = 20.0,

@@ -33,7 +33,7 @@ class Drained(msgspec.Struct):
     seconds: float
 
 
-def drain(  # noqa: PLR0917 - typer makes options of parameters
+def drain(
     ranks: Ranks,
     group: GroupOption = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until they are empty.")] = True,

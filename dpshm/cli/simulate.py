@@ -33,7 +33,7 @@ HEADER: tuple[str, ...] = (
 )
 
 
-def simulate(  # noqa: PLR0917 - typer makes options of parameters
+def simulate(
     policies: Annotated[
         str,
         typer.Option(
@@ -148,7 +148,7 @@ class _EndedError(Exception):
 def _ending_on_signals() -> Iterator[None]:
     """While it is open, SIGINT, SIGTERM and SIGHUP raise `_EndedError`, so that the pool ends its processes."""
 
-    def end(signum: int, frame: FrameType | None) -> None:
+    def end(signum: int, _: FrameType | None) -> None:
         raise _EndedError(signum)
 
     before = {s: signal.signal(s, end) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}

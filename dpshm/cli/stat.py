@@ -20,7 +20,7 @@ from dpshm.ops.watcher import Watcher
 PIPE_WIDTH = 120
 
 
-def stat(  # noqa: PLR0917 - typer makes options of parameters
+def stat(
     group: GroupOption = None,
     as_json: JsonOption = False,
     watch: Annotated[

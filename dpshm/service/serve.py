@@ -72,7 +72,7 @@ def serve(settings: dict[str, Any]) -> None:
     descriptors.raise_limit()
     asked: list[int] = []
 
-    def ask(signum: int, frame: FrameType | None) -> None:
+    def ask(signum: int, _: FrameType | None) -> None:
         asked.append(signum)
 
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)

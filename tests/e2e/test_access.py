@@ -59,7 +59,7 @@ def as_nobody(*arguments: str, gid: int = NOBODY) -> subprocess.CompletedProcess
         (0o640, "0", NOBODY, False),
     ],
 )
-def test_another_user(group, using, mode, file_group, gid, may):  # noqa: PLR0917 - pytest names them
+def test_another_user(group, using, mode, file_group, gid, may):
     """Guards against a sidecar that cannot look though it was let, and a stranger who can."""
     using(Coordinator(group=group, dp_size=1, file_mode=mode, file_group=file_group))
     done = as_nobody("stat", "-g", group, "--over", "0", "--json", gid=gid)

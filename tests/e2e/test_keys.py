@@ -114,7 +114,7 @@ def test_without_keys_a_client_is_told_at_once(coordinator, group, folder, using
 
 @pytest.mark.parametrize("case", ["no keys", "another server", "another client"])
 @pytest.mark.parametrize("which", ["front-ends", "to engines", "from engines"])
-def test_strangers_are_refused_and_logged(coordinator, group, folder, using, tmp_path, caplog, case, which):  # noqa: PLR0917
+def test_strangers_are_refused_and_logged(coordinator, group, folder, using, tmp_path, caplog, case, which):
     """Guards against a stranger who wakes, ends waves or listens; and against a refusal that nobody hears of."""
     right = client_keys(folder)
     make_keys(tmp_path / "others")

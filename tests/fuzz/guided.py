@@ -30,7 +30,6 @@ def make_targets() -> dict[str, Callable[[bytes], None]]:
     from dpshm.errors import SegmentInvalid, WireError
     from dpshm.frontend import recorder
     from dpshm.net import wire
-    from dpshm.sim.workloads import traces
 
     addresses = dict.fromkeys(("stats_address", "engine_input_address", "engine_output_address"), "ipc://x")
     honest = make_header("g", 2, 2, **addresses, settings={})
@@ -66,13 +65,6 @@ def make_targets() -> dict[str, Callable[[bytes], None]]:
         with suppress(SegmentInvalid):
             segment._read_header(PATH, data.ljust(layout.PAGE_BYTES, b"\0"), honest.size, "g", True)
 
-    def read_trace(data: bytes) -> None:
-        try:
-            arrivals = list(traces._arrivals("trace", BytesIO(data)))
-        except traces.TraceError:
-            return
-        assert all(a.prompt_tokens >= 1 and a.output_tokens >= 1 and a.time_s >= 0 for a in arrivals)
-
     ring = recorder.RingHeader(version=recorder.VERSION, group="g", frontend=0, engines=2, slots=2, pid=1)
     slot = recorder.slot_bytes(ring.engines)
 
@@ -85,7 +77,20 @@ def make_targets() -> dict[str, Callable[[bytes], None]]:
             decision = recorder._as_decision(number, found)
             assert decision.choice in decision.view.ranks
 
-    return {"wire": read_wire, "header": read_header, "trace": read_trace, "ring": read_ring}
+    return {"wire": read_wire, "header": read_header, "trace": _trace_reader(), "ring": read_ring}
+
+
+def _trace_reader() -> Callable[[bytes], None]:
+    from dpshm.sim.workloads import traces
+
+    def read_trace(data: bytes) -> None:
+        try:
+            arrivals = list(traces._arrivals("trace", BytesIO(data)))
+        except traces.TraceError:
+            return
+        assert all(a.prompt_tokens >= 1 and a.output_tokens >= 1 and a.time_s >= 0 for a in arrivals)
+
+    return read_trace
 
 
 SEEDS = {

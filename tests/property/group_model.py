@@ -118,7 +118,7 @@ class Group(Ranks):
 
     # What may happen.
 
-    def moves(self, world: World) -> list[Move]:
+    def moves(self, world: World) -> list[Move]:  # noqa: C901 - one branch for each kind of move
         """Everything that may happen next, faults and users included, within the bounds."""
         bounds, ids = self.bounds, world[1:]
         facts = [self._facts[i] for i in ids]

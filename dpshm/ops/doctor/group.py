@@ -179,30 +179,7 @@ def _ranks(frame: Frame) -> Iterator[Finding]:
 
 
 def _counters(board: Board, before: Frame, after: Frame) -> Iterator[Finding]:
-    problems = []
-    earlier = {rank.dp_rank: rank for rank in before.ranks}
-    for rank in after.ranks:
-        was = earlier.get(rank.dp_rank)
-        if rank.state in ("absent", "dead") or rank.stock or was is None or was.incarnation != rank.incarnation:
-            continue
-        name = f"rank {rank.dp_rank}"
-        if rank.dummy_steps > rank.steps:
-            problems.append(f"{name} counts {rank.dummy_steps} dummy steps of {rank.steps} steps")
-        for field in ("steps", "busy_s", "prompt_tokens", "generation_tokens", "requests_finished"):
-            if getattr(rank, field) < getattr(was, field):
-                problems.append(f"{name}'s {field} fell from {getattr(was, field)} to {getattr(rank, field)}")
-        if rank.busy_s - was.busy_s > 1.5 * (after.monotonic_s - before.monotonic_s) + 5.0:
-            problems.append(f"{name} was busy for longer than time went by")
-        if before.wave == after.wave < min(rank.wave, was.wave) - 1:
-            problems.append(f"{name} is in wave {rank.wave}, and the coordinator in {after.wave}")
-    for frontend in after.frontends:
-        if frontend.state != "alive":
-            continue
-        for e in range(after.dp_size):
-            over = int(board.received_requests[e, frontend.index]) - int(board.sent_requests[frontend.index, e])
-            if over > 0:
-                problems.append(f"rank {e} received {over} requests more than front-end {frontend.index} sent")
-    for problem in problems:
+    for problem in [*_rank_counters(before, after), *_frontend_counters(board, after)]:
         yield Finding(
             severity="warning",
             check="counters",
@@ -211,6 +188,36 @@ def _counters(board: Board, before: Frame, after: Frame) -> Iterator[Finding]:
             why="load is reported plus in flight: where the counts do not add up, routing is misled",
             fix="restart that process; if it comes again, report it with the output of: dpshm stat --json",
         )
+
+
+def _rank_counters(before: Frame, after: Frame) -> Iterator[str]:
+    """Counters of ranks that fell or contradict each other, a line each."""
+    earlier = {rank.dp_rank: rank for rank in before.ranks}
+    for rank in after.ranks:
+        was = earlier.get(rank.dp_rank)
+        if rank.state in ("absent", "dead") or rank.stock or was is None or was.incarnation != rank.incarnation:
+            continue
+        name = f"rank {rank.dp_rank}"
+        if rank.dummy_steps > rank.steps:
+            yield f"{name} counts {rank.dummy_steps} dummy steps of {rank.steps} steps"
+        for field in ("steps", "busy_s", "prompt_tokens", "generation_tokens", "requests_finished"):
+            if getattr(rank, field) < getattr(was, field):
+                yield f"{name}'s {field} fell from {getattr(was, field)} to {getattr(rank, field)}"
+        if rank.busy_s - was.busy_s > 1.5 * (after.monotonic_s - before.monotonic_s) + 5.0:
+            yield f"{name} was busy for longer than time went by"
+        if before.wave == after.wave < min(rank.wave, was.wave) - 1:
+            yield f"{name} is in wave {rank.wave}, and the coordinator in {after.wave}"
+
+
+def _frontend_counters(board: Board, after: Frame) -> Iterator[str]:
+    """Ranks that received more than a front-end sent, a line each."""
+    for frontend in after.frontends:
+        if frontend.state != "alive":
+            continue
+        for e in range(after.dp_size):
+            over = int(board.received_requests[e, frontend.index]) - int(board.sent_requests[frontend.index, e])
+            if over > 0:
+                yield f"rank {e} received {over} requests more than front-end {frontend.index} sent"
 
 
 def _versions(frame: Frame) -> Iterator[Finding]:

@@ -151,7 +151,7 @@ class Top(App[None]):
 
     # Keys.
 
-    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002 - Textual's
         """While a question is open its own keys count, and Ctrl-C."""
         return action == "quit" or not isinstance(self.screen, Confirm)
 

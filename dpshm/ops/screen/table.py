@@ -85,7 +85,7 @@ def kv_cell(usage: float, glyphs: Glyphs, width: int) -> Text:
     return text.append(f" {usage:4.0%}", "default")
 
 
-def rank_columns(glyphs: Glyphs, history: History | None = None, *, wide: bool = False) -> list[Column[Rank]]:
+def rank_columns(glyphs: Glyphs, *, wide: bool = False) -> list[Column[Rank]]:
     """The columns of ranks, all but the history."""
     kv = 15 if wide else 9
     return [

@@ -39,7 +39,7 @@ class Rows(ScrollView, can_focus=True):
     def __init__(self) -> None:
         super().__init__()
         self._count = 0
-        self._line: Callable[[int], Text] = lambda i: Text()
+        self._line: Callable[[int], Text] = lambda _: Text()
 
     @property
     def width(self) -> int:

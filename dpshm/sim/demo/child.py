@@ -11,7 +11,6 @@ import select
 import signal
 import sys
 import time
-from types import FrameType
 from typing import TypeVar
 
 import msgspec
@@ -58,7 +57,7 @@ class Lifeline:
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
 
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+    def _on_signal(self, *_: object) -> None:
         self._signalled = True
 
     def register(self, poller: zmq.Poller) -> None:

@@ -36,7 +36,7 @@ def stop_on_signals() -> Iterator[StopFlag]:
     """While it is open, SIGINT, SIGTERM and SIGHUP set the flag and do nothing else."""
     flag = StopFlag()
 
-    def handle(signum: int, frame: FrameType | None) -> None:
+    def handle(signum: int, _: FrameType | None) -> None:
         flag.signum = signum
 
     before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}

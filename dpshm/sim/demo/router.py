@@ -46,7 +46,7 @@ class Router(ABC):
         """The request ended."""
         route.done()
 
-    def register(self, poller: zmq.Poller) -> None:
+    def register(self, poller: zmq.Poller) -> None:  # noqa: ARG002 - for routers that receive
         """Makes a poller return when there is something to `take_in`; the board needs none."""
         return
 

@@ -142,7 +142,7 @@ def _turned(arrivals: Sequence[Arrival], start: int) -> list[Arrival]:
 
 
 def compare(
-    settings: SimulationSettings, processes: int = 1, show: Callable[[int, int], None] = lambda done, of: None
+    settings: SimulationSettings, processes: int = 1, show: Callable[[int, int], None] = lambda *_: None
 ) -> Comparison:
     """Runs every combination on every seed.
 

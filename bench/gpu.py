@@ -306,8 +306,9 @@ def measure_fault(driver: Driver, ranks: Sequence[Worker], restart: Callable[[],
     for _ in range(4):
         for rank in range(driver.dp_size):
             driver.send(rank, LOAD_PROMPT_TOKENS, 2000)
-    steps = int(board.steps[victim])
-    driver.wait(lambda: board.steps[victim] > steps + 20, "some steps under load")
+    words, at_steps = board.words, board.index("steps", victim)
+    steps = words[at_steps]
+    driver.wait(lambda: words[at_steps] > steps + 20, "some steps under load")
     while not board.step_start[victim]:
         pass
     os.kill(ranks[victim].pid, signal.SIGKILL)

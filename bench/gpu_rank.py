@@ -43,7 +43,7 @@ LOOKS_BETWEEN_CHECKS = 2000
 
 
 class ParentsLine:
-    """The rank's line to the measuring process in the place of the demo's `dpshm.sim.demo.child.Lifeline`."""
+    """The rank's line to the measuring process in the place of `dpshm.sim.demo.child.Lifeline`."""
 
     def __init__(self, line: Line) -> None:
         self._line = line
@@ -122,7 +122,7 @@ class MeasuredEngine(SimEngine):
         self._woken_ns: list[list[int]] = []
         self._asleep_until_ns = 0
         self._publish_untimed = self._engine.publish
-        self._engine.publish = self._publish_timed
+        vars(self._engine)["publish"] = self._publish_timed
         line.notes = {
             "steps": self._stepped_ns,  # way, begun, ended, requests in the batch, prompt tokens
             "publishes": self._published_ns,  # called, returned, the beat that it stored

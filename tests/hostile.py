@@ -66,8 +66,8 @@ class Honest:
         self.engines = [Engine.attach(group, dp_rank) for dp_rank in (0, 1)]
         self.frontend = Frontend.attach(group)
         self.board: Board = self.frontend.board
-        self._operator = zmq.Context.instance().socket(zmq.XSUB)
-        self._operator.linger = 0
+        self._operator: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.XSUB)
+        self._operator.setsockopt(zmq.LINGER, 0)
         self._operator.connect(self.board.segment.header.stats_address)
 
     def restore(self) -> None:

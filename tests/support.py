@@ -271,7 +271,11 @@ def _remote_main(connection: Connection, environment: dict[str, str]) -> None:
             os._exit(0)
         names.update(values)
         try:
-            value = eval(code, names) if kind == "eval" else exec(code, names)
+            value = None
+            if kind == "eval":
+                value = eval(code, names)
+            else:
+                exec(code, names)
             connection.send((True, value))
         except Exception as e:
             connection.send((False, f"{type(e).__name__}: {e}"))
@@ -299,12 +303,12 @@ class StockEngine:
     """The sockets of a vLLM engine: XSUB for READY and START, PUSH for its reports."""
 
     def __init__(self, addresses: tuple[str, str], dp_rank: int) -> None:
-        context = zmq.Context.instance()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self.dp_rank = dp_rank
         self.input = context.socket(zmq.XSUB)
         self.output = context.socket(zmq.PUSH)
         for s, address in zip((self.input, self.output), addresses, strict=True):
-            s.linger = 0
+            s.setsockopt(zmq.LINGER, 0)
             s.connect(address)
         self.input.send(wire.SUBSCRIBE)
 
@@ -332,8 +336,8 @@ class StockFrontend:
     """The socket of a vLLM front-end: an XSUB that hears counts and states and speaks upstream."""
 
     def __init__(self, address: str) -> None:
-        self.socket = zmq.Context.instance().socket(zmq.XSUB)
-        self.socket.linger = 0
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.XSUB)
+        self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.connect(address)
         self.socket.send(wire.SUBSCRIBE)
 

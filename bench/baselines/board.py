@@ -15,7 +15,7 @@ import zmq
 
 from bench.baselines import Middle, Spec
 from dpshm import CoordinatorProcess, Engine, Frontend, Route
-from dpshm.board.board import Words
+from dpshm.board.outstanding import Words
 from dpshm.board.words import unpack_load
 from dpshm.rules.waves import Phase
 

@@ -34,13 +34,14 @@ class Nursery:
 
     def rear(self, function: str, arguments: Iterable[tuple[Any, ...]]) -> list[int]:
         """Forks a child for each tuple of arguments; it calls a function of this module, and ends after that."""
-        new = self._remote.eval(f"nursery.fork_all(nursery.{function}, arguments)", arguments=list(arguments))
+        call = f"nursery.fork_all(nursery.{function}, arguments)"
+        new: list[int] = self._remote.eval(call, arguments=list(arguments))
         self.pids += new
         return new
 
     def reap(self) -> list[int]:
         """Waits for all to end; minus the signal, or the exit status, of each."""
-        statuses = self._remote.eval(
+        statuses: list[int] = self._remote.eval(
             "[os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]", pids=self.pids
         )
         self.pids = []

@@ -80,13 +80,13 @@ def fuzz(coordinator: CoordinatorProcess, group: str, messages: int, seed: int) 
             sent += ROUND
             for _ in range(RAW):
                 which = rng.randrange(3)
-                with dial(addresses[which], rng.choice((None, KINDS[which]))) as s:
+                with dial(addresses[which], rng.choice((None, KINDS[which]))) as raw_socket:
                     parts = [
                         rng.randbytes(rng.randrange(200)),
                         *(b"".join(map(frame, frames(rng))) for _ in range(5)),
                     ]
                     rng.shuffle(parts)
-                    send_while_taken(s, parts)
+                    send_while_taken(raw_socket, parts)
                 raw += 1
             quiet(board)
             honest.go_round()

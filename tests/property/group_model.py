@@ -53,12 +53,14 @@ from dpshm.rules.reconciler import RowState, WaveReconciler
 from dpshm.rules.waves import (
     CoordinatorEvent,
     CoordinatorState,
+    FirstRequest,
     Phase,
     RanksIdle,
     RanksSplit,
     SeenRunning,
     StartWave,
     WakeTimer,
+    WaveStarted,
 )
 from tests.property.group_parts import (
     BASE,
@@ -296,7 +298,7 @@ class Group(Ranks):
     ) -> tuple[int, int, list[tuple[int, int | None]]]:
         """The head, how much the wave grows, and START as (wave, exclude)."""
         head, event = self._heads[head_number], self._events[event_number][1]
-        if hasattr(event, "engine"):
+        if isinstance(event, FirstRequest | WaveStarted | SeenRunning):
             event = event._replace(engine=at)
         after, commands = self.rules.coordinator(
             CoordinatorState(BASE, Phase(head.phase)),

@@ -139,7 +139,7 @@ def is_a(*kinds: type) -> Callable[[Any, Any], bool]:
     return lambda _, event: isinstance(event, kinds)
 
 
-def compared(kind: type, how: int, *phases: Phase) -> Callable[[CoordinatorState, Any], bool]:
+def compared(kind: type[Any], how: int, *phases: Phase) -> Callable[[CoordinatorState, Any], bool]:
     """Whether the event is of that kind, its wave over (1), at (0) or under (-1) the coordinator's."""
 
     def row(state: CoordinatorState, event: Any) -> bool:

@@ -6,6 +6,7 @@ rank may do is worked out once and looked up from then on.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 
 from dpshm.rules.waves import (
@@ -39,6 +40,11 @@ from tests.property.group_parts import (
     less,
     name_of,
 )
+
+
+def _with_lists(rank: Rank, lists: Mapping[str, tuple[int, ...]]) -> Rank:
+    """A rank with other messages in some of its lists, by the name of the list."""
+    return Rank(**{**rank._asdict(), **lists})
 
 
 class Ranks:
@@ -108,8 +114,8 @@ class Ranks:
         out: list[tuple[str, int]] = []
         if rank.place == OUT:
             for at, wave in enumerate(rank.starts if faults else rank.starts[:1]):
-                left = i if faults else self._rank(rank._replace(starts=less(rank.starts, at)))
-                out.append((f"START({wave}) arrives", self._told(left, StartReceived(BASE + wave, None))))
+                woken = i if faults else self._rank(rank._replace(starts=less(rank.starts, at)))
+                out.append((f"START({wave}) arrives", self._told(woken, StartReceived(BASE + wave, None))))
             for at, stamp in enumerate(rank.requests):
                 left = rank._replace(requests=less(rank.requests, at), work=rank.work + 1)
                 out.append(
@@ -127,7 +133,7 @@ class Ranks:
             for name in ("starts", "started", "completed", "first"):
                 for at in range(len(getattr(rank, name))):
                     left_over = less(getattr(rank, name), at)
-                    out.append((f"one of {name} is lost", self._rank(rank._replace(**{name: left_over}))))
+                    out.append((f"one of {name} is lost", self._rank(_with_lists(rank, {name: left_over}))))
         return [(f"{'rank 0' if rank.leads else 'a rank'}: {label}", new) for label, new in out]
 
     def _mail(self, i: int, again: bool) -> list[tuple[str, int, int]]:
@@ -137,8 +143,10 @@ class Ranks:
         sent.sort(key=lambda message: (message[0], message[1] == "completed"))  # the order in which it sends them
         out: list[tuple[str, CoordinatorEvent, Rank]] = []
         for wave, name in sent if again else sent[:1]:
-            left = rank._replace(**{name: tuple(w for w in getattr(rank, name) if w != wave)})
-            event = (WaveStarted(0, BASE + wave)) if name == "started" else WaveCompleted(BASE + wave)
+            left = _with_lists(rank, {name: tuple(w for w in getattr(rank, name) if w != wave)})
+            event: CoordinatorEvent = WaveCompleted(BASE + wave)
+            if name == "started":
+                event = WaveStarted(0, BASE + wave)
             out.append((f"{name_of(event)} arrives", event, left))
         for at, wave in enumerate(rank.first):
             event = FirstRequest(0, BASE + wave)
@@ -168,7 +176,7 @@ class Ranks:
         rank = self._ranks[i]
         fields = ("requests", "starts", "started", "completed", "first")
         lists = {name: tuple(wave - by for wave in getattr(rank, name)) for name in fields}
-        return self._rank(rank._replace(wave=rank.wave - by, **lists))
+        return self._rank(_with_lists(rank._replace(wave=rank.wave - by), lists))
 
     def _named(self, i: int, wave: int) -> int:
         rank = self._ranks[i]

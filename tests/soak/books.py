@@ -43,7 +43,7 @@ class Books:
             self._expect(f"{name} by rank", rows[name].tolist(), [0] * len(rows))
         for engine in self._engines:
             finished = self._ledger.get(engine.life, "finished")
-            self._expect(f"{engine}: requests_finished", int(board.requests_finished[engine.slot]), finished)
+            self._expect(f"{engine}: requests_finished", int(rows["requests_finished"][engine.slot]), finished)
             self._expect(f"{engine}: taken in", self._sum("taken", [engine.life]), finished)
             for frontend in self._frontends:
                 self._check_bookings(board, engine, frontend)

@@ -211,7 +211,7 @@ class SoakEngine:
                 del self._answers[life]
 
 
-ROLES = {"engine": SoakEngine, "front-end": SoakFrontend}
+ROLES: dict[str, Callable[..., SoakEngine | SoakFrontend]] = {"engine": SoakEngine, "front-end": SoakFrontend}
 
 
 def run(role: str, told: Callable[[], bool], *, group: str, ledger: str, peers: int, slot: int, life: int) -> None:

@@ -11,7 +11,7 @@ import select
 import signal
 import sys
 import time
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 import zmq
@@ -40,6 +40,16 @@ def write_line(message: msgspec.Struct) -> None:
     except BrokenPipeError:
         # What is left in the buffer must not raise again when the interpreter flushes it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class EndSignal(Protocol):
+    """What the loops of engines and front-ends ask: whether to end."""
+
+    def register(self, poller: zmq.Poller) -> None:
+        """Makes a poller return when the answer may have changed."""
+
+    def ended(self) -> bool:
+        """Whether to end."""
 
 
 class Lifeline:

@@ -26,7 +26,7 @@ from dpshm.errors import DpshmError
 from dpshm.linux.processes import set_title
 from dpshm.sim.batching import Batcher, SimRequest, Step, StepCost
 from dpshm.sim.demo.broadcast import RankReport, StatsSender
-from dpshm.sim.demo.child import Lifeline, read_line, write_line
+from dpshm.sim.demo.child import EndSignal, Lifeline, read_line, write_line
 from dpshm.sim.demo.lockstep import Lockstep
 from dpshm.sim.demo.messages import (
     EngineReport,
@@ -86,7 +86,7 @@ class Sleeper:
 class SimEngine:
     """One rank: the handle of the core, the scheduler, the accelerator, and the sockets between them."""
 
-    def __init__(self, settings: EngineSettings, lifeline: Lifeline, accelerator: Accelerator) -> None:
+    def __init__(self, settings: EngineSettings, lifeline: EndSignal, accelerator: Accelerator) -> None:
         self._rank = settings.dp_rank
         self._lifeline = lifeline
         self._accelerator = accelerator

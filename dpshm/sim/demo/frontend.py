@@ -17,7 +17,7 @@ import zmq
 from dpshm.errors import DpshmError
 from dpshm.frontend.handle import Route
 from dpshm.linux.processes import set_title
-from dpshm.sim.demo.child import Lifeline, read_line, write_line
+from dpshm.sim.demo.child import EndSignal, Lifeline, read_line, write_line
 from dpshm.sim.demo.messages import (
     FrontendReport,
     FrontendSettings,
@@ -39,7 +39,7 @@ LOOK_S = 0.1
 class SimFrontend:
     """One front-end: its router, its sockets, and what is out."""
 
-    def __init__(self, settings: FrontendSettings, lifeline: Lifeline) -> None:
+    def __init__(self, settings: FrontendSettings, lifeline: EndSignal) -> None:
         self._settings = settings
         self._lifeline = lifeline
         self._encoder = msgspec.msgpack.Encoder()

@@ -8,7 +8,9 @@ import subprocess
 import sys
 
 from dpshm.board import segment
+from dpshm.board.board import Board
 from tests.e2e.vllm import environment
+from tests.e2e.vllm.server import Server
 from tests.support import wait_until
 
 _GROUP = """
@@ -24,18 +26,19 @@ BURST = [(1 + 37 * i % 300, 1 + 7 * i % 40) for i in range(96)]
 """Requests as (prompt tokens, tokens to generate)."""
 
 
-def answers_a_burst(server):
+def answers_a_burst(server: Server) -> None:
     """Every request of a burst gets as many tokens as it asked for."""
     assert server.generate_all(BURST) == [max_tokens for _, max_tokens in BURST]
 
 
-def is_idle(board):
+def is_idle(board: Board) -> bool:
     """Whether nothing waits, runs or is on its way."""
     rows = board.snapshot()
-    return not rows["requests"].any() and not rows["prefill_backlog"].any() and (rows["state"] == "idle").all()
+    loaded = rows["requests"].any() or rows["prefill_backlog"].any()
+    return not loaded and bool((rows["state"] == "idle").all())
 
 
-def board_agrees_with_vllm(server):
+def board_agrees_with_vllm(server: Server) -> None:
     """When idle, the board tells of each rank what vLLM's own metrics tell."""
     with server.board() as board:
         wait_until(lambda: is_idle(board))
@@ -54,10 +57,11 @@ def board_agrees_with_vllm(server):
         assert (board.sent_tokens[:, : len(rows)] == board.received_tokens[: len(rows), :].T).all()
 
 
-def killed_group(group):
+def killed_group(group: str) -> str:
     """Makes a group, and kills it so that its segment stays; gives its name back."""
     command = [sys.executable, "-c", _GROUP, group]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=environment.ROOT) as process:
+        assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
         os.kill(process.pid, signal.SIGKILL)
     assert group in segment.groups()

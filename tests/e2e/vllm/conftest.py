@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ def why_not() -> str | None:
     return environment.why_not()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All of it is slow, and none of it runs without vLLM."""
     reason = why_not()
     for item in items:
@@ -29,18 +31,18 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _dpshm_is_installed():
+def _dpshm_is_installed() -> None:
     """This checkout is what vLLM's environment has."""
     if why_not() is None:
         environment.install_dpshm(environment.folder())
 
 
 @pytest.fixture(scope="module")
-def serve(tmp_path_factory):
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     """`serve(model, *arguments, **environment)` gives a server that answers; it ends with the module's tests."""
-    servers = []
+    servers: list[Server] = []
 
-    def start(model, *arguments, **env):
+    def start(model: Any, *arguments: Any, **env: Any) -> Server:
         server = Server(tmp_path_factory.mktemp("vllm"), model, *arguments, **env)
         servers.append(server)
         server.wait_ready()

@@ -83,7 +83,7 @@ class Server:
         self.port = free_port()
         self._log_path = folder / "server.log"
         command = [
-            *(environment.folder() / "bin" / "vllm", "serve", config, "--load-format", "dummy"),
+            *(str(environment.folder() / "bin" / "vllm"), "serve", str(config), "--load-format", "dummy"),
             *("--dtype", "float32", "--skip-tokenizer-init", "--enforce-eager"),
             *(["--enable-scale-out"] if environment.installed() >= SCALE_OUT_SINCE else []),
             *("--max-model-len", "2048", "--max-num-seqs", "32"),

@@ -7,15 +7,16 @@ a bug there. With ``FAULT_ATTACH`` no API server gets a row. Only for tests that
 
 import os
 from itertools import count
+from typing import Any
 
 from dpshm.frontend.handle import Frontend
 from dpshm.vllm.backlog import PrefillBacklog
 
 
-def _fail_after(owner, name, calls):
+def _fail_after(owner: Any, name: str, calls: int) -> None:
     stock, numbers = getattr(owner, name), count()
 
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         if next(numbers) >= calls:
             raise RuntimeError(f"a fault in {name}, as the test ordered")
         return stock(*args, **kwargs)

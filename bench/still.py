@@ -15,8 +15,10 @@ from typing import Literal, cast
 
 from dpshm import Frontend
 from dpshm.board.board import Board
+from dpshm.board.header import make_header
 from dpshm.board.layout import DEFAULT_ENGINES, DEFAULT_FRONTENDS
-from dpshm.board.segment import Segment, coordinator_byte, make_header
+from dpshm.board.locks import coordinator_byte
+from dpshm.board.segment import Segment
 from dpshm.board.words import pack_control, pack_load
 from dpshm.coordinator.row import Marks
 from dpshm.policies import Policy
@@ -59,7 +61,7 @@ class StillBoard:
             self.board = board = Board(Segment.create(header))
             stack.callback(board.close)
             stack.callback(board.segment.unlink)
-            board.segment.unlock(coordinator_byte(header.columns))
+            board.segment.locks.unlock(coordinator_byte(header.columns))
             words, marks = board.words, Marks(board)
             marks.set_dp_size(engines)
             words[board.index("control")] = pack_control(1, Phase.RUNNING)

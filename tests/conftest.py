@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dpshm.board import segment
+from dpshm.board import files, segment
 from tests.support import leftovers
 
 _PREFIX = f"test{os.getpid()}-"
@@ -39,7 +39,7 @@ def group() -> Iterator[str]:
     name = f"{_PREFIX}{next(_numbers):05d}"
     yield name
     left = leftovers(name)
-    if segment.segment_path(name).exists():
+    if files.segment_path(name).exists():
         segment.sweep(name)
     assert left == []
 

@@ -21,9 +21,11 @@ import zmq
 
 from dpshm import Engine
 from dpshm.board import board as board_module
-from dpshm.board import segment
+from dpshm.board import files
 from dpshm.board.board import Board
-from dpshm.board.segment import Segment, coordinator_byte, make_header
+from dpshm.board.header import make_header
+from dpshm.board.locks import coordinator_byte
+from dpshm.board.segment import Segment
 from dpshm.coordinator.row import Marks
 from dpshm.coordinator.watch_thread import WatchThread
 from dpshm.net import wire
@@ -111,7 +113,7 @@ class LoneBoard(Board):
             settings={"balancing": "internal", "waves": waves, "counts_with_kv": True},
         )
         super().__init__(Segment.create(header))
-        self.segment.unlock(coordinator_byte(header.columns))
+        self.segment.locks.unlock(coordinator_byte(header.columns))
         self.marks = Marks(self)
         self.marks.set_dp_size(dp_size)
         self._patience_ns = board_module.COORDINATOR_SILENCE_NS
@@ -156,8 +158,8 @@ class HandWatch(WatchThread):
 
 def leftovers(group_prefix: str) -> list[str]:
     """What groups of such names have left in the directory of segments."""
-    wanted = segment.FILE_PREFIX + group_prefix
-    return sorted(name for name in os.listdir(segment.directory()) if name.startswith(wanted))
+    wanted = files.FILE_PREFIX + group_prefix
+    return sorted(name for name in os.listdir(files.directory()) if name.startswith(wanted))
 
 
 def verdict(board: Board, dp_rank: int) -> Verdict:

@@ -25,56 +25,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpshm.board import layout
+from dpshm.board.locks import coordinator_byte, engine_byte, frontend_byte
 from dpshm.board.outstanding import Outstanding, Words
-from dpshm.board.segment import Segment, coordinator_byte, engine_byte, frontend_byte
-from dpshm.board.words import (
-    DRAINED,
-    ON_BEHALF,
-    VERDICT_MASK,
-    unpack_control,
-    unpack_load,
-    unpack_progress,
-    unpack_state,
-)
+from dpshm.board.segment import Segment
+from dpshm.board.snapshot import take_snapshot
+from dpshm.board.words import ON_BEHALF, VERDICT_MASK, unpack_control
 from dpshm.linux.descriptors import explained
 from dpshm.rules.liveness import Observation, Verdict, judge
 from dpshm.rules.waves import Phase
 
-SNAPSHOT_DTYPE = np.dtype(
-    [
-        ("dp_rank", np.int32),
-        ("state", "U8"),
-        ("verdict", "U8"),
-        ("drained", np.bool_),
-        ("stock", np.bool_),
-        ("waiting", np.int64),
-        ("running", np.int64),
-        ("in_flight", np.int64),
-        ("requests", np.int64),
-        ("kv_cache_usage", np.float64),
-        ("prefill_backlog", np.int64),
-        ("in_flight_tokens", np.int64),
-        ("wave", np.int64),
-        ("step", np.int64),
-        ("age_ns", np.int64),
-        ("step_age_ns", np.int64),
-        ("incarnation", np.int64),
-        ("pid", np.int64),
-        ("steps", np.int64),
-        ("dummy_steps", np.int64),
-        ("busy_ns", np.int64),
-        ("prompt_tokens", np.int64),
-        ("generation_tokens", np.int64),
-        ("requests_finished", np.int64),
-    ]
-)
-"""One row a rank. `requests` and `prefill_backlog` count what is in flight in; ages are -1 where unknown."""
-
 COORDINATOR_TIMEOUT_S = 2.0
 COORDINATOR_SILENCE_NS = 500_000_000
 """A coordinator whose beat is older does not watch: whoever decides then looks at the locks."""
-_SANE = 1 << 61
-_COUNTERS = ("steps", "dummy_steps", "busy_ns", "prompt_tokens", "generation_tokens", "requests_finished")
 
 
 class Board:
@@ -170,31 +132,31 @@ class Board:
 
     def coordinator_alive(self) -> bool:
         """Whether a coordinator holds the group."""
-        return self.segment.is_locked(coordinator_byte(self._columns))
+        return self.segment.locks.is_locked(coordinator_byte(self._columns))
 
     def engine_alive(self, dp_rank: int) -> bool:
         """Whether a process holds an engine's row."""
-        return self.segment.is_locked(engine_byte(self._columns, dp_rank))
+        return self.segment.locks.is_locked(engine_byte(self._columns, dp_rank))
 
     def frontend_alive(self, index: int) -> bool:
         """Whether a process holds a front-end's row."""
-        return self.segment.is_locked(frontend_byte(self._columns, index))
+        return self.segment.locks.is_locked(frontend_byte(self._columns, index))
 
     def lock_coordinator(self) -> bool:
         """Takes the coordinator's lock; false if another has it."""
-        return self.segment.lock(coordinator_byte(self._columns))
+        return self.segment.locks.lock(coordinator_byte(self._columns))
 
     def lock_engine(self, dp_rank: int) -> bool:
         """Takes the lock of an engine's row; false if another has it."""
-        return self.segment.lock(engine_byte(self._columns, dp_rank))
+        return self.segment.locks.lock(engine_byte(self._columns, dp_rank))
 
     def unlock_engine(self, dp_rank: int) -> None:
         """Gives the lock of an engine's row back."""
-        self.segment.unlock(engine_byte(self._columns, dp_rank))
+        self.segment.locks.unlock(engine_byte(self._columns, dp_rank))
 
     def lock_frontend(self, index: int) -> bool:
         """Takes the lock of a front-end's row; false if another has it."""
-        return self.segment.lock(frontend_byte(self._columns, index))
+        return self.segment.locks.lock(frontend_byte(self._columns, index))
 
     # Facts, decoded.
 
@@ -282,56 +244,9 @@ class Board:
             counted: the front-ends whose bookings count; default `counted_frontends`.
 
         Returns:
-            An array of shape (dp_size,) and dtype `SNAPSHOT_DTYPE`, a copy.
+            An array of shape (dp_size,) and dtype `dpshm.board.snapshot.SNAPSHOT_DTYPE`, a copy.
         """
-        n = self.dp_size
-        counted = self.counted_frontends() if counted is None else counted
-        verdicts = self.engine_verdicts()
-        requests = self.outstanding_requests(counted).count().tolist()
-        tokens = self.outstanding_tokens(counted).count().tolist()
-        load = self.load[:n].tolist()
-        backlog = self.prefill_backlog[:n].tolist()
-        out = np.zeros(n, SNAPSHOT_DTYPE)
-        waking = self.phase is Phase.WAKING
-        for e in range(n):
-            row = out[e]
-            row["dp_rank"] = e
-            row["waiting"], row["running"], row["kv_cache_usage"] = unpack_load(load[e])
-            # What was outstanding an instant before these loads, and may have ended since.
-            row["requests"] = max(_sane(requests[e]), row["waiting"] + row["running"])
-            row["prefill_backlog"] = max(_sane(tokens[e]), _sane(backlog[e]))
-            row["in_flight"] = row["requests"] - row["waiting"] - row["running"]
-            row["in_flight_tokens"] = row["prefill_backlog"] - _sane(backlog[e])
-            row["wave"], running, paused = unpack_state(int(self.engine_state[e]))
-            row["step"] = unpack_progress(int(self.progress[e]))[1]
-            mark = int(self.engine_mark[e])
-            verdict = verdicts[e]
-            row["verdict"] = verdict.name.lower()
-            row["drained"] = bool(mark & DRAINED)
-            row["stock"] = bool(mark & ON_BEHALF)
-            row["state"] = _state(verdict, bool(row["drained"]), paused, running, waking)
-            beat, step_start = int(self.beat[e]), int(self.step_start[e])
-            row["age_ns"] = _sane(now_ns - beat) if now_ns is not None and beat else -1
-            row["step_age_ns"] = _sane(now_ns - step_start) if now_ns is not None and step_start else -1
-            row["incarnation"], row["pid"] = self.engine_incarnation[e], self.engine_pid[e]
-            for name in _COUNTERS:
-                row[name] = getattr(self, name)[e]
-        return out
+        return take_snapshot(self, now_ns, self.counted_frontends() if counted is None else counted)
 
 
 _NAMES = frozenset(layout.make_layout(1, 1).columns) - {"dp_size"}  # a property, clipped
-
-
-def _sane(value: int) -> int:
-    """A number that may have been scribbled, so that sums with it still fit their column."""
-    return max(0, min(value, _SANE))
-
-
-def _state(verdict: Verdict, drained: bool, paused: bool, running: bool, waking: bool) -> str:
-    if verdict is not Verdict.ALIVE:
-        return verdict.name.lower()
-    if drained:
-        return "drained"
-    if paused:
-        return "paused"
-    return "running" if running else "waking" if waking else "idle"

@@ -6,7 +6,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from dpshm.board.segment import groups
+from dpshm.board.files import groups
 from dpshm.ops.screen.text import Glyphs
 
 EXIT_INTERRUPTED = 130

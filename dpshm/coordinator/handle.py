@@ -21,9 +21,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dpshm.board import sockets_folder
+from dpshm.board import files
 from dpshm.board.board import Board
-from dpshm.board.segment import Segment, make_header, sockets_path, sweep
+from dpshm.board.files import sockets_path
+from dpshm.board.header import make_header
+from dpshm.board.segment import Segment, sweep
 from dpshm.coordinator.row import Marks
 from dpshm.coordinator.settings import IMMUTABLE, make_settings
 from dpshm.coordinator.sockets import Sockets
@@ -159,7 +161,7 @@ class Coordinator:
 
         If nobody else is attached this is `close`. Returns whether the board stays.
         """
-        stays = self.board.segment.usable and self.board.segment.is_shared()
+        stays = self.board.segment.usable and self.board.segment.locks.is_shared()
         if stays and self._finalizer is not None and (alive := self._finalizer.detach()) is not None:
             _, shut_down, arguments, _ = alive
             shut_down(*arguments, unlink=False)
@@ -211,7 +213,7 @@ class Coordinator:
         except BaseException:
             if watch is not None:
                 watch.stop()
-            if not segment.is_shared():
+            if not segment.locks.is_shared():
                 segment.unlink()
             segment.close()
             raise
@@ -219,7 +221,7 @@ class Coordinator:
 
     def _take_folder(self, group: str) -> int:
         deadline = time.monotonic() + OPEN_TIMEOUT_S
-        while (folder := sockets_folder.take(sockets_path(group))) is None:
+        while (folder := files.lock_sockets_folder(sockets_path(group))) is None:
             if time.monotonic() > deadline:
                 raise GroupInUse(_in_use(group))
             time.sleep(0.02)  # another coordinator is just ending
@@ -244,7 +246,7 @@ class Coordinator:
             try:
                 board = Board(segment)
                 owned = board.lock_coordinator()
-                if owned and segment.linked and segment.is_shared():
+                if owned and segment.linked and segment.locks.is_shared():
                     self._check_takeover(segment, sockets.keys)
                     logger.info("taking over the live board of group %r at wave %d", group, board.wave)
                     if self.settings.dp_size != board.dp_size:
@@ -253,7 +255,7 @@ class Coordinator:
                             *(group, board.dp_size, self.settings.dp_size),
                         )
                     return segment
-                if owned and segment.lock_all():
+                if owned and segment.locks.lock_all():
                     segment.unlink()
                     logger.info("removed what the dead group %r left", group)
                 elif time.monotonic() > deadline:
@@ -268,7 +270,7 @@ class Coordinator:
     def _create(self, sockets: Sockets) -> Segment:
         settings = self.settings
         folder = sockets_path(settings.group)
-        frontends, to_engines, from_engines = sockets_folder.NAMES
+        frontends, to_engines, from_engines = files.SOCKET_NAMES
         wanted = (
             _endpoint(settings.frontends_local, folder, frontends, settings.host),
             _endpoint(settings.engines_local, folder, to_engines, settings.host),

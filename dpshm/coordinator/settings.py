@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from dpshm.board import layout
-from dpshm.board.segment import segment_path
+from dpshm.board.files import segment_path
 from dpshm.errors import SettingError
 
 Mode = Literal["internal", "hybrid", "external"]

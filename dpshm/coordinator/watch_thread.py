@@ -15,7 +15,7 @@ import time
 from typing import NamedTuple
 
 from dpshm.board.board import Board
-from dpshm.board.segment import engine_byte, frontend_byte
+from dpshm.board.locks import engine_byte, frontend_byte
 from dpshm.board.words import ON_BEHALF, unpack_state
 from dpshm.coordinator.row import Marks
 from dpshm.linux import processes
@@ -121,7 +121,7 @@ class WatchThread(threading.Thread):
             self._row_bytes += [frontend_byte(columns, f) for f in range(used)]
         n = board.dp_size
         return (
-            *(rows, board.frontend_pid.tobytes(), board.segment.each_locked(self._row_bytes)),
+            *(rows, board.frontend_pid.tobytes(), board.segment.locks.each_locked(self._row_bytes)),
             *(board.engine_incarnation[:n].tobytes(), board.engine_pid[:n].tobytes()),
         )
 

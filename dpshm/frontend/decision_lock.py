@@ -10,12 +10,10 @@ A holder may be stopped (SIGSTOP, a debugger, a busy host) and must not stop the
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import os
-import struct
 import time
 
+from dpshm.board.locks import lock_request, try_lock, unlock
 from dpshm.board.segment import Segment
 
 BYTE = 0
@@ -26,12 +24,7 @@ SPINS = 100
 SLEEP_S = 50e-6
 
 
-def _request(kind: int) -> bytes:
-    # struct flock, as in `dpshm.board.segment`: l_type, l_whence, l_start, l_len, l_pid.
-    return struct.pack("@hhqqi0q", kind, os.SEEK_SET, BYTE, 1, 0)
-
-
-_TAKE, _GIVE = _request(fcntl.F_WRLCK), _request(fcntl.F_UNLCK)
+_LOCK, _UNLOCK = lock_request(fcntl.F_WRLCK, BYTE, 1), lock_request(fcntl.F_UNLCK, BYTE, 1)
 
 
 class DecisionLock:
@@ -49,12 +42,7 @@ class DecisionLock:
         """Waits for the lock, not for long; whether it was given."""
         fd, tries, deadline_ns = self._segment.fileno(), 0, 0
         while True:
-            try:
-                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _TAKE)
-            except OSError as e:
-                if e.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
-            else:
+            if try_lock(fd, _LOCK):
                 return True
             tries += 1
             now_ns = time.monotonic_ns()
@@ -66,4 +54,4 @@ class DecisionLock:
 
     def leave(self) -> None:
         """Gives the lock back."""
-        fcntl.fcntl(self._segment.fileno(), fcntl.F_OFD_SETLK, _GIVE)
+        unlock(self._segment.fileno(), _UNLOCK)

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from dpshm.board.files import sockets_path
 from dpshm.board.layout import MODEL_WORDS, PAGE_BYTES, STEP_MODEL_WORDS, STEP_WORDS, WORD_BYTES
-from dpshm.board.segment import sockets_path
 from dpshm.errors import SettingError
 from dpshm.policies import VECTOR_FROM, Request, View, Work
 

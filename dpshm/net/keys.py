@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeAlias
 
 import zmq
 
-from dpshm.board.segment import Header
+from dpshm.board.header import Header
 from dpshm.errors import SettingError
 from dpshm.net.context import Socket
 

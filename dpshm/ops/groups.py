@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from dpshm.board.board import Board
-from dpshm.board.segment import directory, groups
+from dpshm.board.files import directory, groups
 from dpshm.errors import SegmentError, SegmentNotFound, SettingError
 
 
@@ -38,7 +38,7 @@ def _describe(group: str) -> Found:
             ranks = f"{board.dp_size} ranks"
             if board.coordinator_alive():
                 return Found(group, "alive", f"{ranks}, coordinator pid {int(board.coordinator_pid[0])}")
-            if board.segment.is_shared():
+            if board.segment.locks.is_shared():
                 return Found(group, "orphaned", f"{ranks}, no coordinator")
             return Found(group, "dead", f"{ranks}, nobody is attached")
     except SegmentError as e:

@@ -54,7 +54,7 @@ def of_the_living(group: str) -> dict[str, Any]:
     """The settings of a group whose board is in use: what whoever takes it over has to agree in; else nothing."""
     try:
         with Board.attach(group) as board:
-            if not board.segment.is_shared():
+            if not board.segment.locks.is_shared():
                 return {}
             told = board.segment.header.settings
             return {"dp_size": board.dp_size} | {name: told[name] for name in IMMUTABLE if name in told}

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from dpshm.board import segment
+from dpshm.board import files
 from dpshm.coordinator.settings import Settings
 from dpshm.version import __version__
 from dpshm.vllm.log import logger
@@ -45,7 +45,7 @@ def coordinator_factory(stock: Callable[..., Any], options: Options) -> Callable
 
 def _sweep_the_dead() -> None:
     """Removes the boards of killed servers. Their names hold a pid, so no later server reuses them."""
-    for group in segment.groups():
+    for group in files.groups():
         if group.startswith(GROUP_PREFIX):
             sweep_group(group)
 

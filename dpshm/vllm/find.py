@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from hashlib import blake2s
 
-from dpshm.board import segment
+from dpshm.board import files
 from dpshm.board.board import Board
 from dpshm.errors import SegmentError
 
@@ -18,11 +18,11 @@ def group_at(stats_address: str | None) -> str | None:
     """The group whose live board names that address; None if there is none that this process can map."""
     if not stats_address:
         return None
-    for group in segment.groups():
+    for group in files.groups():
         try:
             with Board.attach(group) as board:
                 # Whoever is attached holds a lock: a board that nobody holds is a dead group's.
-                if board.segment.header.stats_address == stats_address and board.segment.is_shared():
+                if board.segment.header.stats_address == stats_address and board.segment.locks.is_shared():
                     return group
         except SegmentError:
             continue  # damaged, another user's, or just gone: not ours in any case

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dpshm import Board, Coordinator, GroupInUse, SegmentInvalid, SettingError
-from dpshm.board.segment import segment_path, sockets_path
+from dpshm.board.files import segment_path, sockets_path
 from tests.e2e.load import environment
 
 NOBODY = 65534

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from dpshm import Engine, Frontend
-from dpshm.board.segment import segment_path
+from dpshm.board.files import segment_path
 from tests.e2e.load import CommandLine, environment, run
 from tests.support import leftovers, wait_until
 

@@ -17,7 +17,9 @@ import pytest
 
 from dpshm import Coordinator, Engine, Frontend
 from dpshm.board.board import Board
-from dpshm.board.segment import Segment, make_header, segment_path, sockets_path
+from dpshm.board.files import segment_path, sockets_path
+from dpshm.board.header import make_header
+from dpshm.board.segment import Segment
 from dpshm.version import version_word
 from tests.e2e.load import environment, run
 from tests.e2e.load import stat as stat_of

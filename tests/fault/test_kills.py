@@ -85,7 +85,7 @@ def test_everything_killed_at_once_and_started_again(group, using, patient):
             remote.signal(signal.SIGKILL)
         if patient:
             with Board.attach(group) as left:  # a zombie's last thread may still hold a lock
-                wait_until(lambda left=left: not left.segment.is_shared())
+                wait_until(lambda left=left: not left.segment.locks.is_shared())
         with Coordinator(group=group, dp_size=2) as again:
             board = again.board
             if patient:

@@ -25,8 +25,8 @@ def make_targets() -> dict[str, Callable[[bytes], None]]:
     """By name: what is fed with bytes. Imported here, so that atheris can follow what it does."""
     import msgspec
 
-    from dpshm.board import layout, segment
-    from dpshm.board.segment import make_header
+    from dpshm.board import layout
+    from dpshm.board.header import PREAMBLE, group_in, make_header, read_header
     from dpshm.errors import SegmentInvalid, WireError
     from dpshm.frontend import recorder
     from dpshm.net import wire
@@ -45,25 +45,25 @@ def make_targets() -> dict[str, Callable[[bytes], None]]:
             with suppress(WireError):
                 decode(data)
 
-    def read_header(data: bytes) -> None:
+    def read_page(data: bytes) -> None:
         # Half of them are a damaged copy of a real one, and the checksum is right, or nothing would get past it.
         if data[:1] < b"\x80":
             at = int.from_bytes(data[1:3], "little") % len(honest_blob)
             data = honest_blob[:at] + data[3:] + honest_blob[at + len(data[3:]) :]
-        blob = data[: layout.PAGE_BYTES - segment._PREAMBLE.size]
-        preamble = segment._PREAMBLE.pack(
+        blob = data[: layout.PAGE_BYTES - PREAMBLE.size]
+        preamble = PREAMBLE.pack(
             layout.MAGIC, layout.VERSION_MAJOR, layout.VERSION_MINOR, len(blob), zlib.crc32(blob)
         )
         page = (preamble + blob).ljust(layout.PAGE_BYTES, b"\0")
         for readonly in (True, False):
             try:
-                header = segment._read_header(PATH, page, honest.size, "g", readonly)
+                header = read_header(PATH, page, honest.size, "g", readonly)
             except SegmentInvalid:
                 continue
             assert header.columns.keys() >= honest.columns.keys()
-        segment.group_in(page)
+        group_in(page)
         with suppress(SegmentInvalid):
-            segment._read_header(PATH, data.ljust(layout.PAGE_BYTES, b"\0"), honest.size, "g", True)
+            read_header(PATH, data.ljust(layout.PAGE_BYTES, b"\0"), honest.size, "g", True)
 
     ring = recorder.RingHeader(version=recorder.VERSION, group="g", frontend=0, engines=2, slots=2, pid=1)
     slot = recorder.slot_bytes(ring.engines)
@@ -77,7 +77,7 @@ def make_targets() -> dict[str, Callable[[bytes], None]]:
             decision = recorder._as_decision(number, found)
             assert decision.choice in decision.view.ranks
 
-    return {"wire": read_wire, "header": read_header, "trace": _trace_reader(), "ring": read_ring}
+    return {"wire": read_wire, "header": read_page, "trace": _trace_reader(), "ring": read_ring}
 
 
 def _trace_reader() -> Callable[[bytes], None]:

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpshm import Board, Coordinator, Engine, Frontend
-from dpshm.board import layout, segment
+from dpshm.board import layout
+from dpshm.board.header import PREAMBLE
 from dpshm.board.words import MAX_WORD
 from dpshm.errors import DpshmError, NoEngineAvailable, SettingError
 from dpshm.ops.events import EventReader
@@ -106,9 +107,7 @@ def header_of(page: bytes) -> dict:
 def page_of(fields: object) -> bytes:
     """A first page whose checksum is right."""
     blob = msgspec.json.encode(fields)[: layout.PAGE_BYTES - 20]
-    preamble = segment._PREAMBLE.pack(
-        layout.MAGIC, layout.VERSION_MAJOR, layout.VERSION_MINOR, len(blob), zlib.crc32(blob)
-    )
+    preamble = PREAMBLE.pack(layout.MAGIC, layout.VERSION_MAJOR, layout.VERSION_MINOR, len(blob), zlib.crc32(blob))
     return (preamble + blob).ljust(layout.PAGE_BYTES, b"\0")
 
 

@@ -11,8 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from dpshm.board import layout, sockets_folder
-from dpshm.board.segment import FILE_PREFIX, SOCKETS_SUFFIX, directory, group_in, segment_path, sweep
+from dpshm.board import files, layout
+from dpshm.board.files import FILE_PREFIX, SOCKETS_SUFFIX, directory, segment_path
+from dpshm.board.header import group_in
+from dpshm.board.segment import sweep
 from dpshm.errors import SegmentError
 from dpshm.ops.doctor.finding import Finding
 from dpshm.ops.groups import Found
@@ -133,7 +135,7 @@ def sweep_leftovers(found: list[Found]) -> list[str]:
                 if sweep(group.group):
                     removed.append(str(segment_path(group.group)))
     for folder in stray_folders():
-        sockets_folder.remove(folder)  # not if a coordinator holds it
+        files.remove_sockets_folder(folder)  # not if a coordinator holds it
         if not folder.exists():
             removed.append(str(folder))
     return removed

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 
-from dpshm.board import segment
+from dpshm.board import files
 from dpshm.board.board import Board
 from tests.e2e.vllm import environment
 from tests.e2e.vllm.server import Server
@@ -64,5 +64,5 @@ def killed_group(group: str) -> str:
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
         os.kill(process.pid, signal.SIGKILL)
-    assert group in segment.groups()
+    assert group in files.groups()
     return group

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dpshm import Board
-from dpshm.board import segment
+from dpshm.board import files
 from tests.e2e.vllm import environment
 from tests.support import wait_until
 
@@ -222,8 +222,8 @@ class Server:
 
     def left(self) -> list[str]:
         """What it has left in the directory of segments."""
-        prefix = segment.FILE_PREFIX + self.group
-        return sorted(e for e in os.listdir(segment.directory()) if e == prefix or e.startswith(prefix + "."))
+        prefix = files.FILE_PREFIX + self.group
+        return sorted(e for e in os.listdir(files.directory()) if e == prefix or e.startswith(prefix + "."))
 
 
 def free_port() -> int:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import zmq
 
-from dpshm.board import segment
+from dpshm.board import files
 from dpshm.net import wire
 from dpshm.rules.waves import Phase
 from tests.e2e.vllm import checks
@@ -53,7 +53,7 @@ def test_requests_are_answered_and_the_board_agrees(server):
 
 def test_what_killed_groups_left_is_swept_at_the_start(server, dead_group):
     """Guards against memory that piles up, a board for each server that was killed: nobody else removes it."""
-    assert dead_group not in segment.groups()
+    assert dead_group not in files.groups()
     assert f"removed what the dead group {dead_group!r} left" in server.log
 
 

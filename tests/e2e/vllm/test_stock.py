@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dpshm.board import segment
+from dpshm.board import files
 from dpshm.rules.waves import Phase
 from tests.e2e.vllm import checks, environment
 from tests.e2e.vllm.server import NO_MODEL
@@ -21,7 +21,7 @@ def test_switched_off_vllm_runs_as_ever(serve):
     server = serve(*ARGUMENTS, DPSHM="0")
     checks.answers_a_burst(server)
     assert not OURS.search(server.log)
-    assert server.group not in segment.groups()
+    assert server.group not in files.groups()
     server.stop()
 
 

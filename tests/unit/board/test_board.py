@@ -18,9 +18,12 @@ import numpy as np
 import pytest
 
 import dpshm
-from dpshm.board import layout, segment
-from dpshm.board.board import SNAPSHOT_DTYPE, Board
-from dpshm.board.segment import Segment, make_header
+from dpshm.board import files, layout
+from dpshm.board.board import Board
+from dpshm.board.header import PREAMBLE, make_header
+from dpshm.board.locks import coordinator_byte
+from dpshm.board.segment import Segment
+from dpshm.board.snapshot import SNAPSHOT_DTYPE
 from dpshm.board.words import (
     DRAINED,
     ON_BEHALF,
@@ -61,10 +64,15 @@ def board(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Board]:
 @contextmanager
 def child(code: str) -> Iterator[subprocess.Popen[str]]:
     """A Python process that runs `code` and has said that it is ready."""
-    code = f"import os\nfrom dpshm.board.board import Board\nfrom dpshm.board.segment import *\n{code}"
+    imports = (
+        "import os\nfrom dpshm.board.board import Board\nfrom dpshm.board.header import Header, make_header\n"
+        "from dpshm.board.segment import Segment, sweep\n"
+    )
     env = {**ENV, "DPSHM_DIR": os.environ["DPSHM_DIR"]}
     pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True, env=env) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", imports + code], stdin=pipe, stdout=pipe, text=True, env=env
+    ) as process:
         try:
             assert process.stdout.readline() == "ready\n"
             yield process
@@ -142,14 +150,14 @@ def test_views_that_outlive_a_board_can_be_read(board: Board):
 
 def newer(**columns: list[object]) -> None:
     """Makes the board's header that of a later minor version, with these columns."""
-    path = segment.segment_path("g")
+    path = files.segment_path("g")
     page = path.read_bytes()[: layout.PAGE_BYTES]
     fields = msgspec.json.decode(page[20 : 20 + int.from_bytes(page[12:16], "little")])
     fields["columns"].update(columns)
     blob = msgspec.json.encode(fields)
     version = layout.VERSION_MAJOR, layout.VERSION_MINOR + 1
     with path.open("r+b") as f:
-        f.write(segment._PREAMBLE.pack(layout.MAGIC, *version, len(blob), zlib.crc32(blob)) + blob)
+        f.write(PREAMBLE.pack(layout.MAGIC, *version, len(blob), zlib.crc32(blob)) + blob)
 
 
 @pytest.mark.parametrize("name", ["something_new", "words", "segment", "close", "snapshot"])
@@ -166,7 +174,7 @@ def test_locks_are_where_a_newer_version_has_its_rows(board: Board):
     """Guards against a tool that takes the rows of a later version for dead because they are wider there."""
     at = board.segment.header.columns["engine_state"].offset
     newer(engine_state=[at, [4], [256]])
-    board.segment.lock(at + 256)
+    board.segment.locks.lock(at + 256)
     with closing(Board.attach("g")) as tool:
         assert [tool.engine_alive(e) for e in range(4)] == [False, True, False, False]
 
@@ -319,7 +327,7 @@ def test_nobody_waits_for_a_coordinator_that_is_not_there(board: Board):
     with closing(Board.attach("g")) as other:
         other.wait_for_coordinator(lambda: asked.append(True) or len(asked) > 2)
         assert len(asked) == 3  # one lives: the wait ends with the condition
-        board.segment.unlock(segment.coordinator_byte(board.segment.header.columns))
+        board.segment.locks.unlock(coordinator_byte(board.segment.header.columns))
         other.wait_for_coordinator(lambda: asked.append(True))
         assert len(asked) == 4
 
@@ -386,7 +394,7 @@ def test_of_two_that_create_one_group_one_wins(board: Board):
         "    try:\n        kept.append(Segment.create(header)); won.append(i)\n"
         "    except FileExistsError:\n"
         "        kept.append(Segment.attach(name))\n"
-        "        assert kept[-1].is_shared(), i\n"
+        "        assert kept[-1].locks.is_shared(), i\n"
         "        assert not sweep(name), i\n"
         "print(*won, flush=True); input()"
     )

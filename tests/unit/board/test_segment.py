@@ -20,8 +20,10 @@ import numpy as np
 import pytest
 
 import dpshm
-from dpshm.board import layout, segment
-from dpshm.board.segment import Header, Segment, coordinator_byte, engine_byte, frontend_byte, make_header, sweep
+from dpshm.board import files, layout
+from dpshm.board.header import PREAMBLE, Header, make_header
+from dpshm.board.locks import coordinator_byte, engine_byte, frontend_byte
+from dpshm.board.segment import Segment, sweep
 from dpshm.errors import (
     HandleClosed,
     SegmentError,
@@ -85,7 +87,7 @@ def test_others_may_be_let_read(folder: Path, mode: int):
 def test_a_group_that_may_not_be_given(folder: Path):
     """Guards against a board that the wrong people can read, or half a segment, when a setting is refused."""
     code = (
-        "import os; from dpshm.board.segment import *\n"
+        "import os; from dpshm.board.header import make_header; from dpshm.board.segment import Segment\n"
         f"header = make_header('g', 1, 1, settings={{}}, **{ADDRESSES})\n"
         "os.setgroups([]); os.setuid(12345); Segment.create(header, file_mode=0o640, file_gid=1)"
     )
@@ -112,7 +114,7 @@ def test_writers_see_each_other_and_readers_cannot_write(folder: Path):
         with pytest.raises(ValueError, match="read-only"):
             np.asarray(reader.words)[at] = 18
         with pytest.raises(OSError, match="Bad file descriptor"):
-            reader.lock(coordinator_byte(reader.header.columns))
+            reader.locks.lock(coordinator_byte(reader.header.columns))
         assert made.words[at] == 17
 
 
@@ -149,11 +151,11 @@ def test_groups_lists_files_that_can_be_groups(folder: Path, monkeypatch: pytest
         (folder / name).touch()
     (folder / "dpshm-link").symlink_to(folder / "dpshm-a")
     (folder / "dpshm-folder").mkdir()
-    assert segment.groups() == ["a", "b"]
+    assert files.groups() == ["a", "b"]
     monkeypatch.setenv("DPSHM_DIR", str(folder / "none"))
-    assert segment.groups() == []
+    assert files.groups() == []
     monkeypatch.setenv("DPSHM_DIR", "")
-    assert segment.directory() == Path("/dev/shm")
+    assert files.directory() == Path("/dev/shm")
 
 
 def test_a_folder_that_cannot_be_used(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -182,7 +184,8 @@ def test_a_full_tmpfs_says_so_and_is_left_empty(tmp_path: Path):
     if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True, check=False).returncode:
         pytest.skip("cannot mount a tmpfs here")
     code = (
-        "import os; from dpshm.board.segment import *; from dpshm.errors import SegmentNoSpace\n"
+        "import os; from dpshm.board.files import directory; from dpshm.board.header import make_header\n"
+        "from dpshm.board.segment import Segment; from dpshm.errors import SegmentNoSpace\n"
         "try: Segment.create(make_header('g', 64, 64, settings={}, **{a: '' for a in "
         "('stats_address', 'engine_input_address', 'engine_output_address')}))\n"
         "except SegmentNoSpace as e: print(e, os.listdir(directory()), os.statvfs(directory()).f_bavail)"
@@ -210,47 +213,58 @@ def test_one_lock_a_row(folder: Path):
             *(frontend_byte(c, f) for f in range(3)),
         ]
         assert len(set(rows)) == 8
-        assert [theirs.is_locked(row) for row in rows] == [True] + [False] * 7  # create holds the coordinator's
+        assert [theirs.locks.is_locked(row) for row in rows] == [True] + [
+            False
+        ] * 7  # create holds the coordinator's
         for row in rows[1:]:
-            assert theirs.lock(row)
-        assert not any(ours.lock(row) for row in rows[1:])
+            assert theirs.locks.lock(row)
+        assert not any(ours.locks.lock(row) for row in rows[1:])
         for segment in (ours, theirs):  # whoever asks, its own locks count too
-            assert all(segment.is_locked(row) for row in rows)
-        theirs.unlock(rows[3])
+            assert all(segment.locks.is_locked(row) for row in rows)
+        theirs.locks.unlock(rows[3])
         for segment in (ours, theirs):
-            assert [segment.is_locked(row) for row in rows] == [True, True, True, False, True, True, True, True]
-        assert ours.lock(rows[3])
-        assert all(segment.is_locked(rows[3]) for segment in (ours, theirs))
+            assert [segment.locks.is_locked(row) for row in rows] == [
+                True,
+                True,
+                True,
+                False,
+                True,
+                True,
+                True,
+                True,
+            ]
+        assert ours.locks.lock(rows[3])
+        assert all(segment.locks.is_locked(rows[3]) for segment in (ours, theirs))
 
 
 def test_a_lock_on_everything_needs_everybody_gone(folder: Path):
     """Guards against sweeping a group in which one single row is still held."""
     with closing(Segment.create(header())) as made:
         other = Segment.attach("g")
-        assert other.is_shared()
-        assert not made.is_shared()  # its own locks do not count here
-        assert not other.lock_all()
-        made.unlock(coordinator_byte(made.header.columns))
-        assert not other.is_shared()
-        made.lock(frontend_byte(made.header.columns, 2))
-        assert not other.lock_all()
-        made.unlock(frontend_byte(made.header.columns, 2))
-        assert other.lock_all()
-        assert made.is_locked(engine_byte(made.header.columns, 1))
-        assert made.is_shared()
+        assert other.locks.is_shared()
+        assert not made.locks.is_shared()  # its own locks do not count here
+        assert not other.locks.lock_all()
+        made.locks.unlock(coordinator_byte(made.header.columns))
+        assert not other.locks.is_shared()
+        made.locks.lock(frontend_byte(made.header.columns, 2))
+        assert not other.locks.lock_all()
+        made.locks.unlock(frontend_byte(made.header.columns, 2))
+        assert other.locks.lock_all()
+        assert made.locks.is_locked(engine_byte(made.header.columns, 1))
+        assert made.locks.is_shared()
         other.close()
-        assert not made.is_shared()
+        assert not made.locks.is_shared()
 
 
 def test_a_reader_sees_locks_and_holds_none(folder: Path):
     """Guards against a tool that keeps a dead group from being swept."""
     made = Segment.create(header())
     with closing(Segment.attach("g", readonly=True)) as reader:
-        assert reader.is_locked(coordinator_byte(reader.header.columns))
-        assert reader.is_shared()
+        assert reader.locks.is_locked(coordinator_byte(reader.header.columns))
+        assert reader.locks.is_shared()
         made.close()
-        assert not reader.is_locked(coordinator_byte(reader.header.columns))
-        assert not reader.is_shared()
+        assert not reader.locks.is_locked(coordinator_byte(reader.header.columns))
+        assert not reader.locks.is_shared()
         assert sweep("g")
         assert not reader.linked
 
@@ -265,7 +279,7 @@ def test_closing_drops_the_locks_though_views_live_on(folder: Path):
     assert not made.usable
     assert view[at] == 5
     with closing(Segment.attach("g")) as other:
-        assert not other.is_shared()
+        assert not other.locks.is_shared()
 
 
 def test_closing_twice_is_once(folder: Path):
@@ -310,8 +324,8 @@ def test_an_unlinked_file_is_noticed(folder: Path):
 def test_unlink_takes_the_sockets_with_it(folder: Path):
     """Guards against a sockets' folder that is left behind, and against a second unlink failing."""
     with closing(Segment.create(header())) as made:
-        segment.sockets_path("g").mkdir()
-        (segment.sockets_path("g") / "frontends").touch()
+        files.sockets_path("g").mkdir()
+        (files.sockets_path("g") / "frontends").touch()
         made.unlink()
         assert list(folder.iterdir()) == []
         made.unlink()
@@ -322,7 +336,7 @@ def test_unlink_leaves_a_successors_file_alone(folder: Path):
     with closing(Segment.create(header())) as old:
         os.unlink(old.path)
         with closing(Segment.create(header())) as new:
-            segment.sockets_path("g").mkdir()
+            files.sockets_path("g").mkdir()
             old.unlink()
             assert new.linked
             assert {f.name for f in folder.iterdir()} == {"dpshm-g", "dpshm-g.sockets"}
@@ -332,10 +346,10 @@ def test_sweep_removes_only_the_dead(folder: Path):
     """Guards against removing a live board, and against a dead one that nobody removes."""
     assert not sweep("g")
     made = Segment.create(header())
-    segment.sockets_path("g").mkdir()
+    files.sockets_path("g").mkdir()
     assert not sweep("g")
-    made.unlock(coordinator_byte(made.header.columns))
-    made.lock(engine_byte(made.header.columns, 0))
+    made.locks.unlock(coordinator_byte(made.header.columns))
+    made.locks.lock(engine_byte(made.header.columns, 0))
     assert not sweep("g")  # an engine lives on
     made.close()
     assert sweep("g")
@@ -407,7 +421,7 @@ def rewrite(path: Path, change: Callable[[Fields], object], *, minor: int = 0) -
 
 def put(path: Path, blob: bytes, *, minor: int = 0) -> None:
     """Writes a header, its checksum right."""
-    preamble = segment._PREAMBLE.pack(layout.MAGIC, layout.VERSION_MAJOR, minor, len(blob), zlib.crc32(blob))
+    preamble = PREAMBLE.pack(layout.MAGIC, layout.VERSION_MAJOR, minor, len(blob), zlib.crc32(blob))
     with path.open("r+b") as f:
         f.write(preamble + blob)
 

@@ -26,7 +26,8 @@ from dpshm import (
     SettingError,
     StartupTimeout,
 )
-from dpshm.board import layout, segment, sockets_folder
+from dpshm.board import files, layout
+from dpshm.errors import SegmentError
 from dpshm.net import wire
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
@@ -64,9 +65,9 @@ def test_open_and_close(group):
     threads = count_threads()
     coordinator = Coordinator(group=group, dp_size=2)
     assert leftovers(group) == [f"dpshm-{group}", f"dpshm-{group}.sockets"]
-    folder = segment.sockets_path(group)
+    folder = files.sockets_path(group)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert stat.S_IMODE(segment.segment_path(group).stat().st_mode) == 0o600
+    assert stat.S_IMODE(files.segment_path(group).stat().st_mode) == 0o600
     assert sorted(p.name for p in folder.iterdir()) == ["from-engines", "frontends", "to-engines"]
     assert coordinator.board.dp_size == 2
     assert (coordinator.board.wave, coordinator.board.phase) == (0, Phase.PAUSED)
@@ -174,18 +175,18 @@ def test_a_folder_that_is_too_deep_for_sockets(group, tmp_path, monkeypatch):
 
 def test_a_sockets_folder_that_others_can_enter(group):
     """Guards against sockets in a folder that somebody else prepared."""
-    folder = segment.sockets_path(group)
+    folder = files.sockets_path(group)
     folder.mkdir(mode=0o755)
     folder.chmod(0o777)
     with pytest.raises(SettingError, match="drwxrwxrwx"):
         Coordinator(group=group, dp_size=1)
-    assert not segment.segment_path(group).exists()
+    assert not files.segment_path(group).exists()
     folder.rmdir() if folder.exists() else None
 
 
 def test_a_folder_of_sockets_that_comes_and_goes(group):
     """Guards against a start that fails because the coordinator before it removes its folder at that instant."""
-    folder = segment.sockets_path(group)
+    folder = files.sockets_path(group)
     ended = threading.Event()
 
     def come_and_go():
@@ -199,7 +200,7 @@ def test_a_folder_of_sockets_that_comes_and_goes(group):
     other.start()
     try:
         for _ in range(15_000):
-            fd = sockets_folder.take(folder)
+            fd = files.lock_sockets_folder(folder)
             assert fd is not None
             os.close(fd)
     finally:
@@ -213,7 +214,7 @@ def test_a_folder_that_does_not_exist(group, monkeypatch):
     """Guards against a start that hangs, or leaves threads, when there is no place for the board."""
     threads = count_threads()
     monkeypatch.setenv("DPSHM_DIR", "/nowhere")
-    with pytest.raises(segment.SegmentError, match="DPSHM_DIR"):
+    with pytest.raises(SegmentError, match="DPSHM_DIR"):
         Coordinator(group=group, dp_size=1)
     assert count_threads() == threads
 
@@ -260,7 +261,7 @@ code = "import sys; from dpshm import Coordinator; c = Coordinator(group=sys.arg
 ended = subprocess.run([sys.executable, "-c", code, group], env={**os.environ, "PYTHONPATH": path}, timeout=60)
 """,
         group=group,
-        path=os.path.dirname(os.path.dirname(segment.__file__)),
+        path=os.path.dirname(os.path.dirname(files.__file__)),
     )
     assert remote.eval("ended.returncode") == 0
     assert leftovers(group) == []
@@ -669,7 +670,7 @@ def test_what_the_dead_left_is_swept(group):
 
 def test_a_damaged_segment_of_the_dead_is_swept(group):
     """Guards against a group that cannot start because of a file that nobody can use."""
-    segment.segment_path(group).write_bytes(b"\0" * 8192)
+    files.segment_path(group).write_bytes(b"\0" * 8192)
     with Coordinator(group=group, dp_size=1):
         pass
 
@@ -701,7 +702,7 @@ def test_a_segment_unlinked_under_the_living(group, using, caplog):
     engine = using(Engine.attach(group, 0))
     frontend = using(Frontend.attach(group))
     with caplog.at_level(logging.WARNING):
-        segment.segment_path(group).unlink()
+        files.segment_path(group).unlink()
         wait_until(
             lambda: any(
                 "dpshm.coordinator.watch_thread" in r.name and "unlinked" in r.message for r in caplog.records
@@ -722,7 +723,7 @@ def test_a_segment_unlinked_under_the_living(group, using, caplog):
     frontend.route()
     wait_until(lambda: engine.poll(10))
     coordinator.close()
-    sockets_folder.clear(segment.sockets_path(group))
+    files.clear_sockets_folder(files.sockets_path(group))
 
 
 def test_a_folder_that_is_full(group, using, short_path):

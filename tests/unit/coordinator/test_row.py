@@ -14,7 +14,8 @@ import pytest
 
 from dpshm.board import layout
 from dpshm.board.board import Board
-from dpshm.board.segment import Segment, make_header
+from dpshm.board.header import make_header
+from dpshm.board.segment import Segment
 from dpshm.board.words import DRAINED, ON_BEHALF, VERDICT_MASK, ChangeKind, unpack_change
 from dpshm.coordinator.row import Marks
 from dpshm.rules.liveness import Verdict

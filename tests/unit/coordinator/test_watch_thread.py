@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from dpshm import Board, Coordinator, Engine, Frontend
-from dpshm.board import segment
+from dpshm.board import files
 from dpshm.rules.liveness import Verdict
 from tests.support import HandWatch, LoneBoard, Remote, count_fds, frontend_verdict, verdict, wait_until
 
@@ -197,7 +197,7 @@ def test_a_scribbled_row_ends_nothing(board, watch, engine):
 
 def test_an_unlinked_segment_is_told_once(board, watch, caplog):
     """Guards against a group whose file somebody removed, which nobody notices, or which fills the log."""
-    segment.segment_path(board.segment.group).unlink()
+    files.segment_path(board.segment.group).unlink()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             watch.after(0.05)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dpshm import Engine, Frontend
-from dpshm.board import segment
+from dpshm.board import files
 from dpshm.board.layout import PAGE_BYTES
 from dpshm.board.words import pack_load
 from dpshm.errors import SettingError
@@ -177,7 +177,7 @@ def test_a_frontend_records_its_decisions(group, using, tmp_path, policy, where)
     assert [by_name(policy)(d.view, d.request) for d in decisions] == [d.choice for d in decisions]
     assert all(age >= 0 for d in decisions[3:] for age in d.age_ns)
     assert (decisions[0].view.work is None) == (policy == "least_loaded")
-    segment.sockets_path(group)
+    files.sockets_path(group)
     if where is True:
         frontend.close()
         path.unlink()

@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 from dpshm import Coordinator, Engine, Frontend
-from dpshm.board.segment import sockets_path
+from dpshm.board.files import sockets_path
 from dpshm.board.words import pack_control
 from dpshm.net import wire
 from dpshm.net.doorbell import MOST_RANKS, Doorbell, DoorbellClient

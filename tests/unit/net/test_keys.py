@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from dpshm.board.segment import make_header
+from dpshm.board.header import make_header
 from dpshm.errors import SettingError
 from dpshm.net.keys import client_keys, connect, keys_for, make_keys, server_keys
 

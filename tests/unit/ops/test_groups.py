@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dpshm import Board, Coordinator, SegmentNotFound, SettingError
-from dpshm.board.segment import Segment, make_header
+from dpshm.board.header import make_header
+from dpshm.board.segment import Segment
 from dpshm.ops.groups import find_groups, open_group
 from tests.support import LoneBoard
 

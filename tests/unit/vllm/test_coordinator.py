@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from dpshm.board import segment
+from dpshm.board import files
 from dpshm.coordinator.settings import make_settings
 from dpshm.vllm import coordinator as module
 from dpshm.vllm.coordinator import coordinator_factory
@@ -85,7 +85,7 @@ def test_boards_of_killed_servers_are_removed(monkeypatch, parallel_config, envs
     try:
         coordinator = coordinator_factory(lambda *_, **__: STOCK, Options(group=group))(parallel_config, True)
         coordinator.shutdown()
-        assert f"vllm-{group}" not in segment.groups()
+        assert f"vllm-{group}" not in files.groups()
     finally:
         dead.segment.unlink()
         dead.close()

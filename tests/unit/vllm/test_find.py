@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dpshm import Coordinator, Frontend
-from dpshm.board import layout, segment
+from dpshm.board import files, layout
 from dpshm.vllm.find import group_at, owner_name
 from tests.support import LoneBoard
 
@@ -20,7 +20,7 @@ def test_the_address_leads_to_the_board(group, using):
 
 def test_a_dead_groups_board_is_not_found(group, using, monkeypatch):
     """Guards against a new server that writes to what a killed one left."""
-    monkeypatch.setattr(segment, "groups", lambda: [group])  # all lone boards have one address
+    monkeypatch.setattr(files, "groups", lambda: [group])  # all lone boards have one address
     board = using(LoneBoard(group))
     address = board.segment.header.stats_address
     assert group_at(address) is None

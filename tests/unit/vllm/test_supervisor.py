@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from dpshm import Board, Engine
-from dpshm.board.segment import segment_path
+from dpshm.board.files import segment_path
 from dpshm.rules.waves import Phase
 from dpshm.vllm import supervisor
 from dpshm.vllm.supervisor import WatchedCoordinator

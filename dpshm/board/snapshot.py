@@ -1,0 +1,104 @@
+"""A snapshot: what each rank does, as one numpy record a rank.
+
+It is for people and tools: each field is decoded, named and bounded, whatever the words say. Decisions do not use
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpshm.board.words import DRAINED, ON_BEHALF, unpack_load, unpack_progress, unpack_state
+from dpshm.rules.liveness import Verdict
+from dpshm.rules.waves import Phase
+
+if TYPE_CHECKING:
+    from dpshm.board.board import Board
+
+SNAPSHOT_DTYPE = np.dtype(
+    [
+        ("dp_rank", np.int32),
+        ("state", "U8"),
+        ("verdict", "U8"),
+        ("drained", np.bool_),
+        ("stock", np.bool_),
+        ("waiting", np.int64),
+        ("running", np.int64),
+        ("in_flight", np.int64),
+        ("requests", np.int64),
+        ("kv_cache_usage", np.float64),
+        ("prefill_backlog", np.int64),
+        ("in_flight_tokens", np.int64),
+        ("wave", np.int64),
+        ("step", np.int64),
+        ("age_ns", np.int64),
+        ("step_age_ns", np.int64),
+        ("incarnation", np.int64),
+        ("pid", np.int64),
+        ("steps", np.int64),
+        ("dummy_steps", np.int64),
+        ("busy_ns", np.int64),
+        ("prompt_tokens", np.int64),
+        ("generation_tokens", np.int64),
+        ("requests_finished", np.int64),
+    ]
+)
+"""One row a rank. `requests` and `prefill_backlog` count what is in flight in; ages are -1 where unknown."""
+
+_SANE = 1 << 61
+_COUNTERS = ("steps", "dummy_steps", "busy_ns", "prompt_tokens", "generation_tokens", "requests_finished")
+
+
+def take_snapshot(board: Board, now_ns: int | None, counted: Sequence[int]) -> NDArray[Any]:
+    """See `dpshm.board.board.Board.snapshot`."""
+    n = board.dp_size
+    verdicts = board.engine_verdicts()
+    requests = board.outstanding_requests(counted).count().tolist()
+    tokens = board.outstanding_tokens(counted).count().tolist()
+    load = board.load[:n].tolist()
+    backlog = board.prefill_backlog[:n].tolist()
+    out = np.zeros(n, SNAPSHOT_DTYPE)
+    waking = board.phase is Phase.WAKING
+    for e in range(n):
+        row = out[e]
+        row["dp_rank"] = e
+        row["waiting"], row["running"], row["kv_cache_usage"] = unpack_load(load[e])
+        # What was outstanding an instant before these loads, and may have ended since.
+        row["requests"] = max(_sane(requests[e]), row["waiting"] + row["running"])
+        row["prefill_backlog"] = max(_sane(tokens[e]), _sane(backlog[e]))
+        row["in_flight"] = row["requests"] - row["waiting"] - row["running"]
+        row["in_flight_tokens"] = row["prefill_backlog"] - _sane(backlog[e])
+        row["wave"], running, paused = unpack_state(int(board.engine_state[e]))
+        row["step"] = unpack_progress(int(board.progress[e]))[1]
+        mark = int(board.engine_mark[e])
+        verdict = verdicts[e]
+        row["verdict"] = verdict.name.lower()
+        row["drained"] = bool(mark & DRAINED)
+        row["stock"] = bool(mark & ON_BEHALF)
+        row["state"] = _state(verdict, bool(row["drained"]), paused, running, waking)
+        beat, step_start = int(board.beat[e]), int(board.step_start[e])
+        row["age_ns"] = _sane(now_ns - beat) if now_ns is not None and beat else -1
+        row["step_age_ns"] = _sane(now_ns - step_start) if now_ns is not None and step_start else -1
+        row["incarnation"], row["pid"] = board.engine_incarnation[e], board.engine_pid[e]
+        for name in _COUNTERS:
+            row[name] = getattr(board, name)[e]
+    return out
+
+
+def _sane(value: int) -> int:
+    """A number that may have been scribbled, so that sums with it still fit their column."""
+    return max(0, min(value, _SANE))
+
+
+def _state(verdict: Verdict, drained: bool, paused: bool, running: bool, waking: bool) -> str:
+    if verdict is not Verdict.ALIVE:
+        return verdict.name.lower()
+    if drained:
+        return "drained"
+    if paused:
+        return "paused"
+    return "running" if running else "waking" if waking else "idle"

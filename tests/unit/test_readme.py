@@ -18,13 +18,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from dpshm import Coordinator, Engine
 from dpshm.board import words
 from dpshm.board.layout import DEFAULT_ENGINES, DEFAULT_FRONTENDS, PAGE_BYTES, make_layout
 from dpshm.cli import COMMANDS
-from dpshm.coordinator.settings import make_settings
+from dpshm.coordinator.settings import Settings, make_settings
 from dpshm.policies import NAMES
 from dpshm.rules import waves
 from dpshm.rules.liveness import Verdict
@@ -338,6 +339,19 @@ def test_the_table_of_policies_is_complete() -> None:
     """Guards against a policy that users never learn of, and one that is gone."""
     table = rows(section(ROOT / "dpshm/policies/README.md", "Which one"))
     assert sorted(re.sub(r"[` ]|\(default\)", "", row[0]) for row in table) == list(NAMES)
+
+
+def test_the_table_of_settings_is_complete() -> None:
+    """Guards against a setting that users never learn of, one that is gone, and a default that changed."""
+    table = rows(section(ROOT / "dpshm/coordinator/README.md", "Settings"))
+    assert [row[0].strip("`") for row in table] == list(Settings.__struct_fields__)
+    defaults = msgspec.to_builtins(Settings(group="g", dp_size=1))
+    for name, default, _ in table:
+        value = defaults[name.strip("`")]
+        if re.fullmatch(r"`[^`]+`", default):
+            assert default.strip("`") == (f"0o{value:o}" if "mode" in name else str(value))
+        elif re.fullmatch(r"\d+", default):
+            assert int(default) == value
 
 
 BOARD = ROOT / "dpshm/board/README.md"

@@ -29,6 +29,7 @@ from dpshm.coordinator.settings import Settings, make_settings
 from dpshm.policies import NAMES
 from dpshm.rules import waves
 from dpshm.rules.liveness import Verdict
+from tests.unit.test_imports import FLOORS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -352,6 +353,23 @@ def test_the_table_of_settings_is_complete() -> None:
             assert default.strip("`") == (f"0o{value:o}" if "mode" in name else str(value))
         elif re.fullmatch(r"\d+", default):
             assert int(default) == value
+
+
+def test_the_table_of_folders_is_that_of_the_imports() -> None:
+    """Guards against a design that names a direction of imports which no test enforces."""
+    table = rows(section(ROOT / "dpshm/README.md", "Folders"))
+    drawn = {int(floor): set(re.findall(r"(\w+)(?:/|\.py)`", folders)) for floor, folders, _ in table}
+    assert drawn == {number: set(rooms) for number, rooms in enumerate(FLOORS, 1)}
+
+
+@pytest.mark.parametrize("folder", sorted({page.parent for page in PAGES}), ids=name_of)
+def test_a_table_of_files_is_complete(folder: Path) -> None:
+    """Guards against a file that a reader of its folder's page never hears of."""
+    table = re.search(r"^\| file \| .*?\n\n", text_of(folder / "README.md"), re.DOTALL | re.MULTILINE)
+    if table is None:
+        return  # the folder's page is about something else
+    named = {name for row in rows(table.group()) for name in re.findall(r"`([\w/]+\.py)`", row[0])}
+    assert named == {path.name for path in folder.glob("*.py")} - {"__init__.py"}
 
 
 BOARD = ROOT / "dpshm/board/README.md"

@@ -20,7 +20,7 @@ from dpshm.board.layout import DEFAULT_ENGINES, DEFAULT_FRONTENDS
 from dpshm.board.locks import coordinator_byte
 from dpshm.board.segment import Segment
 from dpshm.board.words import pack_control, pack_load
-from dpshm.coordinator.row import Marks
+from dpshm.coordinator.row import CoordinatorRow
 from dpshm.policies import Policy
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
@@ -62,7 +62,7 @@ class StillBoard:
             stack.callback(board.close)
             stack.callback(board.segment.unlink)
             board.segment.locks.unlock(coordinator_byte(header.columns))
-            words, marks = board.words, Marks(board)
+            words, marks = board.words, CoordinatorRow(board)
             marks.set_dp_size(engines)
             words[board.index("control")] = pack_control(1, Phase.RUNNING)
             self._at_beat = board.index("coordinator_beat")

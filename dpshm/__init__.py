@@ -5,7 +5,6 @@ runs the request waves, publishing only when their state changes.
 """
 
 from dpshm.board.board import Board
-from dpshm.coordinator.handle import Coordinator
 from dpshm.engine.handle import Engine
 from dpshm.errors import (
     CapacityExceeded,
@@ -28,6 +27,7 @@ from dpshm.errors import (
 )
 from dpshm.frontend.handle import Frontend, Route
 from dpshm.service.child import CoordinatorProcess
+from dpshm.service.coordinator import Coordinator
 from dpshm.version import __version__
 
 __all__ = [

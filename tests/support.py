@@ -26,7 +26,7 @@ from dpshm.board.board import Board
 from dpshm.board.header import make_header
 from dpshm.board.locks import coordinator_byte
 from dpshm.board.segment import Segment
-from dpshm.coordinator.row import Marks
+from dpshm.coordinator.row import CoordinatorRow
 from dpshm.coordinator.watch_thread import WatchThread
 from dpshm.net import wire
 from dpshm.rules.liveness import Verdict
@@ -114,7 +114,7 @@ class LoneBoard(Board):
         )
         super().__init__(Segment.create(header))
         self.segment.locks.unlock(coordinator_byte(header.columns))
-        self.marks = Marks(self)
+        self.marks = CoordinatorRow(self)
         self.marks.set_dp_size(dp_size)
         self._patience_ns = board_module.COORDINATOR_SILENCE_NS
         if watched:
@@ -151,8 +151,6 @@ class HandWatch(WatchThread):
 
     def close(self) -> None:
         """Ends it."""
-        self._stop_asked = True
-        self.start()
         self.stop()
 
 

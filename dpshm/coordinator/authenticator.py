@@ -1,9 +1,9 @@
-"""The doorkeeper: answers who may come in through a coordinator's tcp sockets, and tells who was refused.
+"""Decides which peers may connect to a coordinator's tcp sockets, and tells which were refused.
 
-libzmq asks for each peer that has proved a CURVE key whether it may come in, over an inproc socket of the same
-context (ZAP, rfc.zeromq.org/spec/27); peers without keys, or with another server's, it refuses by itself, and
-tells whoever monitors the socket. Both are read in the wave thread: no thread more, and no state outlives it.
-The ZAP address is one a context, so sockets with keys live in a context of their own.
+For each peer that has proved a CURVE key libzmq asks whether it may connect, over an inproc socket of the same
+context (ZAP, rfc.zeromq.org/spec/27). Peers without keys, or with another server's, libzmq refuses by itself; the
+socket's monitor tells of them. The wave thread reads both, so no other thread and no state outlives it. There is
+one ZAP address in a context, so sockets with keys live in a context of their own.
 """
 
 from __future__ import annotations
@@ -32,80 +32,78 @@ _EVENTS = (
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
-_TOLD = struct.Struct("=HI")  # what a monitor says: event and value; `zmq.utils.monitor` would load asyncio
+_MONITORED = struct.Struct("=HI")  # a monitor's message: event, value. `zmq.utils.monitor` loads asyncio
 _numbers = itertools.count()
 
 
 class Authenticator:
-    """Lets in whoever has the clients' key. Used in the wave thread alone.
+    """Lets peers connect that have the clients' key. Used by one thread at a time.
 
     Args:
         context: of the sockets to guard.
         keys: the coordinator's.
-        refused: called with a sentence about each peer that was refused.
     """
 
-    def __init__(self, context: zmq.Context[Socket], keys: ServerKeys, refused: Callable[[str], None]) -> None:
+    def __init__(self, context: zmq.Context[Socket], keys: ServerKeys) -> None:
         self._context = context
         self._keys = keys
-        self._refused = refused
         self._client = z85.decode(keys.client)
         self._zap: Socket = context.socket(zmq.REP)
         self._zap.linger = 0
         self._zap.bind(ZAP_ADDRESS)
         self._monitors: dict[Socket, Socket] = {}  # by what they monitor
-        self._peers: dict[tuple[Socket, int], str] = {}  # by descriptor: who was accepted
-        self._failed: dict[Socket, str] = {}  # why, until the next line tells whose descriptor it was
+        self._peers: dict[tuple[Socket, int], str] = {}  # accepted peers by monitor and descriptor
+        self._failed: dict[Socket, str] = {}  # the reason, until the monitor's next message tells the descriptor
 
     @property
-    def takers(self) -> dict[Socket, Callable[[list[bytes]], None]]:
-        """The sockets to poll, and what takes their messages."""
-        takers: dict[Socket, Callable[[list[bytes]], None]] = {self._zap: self._answer}
+    def handlers(self) -> dict[Socket, Callable[[list[bytes]], str | None]]:
+        """What handles the messages of each socket to poll; returns a sentence on a peer that was refused."""
+        handlers: dict[Socket, Callable[[list[bytes]], str | None]] = {self._zap: self._answer}
         for monitor in self._monitors.values():
-            takers[monitor] = partial(self._take, monitor)
-        return takers
+            handlers[monitor] = partial(self._observe, monitor)
+        return handlers
 
     def guard(self, s: Socket) -> None:
-        """Has a socket, yet to be bound, ask for keys; and looks who is refused."""
+        """Has a socket that is yet to be bound ask for keys, and monitors it."""
         if s in self._monitors:
             return
         self._keys.secure(s)
-        address = f"inproc://dpshm-door-{next(_numbers)}"
+        address = f"inproc://dpshm-monitor-{next(_numbers)}"
         s.monitor(address, _EVENTS)
         monitor: Socket = self._context.socket(zmq.PAIR)
         monitor.linger = 0
-        monitor.rcvhwm = 0  # a full queue would hold up libzmq's own thread, and with it all peers
+        monitor.rcvhwm = 0  # a full queue holds up libzmq's own thread, and with it all peers
         monitor.connect(address)
         self._monitors[s] = monitor
 
     def close(self) -> None:
-        """Closes its own sockets; those that it guards first stop telling."""
+        """Stops monitoring, and closes the sockets made here."""
         for guarded, monitor in self._monitors.items():
             with suppress(zmq.ZMQError):
                 guarded.disable_monitor()
             monitor.close()
         self._zap.close()
-        del self._refused  # which refers back: the memory goes with the last handle
 
     def _answer(self, frames: list[bytes]) -> None:
         welcome = len(frames) == _FRAMES and frames[5] == b"CURVE" and frames[6] == self._client
         status = (b"200", b"OK") if welcome else (b"400", b"not a key of this group")
         self._zap.send_multipart([b"1.0", frames[1], *status, b"", b""])
 
-    def _take(self, monitor: Socket, frames: list[bytes]) -> None:
-        kind, value = _TOLD.unpack(frames[0])
+    def _observe(self, monitor: Socket, frames: list[bytes]) -> str | None:
+        kind, value = _MONITORED.unpack(frames[0])
         if kind == zmq.EVENT_ACCEPTED:
             self._peers[monitor, value] = _peer_name(value)
         elif kind == zmq.EVENT_DISCONNECTED:
             peer = self._peers.pop((monitor, value), "a peer")
             why = self._failed.pop(monitor, None)
             if why is not None:
-                self._refused(
+                return (
                     f"{peer} at {frames[1].decode()} {why}. Peers of this group need its keys: a copy of "
                     "the coordinator's --curve-dir, named by DPSHM_CURVE_DIR"
                 )
         else:
             self._failed[monitor] = _why(kind, value)
+        return None
 
 
 def _why(kind: int, value: int) -> str:
@@ -119,7 +117,7 @@ def _why(kind: int, value: int) -> str:
 
 
 def _peer_name(fd: int) -> str:
-    """Who is connected to a descriptor of libzmq's; it may be closed already."""
+    """The peer's address on a descriptor of libzmq's, which may be closed already."""
     try:
         borrowed = socket.socket(fileno=fd)
     except OSError:

@@ -1,4 +1,4 @@
-"""A logger for what a hostile or broken peer could repeat without end: counted always, logged rarely."""
+"""Counts what a hostile or broken peer can repeat without end, and logs a few lines of it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import time
 from collections import Counter
 
 
-class LimitedLog:
-    """Counts occurrences by reason and logs the first of each, then at most so many lines an interval.
+class RateLimitedLog:
+    """Counts occurrences by reason, and logs each reason at most so many times an interval.
 
     Args:
         logger: where the lines go.
-        interval_s: how long an interval is.
-        lines: how many of each reason it may have.
-        level: of the lines.
+        interval_s: the interval's length.
+        lines: how many lines of each reason an interval may have.
+        level: the lines' level.
 
     Attributes:
         counts: occurrences by reason, since the start.
@@ -33,7 +33,7 @@ class LimitedLog:
         self.counts: Counter[str] = Counter()
 
     def note(self, reason: str, detail: object) -> None:
-        """Notes one occurrence; `reason` is one of a few fixed words."""
+        """Counts one occurrence, and logs it or not; `reason` is one of a few fixed words."""
         self.counts[reason] += 1
         now = time.monotonic()
         if now >= self._next_at.get(reason, 0.0):

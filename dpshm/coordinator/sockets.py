@@ -1,22 +1,21 @@
 """A coordinator's three sockets: made, bound, and bounded in what their peers can make them hold.
 
-libzmq takes in what peers send before anybody has looked at it, so the limits are set here:
+libzmq receives what peers send before the wave thread reads it, so the limits are set here:
 
 - a message longer than any honest one ends the connection that it came from;
-- a pipe from a front-end or to an engine (XPUB) takes in one message at a time, since an XPUB empties its pipes,
-  whenever anything looks at it, into a queue of its own: with longer pipes a fast peer fills it in no time;
-- the rest has no limit in libzmq: that queue, where a peer may still be faster than the wave thread; how much a
-  peer may subscribe to (a node for each byte of a topic); how many parts a message may have. Against them there is
-  `Sockets.renew`: it closes everything and binds the same addresses. Whatever peers had piled up is gone, and
-  honest ones come back by themselves; what was lost meanwhile the board tells.
+- a pipe from a front-end or to an engine (XPUB) holds one message at a time: an XPUB empties its pipes into a
+  queue of its own whenever it is used, and with longer pipes a fast peer fills that queue at once;
+- libzmq has no limit for the rest: that queue, where a peer may still be faster than the wave thread; the bytes of
+  topics that a peer subscribes to (a node for each byte); the parts of a message. Against them there is
+  `Sockets.renew`: it closes everything and binds the same addresses. What peers had piled up is gone, and honest
+  peers reconnect; what was lost meanwhile the board tells.
 
-The sockets are in a context of their own, because its end waits until all is closed, ipc paths too, and the
-addresses can be bound again; and because the doorkeeper's address is one a context.
+The sockets are in a context of their own, for two reasons. Its end waits until all is closed, ipc paths too, so
+the addresses can be bound again. And there is one ZAP address in a context (`dpshm.coordinator.authenticator`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TypeAlias
 
 import zmq
@@ -32,32 +31,37 @@ Addresses: TypeAlias = tuple[str, str, str]  # front-ends, to engines, from engi
 
 UPSTREAM_HWM = 1
 REPORTS_HWM = 100
-"""Messages that a pipe holds before its sender has to wait."""
+"""Messages that a pipe holds; then its sender waits."""
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 60, 10, 3
-"""A machine that is gone without a word is noticed after a minute and a half."""
+"""A peer whose machine is gone is disconnected after a minute and a half."""
 
 
 class Sockets:
-    """The three bound sockets, and how each is bound. Used in the wave thread alone.
+    """The three sockets, and the addresses that they are bound to. Used by one thread at a time.
 
     Args:
-        keys: what peers over tcp must have; None lets everybody in.
-        refused: called with a sentence about each peer that was refused.
+        keys: what peers over tcp must have; None lets every peer connect.
+
+    Attributes:
+        keys: the same.
+        frontends: XPUB: publications to stock front-ends, and what front-ends send.
+        to_engines: XPUB: READY and START, and engines' subscriptions.
+        from_engines: PULL: what engines report.
+        authenticator: decides on peers, where there are keys.
 
     Raises:
         OSError: no file descriptor is left.
     """
 
-    def __init__(self, keys: ServerKeys | None, refused: Callable[[str], None]) -> None:
+    def __init__(self, keys: ServerKeys | None) -> None:
         self.keys = keys
-        self._refused = refused
         self._bound: dict[Socket, str] = {}
         self._open()
 
     def _open(self) -> None:
         check_spare()
         self._context: zmq.Context[Socket] = zmq.Context()
-        self.doorkeeper = Authenticator(self._context, self.keys, self._refused) if self.keys else None
+        self.authenticator = Authenticator(self._context, self.keys) if self.keys else None
         self.frontends = self._context.socket(zmq.XPUB)
         self.to_engines = self._context.socket(zmq.XPUB)
         self.from_engines = self._context.socket(zmq.PULL)
@@ -72,7 +76,7 @@ class Sockets:
         for s in (self.frontends, self.to_engines):
             s.maxmsgsize = wire.MAX_UPSTREAM_BYTES
             s.rcvhwm = UPSTREAM_HWM
-            s.setsockopt(zmq.XPUB_VERBOSER, 1)  # every join and leave is passed on, doubles too
+            s.setsockopt(zmq.XPUB_VERBOSER, 1)  # every join and leave is passed on, also a peer's second
 
     @property
     def all(self) -> tuple[Socket, Socket, Socket]:
@@ -95,41 +99,37 @@ class Sockets:
                 self._bind(s, address)
 
     def unbind(self) -> None:
-        """Takes back what was bound."""
+        """Unbinds all."""
         for s, address in self._bound.items():
             s.unbind(address)
         self._bound.clear()
 
     def renew(self) -> None:
-        """Ends every connection and binds the same addresses anew, with other sockets.
+        """Ends every connection, and binds new sockets to the same addresses.
 
         Raises:
-            SettingError: an address was taken meanwhile; try again.
+            SettingError: an address is in use; try again.
             OSError: no file descriptor is left; try again.
         """
-        self._close()
+        self.close()
         self._open()
         self.bind(self._addresses)
 
     def close(self) -> None:
-        """Closes all three, for good."""
-        self._close()
-        del self._refused  # which refers back: the memory goes with the last handle
+        """Closes all sockets; returns once the addresses are free."""
+        if self.authenticator is not None:
+            self.authenticator.close()
+        for s in self.all:
+            s.close()
+        self._bound.clear()
+        self._context.term()
 
     def _bind(self, s: Socket, address: str) -> str:
-        if self.doorkeeper is not None and address.startswith("tcp:"):
-            self.doorkeeper.guard(s)
+        if self.authenticator is not None and address.startswith("tcp:"):
+            self.authenticator.guard(s)
         try:
             s.bind(address)
         except zmq.ZMQError as e:
             raise SettingError(f"cannot bind {address}: {e.strerror}") from e
         self._bound[s] = s.getsockopt_string(zmq.LAST_ENDPOINT)
         return self._bound[s]
-
-    def _close(self) -> None:
-        if self.doorkeeper is not None:
-            self.doorkeeper.close()
-        for s in self.all:
-            s.close()
-        self._bound.clear()
-        self._context.term()

@@ -14,7 +14,7 @@ import zmq
 from dpshm.board.board import Board
 from dpshm.board.segment import Segment
 from dpshm.board.words import DRAINED
-from dpshm.coordinator.row import Marks
+from dpshm.coordinator.row import CoordinatorRow
 from dpshm.errors import DpshmError, SettingError
 from dpshm.net import wire
 from dpshm.net.context import Socket, context
@@ -111,7 +111,7 @@ def _write(group: str, ranks: Sequence[int], drained: bool) -> None:
     """Marks ranks in the place of a coordinator; does nothing if one turns up."""
     with Board(Segment.attach(group)) as board:
         if board.lock_coordinator():
-            marks = Marks(board)
+            marks = CoordinatorRow(board)
             for e in ranks:
                 marks.set_engine(e, drained=drained)
 

@@ -22,10 +22,10 @@ from typing import Any
 import msgspec
 
 from dpshm import errors
-from dpshm.coordinator.handle import Coordinator
 from dpshm.coordinator.settings import Settings, make_settings
 from dpshm.errors import DpshmError, StartupTimeout
 from dpshm.linux import descriptors, processes
+from dpshm.service.coordinator import Coordinator
 
 logger = logging.getLogger(__name__)
 

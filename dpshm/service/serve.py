@@ -20,10 +20,10 @@ from types import FrameType
 from typing import Any
 
 from dpshm.board.board import Board
-from dpshm.coordinator.handle import Coordinator
 from dpshm.coordinator.settings import IMMUTABLE
 from dpshm.errors import SegmentError, SettingError
 from dpshm.linux import descriptors, processes
+from dpshm.service.coordinator import Coordinator
 from dpshm.service.systemd import notify, watchdog_interval_s
 
 logger = logging.getLogger(__name__)

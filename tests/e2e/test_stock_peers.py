@@ -110,7 +110,7 @@ def test_a_whole_life(group, using, first_request):
     assert late.heard() == READY
 
     frontends[1].send(UNSUBSCRIBE)
-    wait_until(lambda: coordinator._wave._stock_frontends == 1)
+    wait_until(lambda: coordinator._wave.publisher.listeners == 1)
     engines[1].send(stats(1, 9, 9))
     frontends[0].wait_for(lambda state: (numbers(state) or [(), ()])[1] == (9, 9, 0.0))
     assert frontends[1].is_silent(0.05)
@@ -153,7 +153,7 @@ def test_ready_comes_again_for_a_late_engine(group, using):
     """Guards against an engine that scaled in, or was restarted, and waits for READY for ever."""
     coordinator, engines = start(using, 2, group=group)
     engines[1].close()
-    wait_until(lambda: coordinator._wave._subscribed_engines == 1)
+    wait_until(lambda: coordinator._wave.readiness.subscribed == 1)
     assert using(StockEngine(coordinator.engine_addresses, 1)).heard() == READY
     assert engines[0].heard() == READY
 

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from dpshm import CoordinatorProcess
-from dpshm.coordinator.wave_thread import MAX_GROWTH_BYTES
+from dpshm.coordinator.flood_guard import MAX_GROWTH_BYTES
 from tests.hostile import Honest, dial, frame, resident_bytes, send_while_taken
 from tests.support import HEARING_S, Remote, StockFrontend, wait_until
 

@@ -19,7 +19,7 @@ from typing import Any
 import zmq
 
 from dpshm import Board, CoordinatorProcess
-from dpshm.coordinator.wave_thread import MAX_GROWTH_BYTES
+from dpshm.coordinator.flood_guard import MAX_GROWTH_BYTES
 from tests.fuzz.messages import frames
 from tests.hostile import Honest, dial, frame, resident_bytes, send_while_taken
 from tests.support import wait_until

@@ -195,10 +195,10 @@ class InUse:
     def work(self):
         """Everybody does what they do; only a front-end may find that there is no engine for it."""
         wave, now_ns = self.coordinator._wave, time.monotonic_ns()
-        self.coordinator._watch.poke()
+        self.coordinator._watch.mailbox.notify()
         wait_until(lambda: self.board.coordinator_beat[0] >= now_ns)
-        wave.call(lambda: wave._look(now_ns))
-        wave.call(lambda: wave._publish_counts(now_ns, wave._counts_now()))
+        wave.mailbox.call(lambda: wave.waves.scan(now_ns))
+        wave.mailbox.call(lambda: wave.publisher.publish_counts(now_ns, wave.waves.state, wave.stock.counts()))
         for frontend in self.frontends:
             with suppress(NoEngineAvailable):
                 frontend.route(10).done()

@@ -114,8 +114,8 @@ def test_what_a_coordinator_sends_may_be_rubbish_too(group, using, caplog):
         for _ in range(3000):
             publisher.send_multipart(frames(rng))
 
-    coordinator._wave.call(lambda: speak(coordinator._wave._sockets.to_engines))
-    coordinator._wave.call(lambda: speak(coordinator._wave._sockets.frontends))
+    coordinator._wave.mailbox.call(lambda: speak(coordinator._wave._sockets.to_engines))
+    coordinator._wave.mailbox.call(lambda: speak(coordinator._wave._sockets.frontends))
     for _ in range(200):
         for engine in honest.engines:
             engine.poll(0)

@@ -112,7 +112,7 @@ def test_a_room_imports_from_below_alone(name: str):
     room = room_of(name)
     imported = {room_of(other) for other in GRAPH[name] if other in FILES and other != "dpshm"} - {room}
     upwards = {other for other in imported if FLOOR[other] >= FLOOR[room]}
-    assert upwards == ({"ops"} if name == "dpshm.coordinator.handle" else set())  # metrics: to be moved up
+    assert upwards == set()
 
 
 def test_no_room_imports_the_public_names():
@@ -121,7 +121,15 @@ def test_no_room_imports_the_public_names():
     assert users <= {"sim", "vllm", "cli"}
 
 
-PURE = ("board.layout", "coordinator.stock_peers", "errors", "net.wire", "policies", "rules")
+PURE = (
+    "board.layout",
+    "coordinator.readiness",
+    "coordinator.step_counts",
+    "errors",
+    "net.wire",
+    "policies",
+    "rules",
+)
 
 
 @pytest.mark.parametrize("place", PURE)

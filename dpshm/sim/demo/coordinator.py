@@ -7,9 +7,9 @@ import sys
 
 import zmq
 
-from dpshm.coordinator.handle import Coordinator
 from dpshm.errors import DpshmError
 from dpshm.linux.processes import set_title
+from dpshm.service.coordinator import Coordinator
 from dpshm.sim.demo.child import Lifeline, read_line, write_line
 from dpshm.sim.demo.messages import CoordinatorSettings, Ready
 

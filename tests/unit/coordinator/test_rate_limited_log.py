@@ -7,14 +7,14 @@ import re
 
 import pytest
 
-from dpshm.coordinator.rate_limited_log import LimitedLog
+from dpshm.coordinator.rate_limited_log import RateLimitedLog
 
 logger = logging.getLogger("dpshm.test")
 
 
 def test_a_flood_is_one_line(caplog: pytest.LogCaptureFixture):
     """Guards against a broken peer that fills the disk, and against its messages going uncounted."""
-    flood = LimitedLog(logger, interval_s=3600)
+    flood = RateLimitedLog(logger, interval_s=3600)
     for i in range(1000):
         flood.note("malformed message", f"number {i}")
     assert [r.getMessage() for r in caplog.records] == ["malformed message: number 0"]
@@ -24,7 +24,7 @@ def test_a_flood_is_one_line(caplog: pytest.LogCaptureFixture):
 
 def test_one_reason_does_not_silence_another(caplog: pytest.LogCaptureFixture):
     """Guards against a flood of one kind hiding the only line of another."""
-    flood = LimitedLog(logger, interval_s=3600)
+    flood = RateLimitedLog(logger, interval_s=3600)
     for reason in ("a", "a", "b", "a"):
         flood.note(reason, "x")
     assert [r.getMessage() for r in caplog.records] == ["a: x", "b: x"]
@@ -34,7 +34,7 @@ def test_one_reason_does_not_silence_another(caplog: pytest.LogCaptureFixture):
 
 def test_without_an_interval_every_line_comes(caplog: pytest.LogCaptureFixture):
     """Guards against suppressing at the end of an interval, where the next line is due."""
-    flood = LimitedLog(logger, interval_s=0)
+    flood = RateLimitedLog(logger, interval_s=0)
     for i in range(3):
         flood.note("a", i)
     assert [r.getMessage() for r in caplog.records] == ["a: 0", "a: 1", "a: 2"]
@@ -42,7 +42,7 @@ def test_without_an_interval_every_line_comes(caplog: pytest.LogCaptureFixture):
 
 def test_lines_add_up_to_the_count(caplog: pytest.LogCaptureFixture):
     """Guards against occurrences that are neither logged nor mentioned by the next line."""
-    flood = LimitedLog(logger, interval_s=0.02)
+    flood = RateLimitedLog(logger, interval_s=0.02)
     while len(caplog.records) < 4:
         flood.note("a", "x")
         flood.note("b", "y")
@@ -62,7 +62,7 @@ def test_lines_add_up_to_the_count(caplog: pytest.LogCaptureFixture):
 
 def test_more_than_one_line_an_interval(caplog):
     """Guards against an operator's ten drains of which the log tells one, and against a peer's ten thousand."""
-    news = LimitedLog(logging.getLogger("test"), interval_s=3600.0, lines=10, level=logging.INFO)
+    news = RateLimitedLog(logging.getLogger("test"), interval_s=3600.0, lines=10, level=logging.INFO)
     with caplog.at_level(logging.INFO):
         for i in range(10_000):
             news.note("steering", i)

@@ -17,7 +17,7 @@ from dpshm.board.board import Board
 from dpshm.board.header import make_header
 from dpshm.board.segment import Segment
 from dpshm.board.words import DRAINED, ON_BEHALF, VERDICT_MASK, ChangeKind, unpack_change
-from dpshm.coordinator.row import Marks
+from dpshm.coordinator.row import CoordinatorRow
 from dpshm.rules.liveness import Verdict
 
 
@@ -36,7 +36,7 @@ def board(monkeypatch: pytest.MonkeyPatch) -> Iterator[Board]:
 
 def test_parts_of_a_mark_change_apart(board: Board):
     """Guards against a verdict that undrains a rank, and a drain that forgets its verdict."""
-    marks = Marks(board)
+    marks = CoordinatorRow(board)
     marks.set_engine(2, verdict=Verdict.STALLED)
     marks.set_engine(2, drained=True)
     marks.set_engine(2, on_behalf=True)
@@ -57,14 +57,14 @@ def test_parts_of_a_mark_change_apart(board: Board):
 
 def test_front_ends_have_marks_of_their_own(board: Board):
     """Guards against a front-end's verdict that lands on an engine of the same number."""
-    marks = Marks(board)
+    marks = CoordinatorRow(board)
     marks.set_frontend(2, Verdict.DEAD)
     assert board.frontend_mark.tolist() == [0, 0, Verdict.DEAD]
     assert board.engine_mark.tolist() == [0] * 4
     assert [marks.frontend_verdict(f) for f in range(3)] == [Verdict.ABSENT, Verdict.ABSENT, Verdict.DEAD]
 
 
-class Slow(Marks):
+class Slow(CoordinatorRow):
     """Marks whose reader lets the other threads run before it goes on."""
 
     def engine(self, dp_rank: int) -> int:
@@ -112,7 +112,7 @@ def changes(board: Board) -> list[tuple[int, ...]]:
 
 def test_every_change_is_recorded_once(board: Board):
     """Guards against a front-end that misses a change, and one that refreshes for nothing."""
-    marks = Marks(board)
+    marks = CoordinatorRow(board)
     before = time.monotonic_ns()
     marks.begin_epoch()
     marks.set_dp_size(3)
@@ -142,7 +142,7 @@ def test_every_change_is_recorded_once(board: Board):
 
 def test_the_records_go_round(board: Board):
     """Guards against a record beyond the ring, which would be somebody else's word."""
-    marks = Marks(board)
+    marks = CoordinatorRow(board)
     following = board.wake_bucket.tolist()
     for i in range(2 * layout.CHANGES + 5):
         marks.set_engine(i % 4, verdict=Verdict.ALIVE if i // 4 % 2 == 0 else Verdict.DEAD)

@@ -247,7 +247,7 @@ def test_without_stock_frontends_nothing_is_published(coordinator, group, using)
     stock = StockFrontend(coordinator.stats_publish_address)
     stock.heard()
     stock.close()
-    wait_until(lambda: coordinator._wave._stock_frontends == 0)
+    wait_until(lambda: coordinator._wave.publisher.listeners == 0)
     before = counter(coordinator, "counts_published")
     for i in range(20):
         engines[0].publish(waiting=i, running=i)
@@ -521,14 +521,14 @@ def test_frontends_that_come_and_go(coordinator, using):
         frontends = [StockFrontend(coordinator.stats_publish_address) for _ in range(3)]
         for frontend in frontends:
             frontend.heard()
-        wait_until(lambda: coordinator._wave._stock_frontends == 3)
+        wait_until(lambda: coordinator._wave.publisher.listeners == 3)
         frontends[0].send(wire.UNSUBSCRIBE)
         for frontend in frontends:
             frontend.close()
-        wait_until(lambda: coordinator._wave._stock_frontends == 0)
+        wait_until(lambda: coordinator._wave.publisher.listeners == 0)
     last = using(StockFrontend(coordinator.stats_publish_address))
     last.heard()
-    wait_until(lambda: coordinator._wave._stock_frontends == 1)
+    wait_until(lambda: coordinator._wave.publisher.listeners == 1)
 
 
 # Calls from other threads.

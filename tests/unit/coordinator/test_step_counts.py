@@ -1,8 +1,8 @@
-"""Counts for stock peers."""
+"""Tests of `dpshm.coordinator.step_counts`."""
 
 from __future__ import annotations
 
-from dpshm.coordinator.stock_peers import StepCounts
+from dpshm.coordinator.step_counts import StepCounts
 
 A, B, C, D = (1, 2, 0.1), (3, 4, 0.2), (5, 6, 0.3), (7, 8, 0.4)
 
@@ -10,8 +10,8 @@ A, B, C, D = (1, 2, 0.1), (3, 4, 0.2), (5, 6, 0.3), (7, 8, 0.4)
 def test_nothing_was_reported():
     """Guards against made-up counts before the first report."""
     counts = StepCounts()
-    assert counts.take() == {}
-    assert counts.take() == {}
+    assert counts.next_to_publish() == {}
+    assert counts.next_to_publish() == {}
 
 
 def test_a_step_that_is_coming_in_is_not_mixed_with_the_one_before():
@@ -20,9 +20,9 @@ def test_a_step_that_is_coming_in_is_not_mixed_with_the_one_before():
     assert counts.report(0, 0, 1, A)
     assert counts.report(1, 0, 1, A)
     assert counts.report(0, 0, 2, B)  # step 2 begins: step 1 is complete
-    assert counts.take() == {0: A, 1: A}
+    assert counts.next_to_publish() == {0: A, 1: A}
     assert counts.report(1, 0, 2, B)
-    assert counts.take() == {0: B, 1: B}
+    assert counts.next_to_publish() == {0: B, 1: B}
 
 
 def test_the_newest_complete_step_is_the_one_published():
@@ -32,7 +32,7 @@ def test_the_newest_complete_step_is_the_one_published():
         counts.report(0, 0, step, number)
         counts.report(1, 0, step, number)
     counts.report(0, 0, 4, D)
-    assert counts.take() == {0: C, 1: C}
+    assert counts.next_to_publish() == {0: C, 1: C}
 
 
 def test_once_taken_the_newest_counts():
@@ -40,11 +40,11 @@ def test_once_taken_the_newest_counts():
     counts = StepCounts()
     counts.report(0, 0, 1, A)
     counts.report(0, 0, 2, B)
-    assert counts.take() == {0: A}
-    assert counts.take() == {0: B}
-    assert counts.take() == {0: B}
+    assert counts.next_to_publish() == {0: A}
+    assert counts.next_to_publish() == {0: B}
+    assert counts.next_to_publish() == {0: B}
     counts.report(0, 0, 2, C)  # more of the same step
-    assert counts.take() == {0: C}
+    assert counts.next_to_publish() == {0: C}
 
 
 def test_a_newer_wave_is_newer_though_its_step_is_lower():
@@ -54,7 +54,7 @@ def test_a_newer_wave_is_newer_though_its_step_is_lower():
     assert counts.report(1, 3, 90, A)
     assert counts.report(0, 4, 1, B)
     assert not counts.report(1, 3, 91, C)  # late
-    assert counts.take() == {0: A, 1: A}
+    assert counts.next_to_publish() == {0: A, 1: A}
     assert counts.report(1, 4, 1, D)
 
 
@@ -62,7 +62,7 @@ def test_the_first_step_is_no_complete_one():
     """Guards against counts of no rank at all, as if a step before the first had been complete."""
     counts = StepCounts()
     counts.report(0, 3, 9, A)
-    assert counts.take() == {0: A}
+    assert counts.next_to_publish() == {0: A}
 
 
 def test_late_reports_say_so_and_count():
@@ -70,7 +70,7 @@ def test_late_reports_say_so_and_count():
     counts = StepCounts()
     counts.report(0, 0, 5, A)
     assert not counts.report(1, 0, 4, B)
-    assert counts.take() == {0: A, 1: B}
+    assert counts.next_to_publish() == {0: A, 1: B}
 
 
 def test_counts_that_are_taken_belong_to_who_took_them():
@@ -78,16 +78,16 @@ def test_counts_that_are_taken_belong_to_who_took_them():
     counts = StepCounts()
     counts.report(0, 0, 1, A)
     counts.report(0, 0, 2, B)
-    counts.take()[0] = D
-    counts.take()[0] = D
-    assert counts.take() == {0: B}
+    counts.next_to_publish()[0] = D
+    counts.next_to_publish()[0] = D
+    assert counts.next_to_publish() == {0: B}
 
 
 def test_what_is_taken_stays_as_it_was():
     """Guards against counts that change under whoever compares them with the next ones."""
     counts = StepCounts()
     counts.report(0, 0, 1, A)
-    taken = counts.take()
+    taken = counts.next_to_publish()
     counts.report(0, 0, 1, B)
     assert taken == {0: A}
 
@@ -99,7 +99,7 @@ def test_ranks_that_were_scaled_away_are_forgotten():
         counts.report(dp_rank, 0, 1, A)
     counts.report(3, 0, 2, B)
     counts.keep_only(2)
-    assert counts.take() == {0: A, 1: A}
-    assert counts.take() == {0: A, 1: A}
+    assert counts.next_to_publish() == {0: A, 1: A}
+    assert counts.next_to_publish() == {0: A, 1: A}
     counts.keep_only(0)
-    assert counts.take() == {}
+    assert counts.next_to_publish() == {}

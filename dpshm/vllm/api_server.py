@@ -1,7 +1,8 @@
-"""An API server's part: two hooks on its client class, and a link between one client and the board of its group.
+"""An API server's part: three hooks on its client class, and a link between one client and the board of its group.
 
     _ensure_stats_update_task   a client is about to listen to the coordinator's broadcast: the hook looks for the
                                 board first, and gives the client a link (`dpshm.vllm.client_links`)
+    add_request_async           a client that was made outside an event loop gets its link before its first request
     process_engine_outputs      requests that finished leave the bookings
 
 A client has at most one link, for as long as the link works: a link that fails removes itself, and the client does
@@ -34,6 +35,20 @@ def stats_task(stock: Callable[[Any], Any], options: Options) -> Callable[[Any],
         return stock(client)
 
     return _ensure_stats_update_task
+
+
+def first_request(stock: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """The hook on ``add_request_async``: the link comes before the first request, which then passes its hooks."""
+
+    async def add_request_async(client: Any, request: Any) -> Any:
+        if LINK not in client.__dict__:
+            client._ensure_stats_update_task()
+            hooked = client.__dict__.get("add_request_async")
+            if hooked is not None:
+                return await hooked(request)
+        return await stock(client, request)
+
+    return add_request_async
 
 
 def outputs_processor(stock: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

@@ -62,7 +62,8 @@ class ClientLink:
     def finished(self, request_ids: Any) -> None:
         """Called with the ids of requests that are over: finished, aborted or refused."""
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Takes the hooks off and leaves the board."""
         self._hooks.remove()
         metrics.hide(self._group)
 
@@ -76,7 +77,7 @@ class ClientLink:
         )
         setattr(client, LINK, None)
         try:
-            self._close()
+            self.close()
         except Exception:
             logger.debug("dpshm: the board could not be left", exc_info=True)
         client.engines_running = False  # at worst one wake-up too many
@@ -104,8 +105,9 @@ class WaveLink(ClientLink):
 
         self._hooks.put("add_request_async", add)
 
-    def _close(self) -> None:
-        super()._close()
+    def close(self) -> None:
+        """Takes the hooks off and leaves the board."""
+        super().close()
         self._board.close()
 
 
@@ -164,8 +166,9 @@ class BookingLink(ClientLink):
         """The engine that gets the request, as vLLM names engines. Calls `stock` exactly once."""
         raise NotImplementedError
 
-    def _close(self) -> None:
-        super()._close()
+    def close(self) -> None:
+        """Takes the hooks off and leaves the board."""
+        super().close()
         self._frontend.close()
 
     def _tokens(self, request: Any) -> int:

@@ -1,23 +1,24 @@
-"""The hooks: all that dpshm replaces in vLLM, put in once a process, after a look at what is there.
+"""The hooks: all that dpshm replaces in vLLM, once a process, after `dpshm.vllm.versions` found every name.
 
     what                                           why
     ---------------------------------------------  ------------------------------------------------------
     v1.engine.utils.DPCoordinator                  the launcher starts ours instead
-    v1.engine.core.EngineCoreProc.run_busy_loop    the thread that owns the scheduler begins its work: takes
-    v1.engine.core.DPEngineCoreProc.run_busy_loop  the rank's row there, and hooks the instance
+    v1.engine.core.EngineCoreProc.run_busy_loop    the thread that owns the scheduler begins its work: the hook
+    v1.engine.core.DPEngineCoreProc.run_busy_loop  attaches the rank's row in that thread, and hooks the instance
                                                    (`dpshm.vllm.engine_core`)
-    v1.engine.core_client.DPAsyncMPClient          an API server would listen to the broadcast: looks for the
-      ._ensure_stats_update_task                   board first, and hooks the instance (`dpshm.vllm.api_server`)
+    v1.engine.core_client.DPAsyncMPClient          an API server is about to listen to the broadcast: the hook
+      ._ensure_stats_update_task                   finds the board and hooks the instance (`dpshm.vllm.api_server`)
+      .add_request_async                           the first request passes the instance's hooks too
     v1.engine.core_client.DPLBAsyncMPClient        requests that finished leave the bookings
       .process_engine_outputs
     prometheus_client.multiprocess                 the board's figures on vLLM's /metrics
       .MultiProcessCollector.__init__
 
-All of these are in vLLM 0.10.2 already, the oldest release looked at; two methods that engine hooks call,
+vLLM has had all of these since 0.10.2 at the latest. Two methods that engine hooks call,
 ``has_work`` and ``is_scheduler_paused``, and the wake-up of an idle engine, came between 0.16 and 0.20.
 
-Everything else is done on instances, in processes that found a board, and is taken off again when something
-of ours fails: the class below it is vLLM's, untouched. No hook holds code of vLLM; each wraps and calls.
+All other hooks are on instances, in processes that found a board, and come off when something of ours fails: the
+classes of these instances keep vLLM's methods. No hook holds code of vLLM; each wraps a method and calls it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from importlib import import_module
 from typing import Any
 
 from dpshm.vllm import metrics
-from dpshm.vllm.api_server import outputs_processor, stats_task
+from dpshm.vllm.api_server import first_request, outputs_processor, stats_task
 from dpshm.vllm.coordinator import coordinator_factory
 from dpshm.vllm.engine_core import busy_loop
 from dpshm.vllm.log import adopt_core, logger
@@ -38,7 +39,7 @@ _MARK = "_dpshm_installed"
 
 
 def install(options: Options) -> None:
-    """Puts the hooks in, once a process; says why not, if not."""
+    """Installs the hooks, once a process, or logs why they stay out."""
     utils = import_module("vllm.v1.engine.utils")
     if getattr(utils, _MARK, False):
         return
@@ -53,6 +54,7 @@ def install(options: Options) -> None:
     for kind in (core.EngineCoreProc, core.DPEngineCoreProc):
         _wrap(kind, "run_busy_loop", busy_loop)
     _wrap(client.DPAsyncMPClient, "_ensure_stats_update_task", lambda stock: stats_task(stock, options))
+    _wrap(client.DPAsyncMPClient, "add_request_async", first_request)
     _wrap(client.DPLBAsyncMPClient, "process_engine_outputs", lambda stock: staticmethod(outputs_processor(stock)))
     metrics.install()
 

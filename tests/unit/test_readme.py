@@ -259,7 +259,7 @@ def test_the_commands_are_the_real_ones() -> None:
 def test_every_command_exists(page: Path) -> None:
     """Guards against a page that tells its reader to run a command, or to give an option, that is not there."""
     text = text_of(page).replace("\\\n", " ")
-    code = [*re.findall(r"`(dpshm [^`]+)`", FENCE.sub("", text))]
+    code = re.findall(r"`(dpshm [^`\n]+)`", text)
     for fence in re.findall(r"^```(?:sh|ini)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         code += re.findall(r"(?:^|[/= ])(dpshm [a-z-][^\n]*)", fence)
     wrong = []
@@ -429,7 +429,8 @@ def test_the_packed_words_are_the_real_ones() -> None:
             if (word, field, bit) == ("control", "phase", 0):
                 assert found["phase"] is waves.Phase.WAKING
             assert [key for key, value in found.items() if value] == [field], f"bit {bit} of {word}"
-        assert not unpack[word](1 << high + 1).get(field), f"{field} of {word} has more bits than drawn"
+        outside = unpack[word](1 << high + 1 | (1 << low >> 1))
+        assert not outside.get(field), f"{field} of {word} has more bits than drawn"
     assert seen == {word: set(of(0)) for word, of in unpack.items()}
 
 

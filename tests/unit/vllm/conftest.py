@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -10,7 +11,7 @@ from tests.unit.vllm.fakes import HOOKED_CLASSES, Vllm
 
 
 @pytest.fixture
-def vllm(monkeypatch):
+def vllm(monkeypatch: pytest.MonkeyPatch) -> Vllm:
     """A vLLM that imports find. What a test puts on its classes, or removes from them, ends with the test."""
     for kind in HOOKED_CLASSES:
         for name, value in list(vars(kind).items()):
@@ -23,7 +24,7 @@ def vllm(monkeypatch):
 
 
 @pytest.fixture
-def log(caplog):
+def log(caplog: pytest.LogCaptureFixture) -> Callable[[str], int]:
     """`log(text)` gives how many lines of the plugin's log have a text."""
     caplog.set_level("INFO", logger="vllm.dpshm")
     return lambda text: sum(

@@ -10,12 +10,16 @@ from __future__ import annotations
 import enum
 import queue
 from collections import deque
+from collections.abc import Callable, Iterable
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import zmq
 
 from dpshm.net.context import context
 
+Outputs = tuple[dict[int, SimpleNamespace] | None, bool]
+"""What a step gives: outputs by client, None if a batch was queued; and whether the model ran."""
 LATE = "late interaction"
 """The `pooling_params` of a request whose engine vLLM derives from its query."""
 
@@ -31,9 +35,17 @@ class RequestType(enum.Enum):
 class Request:
     """``EngineCoreRequest`` and the scheduler's ``Request`` in one."""
 
-    def __init__(self, request_id, prompt=4, max_tokens=2, *, rank=None, pooling=None):
+    def __init__(
+        self,
+        request_id: str,
+        prompt: int = 4,
+        max_tokens: int = 2,
+        *,
+        rank: int | None = None,
+        pooling: object = None,
+    ) -> None:
         self.request_id = request_id
-        self.prompt_token_ids = list(range(prompt))
+        self.prompt_token_ids: list[int] | None = list(range(prompt))
         self.num_prompt_tokens = prompt
         self.num_computed_tokens = 0
         self.max_tokens = max_tokens
@@ -44,7 +56,7 @@ class Request:
         self.current_wave = 0
         self.ended = False
 
-    def is_finished(self):
+    def is_finished(self) -> bool:
         """Whether it ended, in whatever way."""
         return self.ended
 
@@ -54,35 +66,36 @@ class Scheduler:
 
     chunk = 64
 
-    def __init__(self):
-        self.requests = {}
-        self.waiting, self.running = [], []
-        self.untold = set()
+    def __init__(self) -> None:
+        self.requests: dict[str, Request] = {}
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.untold: set[str] = set()
         self.kv_cache_usage = 0.25
         self.paused = False
 
-    def get_request_counts(self):
+    def get_request_counts(self) -> tuple[int, int]:
         """(running, waiting)."""
         return len(self.running), len(self.waiting)
 
-    def get_kv_cache_usage(self):
+    def get_kv_cache_usage(self) -> float:
         """The fraction in use."""
         return self.kv_cache_usage
 
-    def has_unfinished_requests(self):
+    def has_unfinished_requests(self) -> bool:
         """Whether any request waits or runs."""
         return bool(self.requests)
 
-    def has_requests(self):
+    def has_requests(self) -> bool:
         """The same, or there is still something to tell."""
         return bool(self.requests or self.untold)
 
-    def add(self, request):
+    def add(self, request: Request) -> None:
         """Queues a request."""
         self.requests[request.request_id] = request
         self.waiting.append(request)
 
-    def end(self, request_id):
+    def end(self, request_id: str) -> None:
         """A request finished, or was aborted."""
         request = self.requests.pop(request_id)
         request.ended = True
@@ -91,14 +104,14 @@ class Scheduler:
                 part.remove(request)
         self.untold.add(request_id)
 
-    def step(self):
+    def step(self) -> Outputs:
         """One step: (outputs by client, whether the model ran)."""
         if not self.requests:
             self.untold.clear()
             return {}, False
         self.running += self.waiting
         self.waiting.clear()
-        outputs = {}
+        outputs: dict[int, SimpleNamespace] = {}
         for request in list(self.running):
             left = request.num_prompt_tokens - request.num_computed_tokens
             request.num_computed_tokens += min(left, self.chunk) if left > 0 else 1
@@ -113,33 +126,41 @@ class Scheduler:
         return outputs, True
 
 
-def _count_tokens(token_ids, embeds):
+def _count_tokens(token_ids: list[int] | None, embeds: list[float] | None) -> int:
     if token_ids is None and embeds is None:
         raise ValueError("no prompt")
-    return len(token_ids if token_ids is not None else embeds)
+    return len(token_ids or embeds or ())
 
 
 class EngineCoreProc:
     """A rank that is on its own (dense)."""
 
-    def __init__(self, stats_address, engine_index=0, inputs=(), queued_batches=False):
+    def __init__(
+        self,
+        stats_address: str | None,
+        engine_index: int = 0,
+        inputs: Iterable[str] = (),
+        queued_batches: bool = False,
+    ) -> None:
         self.frontend_stats_publish_address = stats_address
         self.engine_index = engine_index
         self.addresses = SimpleNamespace(inputs=list(inputs))
         self.scheduler = Scheduler()
-        self.input_queue = queue.Queue()
-        self.batch_queue = deque() if queued_batches else None
+        self.input_queue: queue.Queue[tuple[RequestType, Any]] = queue.Queue()
+        self.batch_queue: deque[Any] | None = deque() if queued_batches else None
         self.step_fn = self.step_with_batch_queue if queued_batches else self.scheduler.step
         self.engines_running = False
         self.last_counts = (0, 0)
-        self.reported, self.answered, self.dummy_batches = [], [], 0
-        self.body = self.turn
+        self.reported: list[tuple[int, int]] = []
+        self.answered: list[object] = []
+        self.dummy_batches = 0
+        self.body: Callable[[], Any] = self.turn
 
-    def run_busy_loop(self):
+    def run_busy_loop(self) -> Any:
         """The test's `body` stands for the loop."""
         return self.body()
 
-    def turn(self):
+    def turn(self) -> None:
         """The loop once round, without waiting for work."""
         self._process_input_queue()
         if self.has_work():
@@ -147,71 +168,72 @@ class EngineCoreProc:
             self._process_engine_step()
             self._maybe_publish_request_counts()
 
-    def has_work(self):
+    def has_work(self) -> bool:
         """Whether to step."""
         return self.engines_running or self.scheduler.has_requests() or bool(self.batch_queue)
 
-    def is_scheduler_paused(self):
+    def is_scheduler_paused(self) -> bool:
         """Whether the user paused this rank."""
         return self.scheduler.paused
 
-    def step_with_batch_queue(self):
+    def step_with_batch_queue(self) -> Outputs:
         """Queues a batch in one call, and gives its outputs in the next."""
         if self.batch_queue:
             return self.batch_queue.pop(), False
         outputs, executed = self.scheduler.step()
         if not executed:
             return outputs, False
+        assert self.batch_queue is not None
         self.batch_queue.append(outputs)
         return None, True
 
-    def execute_dummy_batch(self):
+    def execute_dummy_batch(self) -> None:
         """A step without requests, to keep step with the others."""
         self.dummy_batches += 1
 
-    def _maybe_publish_request_counts(self):
+    def _maybe_publish_request_counts(self) -> None:
         counts = self.scheduler.get_request_counts()
         if counts != self.last_counts:
             self.last_counts = counts
             self.reported.append(counts)
 
-    def _process_input_queue(self):
+    def _process_input_queue(self) -> None:
         while not self.input_queue.empty():
             self._handle_client_request(*self.input_queue.get_nowait())
 
-    def _process_engine_step(self):
+    def _process_engine_step(self) -> bool:
         return self.step_fn()[1]
 
-    def _handle_client_request(self, request_type, request):
+    def _handle_client_request(self, request_type: RequestType, request: Any) -> None:
         if request_type is RequestType.ADD:
             self.add_request(*request)
         elif request_type is RequestType.ABORT:
             for request_id in request:
                 self.scheduler.end(request_id)
 
-    def add_request(self, request, wave):
+    def add_request(self, request: Request, wave: int) -> None:
         """Queues a request."""
         self.scheduler.add(request)
 
-    def _handle_request_preproc_error(self, request):
+    def _handle_request_preproc_error(self, request: Request) -> None:
         self.answered.append(request.request_id)
 
-    def _handle_mm_cache_miss(self, request, err):
+    def _handle_mm_cache_miss(self, request: Request, err: object) -> None:
         self.answered.append((request.request_id, err))
 
 
 class DPEngineCoreProc(EngineCoreProc):
     """A rank in lockstep: it has waves."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.current_wave = 0
 
-    def run_busy_loop(self):
+    def run_busy_loop(self) -> Any:
         """As above; a method of its own, since the plugin hooks both."""
         return self.body()
 
-    def turn(self):
+    def turn(self) -> None:
         """The loop once round: steps with the others, and ends the wave when there is nothing left."""
         self._process_input_queue()
         if not self.has_work():
@@ -223,7 +245,7 @@ class DPEngineCoreProc(EngineCoreProc):
         if not self.engines_running:
             self.current_wave += 1
 
-    def add_request(self, request, wave):
+    def add_request(self, request: Request, wave: int) -> None:
         """A request of a later wave moves this rank there."""
         super().add_request(request, wave)
         self.current_wave = max(self.current_wave, wave)
@@ -232,7 +254,7 @@ class DPEngineCoreProc(EngineCoreProc):
 class DPAsyncMPClient:
     """A client with one engine."""
 
-    def __init__(self, stats_address, ranks=(0, 1), client_index=0):
+    def __init__(self, stats_address: str | None, ranks: Iterable[int] = (0, 1), client_index: int = 0) -> None:
         self.stats_update_address = stats_address
         self.client_index = client_index
         self.engine_ranks_managed = list(ranks)
@@ -241,22 +263,25 @@ class DPAsyncMPClient:
         self.input_socket.bind("tcp://127.0.0.1:*")
         self.current_wave, self.engines_running = 0, False
         self.listening = False
-        self.sent, self.first_requests = [], []
-        self.on_send = None
+        self.sent: list[tuple[str, bytes, int]] = []
+        self.first_requests: list[bytes] = []
+        self.on_send: Callable[[], object] | None = None
 
     @property
-    def address(self):
+    def address(self) -> str:
         """Where engines connect."""
-        return self.input_socket.getsockopt(zmq.LAST_ENDPOINT).decode()
+        endpoint = self.input_socket.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(endpoint, bytes)
+        return endpoint.decode()
 
-    def close(self):
+    def close(self) -> None:
         """Ends the socket."""
         self.input_socket.close()
 
-    def _ensure_stats_update_task(self):
+    def _ensure_stats_update_task(self) -> None:
         self.listening = True
 
-    async def add_request_async(self, request):
+    async def add_request_async(self, request: Request) -> None:
         """Stamps, chooses, sends; tells the coordinator if the ranks were paused."""
         self._ensure_stats_update_task()
         request.current_wave = self.current_wave
@@ -268,7 +293,7 @@ class DPAsyncMPClient:
             self.on_send()
         self.sent.append((request.request_id, engine, request.current_wave))
 
-    def get_core_engine_for_request(self, request):
+    def get_core_engine_for_request(self, request: Request) -> bytes:
         """The only one."""
         return self.core_engines[0]
 
@@ -276,11 +301,11 @@ class DPAsyncMPClient:
 class DPLBAsyncMPClient(DPAsyncMPClient):
     """A client that chooses; this one always takes the last engine, and keeps its own record."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.reqs_in_flight = {}
+        self.reqs_in_flight: dict[str, bytes] = {}
 
-    def get_core_engine_for_request(self, request):
+    def get_core_engine_for_request(self, request: Request) -> bytes:
         """The session's engine, the one asked for, or the last."""
         engine = self.reqs_in_flight.get(request.request_id)
         if engine is None:
@@ -292,13 +317,13 @@ class DPLBAsyncMPClient(DPAsyncMPClient):
         return engine
 
     @staticmethod
-    async def process_engine_outputs(client, outputs):
+    async def process_engine_outputs(client: DPLBAsyncMPClient, outputs: Any) -> None:
         """Finished requests leave the record."""
         for request_id in outputs.finished_requests or ():
             client.reqs_in_flight.pop(request_id, None)
 
 
-def late_interaction_engine(pooling_params, engines):
+def late_interaction_engine(pooling_params: object, engines: int) -> int | None:
     """The engine of a late-interaction query: the last but one."""
     return engines - 2 if pooling_params == LATE else None
 
@@ -309,7 +334,9 @@ HOOKED_CLASSES = (EngineCoreProc, DPEngineCoreProc, DPAsyncMPClient, DPLBAsyncMP
 class DPCoordinator:
     """vLLM's own."""
 
-    def __init__(self, parallel_config, enable_wave_coordination=True, logging_config=None):
+    def __init__(
+        self, parallel_config: object, enable_wave_coordination: bool = True, logging_config: object = None
+    ) -> None:
         self.parallel_config = parallel_config
 
 
@@ -323,8 +350,8 @@ class Vllm:
         utils: the module with the coordinator's name.
     """
 
-    def __init__(self, version="0.32.0"):
-        self.modules = {}
+    def __init__(self, version: str = "0.32.0") -> None:
+        self.modules: dict[str, ModuleType] = {}
         self._module("vllm", __version__=version)
         self._module("vllm.envs")
         self._module("vllm.utils", length_from_prompt_token_ids_or_embeds=_count_tokens)
@@ -341,7 +368,7 @@ class Vllm:
         )
         self.utils = self._module("vllm.v1.engine.utils", DPCoordinator=DPCoordinator)
 
-    def _module(self, name, **names):
+    def _module(self, name: str, **names: object) -> ModuleType:
         module = self.modules[name] = ModuleType(name)
         vars(module).update(names)
         return module

@@ -1,9 +1,12 @@
-"""What a coordinator can be told, checked in one place; every field has its unit and its default."""
+"""A coordinator's settings, checked in one place; every field has its unit and its default.
+
+`SettingsDict` names the same fields for type checkers and editors, where settings are keyword arguments.
+"""
 
 from __future__ import annotations
 
 import ipaddress
-from typing import Any, Literal
+from typing import Any, Literal, Required, TypedDict
 
 import msgspec
 
@@ -11,12 +14,12 @@ from dpshm.board import layout
 from dpshm.board.files import segment_path
 from dpshm.errors import SettingError
 
-Mode = Literal["internal", "hybrid", "external"]
+Balancing = Literal["internal", "hybrid", "external"]
 _HINTS = {
     "balancing": "; choose internal, hybrid or external, by who balances (the board's permissions are file_mode)"
 }
 IMMUTABLE = ("balancing", "waves", "counts_with_kv", "exclude_receiver")
-"""What every process of a group relies on: a coordinator that takes a live board over must agree in these."""
+"""Settings that every process of a group relies on. A coordinator that takes a live board over must agree."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,38 +28,40 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         group: the deployment's name on this node.
         dp_size: number of data-parallel ranks.
-        dp_size_local: those on this node; fewer than `dp_size` makes the engines' sockets tcp. Default: all.
-        balancing: who balances: the front-ends of this deployment (internal), of each node (hybrid), or somebody
-            outside (external). Not internal makes the front-ends' socket tcp.
-        host: the address that tcp sockets are bound to.
-        curve_dir: folder of the keys (`dpshm keygen`) that peers must have who come in through a tcp socket.
-        insecure: tcp sockets without keys may be bound to other addresses than the loopback's: whoever reaches
+        dp_size_local: number of ranks on this node; less than `dp_size` makes the engines' sockets tcp. Default:
+            all.
+        balancing: which load balancer chooses ranks: the front-ends of this deployment (internal), those of each
+            node (hybrid), or a balancer outside (external). The front-ends' socket is tcp unless internal.
+        host: address that tcp sockets are bound to.
+        curve_dir: folder of the keys (`dpshm keygen`) that peers must have to connect to a tcp socket.
+        insecure: allow tcp sockets without keys on other addresses than the loopback's. Every peer that reaches
             them may start waves and drain ranks.
-        waves: whether ranks run in lockstep (mixture of experts); dense models need no waves.
-        stats_interval_ms: stock front-ends hear changed counts at most this often; 0: never. Default: 100, and
-            0 with external balancing.
-        idle_refresh_ms: and unchanged ones this often.
-        counts_with_kv: counts carry the KV-cache usage (2026), or two numbers a rank (August 2025).
+        waves: whether ranks run in lockstep (mixture of experts). Dense models need no waves.
+        stats_interval_ms: least interval between publications of changed counts to stock front-ends; 0: none.
+            Default: 100, and 0 with external balancing.
+        idle_refresh_ms: interval in ms for publishing unchanged counts again.
+        counts_with_kv: counts carry the KV-cache usage (vLLM of 2026), or two numbers a rank (August 2025).
         max_engines: rows for engines; `dp_size` can grow up to it.
         max_frontends: rows for front-ends.
-        resend_interval_ms: how long START may go unheeded, or rows disagree, before START is sent again; rows are
-            looked at every 100 ms.
-        wake_timeout_s: how long a wake-up is repeated before it is given up with a warning.
-        stall_timeout_s: an engine with work that shows no sign of life for so long is stalled; longer than
-            the longest step. 0: never.
-        ready_timeout_s: how long the engines may take to come up. 0: for ever.
+        resend_interval_ms: how long a START may stay unanswered, or rows disagree, before START is sent again. The
+            coordinator scans the rows every 100 ms.
+        wake_timeout_s: how long START is repeated; then the coordinator gives up with a warning.
+        stall_timeout_s: an engine that has work and shows no progress for this long is stalled. Longer than the
+            longest step. 0: never.
+        ready_timeout_s: how long engines may take to start. 0: for ever.
         exclude_receiver: leave the engine that a first request names out of its START. Only for engines that
-            take whatever they are sent: one that refuses the request would stay asleep.
-        file_mode: permissions of the board. Its owner always writes; others can be let read: 0o640, 0o644.
-        file_group: the board's group, for a file mode that lets a group read. Default: that of the process.
-        metrics_port: serve Prometheus metrics there; 0: any free port. Default: none are served.
-        metrics_host: and on that address.
+            accept every request that they are sent: one that refuses it would stay asleep.
+        file_mode: permissions of the board: 0o600, or 0o640, 0o604, 0o644 to let other users read. Its owner alone
+            writes.
+        file_group: the board's group of users, for a file mode that lets a group read. Default: the process's.
+        metrics_port: port to serve Prometheus metrics on; 0: any free port. Default: no metrics.
+        metrics_host: address to serve them on.
     """
 
     group: str
     dp_size: int
     dp_size_local: int | None = None
-    balancing: Mode = "internal"
+    balancing: Balancing = "internal"
     host: str = "127.0.0.1"
     curve_dir: str | None = None
     insecure: bool = False
@@ -104,11 +109,38 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return not (self.frontends_local and self.engines_local)
 
 
+class SettingsDict(TypedDict, total=False):
+    """The keyword arguments of a coordinator: see `Settings`."""
+
+    group: Required[str]
+    dp_size: Required[int]
+    dp_size_local: int | None
+    balancing: Balancing
+    host: str
+    curve_dir: str | None
+    insecure: bool
+    waves: bool
+    stats_interval_ms: int | None
+    idle_refresh_ms: int
+    counts_with_kv: bool
+    max_engines: int | None
+    max_frontends: int
+    resend_interval_ms: int
+    wake_timeout_s: float
+    stall_timeout_s: float
+    ready_timeout_s: float
+    exclude_receiver: bool
+    file_mode: int
+    file_group: str | None
+    metrics_port: int | None
+    metrics_host: str
+
+
 def make_settings(**given: Any) -> Settings:
     """Settings from keyword arguments or a decoded file.
 
     Raises:
-        SettingError: names the setting, what it was, and what it may be.
+        SettingError: names the setting, the value given, and the values that it may have.
     """
     unknown = sorted(given.keys() - set(Settings.__struct_fields__))
     if unknown:
@@ -140,7 +172,7 @@ def make_settings(**given: Any) -> Settings:
     if settings.file_mode & ~0o044 != 0o600:
         raise SettingError(
             f"file_mode is 0o{settings.file_mode:o}, and must be 0o600, 0o640, 0o604 or 0o644 (octal, with 0o): "
-            "whoever else could write to the board could break every process of the group"
+            "another user that could write to the board could break every process of the group"
         )
     if (
         settings.needs_tcp
@@ -151,7 +183,7 @@ def make_settings(**given: Any) -> Settings:
         raise SettingError(
             f"host is {settings.host!r}, where other machines can connect, and there are no keys: make some with "
             "`dpshm keygen DIR` and give curve_dir=DIR (--curve-dir DIR), or say insecure=True (--insecure) if "
-            "whoever reaches that address may start waves and drain ranks"
+            "every peer that reaches that address may start waves and drain ranks"
         )
     return settings
 

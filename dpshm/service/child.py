@@ -17,12 +17,12 @@ import sys
 import time
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import msgspec
 
 from dpshm import errors
-from dpshm.coordinator.settings import Settings, make_settings
+from dpshm.coordinator.settings import Settings, SettingsDict, make_settings
 from dpshm.errors import DpshmError, StartupTimeout
 from dpshm.linux import descriptors, processes
 from dpshm.service.coordinator import Coordinator
@@ -112,7 +112,7 @@ class CoordinatorProcess:
         DpshmError: whatever a `Coordinator` raises, as the same type.
     """
 
-    def __init__(self, *, start_timeout_s: float = START_TIMEOUT_S, **settings: Any) -> None:
+    def __init__(self, *, start_timeout_s: float = START_TIMEOUT_S, **settings: Unpack[SettingsDict]) -> None:
         self.settings = make_settings(**settings)
         popen, report_fd = _start(self.settings)
         self.proc = Process(popen, f"dpshm-coordinator-{self.settings.group}")

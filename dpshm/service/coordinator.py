@@ -6,10 +6,10 @@ It stands above `dpshm.ops`, which reads boards as any observer does; so the coo
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Unpack
 
 from dpshm.coordinator.handle import CoordinatorThreads
-from dpshm.coordinator.settings import make_settings
+from dpshm.coordinator.settings import SettingsDict, make_settings
 
 
 class Coordinator(CoordinatorThreads):
@@ -32,7 +32,7 @@ class Coordinator(CoordinatorThreads):
         SettingError: a setting is out of range, or metrics cannot be served.
     """
 
-    def __init__(self, *, own_process: bool = False, **settings: Any) -> None:
+    def __init__(self, *, own_process: bool = False, **settings: Unpack[SettingsDict]) -> None:
         super().__init__(make_settings(**settings), own_process=own_process)
         self.metrics_address: tuple[str, int] | None = None
         self._close_metrics: weakref.finalize[..., Coordinator] | None = None

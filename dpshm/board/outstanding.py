@@ -1,7 +1,7 @@
 """What is outstanding at each rank: requests sent and not ended, prompt tokens sent and not computed.
 
 Every request that is on its way, waiting or running was sent by some front-end and has not ended yet, and nothing
-else is. So load is a sum of counts that only their own writers touch:
+else is. So load is a sum of counts that only their own writers touch (rule 3 of dpshm/README.md):
 
     requests = balance + sum of sent requests over front-ends    balance = waiting + running - received
     tokens   = balance + sum of sent tokens over front-ends      balance = prefill backlog - received tokens
@@ -47,7 +47,7 @@ class Outstanding:
         # Arm it may, for one that is being stored at this instant; the next correction is right.)
         surplus = np.positive(received).T
         surplus = surplus - np.positive(table[1:])
-        live = [f for f in counted if f < len(surplus)]  # they were counted before: memory is not trusted
+        live = [f for f in counted if f < len(surplus)]  # they were counted before: rule 6
         surplus[live] = np.maximum(surplus[live], 0)
         correction = surplus.sum(axis=0)
         self._correction = correction if correction.any() else None

@@ -10,7 +10,7 @@ duplicate, and a duplicate would keep the lock).
 ``multiprocessing.shared_memory`` is not used: its resource tracker unlinks segments under living users (cpython
 gh-82300) or within a second of its creator's death, and a board has to outlive its coordinator.
 
-Nothing read from the segment is trusted: geometry is checked here, once, and kept in Python.
+Nothing read from the segment is trusted (rule 6): geometry is checked here, once, and kept in Python.
 """
 
 from __future__ import annotations

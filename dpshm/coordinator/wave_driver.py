@@ -1,7 +1,7 @@
 """Drives a group's wave: gives events to the rules, stores the state that follows, and sends what they command.
 
 The rules are `dpshm.rules.waves`; what the rows show becomes events in `dpshm.rules.reconciler`. The board is
-written before a message is sent, so that a peer that hears of a change finds it on the board.
+written before a message is sent, so that a peer that hears of a change finds it on the board (rule 4).
 """
 
 from __future__ import annotations

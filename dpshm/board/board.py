@@ -1,9 +1,9 @@
 """The board: numpy views over a group's segment, and who may write which.
 
 Every column is a view named after its column in `dpshm.board.layout`, int64, over shared memory. Each word has
-one writer (rule 2 of dpshm/README.md): an engine its row, its `load` and its `received`; a front-end its row and its `sent`; the
-coordinator its row and the marks (and, for a stock engine that knows no board, that engine's `load` and
-`received`). So nothing is ever read, changed and written back by two processes.
+one writer (rule 2 of dpshm/README.md): an engine its row, its `load` and its `received`; a front-end its row and
+its `sent`; the coordinator its row and the marks (and, for a stock engine that knows no board, that engine's
+`load` and `received`). So nothing is ever read, changed and written back by two processes.
 
 Each fact is one word (rule 1), so a reader needs no lock: an aligned 64-bit load or store is single-copy atomic on
 x86-64 and on Armv8, and numpy's scalar access, ``ndarray.tolist()``, elementwise ufuncs and

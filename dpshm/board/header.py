@@ -1,7 +1,7 @@
 """The first page of a segment: what never changes while the segment lives, checked before anything else is read.
 
-The page holds a preamble (magic, layout version, length and checksum) and then JSON. Nothing in it is trusted (rule 6): a
-reader checks every field once, when it attaches, and then uses its own copy.
+The page holds a preamble (magic, layout version, length and checksum) and then JSON. Nothing in it is trusted
+(rule 6): a reader checks every field once, when it attaches, and then uses its own copy.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """How facts are packed into 64-bit words: the shifts, the masks, and the functions that use them.
 
-Each fact that must be read as a whole is one word (rule 1 of dpshm/README.md), so its parts are packed. No packed word has its top
-bit set: columns are int64, and a word is never negative. A value that does not fit saturates; it never wraps.
+Each fact that must be read as a whole is one word (rule 1 of dpshm/README.md), so its parts are packed. No
+packed word has its top bit set: columns are int64, and a word is never negative. A value that does not fit
+saturates; it never wraps.
 """
 
 from __future__ import annotations

@@ -52,9 +52,9 @@ def test_requests_are_answered_and_the_board_agrees(server):
 
 
 def test_what_killed_groups_left_is_swept_at_the_start(server, dead_group):
-    """Guards against memory that piles up, a board for each server that was killed: nobody else removes it."""
+    """Guards against memory that piles up: each killed server leaves a board that no other program removes."""
     assert dead_group not in files.groups()
-    assert f"removed what the dead group {dead_group!r} left" in server.log
+    assert f"removed the files of the dead group {dead_group!r}" in server.log
 
 
 def test_api_servers_see_each_others_bookings(server, board):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpshm import Coordinator, Frontend
+from dpshm import Coordinator, Engine, Frontend
 from dpshm.vllm import metrics
 
 pytest.importorskip("prometheus_client")
@@ -26,9 +26,9 @@ def value(name, rank):
 
 def test_each_scrape_reads_the_board(shown, using):
     """Guards against figures of the moment when the server started."""
-    with Coordinator(group=shown, dp_size=2) as coordinator:
+    with Coordinator(group=shown, dp_size=2):
         frontend = using(Frontend.attach(shown))
-        coordinator._marks.set_engine(1, verdict=1)
+        using(Engine.attach(shown, 1))
         assert value("dpshm_rank_in_flight_requests", 1) == 0
         frontend.route(100, dp_rank=1)
         assert value("dpshm_rank_in_flight_requests", 1) == 1

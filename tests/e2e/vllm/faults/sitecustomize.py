@@ -26,7 +26,7 @@ def _fail_after(owner: Any, name: str, calls: int) -> None:
 
 if "FAULT_AFTER" in os.environ:
     _calls = int(os.environ["FAULT_AFTER"])
-    _fail_after(PrefillBacklog, "look", _calls)
+    _fail_after(PrefillBacklog, "update", _calls)
     _fail_after(Frontend, "route", _calls)
 if "FAULT_ATTACH" in os.environ:
     _fail_after(Frontend, "attach", 0)

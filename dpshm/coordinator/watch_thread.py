@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from dpshm.board.board import Board
 from dpshm.board.locks import engine_byte, frontend_byte
-from dpshm.board.words import ON_BEHALF, unpack_state
+from dpshm.board.words import MAX_RUNNING, ON_BEHALF, RUNNING_SHIFT, unpack_state
 from dpshm.coordinator.mailbox import Mailbox
 from dpshm.coordinator.row import CoordinatorRow
 from dpshm.linux import processes
@@ -189,7 +189,7 @@ class WatchThread(threading.Thread):
         """By rank, whether it is in a step, or has requests waiting or in flight."""
         board = self._board
         requests = board.outstanding_requests(board.counted_frontends()).count()
-        not_running = requests > (board.load[:n] >> 16 & 0xFFFFFF)
+        not_running = requests > (board.load[:n] >> RUNNING_SHIFT & MAX_RUNNING)
         busy: list[bool] = ((board.step_start[:n] != 0) | not_running).tolist()
         return busy
 

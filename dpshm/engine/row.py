@@ -22,14 +22,21 @@ from dpshm.board.board import Board
 from dpshm.board.segment import Segment
 from dpshm.board.words import (
     COUNT_MASK,
+    KV_ONE,
     MAX_PROMPT_TOKENS,
+    MAX_STEP,
+    MAX_WAITING,
+    MAX_WORD,
     ON_BEHALF,
     PAUSED_BY_USER,
     RUNNING,
+    RUNNING_SHIFT,
     VERDICT_MASK,
+    WAITING_SHIFT,
     pack_load,
     pack_progress,
     pack_state,
+    queued,
     saturate,
 )
 from dpshm.errors import CapacityExceeded, RowInUse, SettingError, WrongThread
@@ -38,6 +45,8 @@ from dpshm.linux.descriptors import explained
 from dpshm.policies.step_model import StepModel
 from dpshm.rules.liveness import Verdict
 from dpshm.version import version_word
+
+_KV_TO_WAITING = MAX_WAITING.bit_length() - KV_ONE.bit_length()
 
 ROW_TIMEOUT_S = 0.05
 """A coordinator that scales holds a row for an instant, and the kernel a dead process's locks for some more."""
@@ -218,22 +227,22 @@ class EngineRow:
             self._check()
         words, backlog = self._words, prefill_backlog
         try:
-            kv = floor(kv_cache_usage * 65535 + 0.5)
-            every = waiting | running | kv << 7  # fits 23 bits if each of them has the range that is looked for
+            kv = floor(kv_cache_usage * KV_ONE + 0.5)
+            every = waiting | running | kv << _KV_TO_WAITING  # fits 23 bits if each of them is in its range
         except (TypeError, ValueError, OverflowError):  # not an int, NaN, infinite, or numpy's narrow integers
             every = -1
-        if every.__class__ is int and 0 <= every <= 0x7FFFFF:  # numpy's integers would wrap
-            load, queued = waiting << 40 | running << 16 | kv, waiting + running
+        if every.__class__ is int and 0 <= every <= MAX_WAITING:  # numpy's integers would wrap
+            load, in_queue = waiting << WAITING_SHIFT | running << RUNNING_SHIFT | kv, waiting + running
         else:
             load = pack_load(waiting, running, kv_cache_usage)
-            queued = (load >> 40) + (load >> 16 & 0xFFFFFF)
-        if not (backlog.__class__ is int is step.__class__ and 0 <= backlog < 1 << 63 and 0 <= step < 1 << 32):
+            in_queue = queued(load)
+        if not (backlog.__class__ is int is step.__class__ and 0 <= backlog <= MAX_WORD and 0 <= step <= MAX_STEP):
             backlog = saturate(int(backlog))
-            step = int(step) if 0 <= step < 1 << 32 else 0
+            step = int(step) if 0 <= step <= MAX_STEP else 0
         # SYNC: what a decision needs is whole in each of these words (`dpshm.board.outstanding`), whatever their
         # order.
         words[self._at_load] = load
-        words[self._at_request_offset] = queued - self._all_requests
+        words[self._at_request_offset] = in_queue - self._all_requests
         words[self._at_backlog] = backlog
         words[self._at_token_offset] = backlog - self._all_tokens
         if self._model.step_tokens is not None:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from dpshm.board import layout
 from dpshm.board.board import Board
 from dpshm.board.segment import Segment
-from dpshm.board.words import COUNT_MASK, DRAINED, MAX_PROMPT_TOKENS
+from dpshm.board.words import AWAKE, COUNT_MASK, DRAINED, MAX_PROMPT_TOKENS, PHASE_MASK, WAVE_SHIFT
 from dpshm.errors import NoEngineAvailable, SettingError
 from dpshm.frontend.decision_lock import DecisionLock
 from dpshm.frontend.recorder import Recorder, default_path
@@ -44,7 +44,7 @@ from dpshm.net.doorbell import DoorbellClient
 from dpshm.net.keys import ClientKeys, Folder, connect, keys_for
 from dpshm.policies import VECTOR_FROM, Policy, Request, View, Work, by_name, comparable, key_of
 from dpshm.rules.liveness import Verdict
-from dpshm.rules.waves import Phase
+from dpshm.rules.waves import MAX_WAVE
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,6 @@ LOOK_INTERVAL_NS = 100_000_000
 """How often a deciding front-end looks at what it need not look at each time: see `Frontend._look`."""
 TURN_STRIDE = 5
 """How far apart neighbouring front-ends begin to take turns; coprime to the usual numbers of ranks."""
-_PAUSED = int(Phase.PAUSED)  # an enumeration's member costs a tenth of a microsecond to look up
 
 
 class Route(msgspec.Struct, eq=False):
@@ -258,8 +257,8 @@ class Frontend:
             # SYNC: booked first, then looked at the phase. If the load moved before the stores (x86 lets a
             # load pass an older store), the worst is a wake-up too few or too many; the engine wakes the rest.
             control = words[self._at_control]
-            wave = control >> 2
-            if control & 3 == _PAUSED and wake:
+            wave = control >> WAVE_SHIFT & MAX_WAVE
+            if wake and control & PHASE_MASK not in AWAKE:
                 self._wake(dp_rank, wave)
         return Route(self, dp_rank, wave, prompt_tokens)
 
@@ -287,8 +286,8 @@ class Frontend:
             if self._words[self._at_revision] != self._revision:
                 self._refresh()
             control = self._words[self._at_control]
-            if control & 3 == _PAUSED:
-                self._wake(None, control >> 2)
+            if control & PHASE_MASK not in AWAKE:
+                self._wake(None, control >> WAVE_SHIFT & MAX_WAVE)
 
     def snapshot(self) -> NDArray[Any]:
         """What this front-end sees of each rank; see `dpshm.Board.snapshot`."""

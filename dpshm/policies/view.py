@@ -17,9 +17,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from dpshm.board.words import KV_ONE, WAITING_SHIFT, queued
+
 VECTOR_FROM = 32
 """Ranks from which on a view holds arrays. The two cost the same at about this size."""
-OVERLOADED_KV = round(0.95 * 0xFFFF)
+OVERLOADED_KV = round(0.95 * KV_ONE)
 """A rank with a queue and more of its KV cache in use than this (the low 16 bits of a load word, so 95 %) is
 overloaded: what it admits next may push out what it runs."""
 
@@ -80,14 +82,14 @@ class View(msgspec.Struct, eq=False, gc=False):
         """Requests by rank that were sent and not received: those that are neither waiting nor running."""
         load, requests = self.load, self.requests
         if isinstance(load, list):
-            return [max(0, n - (w >> 40) - (w >> 16 & 0xFFFFFF)) for n, w in zip(requests, load, strict=True)]
-        in_flight: NDArray[np.int64] = np.maximum(requests - (load >> 40) - (load >> 16 & 0xFFFFFF), 0)
+            return [max(0, n - queued(w)) for n, w in zip(requests, load, strict=True)]
+        in_flight: NDArray[np.int64] = np.maximum(requests - queued(load), 0)
         return in_flight
 
     def overloaded(self, rank: int) -> bool:
         """Whether a rank has a queue and hardly any KV cache left."""
         word = int(self.load[rank])
-        return word >> 40 > 0 and word & 0xFFFF > OVERLOADED_KV
+        return word >> WAITING_SHIFT > 0 and word & KV_ONE > OVERLOADED_KV
 
     def free(self) -> Any:
         """The ranks that may be chosen and are not overloaded, in their order; if all are, all of them."""
@@ -95,7 +97,7 @@ class View(msgspec.Struct, eq=False, gc=False):
         if isinstance(ranks, list):
             return [r for r in ranks if not self.overloaded(r)] or ranks
         words = self.load[ranks]
-        free = ranks[(words >> 40 <= 0) | (words & 0xFFFF <= OVERLOADED_KV)]
+        free = ranks[(words >> WAITING_SHIFT <= 0) | (words & KV_ONE <= OVERLOADED_KV)]
         return free if len(free) else ranks
 
     def least(self, scores: Any) -> int:
@@ -104,7 +106,7 @@ class View(msgspec.Struct, eq=False, gc=False):
         best: int = min(ranks, key=scores.__getitem__) if isinstance(scores, list) else first_least(ranks, scores)
         # `overloaded`, spelt out. It is rare, so it is looked at last: the least of all is the least of the free.
         word = self.load[best]
-        if word >> 40 > 0 and word & 0xFFFF > OVERLOADED_KV:
+        if word >> WAITING_SHIFT > 0 and word & KV_ONE > OVERLOADED_KV:
             best = first_least(self.free(), scores)
         return best
 

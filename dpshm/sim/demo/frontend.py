@@ -14,6 +14,7 @@ from math import floor
 import msgspec
 import zmq
 
+from dpshm.board.words import queued
 from dpshm.errors import DpshmError
 from dpshm.frontend.handle import Route
 from dpshm.linux.processes import set_title
@@ -148,8 +149,7 @@ class SimFrontend:
         """Something that changes while any of the requests that are out may still be answered."""
         board, n = self._router.frontend.board, self._settings.dp_size
         loads, progress = board.load[:n].tolist(), board.progress[:n].tolist()
-        # The low 16 bits of a load are its KV-cache usage; above them are waiting and running.
-        return self._answered, [p for load, p in zip(loads, progress, strict=True) if load >> 16]
+        return self._answered, [p for load, p in zip(loads, progress, strict=True) if queued(load)]
 
     def close(self) -> FrontendReport:
         """Leaves the group; what it did."""

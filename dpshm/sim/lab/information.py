@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from dpshm.board.words import queued
 from dpshm.errors import SettingError
 from dpshm.policies import View, Work, comparable
 from dpshm.sim.lab.rank import Job, Row, SimRank
@@ -75,7 +76,7 @@ class Information(ABC):
             int(now_s * 1e9),
         )
         load = [r.load for r in rows]
-        requests = [(w >> 40) + (w >> 16 & 0xFFFFFF) + u for w, u in zip(load, in_flight, strict=True)]
+        requests = [queued(w) + u for w, u in zip(load, in_flight, strict=True)]
         return View(order, load, requests, self.own[frontend], len(self.own), work)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, TypeAlias
 
+from dpshm.board.words import pack_load
 from dpshm.policies.step_model import StepModel
 from dpshm.sim.batching import Batcher, SimRequest, Step, StepCost
 from dpshm.sim.lab.prefix_cache import PrefixCache
@@ -154,6 +155,5 @@ class SimRank:
     def publish(self) -> None:
         """Shows its row as it is now. After `end`, call it or `begin`, which does."""
         batcher = self.batcher
-        # `pack_load` without its saturation: nothing here comes near the limits.
-        load = batcher.waiting << 40 | batcher.running << 16 | int(batcher.kv_cache_usage * 0xFFFF)
+        load = pack_load(batcher.waiting, batcher.running, batcher.kv_cache_usage)
         self.row = Row(load, batcher.prefill_backlog, tuple(self._model.words), *self._frozen)

@@ -1,8 +1,8 @@
 """The ``dpshm`` command: one file a subcommand.
 
-To add one, write ``dpshm/cli/NAME.py`` with a function ``NAME`` whose parameters are typer options, and put
-the name into `COMMANDS`; its docstring is the help. An error that dpshm raises on purpose becomes one line on
-stderr and exit status 2; anything else is a bug and shows its traceback.
+To add one, write ``dpshm/cli/NAME.py`` with a function ``NAME`` whose parameters are typer options, and put both names
+into `COMMANDS`; its docstring is the help. An error that dpshm raises on purpose becomes one line on stderr and exit
+status 2. Any other exception is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from importlib import import_module
 from dpshm import __version__
 from dpshm.errors import DpshmError
 
-COMMANDS = (
-    *("demo", "simulate", "replay"),
-    *("coordinator", "top", "stat", "events", "drain", "undrain", "doctor", "dashboard", "web", "keygen"),
-)
+COMMANDS = {
+    **{name: name for name in ("demo", "simulate", "replay", "coordinator", "top", "stat", "events", "drain")},
+    "undrain": "drain",
+    **{name: name for name in ("doctor", "dashboard", "web", "keygen")},
+}
+"""The subcommands in the order of the help, and the module of each."""
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -63,8 +65,8 @@ def _run() -> None:
     ) -> None:
         """Data-parallel coordinator for LLM inference: load in shared memory, request waves over ZMQ."""
 
-    for name in COMMANDS:
-        command = getattr(import_module(f"dpshm.cli.{name}"), name)
+    for name, module in COMMANDS.items():
+        command = getattr(import_module(f"dpshm.cli.{module}"), name)
         # A raw docstring holds the characters \b where click wants a backspace, "do not fill this paragraph".
         app.command(name, help=(inspect.getdoc(command) or "").replace(r"\b", "\b"))(command)
     try:
@@ -73,6 +75,6 @@ def _run() -> None:
         sys.stderr.write(f"dpshm: error: {e}\n")
         raise SystemExit(EXIT_USAGE) from None
     except BrokenPipeError:
-        # Whoever read our output is gone; the flush at exit must not complain again.
+        # The reader of our output is gone. Without this the flush at exit would raise once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

@@ -94,7 +94,7 @@ def summarise(group: str, frontend: int, policy: str, replayed: Sequence[Replaye
         raise SettingError("the ring holds no decision yet: let its front-end route some requests")
     import numpy as np
 
-    ranks = 1 + max(len(r.decision.view.load) for r in replayed) - 1
+    ranks = max(len(r.decision.view.load) for r in replayed)
     pairs = [(r.decision.view.requests, r) for r in replayed]
     has_work = all(r.decision.view.work is not None for r in replayed)
     expected = [LeastWork().expected_ns(r.decision.view, r.decision.request) for r in replayed] if has_work else []

@@ -20,9 +20,6 @@ from dpshm.ops.doctor.finding import Finding
 from dpshm.ops.groups import Found
 
 DOCKER_SHM_BYTES = 64 << 20
-_MAPS = re.compile(
-    rb"^\S+ \S+ \S+ ([0-9a-f]+):([0-9a-f]+) \d+ +(/\S*/dpshm-[A-Za-z0-9._-]+)( \(deleted\))?$", re.M
-)
 
 
 class Opened(NamedTuple):

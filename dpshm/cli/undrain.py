@@ -1,5 +1,0 @@
-"""``dpshm undrain``; see `dpshm.cli.drain`."""
-
-from dpshm.cli.drain import undrain
-
-__all__ = ["undrain"]

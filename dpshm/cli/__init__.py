@@ -1,8 +1,8 @@
 """The ``dpshm`` command: one file a subcommand.
 
-To add one, write ``dpshm/cli/NAME.py`` with a function ``NAME`` whose parameters are typer options, and put both names
-into `COMMANDS`; its docstring is the help. An error that dpshm raises on purpose becomes one line on stderr and exit
-status 2. Any other exception is a bug and shows its traceback.
+To add one, write ``dpshm/cli/NAME.py`` with a function ``NAME`` whose parameters are typer options, and put the
+name into `COMMANDS`; its docstring is the help. An error that dpshm raises on purpose becomes one line on stderr
+and exit status 2. Any other exception is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+from collections.abc import Callable
 from importlib import import_module
 
 from dpshm import __version__
 from dpshm.errors import DpshmError
 
-COMMANDS = {
-    **{name: name for name in ("demo", "simulate", "replay", "coordinator", "top", "stat", "events", "drain")},
-    "undrain": "drain",
-    **{name: name for name in ("doctor", "dashboard", "web", "keygen")},
-}
-"""The subcommands in the order of the help, and the module of each."""
+COMMANDS = (
+    *("demo", "simulate", "replay"),
+    *("coordinator", "top", "stat", "events", "drain", "undrain", "doctor", "dashboard", "web", "keygen"),
+)
+_MODULES = {"undrain": "drain"}
+"""The module of a command that shares another's."""
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -32,6 +33,13 @@ def main() -> None:
         _run()
     except KeyboardInterrupt:  # while it imports: commands have handlers of their own
         raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def load_command(name: str) -> Callable[..., None]:
+    """The function of a subcommand."""
+    module = import_module(f"dpshm.cli.{_MODULES.get(name, name)}")
+    command: Callable[..., None] = getattr(module, name)
+    return command
 
 
 def _run() -> None:
@@ -65,8 +73,8 @@ def _run() -> None:
     ) -> None:
         """Data-parallel coordinator for LLM inference: load in shared memory, request waves over ZMQ."""
 
-    for name, module in COMMANDS.items():
-        command = getattr(import_module(f"dpshm.cli.{module}"), name)
+    for name in COMMANDS:
+        command = load_command(name)
         # A raw docstring holds the characters \b where click wants a backspace, "do not fill this paragraph".
         app.command(name, help=(inspect.getdoc(command) or "").replace(r"\b", "\b"))(command)
     try:

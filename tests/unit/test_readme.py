@@ -14,7 +14,6 @@ import textwrap
 import tomllib
 from collections.abc import Iterator
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import pytest
 from dpshm import Coordinator, Engine
 from dpshm.board import words
 from dpshm.board.layout import DEFAULT_ENGINES, DEFAULT_FRONTENDS, PAGE_BYTES, make_layout
-from dpshm.cli import COMMANDS
+from dpshm.cli import COMMANDS, load_command
 from dpshm.coordinator.settings import Settings, make_settings
 from dpshm.policies import NAMES
 from dpshm.rules import waves
@@ -240,7 +239,7 @@ def commands() -> dict[str, set[str]]:
     typer = pytest.importorskip("typer", reason="the command line is an extra")
     app = typer.Typer()
     for name in COMMANDS:
-        app.command(name)(getattr(import_module(f"dpshm.cli.{name}"), name))
+        app.command(name)(load_command(name))
 
     def options(command: Any) -> set[str]:
         return {option for p in command.params for option in (*p.opts, *p.secondary_opts)} | {"--help", "-h"}

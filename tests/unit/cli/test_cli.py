@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import subprocess
 import sys
@@ -24,7 +23,7 @@ def test_every_command_of_the_operator_is_there():
 @pytest.mark.parametrize("name", OPERATORS)
 def test_help_has_an_example(name: str):
     """Guards against options that nobody knows how to use."""
-    command = getattr(importlib.import_module(f"dpshm.cli.{name}"), name)
+    command = load_command(name)
     text = inspect.getdoc(command) or ""
     assert "Example" in text
     assert f"dpshm {name}" in text

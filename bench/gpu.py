@@ -109,7 +109,7 @@ class Driver:
         self._requests[rank].send(self._encode(message))
         return number
 
-    def take_replies(self, timeout_ms: int = 0) -> None:
+    def receive_replies(self, timeout_ms: int = 0) -> None:
         """Takes what has come, waiting for the first so long."""
         while self._replies.poll(timeout_ms):
             reply = self._decoder.decode(self._replies.recv())
@@ -129,7 +129,7 @@ class Driver:
         """
         deadline = time.monotonic() + patience_s
         while not condition():
-            self.take_replies(1)
+            self.receive_replies(1)
             if time.monotonic() > deadline:
                 raise Stuck(f"{what}: not within {patience_s:g} s; the board:\n{self.frontend.snapshot()}")
 

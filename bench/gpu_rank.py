@@ -132,13 +132,13 @@ class MeasuredEngine(SimEngine):
             "first": self._first_ns,  # request, taken in, all ranks in the step, computed
         }
 
-    def _take(self, message: RequestMessage) -> None:
+    def _accept(self, message: RequestMessage) -> None:
         self._taken_ns[message.reply_to, message.request_id] = time.monotonic_ns()
-        super()._take(message)
+        super()._accept(message)
 
-    def _take_in(self) -> None:
+    def _receive_requests(self) -> None:
         now, asleep = time.monotonic_ns(), not self._engine.running
-        super()._take_in()
+        super()._receive_requests()
         if asleep and self._engine.running:
             self._asleep_until_ns = now
 

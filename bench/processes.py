@@ -191,7 +191,7 @@ def leave_reader_core() -> None:
         use_cores(_all_cores[:-1])
 
 
-def take_reader_core() -> None:
+def use_reader_core() -> None:
     """Moves this thread alone to the reader's core; the threads that ZMQ has started stay where they are."""
     core = reader_core()
     if core is not None:

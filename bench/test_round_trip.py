@@ -14,7 +14,7 @@ import pytest
 
 from bench.baselines import Spec, board, engine_end, flock, frontend_end, pub
 from bench.distribution import quantiles
-from bench.processes import Line, Worker, all_cores, leave_reader_core, take_reader_core, use_cores
+from bench.processes import Line, Worker, all_cores, leave_reader_core, use_cores, use_reader_core
 
 STARTS = {"board": board.start, "flock": flock.start, "pub_unlimited": pub.start_every(0)}
 ROUND_TRIPS = 300
@@ -58,7 +58,7 @@ def test_round_trip(benchmark: Any, using: Any, peer: str, writers: int) -> None
         for worker in others:
             worker.wait_ready()
             worker.tell()
-        take_reader_core()
+        use_reader_core()
         number, us = 0, []
 
         def round_trip() -> None:

@@ -53,10 +53,10 @@ class WaveEngineEnd(EngineEnd, Protocol):
     def register(self, poller: zmq.Poller) -> None:
         """Has a poller return when START may have come."""
 
-    def take_start(self) -> bool:
+    def receive_start(self) -> bool:
         """Takes START if it has come; whether this rank now runs. Rank 0 confirms, as vLLM's engines do."""
 
-    def take_request(self, wave: int) -> None:
+    def accept_request(self, wave: int) -> None:
         """A request came in, stamped with that wave: it wakes this rank."""
 
     def wave_complete(self) -> None:

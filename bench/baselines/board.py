@@ -99,10 +99,10 @@ class BoardEngine:
     def register(self, poller: zmq.Poller) -> None:
         self._engine.register(poller)
 
-    def take_start(self) -> bool:
+    def receive_start(self) -> bool:
         return self._engine.poll()
 
-    def take_request(self, wave: int) -> None:
+    def accept_request(self, wave: int) -> None:
         self._engine.receive(0, 0, wave)
 
     def wave_complete(self) -> None:

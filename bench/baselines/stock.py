@@ -53,7 +53,7 @@ class StockEngine:
     def register(self, poller: zmq.Poller) -> None:
         poller.register(self._input, zmq.POLLIN)
 
-    def take_start(self) -> bool:
+    def receive_start(self) -> bool:
         if self._input.poll(0):
             frames = self._input.recv_multipart()
             if frames[0] == wire.START_FRAME:
@@ -64,7 +64,7 @@ class StockEngine:
                         self._output.send(wire.encode_wave_started(0, wave))
         return self._runs
 
-    def take_request(self, wave: int) -> None:
+    def accept_request(self, wave: int) -> None:
         """It has work, and needs no START; one that follows is taken as ever."""
 
     def wave_complete(self) -> None:
@@ -92,7 +92,7 @@ class StockFrontend:
         self._socket.connect(spec.where.frontends)
         self._socket.send(wire.SUBSCRIBE)
 
-    def _take_in(self) -> None:
+    def _receive_counts(self) -> None:
         newest = None
         while True:
             try:
@@ -105,7 +105,7 @@ class StockFrontend:
                 self._counts = counts
 
     def known(self) -> list[list[Any]]:
-        self._take_in()
+        self._receive_counts()
         return self._counts
 
     def waiting(self, item: Any) -> int:
@@ -113,10 +113,10 @@ class StockFrontend:
 
     def wait(self, timeout_ms: int) -> None:
         deadline = time.monotonic() + timeout_ms / 1e3
-        self._take_in()
+        self._receive_counts()
         while (left := deadline - time.monotonic()) > 0:
             if self._socket.poll(max(1, round(left * 1e3))):
-                self._take_in()
+                self._receive_counts()
 
     def sockets(self) -> list[Any]:
         return [self._socket]
@@ -156,7 +156,7 @@ class StockFrontend:
         self.finished(rank)
 
     def paused(self) -> bool:
-        self._take_in()
+        self._receive_counts()
         return not self._running and self._wave > self._woken_wave
 
     def close(self) -> None:

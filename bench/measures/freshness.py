@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from bench.baselines import Spec, Start, engine_end, frontend_end
 from bench.distribution import quantiles
-from bench.processes import Line, Worker, cpu_ns, take_reader_core
+from bench.processes import Line, Worker, cpu_ns, use_reader_core
 
 SETTLE_S = 0.3
 DECISION_INTERVAL_MS = 50
@@ -128,7 +128,7 @@ def publish_at(line: Line, spec: Spec, dp_rank: int, rate: float, seconds: float
 def watch(line: Line, spec: Spec) -> list[tuple[Times, Times]]:
     """The front-end that looks: for each engine when it saw a change, and the number that it then saw."""
     end = frontend_end(spec, 0)
-    take_reader_core()
+    use_reader_core()
     changes: list[tuple[int, Any]] = []
     known, monotonic_ns = end.known, time.monotonic_ns
     try:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from bench.distribution import quantiles
-from bench.processes import Line, Worker, take_reader_core
+from bench.processes import Line, Worker, use_reader_core
 
 WORDS_APART = 16  # 128 bytes: the adjacent-line prefetcher moves lines in pairs
 
@@ -32,7 +32,7 @@ def limit(round_trips: int = 50_000) -> dict[str, float]:
 def bat(line: Line, path: str, round_trips: int, side: int) -> list[float]:
     """One side; side 0 serves, on the reader's core, and times."""
     if side == 0:
-        take_reader_core()
+        use_reader_core()
     with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped, memoryview(mapped).cast("q") as words:
         line.ready()
         monotonic_ns = time.monotonic_ns

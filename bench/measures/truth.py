@@ -157,7 +157,7 @@ def step_on(line: Line, spec: Spec, dp_rank: int, folder: str) -> list[float]:
             socket.connect(_address(folder, "frontend", f))
         receive = getattr(end, "receive", None)
 
-        def take_in() -> None:
+        def receive_requests() -> None:
             while requests.poll(0):
                 request = decoder.decode(requests.recv())
                 batcher.add(SimRequest(request, PROMPT_TOKENS, request.output_tokens))
@@ -176,7 +176,7 @@ def step_on(line: Line, spec: Spec, dp_rank: int, folder: str) -> list[float]:
         publish()
         line.ready()
         while not line.told():
-            take_in()
+            receive_requests()
             if not batcher.unfinished:
                 requests.poll(IDLE_POLL_MS)
                 continue

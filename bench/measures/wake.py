@@ -66,18 +66,18 @@ def sleep_and_wake(line: Line, spec: Spec, dp_rank: int) -> None:
                 while not awake:
                     events = dict(poller.poll(POLL_MS))
                     if inbox.fileno() in events:
-                        end.take_request(int(inbox.recv(32)))
+                        end.accept_request(int(inbox.recv(32)))
                         awake = True
                     elif events:
-                        awake = end.take_start()
+                        awake = end.receive_start()
                     elif line.told():
                         return
                 awake_ns = time.monotonic_ns()
                 time.sleep(QUIET_S)
                 # Whom the request woke may have been told as well, and the other way round.
-                end.take_start()
+                end.receive_start()
                 with suppress(BlockingIOError):
-                    end.take_request(int(inbox.recv(32)))
+                    end.accept_request(int(inbox.recv(32)))
                 line.answer(awake_ns)
                 line.expect()
                 end.wave_complete()

@@ -55,7 +55,7 @@ def drain(
     """
     started = time.monotonic()
     with Watcher(open_group(group)) as watcher:
-        frame = watcher.look()
+        frame = watcher.read()
         wanted = parse_ranks(ranks, frame.dp_size)
         if not force:
             check_some_stay(frame, wanted)
@@ -102,7 +102,7 @@ def _wait(watcher: Watcher, ranks: Sequence[int], started: float, timeout: float
     """Waits until the ranks are empty or the time is over; the requests on those that are not."""
     next_line = started + PROGRESS_S
     while True:
-        rows = [rank for rank in watcher.look().ranks if rank.dp_rank in ranks]
+        rows = [rank for rank in watcher.read().ranks if rank.dp_rank in ranks]
         busy = {rank.dp_rank: rank.requests for rank in rows if _has_work(rank)}
         now = time.monotonic()
         if not busy or (timeout is not None and now - started >= timeout):

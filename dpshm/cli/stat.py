@@ -48,17 +48,17 @@ def stat(
     signs = glyphs(ascii_only, sys.stdout.encoding)
     with Watcher(open_group(group), window_s=watch or over) as watcher:
         try:
-            frame = watcher.look()
+            frame = watcher.read()
             if over and not watch:
                 time.sleep(over)
-                frame = watcher.look()
+                frame = watcher.read()
             while True:
                 typer.echo(msgspec.json.encode(frame).decode() if as_json else as_text(frame, signs))
                 if not watch:
                     return
                 sys.stdout.flush()
                 time.sleep(watch)
-                frame = watcher.look()
+                frame = watcher.read()
         except KeyboardInterrupt:
             interrupted()
 

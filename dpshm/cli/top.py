@@ -64,9 +64,9 @@ def top(
 def _print_once(watcher: Watcher, signs: Glyphs) -> None:
     history = History()
     for _ in range(ONCE_LOOKS):
-        history.add(watcher.look())
+        history.add(watcher.read())
         time.sleep(ONCE_S)
     console = Console(width=shutil.get_terminal_size((PIPE_WIDTH, 24)).columns, highlight=False)
-    for line in screen(watcher.look(), history, console.width, signs):
+    for line in screen(watcher.read(), history, console.width, signs):
         line.rstrip()
         console.print(line, no_wrap=True, overflow="crop", crop=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dpshm.board.board import Board
 from dpshm.errors import SettingError
 from dpshm.ops.frame import Coordinator, Frame, Frontend, Rank
-from dpshm.ops.read_frame import look
+from dpshm.ops.read_frame import read_frame
 from dpshm.version import __version__
 
 try:
@@ -72,7 +72,7 @@ class BoardCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The families, of this moment."""
-        frame = look(self._board)
+        frame = read_frame(self._board)
         yield from self._group(frame)
         yield from self._coordinator(frame.group, frame.coordinator)
         yield from _ranks(frame.group, frame.ranks)

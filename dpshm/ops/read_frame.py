@@ -22,7 +22,7 @@ SILENT_AFTER_S = 1.0
 """Twenty rounds of the watch thread."""
 
 
-def look(board: Board) -> Frame:
+def read_frame(board: Board) -> Frame:
     """One frame, without rates."""
     now_ns, now = time.monotonic_ns(), time.time()
     ages = clocks_agree(board)

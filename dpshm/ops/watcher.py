@@ -13,7 +13,7 @@ import msgspec
 from dpshm.board.board import Board
 from dpshm.errors import SegmentError
 from dpshm.ops.frame import Frame, Frontend, Rank
-from dpshm.ops.read_frame import look
+from dpshm.ops.read_frame import read_frame
 
 WINDOW_S = 5.0
 
@@ -31,11 +31,11 @@ class Watcher:
         self._window_s = window_s
         self._past: deque[Frame] = deque()
 
-    def look(self) -> Frame:
+    def read(self) -> Frame:
         """A frame; from the second on with rates."""
         if not self.board.segment.linked:
             self._follow()
-        frame = look(self.board)
+        frame = read_frame(self.board)
         past = self._past
         past.append(frame)
         # The oldest look that is within the window, or, if looks are further apart, the one before.

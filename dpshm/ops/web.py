@@ -85,40 +85,40 @@ class Looker(threading.Thread):
         self._reader = EventReader(Board.attach(group))
         self._points: deque[Point] = deque(maxlen=PAST_POINTS)
         self._events: deque[Event] = deque(maxlen=PAST_EVENTS)
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._stopped = threading.Event()
         self.number = 0
         self.frame = b""
         self._told = 0  # events so far
-        self._look()
+        self._publish_frame()
 
     def run(self) -> None:
         """The thread."""
         while not self._stopped.wait(self._interval_s):
-            self._look()
+            self._publish_frame()
         self._watcher.close()
         self._reader.close()
 
-    def _look(self) -> None:
-        frame, events = self._watcher.look(), self._reader.read()
-        with self._news:
+    def _publish_frame(self) -> None:
+        frame, events = self._watcher.read(), self._reader.read()
+        with self._changed:
             self._points.append(point_of(frame))
             self._events.extend(events)
             self._told += len(events)
             self.frame = msgspec.json.encode(frame)
             self.number += 1
-            self._news.notify_all()
+            self._changed.notify_all()
 
     def past(self) -> tuple[Seen, bytes]:
         """What was until now, for a new viewer."""
-        with self._news:
+        with self._changed:
             past = Past(list(self._points), list(self._events))
             return Seen(self.number, self._told), msgspec.json.encode(past)
 
     def wait(self, seen: Seen, timeout_s: float = 5.0) -> tuple[Seen, bytes, list[Event]]:
         """The newest frame once there is one that a viewer has not seen, and the events that it has not."""
-        with self._news:
-            self._news.wait_for(lambda: self.number > seen.frame or self._stopped.is_set(), timeout_s)
+        with self._changed:
+            self._changed.wait_for(lambda: self.number > seen.frame or self._stopped.is_set(), timeout_s)
             new = min(self._told - seen.events, len(self._events))
             return Seen(self.number, self._told), self.frame, list(self._events)[len(self._events) - new :]
 
@@ -130,8 +130,8 @@ class Looker(threading.Thread):
     def stop(self) -> None:
         """Ends the thread, and every stream."""
         self._stopped.set()
-        with self._news:
-            self._news.notify_all()
+        with self._changed:
+            self._changed.notify_all()
         self.join()
 
 

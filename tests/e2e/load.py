@@ -21,7 +21,7 @@ import msgspec
 import zmq
 
 from dpshm import Board, CoordinatorProcess, DpshmError, Engine, Frontend
-from dpshm.ops.read_frame import look
+from dpshm.ops.read_frame import read_frame
 from dpshm.sim.batching import Batcher, SimRequest
 from tests.support import Remote, gone, wait_until
 
@@ -206,4 +206,4 @@ class CommandLine:
 def stat(group: str) -> Any:
     """What ``dpshm stat --json`` would print of a group, without the process."""
     with Board.attach(group) as board:
-        return json.loads(msgspec.json.encode(look(board)))
+        return json.loads(msgspec.json.encode(read_frame(board)))

@@ -13,7 +13,7 @@ from dpshm.net.keys import keys_for
 from dpshm.ops.doctor.finding import Finding
 from dpshm.ops.doctor.probe import connect_problem, publishes
 from dpshm.ops.frame import Frame, Rank
-from dpshm.ops.read_frame import look
+from dpshm.ops.read_frame import read_frame
 
 BETWEEN_LOOKS_S = 0.5
 STALE_S = 10.0
@@ -21,9 +21,9 @@ STALE_S = 10.0
 
 def check_group(board: Board) -> list[Finding]:
     """All checks of one group."""
-    before = look(board)
+    before = read_frame(board)
     time.sleep(BETWEEN_LOOKS_S)
-    after = look(board)
+    after = read_frame(board)
     return [
         *_coordinator(after),
         *_sockets(board, after),

@@ -69,7 +69,7 @@ class Top(App[None]):
         self._interval_s = interval_s
         self._glyphs = glyphs
         self._history = History()
-        self._frame = watcher.look()
+        self._frame = watcher.read()
         self._frontends = False
         self._sort = 0
         self._sorted_by: Column[Any] = rank_columns(glyphs)[0]
@@ -93,16 +93,16 @@ class Top(App[None]):
         """Begins to look."""
         self.theme = "ansi-dark"  # the terminal's own colours, whatever its background
         self.query_one(Rows).focus()
-        self.set_interval(self._interval_s, self._look)
+        self.set_interval(self._interval_s, self._read_frame)
         self.call_after_refresh(self._draw)
 
     def on_resize(self) -> None:
         """Another width: other columns."""
         self.call_after_refresh(self._draw)
 
-    def _look(self) -> None:
+    def _read_frame(self) -> None:
         if not self._paused:
-            self._frame = self._watcher.look()
+            self._frame = self._watcher.read()
             self._history.add(self._frame)
             self._draw()
 

@@ -110,7 +110,7 @@ class StatsCopy:
         self._kv_cache_usage = [0.0] * dp_size
         self.published_ns = [0] * dp_size
 
-    def take(self, reports: list[RankReport]) -> None:
+    def update(self, reports: list[RankReport]) -> None:
         """Replaces the copy by a broadcast, and with it what this front-end had added."""
         if len(reports) != self._dp_size:
             return
@@ -157,13 +157,13 @@ def main() -> None:
     while not lifeline.ended():
         due_in_s = broadcaster.due_in_s(time.monotonic())
         poller.poll(None if due_in_s is None else ceil(due_in_s * 1000))
-        take_reports(reports, broadcaster)
+        receive_reports(reports, broadcaster)
         if broadcaster.due_in_s(now_s := time.monotonic()) == 0:
             out.send(msgspec.msgpack.encode(broadcaster.broadcast(now_s)))
     context.destroy(linger=0)
 
 
-def take_reports(socket: zmq.Socket[bytes], broadcaster: Broadcaster, most: int = 256) -> None:
+def receive_reports(socket: zmq.Socket[bytes], broadcaster: Broadcaster, most: int = 256) -> None:
     """Takes in what is there, up to so many at a time, so that a flood cannot hold up a broadcast."""
     for _ in range(most):
         try:

@@ -125,10 +125,10 @@ class SimEngine:
                 self._step()
             else:
                 self._poller.poll(IDLE_BEAT_MS)
-                self._take_in()
+                self._receive_requests()
                 self._publish()
 
-    def _take_in(self) -> None:
+    def _receive_requests(self) -> None:
         """Moves what has come into the queue, and handles what the coordinator sent."""
         self._engine.poll(timeout_ms=0)
         while True:
@@ -139,11 +139,11 @@ class SimEngine:
             except msgspec.MsgspecError:
                 self._malformed += 1
                 continue
-            self._take(message)
+            self._accept(message)
         if self._refused:
             self._reply([], [])
 
-    def _take(self, message: RequestMessage) -> None:
+    def _accept(self, message: RequestMessage) -> None:
         try:
             self._engine.receive(message.frontend, message.prompt_tokens, message.wave)
         except DpshmError:  # from no front-end of this group
@@ -156,7 +156,7 @@ class SimEngine:
             self._refused.append(key)
 
     def _step(self) -> None:
-        self._take_in()
+        self._receive_requests()
         batcher = self._batcher
         step = batcher.plan()
         self._publish()

@@ -64,7 +64,7 @@ class SimFrontend:
 
     def wait_until_able(self) -> None:
         """Returns once it can decide: on the PUB path, with the first broadcast that names all ranks."""
-        while not self._router.take_in() and not self._lifeline.ended():
+        while not self._router.receive_broadcasts() and not self._lifeline.ended():
             self._poller.poll()
 
     def run(self, start_ns: int) -> None:
@@ -79,7 +79,7 @@ class SimFrontend:
             while next_id < len(arrivals) and start_s + arrivals[next_id][0] <= now_s:
                 self._send(next_id, start_s + arrivals[next_id][0])
                 next_id += 1
-            self._take_replies()
+            self._receive_replies()
             if next_id == len(arrivals) and not self._out:
                 return
             now_s = time.monotonic()
@@ -123,8 +123,8 @@ class SimFrontend:
         )
         self._engines[route.dp_rank].send(self._encoder.encode(message))
 
-    def _take_replies(self) -> None:
-        self._router.take_in()
+    def _receive_replies(self) -> None:
+        self._router.receive_broadcasts()
         while True:
             try:
                 reply = self._decoder.decode(self._replies.recv(zmq.NOBLOCK))

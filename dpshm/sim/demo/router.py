@@ -47,10 +47,10 @@ class Router(ABC):
         route.done()
 
     def register(self, poller: zmq.Poller) -> None:  # noqa: ARG002 - for routers that receive
-        """Makes a poller return when there is something to `take_in`; the board needs none."""
+        """Makes a poller return when there is something to `receive_broadcasts`; the board needs none."""
         return
 
-    def take_in(self) -> bool:
+    def receive_broadcasts(self) -> bool:
         """Takes in what has come; whether it can decide."""
         return True
 
@@ -110,7 +110,7 @@ class PubRouter(Router):
         self._beat = self.frontend.board.beat[: settings.dp_size]
 
     def route(self, prompt_tokens: int) -> Route:
-        self.take_in()
+        self.receive_broadcasts()
         rank = self._copy.choose(Request(prompt_tokens), self._own)
         self._note(self._copy.published_ns, self._beat.tolist())
         route = self.frontend.route(prompt_tokens, dp_rank=rank)
@@ -124,10 +124,10 @@ class PubRouter(Router):
     def register(self, poller: zmq.Poller) -> None:
         poller.register(self._socket, zmq.POLLIN)
 
-    def take_in(self) -> bool:
+    def receive_broadcasts(self) -> bool:
         while True:
             try:
-                self._copy.take(broadcast_decoder.decode(self._socket.recv(zmq.NOBLOCK)))
+                self._copy.update(broadcast_decoder.decode(self._socket.recv(zmq.NOBLOCK)))
             except zmq.Again:
                 return all(self._copy.published_ns)
             except msgspec.MsgspecError:

@@ -174,7 +174,7 @@ class _Demo:
         self._wait_until_ready()
 
     def _start(self, name: str, module: str, pass_fds: tuple[int, ...] = ()) -> Child:
-        self._look("starting the processes")
+        self._sample("starting the processes")
         return self._children.start(name, f"dpshm.sim.{module}", pass_fds)
 
     def _wait_until_ready(self) -> None:
@@ -235,9 +235,9 @@ class _Demo:
                     self._progress[child] = Progress(answer.sent, answer.completed + answer.refused)
                 case EngineReport():
                     self._preemptions += answer.preemptions
-        self._look(stage)
+        self._sample(stage)
 
-    def _look(self, stage: str) -> None:
+    def _sample(self, stage: str) -> None:
         self._flag.check()
         now_ns = time.monotonic_ns()
         if now_ns < self._next_sample_ns:

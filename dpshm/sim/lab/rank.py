@@ -105,7 +105,7 @@ class SimRank:
     def begin(self, now_s: float) -> Step:
         """Takes in what has come, and plans the next step."""
         if self.inbox:
-            self._take_in()
+            self._admit_arrived()
         batcher = self.batcher
         step = self.step = batcher.plan()
         if not self._learns:
@@ -142,7 +142,7 @@ class SimRank:
         """Requests that it has and that are on their way to it."""
         return self.batcher.unfinished + len(self.inbox)
 
-    def _take_in(self) -> None:
+    def _admit_arrived(self) -> None:
         for job in self.inbox:
             self._received[job.frontend] += 1
             self._received_tokens[job.frontend] += job.prompt_tokens

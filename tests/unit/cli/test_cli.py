@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from dpshm import Coordinator
-from dpshm.cli import COMMANDS
+from dpshm.cli import COMMANDS, load_command
 from tests.e2e.load import environment, run
 
 OPERATORS = ("coordinator", "top", "stat", "events", "drain", "undrain", "doctor", "dashboard", "web", "keygen")

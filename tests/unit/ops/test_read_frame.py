@@ -13,7 +13,7 @@ import pytest
 from dpshm import Board, Coordinator, Engine, Frontend
 from dpshm.board.segment import sweep
 from dpshm.ops.frame import Frame
-from dpshm.ops.read_frame import SILENT_AFTER_S, balance, look
+from dpshm.ops.read_frame import SILENT_AFTER_S, balance, read_frame
 from dpshm.version import __version__
 from tests.support import Remote, wait_until
 
@@ -32,7 +32,7 @@ def seen(group, using):
     def look_now() -> Frame:
         if not boards:
             boards.append(using(Board.attach(group)))
-        return look(boards[0])
+        return read_frame(boards[0])
 
     return look_now
 

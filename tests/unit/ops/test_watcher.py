@@ -53,11 +53,11 @@ def test_the_window_moves(group, using):
     using(Coordinator(group=group, dp_size=1))
     engine = using(Engine.attach(group, 0))
     watcher = using(Watcher(Board.attach(group), window_s=0.0))
-    watcher.look()
+    watcher.read()
     engine.finished(5)
     engine.publish(waiting=0, running=0)
-    assert watcher.look().ranks[0].requests_per_s > 0
-    assert watcher.look().ranks[0].requests_per_s == 0
+    assert watcher.read().ranks[0].requests_per_s > 0
+    assert watcher.read().ranks[0].requests_per_s == 0
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -65,11 +65,11 @@ def test_a_group_that_ends(group, using, again: bool):
     """Guards against a watcher that fails with its group, or shows the dead one for ever when a new one came."""
     first = using(Coordinator(group=group, dp_size=1))
     watcher = using(Watcher(Board.attach(group)))
-    assert watcher.look().linked
+    assert watcher.read().linked
     first.close()
     if again:
         using(Coordinator(group=group, dp_size=3))
-        assert watcher.look().dp_size == 3
+        assert watcher.read().dp_size == 3
     else:
-        frame = watcher.look()
+        frame = watcher.read()
         assert (frame.linked, frame.dp_size, frame.coordinator.state) == (False, 1, "none")

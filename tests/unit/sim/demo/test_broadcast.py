@@ -55,10 +55,10 @@ def test_choice_raises_the_copy_by_the_number_of_frontends():
     """Guards against a front-end that sends a whole burst to one rank, or forgets to be overwritten."""
     copy = StatsCopy(dp_size=3, num_frontends=4, index=0, policy=by_name("least_loaded"))
     reports = [report(0, waiting=6, published_ns=7), report(1, running=5, published_ns=8), report(2, running=9)]
-    copy.take(reports)
+    copy.update(reports)
     assert copy.published_ns == [7, 8, 1]
     assert [copy.choose(Request(), [0] * 3) for _ in range(4)] == [1, 0, 1, 2]
-    copy.take(reports)
+    copy.update(reports)
     assert copy.choose(Request(), [0] * 3) == 1
 
 
@@ -79,7 +79,7 @@ def test_ties_are_broken_in_turn_and_differently_by_each_frontend():
 def test_broadcast_of_another_size_is_dropped():
     """Guards against a copy with too few ranks."""
     copy = StatsCopy(3, 1, 0, by_name("least_loaded"))
-    copy.take([report(0, waiting=9)])
+    copy.update([report(0, waiting=9)])
     assert copy.published_ns == [0, 0, 0]
 
 

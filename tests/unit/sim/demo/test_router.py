@@ -32,7 +32,7 @@ def test_board_router_uses_the_newest(pair, engines, using):
     """Guards against a figure above 0 where nothing was published in between."""
     router = using(make(pair, "board"))
     assert isinstance(router, BoardRouter)
-    assert router.take_in()
+    assert router.receive_broadcasts()
     engines[0].publish(waiting=5, running=0)
     routes = [router.route(10) for _ in range(3)]
     assert [route.dp_rank for route in routes] == [1, 1, 1]
@@ -63,13 +63,13 @@ def test_pub_router_uses_its_copy_and_says_how_old_it_is(pair, engines, using):
     pub.bind(broadcast_address(prefix))
     router = using(make(pair, "pub", prefix))
     assert isinstance(router, PubRouter)
-    assert not router.take_in()  # no broadcast yet
+    assert not router.receive_broadcasts()  # no broadcast yet
     pub.recv()  # its subscription
     beats = [int(b) for b in engines[0].board.beat[:2]]
     # The copy says that rank 1 is free; the board then says the opposite.
     pub.send(b"\xc1")
     pub.send(msgspec.msgpack.encode([RankReport(r, 2 - 2 * r, 0, 0.0, beats[r]) for r in range(2)]))
-    wait_until(router.take_in)
+    wait_until(router.receive_broadcasts)
     engines[1].publish(waiting=9, running=0)
     route = router.route(10)
     assert route.dp_rank == 1

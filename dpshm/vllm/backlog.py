@@ -20,7 +20,7 @@ class PromptedRequest(Protocol):
     num_computed_tokens: int
 
     def is_finished(self) -> bool:
-        """Whether it ended, in whatever way."""
+        """Whether the request finished or was aborted."""
 
 
 class _Followed:

@@ -1,17 +1,18 @@
 """An engine's part: its row of the board, written by the thread that owns the scheduler.
 
-Put on one engine when its busy loop begins, in that very thread, whichever start method brought the process up:
+The hook on ``run_busy_loop`` attaches the row in that thread, so every start method of the process works. It then
+hooks the instance:
 
-    _process_input_queue              about to wait for work: shows itself idle; before each step: publishes
-    _process_engine_step              after each step: publishes
-    _handle_client_request            a request left the input queue: counts it as received from its API server,
-                                      together with the queue it entered
-    _handle_request_preproc_error,    refused in the input thread: noted there, counted by the busy loop, which is
-    _handle_mm_cache_miss             woken for it
-    _maybe_publish_request_counts     no message to the coordinator: the row says it
-    step_fn, execute_dummy_batch      marks and times the step, counts its tokens
+    _process_input_queue              publishes before the loop waits for work, and before each step
+    _process_engine_step              publishes after each step
+    _handle_client_request            counts a request from the input queue as received from its API server, and
+                                      publishes the queue that it entered
+    _handle_request_preproc_error,    the input thread refuses a request: the hook notes it there and wakes the
+    _handle_mm_cache_miss             busy loop, which counts it
+    _maybe_publish_request_counts     sends nothing: the row replaces the message to the coordinator
+    step_fn, execute_dummy_batch      mark the step as begun, time it, count its tokens
 
-The wave stays vLLM's own: its machine, its messages. The row shows what that machine is in.
+The wave stays vLLM's own, with its rules and its messages. The row shows the state of those rules.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def _attach(core: Any) -> EngineLink | None:
 
 
 class EngineLink:
-    """One engine and its row. `_note_refused` runs in the input thread, all else in the busy loop's."""
+    """One engine and its row. `_note_refused` runs in the input thread; all other methods in the busy loop's."""
 
     def __init__(self, core: Any, row: EngineRow) -> None:
         self._core = core
@@ -98,7 +99,7 @@ class EngineLink:
         if row is not None:
             row.close()
 
-    # The hooks. Each calls what it hides exactly once, whatever becomes of ours.
+    # The hooks. Each calls the method that it hides exactly once, also when code of dpshm raises.
 
     def _hook(self) -> None:
         core, put = self._core, self._hooks.put
@@ -138,13 +139,13 @@ class EngineLink:
         for name in ("_handle_request_preproc_error", "_handle_mm_cache_miss"):
             if hasattr(core, name):
                 put(name, self._refusing(getattr(core, name)))
-        # Not a method but an attribute of the instance already: it is put back, not uncovered.
+        # `step_fn` is an attribute of the instance already, not a method: `close` stores the old value again.
         self._stock_step_fn = step_fn
         core.step_fn = step
 
     def _refusing(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         def refuse(request: Any, *args: Any) -> Any:
-            # Before the answer: once the API server hears that its request is over, it expects it to be counted.
+            # Noted before the answer is sent: an API server expects that a request which is over was counted.
             self._note_refused(request)
             return stock(request, *args)
 
@@ -154,12 +155,12 @@ class EngineLink:
         try:
             tokens = self._count_tokens(request.prompt_token_ids, getattr(request, "prompt_embeds", None))
         except Exception:
-            tokens = 0  # neither can the API server have booked any
+            tokens = 0  # the API server cannot count them either, so it booked none
         self._refused.append((request.client_index, tokens))
         self._core.input_queue.put_nowait((self._wakeup, None))
 
     def _safely(self, function: Callable[..., None], *args: Any) -> bool:
-        """Runs ours; if it raises, says so once and leaves the engine to vLLM. True if the row is still ours."""
+        """Runs code of dpshm; if it raises, logs that and gives the row up. True while the link has its row."""
         if self._row is None:
             return False
         try:
@@ -181,7 +182,7 @@ class EngineLink:
         except Exception:
             logger.debug("dpshm: the row could not be closed", exc_info=True)
         if hasattr(core, "_maybe_publish_request_counts"):
-            core.last_counts = None  # a report now, changed or not: until it comes nobody would choose this rank
+            core.last_counts = None  # report now, also unchanged counts: without a report no rank is chosen
             core._maybe_publish_request_counts()
 
     # What is published.
@@ -192,11 +193,11 @@ class EngineLink:
         if self._refused:
             self._count_refused()
         if not core.has_work():
-            self._forget_step()  # whatever was in flight is over, by an abort
+            self._forget_step()  # its requests were aborted
         running, waiting = scheduler.get_request_counts()
         self._backlog.update(scheduler.running, waiting, scheduler.requests.values())
-        # Not `has_work`: that is also true while the engine has only to tell who finished, in the next wave
-        # already, and would wake all ranks for nothing.
+        # Not `has_work`: that is also true while the engine has only to tell which requests finished. It is in the
+        # next wave by then, and would wake all ranks for nothing.
         running_wave = core.engines_running or scheduler.has_unfinished_requests()
         row.show(getattr(core, "current_wave", 0), running=running_wave, paused=core.is_scheduler_paused())
         row.publish(
@@ -219,7 +220,7 @@ class EngineLink:
             if added.request_id in self._scheduler.requests:
                 self._backlog.add(added)
         if not self._core.has_work():
-            self._publish()  # nothing else will: the loop goes on waiting
+            self._publish()  # the loop goes on waiting, and no other hook would publish
 
     def _count_refused(self) -> None:
         assert self._row is not None
@@ -260,7 +261,7 @@ class EngineLink:
             self._step.__enter__()
 
     def _end_step(self, result: Any) -> None:
-        """Counts a step; `result` is what ``step_fn`` gave, None after a dummy batch."""
+        """Counts a step; `result` is the result of ``step_fn``, None after a dummy batch."""
         assert self._row is not None
         assert self._step is not None
         tokens = finished = 0
@@ -274,8 +275,8 @@ class EngineLink:
         prefilled = self._backlog.update(self._scheduler.running, waiting, self._scheduler.requests.values())
         if result is not None and not tokens and not prefilled:
             if not self._core.batch_queue:
-                self._forget_step()  # it only told who had finished
-            return  # else a batch was queued: the step goes on until its outputs are here
+                self._forget_step()  # it only told which requests had finished
+            return  # with a queued batch the step goes on until its outputs are here
         step, self._step = self._step, None
         step.batch, step.prefill_tokens = tokens, prefilled
         step.__exit__(None, None, None)

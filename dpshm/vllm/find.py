@@ -1,7 +1,7 @@
 """How a process finds its board: by the address of the stats socket, which vLLM tells every process anyway.
 
-The environment is no help: it does not reach other launchers or Ray actors. The header of a board holds the
-addresses of its group, so whoever knows the one finds the other. A process on another node, or in a container
+The environment does not reach other launchers or Ray actors. The header of a board holds the addresses of its
+group, so a process that knows an address finds the board. A process on another node, or in a container
 with a /dev/shm of its own, finds none, and goes on the stock way.
 """
 
@@ -21,16 +21,16 @@ def group_at(stats_address: str | None) -> str | None:
     for group in files.groups():
         try:
             with Board.attach(group) as board:
-                # Whoever is attached holds a lock: a board that nobody holds is a dead group's.
+                # Each attached process holds a lock: without any, the board is a dead group's.
                 if board.segment.header.stats_address == stats_address and board.segment.locks.is_shared():
                     return group
         except SegmentError:
-            continue  # damaged, another user's, or just gone: not ours in any case
+            continue  # damaged, another user's, or just removed: another group's in each case
     return None
 
 
 def owner_name(client_index: int, input_address: str) -> str:
-    """The name under which an API server takes its row, and by which engines find it.
+    """The owner's name in the row of an API server, by which engines find the row.
 
     `client_index` restarts at 0 in every launcher, but the socket from which an engine gets the requests of an
     API server belongs to that server alone, and both know its address.

@@ -1,4 +1,4 @@
-"""Hooks on one object: its methods wrapped for as long as all goes well, the stock ones back when it does not."""
+"""Hooks on one object: its methods wrapped until a failure, and the stock methods from then on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class InstanceHooks:
-    """Wraps methods of one object, and takes the wrappings off again.
+    """Wraps methods of one object, and removes the wrappers again.
 
-    A wrapping is an attribute of the instance that hides the method of its class; taking it off shows the
-    method again. vLLM looks its methods up at each call, so both take effect with the next one.
+    A wrapper is an attribute of the instance that hides the method of its class; without the attribute the method
+    shows again. vLLM resolves its methods at each call, so both take effect at the next call.
     """
 
     def __init__(self, target: Any) -> None:

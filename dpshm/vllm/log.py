@@ -8,7 +8,7 @@ logger = logging.getLogger("vllm.dpshm")
 
 
 def adopt_core() -> None:
-    """Sends what the core of dpshm logs in this process where vLLM's own lines go, unless it goes somewhere."""
+    """Sends the log lines of dpshm's core to vLLM's handlers, unless dpshm's logger has handlers of its own."""
     core, theirs = logging.getLogger("dpshm"), logging.getLogger("vllm")
     if not core.handlers and theirs.handlers:
         core.handlers = list(theirs.handlers)

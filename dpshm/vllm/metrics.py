@@ -1,8 +1,8 @@
 """The board's figures on vLLM's own ``/metrics``.
 
 With one API server that page shows prometheus-client's global registry, and a collector there is enough. With
-several, the page is put together anew at each scrape, by a `MultiProcessCollector` on a fresh registry; so
-whoever makes one gets our collector beside it. Each scrape reads the board: every API server shows the same.
+several, vLLM makes a fresh registry and a `MultiProcessCollector` at each scrape, so a hook on that class adds our
+collector to the same registry. Each scrape reads the board, so every API server shows the same figures.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ _groups: set[str] = set()
 
 
 def show(group: str) -> None:
-    """This process's page shows that group from now on."""
+    """Starts to export a group's metrics on this process's page."""
     _groups.add(group)
 
 
 def hide(group: str) -> None:
-    """And no longer."""
+    """Stops exporting a group's metrics."""
     _groups.discard(group)
 
 
 def install() -> None:
-    """Puts the collector where the page is made; called once a process."""
+    """Registers the collector for both kinds of page; called once a process."""
     try:
         from prometheus_client import REGISTRY, multiprocess
 
-        from dpshm.ops.metrics import BoardCollector  # noqa: F401  (to fail now, and not at each scrape)
+        from dpshm.ops.metrics import BoardCollector  # noqa: F401  (so that a failure comes now, and not at each scrape)
     except Exception as e:
         logger.info("dpshm: no figures of the board on /metrics: %s", e)
         return
@@ -47,14 +47,14 @@ def install() -> None:
 
 
 class _BoardsCollector:
-    """Collects the shown groups at each scrape; nothing, and nothing failed, where there is none."""
+    """Collects the metrics of the exported groups at each scrape; skips a group that cannot be read."""
 
     def describe(self) -> Iterable[Any]:
-        """Nothing: the families are known when there is a group."""
+        """Gives no families: they are known only once there is a group."""
         return ()
 
     def collect(self) -> Iterable[Any]:
-        """The families of this moment."""
+        """Gives the families of all exported groups, read now."""
         families: list[Any] = []
         for group in sorted(_groups):
             try:

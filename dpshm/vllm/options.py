@@ -1,4 +1,4 @@
-"""What the environment may say. It is read in each process: children of the launcher inherit it."""
+"""The plugin's environment variables, read in each process: children of the launcher inherit them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Options(msgspec.Struct, frozen=True):
         policy: ``DPSHM_POLICY``: how API servers choose, see `dpshm.policies`.
         group: ``DPSHM_GROUP``: the deployment's name on this node; default ``vllm-PID``, of the launcher.
         stall_timeout_s: ``DPSHM_STALL_TIMEOUT_S``: see `dpshm.coordinator.settings.Settings`.
-        shadow_log_s: ``DPSHM_SHADOW_LOG_S``: how often shadow mode sums up.
-        any_version: ``DPSHM_ANY_VLLM=1``: also try releases of vLLM that it was never run on.
+        shadow_log_s: ``DPSHM_SHADOW_LOG_S``: interval in seconds between the summaries of shadow mode.
+        any_version: ``DPSHM_ANY_VLLM=1``: also run on releases of vLLM on which the plugin was not tested.
     """
 
     mode: Mode = "on"
@@ -36,10 +36,10 @@ class Options(msgspec.Struct, frozen=True):
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> Options:
-    """The options as the environment gives them.
+    """Reads the options from the environment.
 
     Raises:
-        SettingError: names the variable, what it was, and what it may be.
+        SettingError: a variable has a value that cannot be used; the message names both, and what is allowed.
     """
     word = environ.get("DPSHM", "").strip().lower()
     if word not in _MODES:

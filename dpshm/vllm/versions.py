@@ -1,6 +1,6 @@
-"""Which releases of vLLM the plugin was run on, and a look whether all that it touches is there.
+"""Which releases of vLLM the plugin was tested on, and a check that every name which it uses is there.
 
-At any other release, or when a name is gone, it stays off and says why: a plugin never breaks a server.
+On any other release, or where a name is missing, the plugin stays off and logs why: it never breaks a server.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ TRIED = ("0.28.0", "0.31.0", "0.32.0")
 
 
 class Needed(NamedTuple):
-    """A name that the plugin wraps or calls, and the parameters that it counts on.
+    """A name that the plugin wraps or calls, and the parameters that it relies on.
 
     Attributes:
-        module: where it is.
+        module: the module of the name.
         name: a function, a class, or a method as ``Class.method``.
-        parameters: those that must be there by name, without ``self``.
+        parameters: the names of the parameters that it must have, without ``self``.
     """
 
     module: str
@@ -50,13 +50,11 @@ NEEDED = (
 
 
 def why_not(any_version: bool = False) -> str | None:
-    """Why the plugin must stay off in the vLLM of this process; None if it need not."""
+    """Why the plugin must stay off in the vLLM of this process; None if it may run."""
     version = import_module("vllm").__version__
     release = version.partition("+")[0]
     if release not in TRIED and not any_version:
-        return (
-            f"vLLM {version} is none that it was tried on ({', '.join(TRIED)}); DPSHM_ANY_VLLM=1 tries it anyway"
-        )
+        return f"vLLM {version} is not a tested release ({', '.join(TRIED)}); DPSHM_ANY_VLLM=1 tries it anyway"
     for needed in NEEDED:
         if problem := _missing(needed):
             return f"vLLM {version} {problem}"

@@ -1,4 +1,4 @@
-"""Real servers, one at a time: each is started for its tests and ended after them, whatever they did."""
+"""Real servers, one at a time: each starts for its tests, and ends after them also when they fail."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.e2e.vllm.server import Server
 
 
 def why_not() -> str | None:
-    """Why they are not run, if they are not: they take five minutes."""
+    """Why the tests do not run; None if they do."""
     if os.environ.get("DPSHM_TEST_VLLM") != "1":
         return "real servers, five minutes of them: DPSHM_TEST_VLLM=1 runs them"
     return environment.why_not()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All of it is slow, and none of it runs without vLLM."""
+    """Marks these tests as slow, and skips them without vLLM."""
     reason = why_not()
     for item in items:
         if "tests/e2e/vllm/" in item.path.as_posix():
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _dpshm_is_installed() -> None:
-    """This checkout is what vLLM's environment has."""
+    """Installs this checkout into vLLM's environment."""
     if why_not() is None:
         environment.install_dpshm(environment.folder())
 

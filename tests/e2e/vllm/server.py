@@ -1,4 +1,4 @@
-"""One real vLLM server: started as a user starts it, talked to over HTTP, ended, and looked after what is left."""
+"""One real vLLM server: starts as a user starts it, answers over HTTP, ends; and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class Server:
         return self._log_path.read_text(errors="replace")
 
     def board(self) -> Board:
-        """The board of its group, to look at."""
+        """The board of its group."""
         return Board.attach(self.group)
 
     def request(self, method: str, path: str, body: object = None, **headers: str) -> tuple[int, str]:
@@ -142,7 +142,7 @@ class Server:
     def try_to_generate(
         self, prompt: list[int], max_tokens: int = 8, dp_rank: int | None = None, **sampling: object
     ) -> tuple[int, str]:
-        """One request, whatever becomes of it: (status, body). `dp_rank` is the rank that has to take it."""
+        """One request, answered or refused: (status, body). `dp_rank` pins it to a rank."""
         body = {
             "token_ids": prompt,
             "sampling_params": {
@@ -197,7 +197,7 @@ class Server:
         return found
 
     def stop(self, sig: int = signal.SIGTERM) -> None:
-        """Ends it, and whatever does not end by itself."""
+        """Ends the server, and kills the processes that do not end by themselves."""
         if self._popen.poll() is None:
             self._popen.send_signal(sig)
         with suppress(subprocess.TimeoutExpired):
@@ -217,7 +217,7 @@ class Server:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         self._popen.wait()
-        for path in theirs:  # vLLM's own, between an engine and its worker: nobody else removes it
+        for path in theirs:  # vLLM's own, between an engine and its worker: killed processes cannot remove it
             Path(path).unlink(missing_ok=True)
 
     def left(self) -> list[str]:
@@ -227,7 +227,7 @@ class Server:
 
 
 def free_port() -> int:
-    """A port that nobody has at this moment."""
+    """A port that is free at this moment."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port: int = s.getsockname()[1]

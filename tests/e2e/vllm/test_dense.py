@@ -21,7 +21,7 @@ def server(serve):
 
 
 def test_the_log_says_that_dpshm_is_active(server):
-    """Guards against a plugin of which nobody can tell whether it works."""
+    """Guards against a log that does not say whether the plugin works."""
     assert server.log.count(f"coordinates group '{server.group}': {RANKS} ranks, 2 API servers") == 1
     assert server.log.count("publishes to the board") == RANKS
     assert server.log.count("chooses by the board") == 2

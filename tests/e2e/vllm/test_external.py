@@ -1,4 +1,4 @@
-"""External load balancing: a launcher a rank, somebody else chooses; the waves and the figures are ours."""
+"""External load balancing: each rank has a launcher, a gateway chooses; dpshm gives the waves and the figures."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_a_request_is_one_wave(server, board):
     """Guards against waves in which all ranks step for nothing: wake-ups ahead of their requests, or behind them.
 
     Ranks that wake up before the request has come go back to sleep at their first step, and a notice that comes
-    when its wave is over wakes them once more. Either may happen on a busy machine, so the test looks again.
+    when its wave is over wakes them once more. Either may happen on a busy machine, so there are three attempts.
     """
     waves = []
     while len(waves) < 3 and 10 not in waves:
@@ -96,7 +96,7 @@ def test_a_request_is_one_wave(server, board):
 
 
 def test_a_pinned_request_goes_where_it_must_and_is_booked(server, board):
-    """Guards against a rank that a gateway names and the board's choice overrides, or that nobody counts."""
+    """Guards against a rank named by a gateway that the board's choice overrides, or that is not counted."""
     sent, finished = board.sent_requests[:, :RANKS].sum(axis=0), board.requests_finished[:RANKS].copy()
     per_rank = [3, 1, 2, 4]
     sizes = [(3, 8, rank) for rank, n in enumerate(per_rank) for _ in range(n)]
@@ -131,7 +131,7 @@ def test_who_may_choose_avoids_a_rank_that_pinned_requests_fill(server, board):
     ],
 )
 def test_a_refused_request_leaves_no_booking_and_hangs_nobody(server, board, prompt, options, received):
-    """Guards against a refusal that leaves a rank asleep or alone in a collective, or a load that nobody has."""
+    """Guards against a refusal that leaves a rank asleep or alone in a collective, or a booking that stays."""
     before = int(board.received_requests[:RANKS].sum())
     status, text = server.try_to_generate(prompt, **options)
     assert 400 <= status < 600 or '"finish_reason":"error"' in text, text  # so says 0.28
@@ -172,7 +172,7 @@ def test_pause_and_resume(server, board):
 
 
 def test_the_boards_figures_are_on_vllms_metrics_page(server, board):
-    """Guards against figures that need a second port, which nobody scrapes."""
+    """Guards against figures that need a second port."""
     for name in ("in_flight_requests", "prefill_backlog_tokens", "stats_age_seconds"):
         values = server.metric(f"dpshm_rank_{name}", label="dp_rank", group=server.group)
         assert sorted(values) == list(range(RANKS)), name
@@ -198,7 +198,9 @@ def test_a_dead_coordinator_is_started_again(server, board):
     wave, pid = board.wave, int(board.coordinator_pid[0])
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: gone(pid))
-    assert len(server.generate(3, 4)) == 4  # nobody else can wake the ranks: it waits for the new one
+    assert (
+        len(server.generate(3, 4)) == 4
+    )  # no other process can wake the ranks: the request waits for the new coordinator
     wait_until(lambda: int(board.coordinator_pid[0]) != pid and board.coordinator_alive())
     assert int(board.epoch[0]) == 2
     assert board.wave >= wave

@@ -57,7 +57,7 @@ class Request:
         self.ended = False
 
     def is_finished(self) -> bool:
-        """Whether it ended, in whatever way."""
+        """Whether it finished or was aborted."""
         return self.ended
 
 

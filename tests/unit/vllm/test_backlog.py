@@ -23,7 +23,7 @@ class Prompted:
 
 
 def backlog_of(*requests):
-    """A backlog that has taken these in."""
+    """A backlog that follows these requests."""
     backlog = PrefillBacklog()
     for request in requests:
         backlog.add(request)
@@ -77,7 +77,7 @@ def test_a_request_that_ended_early_leaves():
 
 
 def test_a_preempted_request_counts_again():
-    """Guards against a prompt that has to be computed anew and is in nobody's sum."""
+    """Guards against a prompt that has to be computed anew and counts in no sum."""
     a, b = Prompted("a", 100), Prompted("b", 10)
     backlog = backlog_of(a, b)
     a.num_computed_tokens = 120

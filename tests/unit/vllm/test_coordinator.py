@@ -41,7 +41,7 @@ def envs(monkeypatch):
 
 
 def test_the_factory_gives_ours(group, parallel_config, envs, caplog):
-    """Guards against settings that do not reach the coordinator, and against a start that nobody sees."""
+    """Guards against settings that do not reach the coordinator, and against a start that is not logged."""
     caplog.set_level("INFO", logger="vllm.dpshm")
     make = coordinator_factory(lambda *_, **__: STOCK, Options(group=group, stall_timeout_s=7.0))
     coordinator = make(parallel_config, enable_wave_coordination=False, logging_config=None)
@@ -60,7 +60,7 @@ def test_the_factory_gives_ours(group, parallel_config, envs, caplog):
     [("enable_elastic_ep", "elastic"), ("VLLM_USE_RUST_FRONTEND", "Rust front-end")],
 )
 def test_where_it_cannot_help_it_stays_out(parallel_config, envs, caplog, change, cause):
-    """Guards against a coordinator of ours whose board nobody reads."""
+    """Guards against a coordinator of ours whose board no process reads."""
     caplog.set_level("INFO", logger="vllm.dpshm")
     setattr(envs if change.startswith("VLLM") else parallel_config, change, True)
     make = coordinator_factory(lambda *_, **__: STOCK, Options())

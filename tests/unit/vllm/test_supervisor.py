@@ -58,8 +58,8 @@ def test_a_dead_coordinator_comes_back_at_the_same_addresses(group, watched, usi
 
 @pytest.mark.slow
 def test_when_the_board_died_too_the_watcher_is_told(watched):
-    """Guards against a server that goes on with a coordinator which nobody can find."""
-    coordinator = watched(balancing="hybrid")  # tcp: the next one has other ports; nobody holds the board
+    """Guards against a server that goes on with a coordinator which no engine can find."""
+    coordinator = watched(balancing="hybrid")  # tcp: the next one has other ports; no process keeps the board
     os.kill(coordinator.proc.pid, signal.SIGKILL)
     wait_until(lambda: ended(coordinator.proc))
     assert coordinator.proc.exitcode not in (None, 0)

@@ -33,7 +33,7 @@ def test_a_tried_release_is_taken(release, monkeypatch):
 
 
 def test_an_unknown_release_is_named_and_can_be_tried(release, monkeypatch):
-    """Guards against hooks on a vLLM that nobody has looked at, and against no way to try it."""
+    """Guards against hooks on a vLLM that was never tested, and against no way to try it."""
     monkeypatch.setattr(versions, "NEEDED", ())
     release("99.1.0")
     assert "99.1.0" in why_not()

@@ -12,7 +12,7 @@ import pytest
 
 from bench.baselines import flock, frontend_end, pub
 from bench.still import SITUATIONS, StillBoard
-from dpshm.policies import NAMES, Request, View, by_name
+from dpshm.policies import NAMES, Request, View, by_name, sees_work
 
 ENGINES = (1, 8, 64, 256, 1024)
 FRONTENDS = (1, 4, 16, 64)
@@ -64,11 +64,11 @@ def test_policy(benchmark: Any, using: Any, name: str) -> None:
     policy = by_name(name)
     seen: list[tuple[View, Request]] = []
 
+    @sees_work
     def watch(view: View, request: Request) -> int:
         seen.append((view, request))
         return policy(view, request)
 
-    watch.sees_work = True  # type: ignore[attr-defined]
     still = using(StillBoard(8, 4, policy=watch))
     still.frontend.choose(512, key="conversation")
     view, request = seen[-1]

@@ -42,7 +42,8 @@ from dpshm.net import wire
 from dpshm.net.context import Socket, context
 from dpshm.net.doorbell import DoorbellClient
 from dpshm.net.keys import ClientKeys, Folder, connect, keys_for
-from dpshm.policies import VECTOR_FROM, Policy, Request, View, Work, by_name, comparable, key_of
+from dpshm.policies import Policy, Request, View, by_name, comparable, key_of
+from dpshm.policies.columns import VECTOR_FROM, ArrayColumns, ArrayWork, ListColumns, ListWork
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import MAX_WAVE
 
@@ -340,20 +341,21 @@ class Frontend:
         return int(rank)
 
     def _view(self, ranks: Any, now_ns: int) -> View:
-        work = self._work(now_ns) if self._sees_work else None
-        n = self._num_engines
+        n, frontends = self._num_engines, self._num_frontends
         own = self._own if len(self._own) == n else self._own[:n]
-        requests = self._requests.count()
         if n >= VECTOR_FROM:
-            return View(ranks, np.positive(self._load), requests, own, self._num_frontends, work)
-        return View(ranks, self._load_words.tolist(), requests.tolist(), own, self._num_frontends, work)
+            many = self._many_work(now_ns) if self._sees_work else None
+            requests = self._requests.count()
+            return View(ArrayColumns(ranks, np.positive(self._load), requests, own, frontends, many))
+        few = self._few_work(now_ns) if self._sees_work else None
+        counts = self._requests.count().tolist()
+        return View(ListColumns(ranks, self._load_words.tolist(), counts, own, frontends, few))
 
-    def _work(self, now_ns: int) -> Work:
-        """Tokens and step times, for policies that ask for them."""
-        tokens = self._tokens.count()
-        if self._num_engines >= VECTOR_FROM:
-            return Work(tokens, np.positive(self._steps), self._models, now_ns)
-        return Work(tokens.tolist(), self._steps.tolist(), self._models, now_ns)
+    def _few_work(self, now_ns: int) -> ListWork:
+        return ListWork(self._tokens.count().tolist(), self._steps.tolist(), self._models, now_ns)
+
+    def _many_work(self, now_ns: int) -> ArrayWork:
+        return ArrayWork(self._tokens.count(), np.positive(self._steps), self._models, now_ns)
 
     def _refresh(self) -> None:
         """Works out again who may be chosen and whose bookings count."""

@@ -20,15 +20,15 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import msgspec
-import numpy as np
 
 from dpshm.board.files import sockets_path
 from dpshm.board.layout import MODEL_WORDS, PAGE_BYTES, STEP_MODEL_WORDS, STEP_WORDS, WORD_BYTES
 from dpshm.errors import SettingError
-from dpshm.policies import VECTOR_FROM, Request, View, Work
+from dpshm.policies import Request, View
+from dpshm.policies.columns import ListColumns, ListWork, columns_of
 
 MAGIC = b"DPSHMREC"
 VERSION = 1
@@ -48,18 +48,21 @@ class RingHeader(msgspec.Struct, frozen=True):
     pid: int
 
 
+_Word: TypeAlias = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+
+
 class _Record(msgspec.Struct, array_like=True, gc=False):
-    time_ns: int
-    choice: int
-    prompt_tokens: int
-    key: int | None
-    num_frontends: int
-    ranks: list[int]
-    load: list[int]
-    requests: list[int]
-    own: list[int]
-    beats: list[int]
-    work: tuple[list[int], list[list[int]], list[list[int]]] | None
+    time_ns: _Word
+    choice: _Word
+    prompt_tokens: _Word
+    key: _Word | None
+    num_frontends: _Word
+    ranks: list[_Word]
+    load: list[_Word]
+    requests: list[_Word]
+    own: list[_Word]
+    beats: list[_Word]
+    work: tuple[list[_Word], list[list[_Word]], list[list[_Word]]] | None
 
 
 class Decision(NamedTuple):
@@ -143,23 +146,24 @@ class Recorder:
 
     def record(self, now_ns: int, view: View, request: Request, choice: int, beats: list[int]) -> None:
         """Keeps one decision; the oldest makes room for it."""
-        ranks, load, requests, own, work = view.ranks, view.load, view.requests, view.own, view.work
+        columns = view.columns
+        work: Any = columns.work
         rows: Any = None
-        if not isinstance(load, list):
-            ranks, load, requests = ranks.tolist(), load.tolist(), requests.tolist()
+        if isinstance(columns, ListColumns):
+            ranks, load, requests = columns.ranks, columns.load, columns.requests
+        else:
+            ranks, load, requests = columns.ranks.tolist(), columns.load.tolist(), columns.requests.tolist()
         if work is not None:
+            few = isinstance(work, ListWork)
             if work.models is not self._models:
                 self._models = work.models
-                models = work.models if isinstance(work.models, list) else work.models.tolist()
-                self._encoded_models = msgspec.Raw(self._encode(models))
-            rows = (work.tokens, work.steps)
-            if not isinstance(work.tokens, list):
-                rows = tuple(row.tolist() for row in rows)
+                self._encoded_models = msgspec.Raw(self._encode(work.models if few else work.models.tolist()))
+            rows = (work.tokens, work.steps) if few else (work.tokens.tolist(), work.steps.tolist())
             rows = (*rows, self._encoded_models)
         data = self._encode(
             (
-                *(now_ns, choice, request.prompt_tokens, request.key, view.num_frontends),
-                *(ranks, load, requests, own, beats, rows),
+                *(now_ns, choice, request.prompt_tokens, request.key, columns.num_frontends),
+                *(ranks, load, requests, columns.own, beats, rows),
             )
         )
         number, words = self._written, self._words
@@ -250,16 +254,9 @@ def _is_whole(record: _Record) -> bool:
 
 
 def _as_decision(number: int, record: _Record) -> Decision:
-    ranks, load, requests, rows = record.ranks, record.load, record.requests, record.work
-    as_seen: Any = list if len(load) < VECTOR_FROM else np.array  # as the front-end had them
-    work = None
-    if rows is not None:
-        tokens, steps, models = map(as_seen, rows)
-        work = Work(tokens, steps, models, record.time_ns)
-    view = View(
-        *(as_seen(ranks), as_seen(load), as_seen(requests)),
-        *(record.own, record.num_frontends, work),
-    )
+    work = None if record.work is None else ListWork(*record.work, record.time_ns)
+    seen = ListColumns(record.ranks, record.load, record.requests, record.own, record.num_frontends, work)
+    view = View(columns_of(seen))  # in the form in which the front-end had it
     age_ns = [max(0, record.time_ns - beat) if beat else -1 for beat in record.beats]
     request = Request(record.prompt_tokens, record.key)
     return Decision(number, record.time_ns, view, request, record.choice, age_ns)

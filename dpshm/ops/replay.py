@@ -13,7 +13,6 @@ from typing import Any
 
 import msgspec
 
-from dpshm.board.words import unpack_load
 from dpshm.errors import SettingError
 from dpshm.frontend.recorder import Decision
 from dpshm.policies import LeastWork, Policy
@@ -75,7 +74,7 @@ def replay(decisions: Iterable[Decision], policy: Policy) -> list[Replayed]:
     sees_work = getattr(policy, "sees_work", False)
     replayed = []
     for decision in decisions:
-        if sees_work and decision.view.work is None:
+        if sees_work and not decision.view.has_work:
             raise SettingError(
                 "this policy looks at tokens and step times, and the ring has none, because the policy that was "
                 "recorded did not look at them: record with least_work, or replay a policy that counts requests"
@@ -94,9 +93,9 @@ def summarise(group: str, frontend: int, policy: str, replayed: Sequence[Replaye
         raise SettingError("the ring holds no decision yet: let its front-end route some requests")
     import numpy as np
 
-    ranks = max(len(r.decision.view.load) for r in replayed)
+    ranks = max(len(r.decision.view.requests) for r in replayed)
     pairs = [(r.decision.view.requests, r) for r in replayed]
-    has_work = all(r.decision.view.work is not None for r in replayed)
+    has_work = all(r.decision.view.has_work for r in replayed)
     expected = [LeastWork().expected_ns(r.decision.view, r.decision.request) for r in replayed] if has_work else []
     ages = [age for r in replayed if (age := max(r.decision.age_ns)) >= 0]
     p50, p99 = (float(x) / 1e6 for x in np.percentile(ages, (50, 99))) if ages else (None, None)
@@ -128,21 +127,21 @@ def summarise(group: str, frontend: int, policy: str, replayed: Sequence[Replaye
 def rows(replayed: Iterable[Replayed]) -> Iterator[dict[str, int]]:
     """One row for each decision and rank, for a table: who was seen how, and who was chosen."""
     for r in replayed:
-        d, work = r.decision, r.decision.view.work
-        for rank, word in enumerate(d.view.load):
-            waiting, running, kv = unpack_load(int(word))
+        d, view = r.decision, r.decision.view
+        tokens = view.work.tokens if view.has_work else [-1] * len(view.requests)
+        for rank in range(len(view.requests)):
             yield {
                 "number": d.number,
                 "time_ns": d.time_ns,
                 "prompt_tokens": d.request.prompt_tokens,
                 "dp_rank": rank,
-                "waiting": waiting,
-                "running": running,
-                "kv_cache_permille": round(kv * 1000),
-                "in_flight": int(d.view.in_flight[rank]),
-                "own": d.view.own[rank],
+                "waiting": view.waiting[rank],
+                "running": view.running[rank],
+                "kv_cache_permille": round(view.kv_cache_usage[rank] * 1000),
+                "in_flight": view.in_flight[rank],
+                "own": view.own[rank],
                 "age_ns": d.age_ns[rank],
-                "outstanding_tokens": int(work.tokens[rank]) if work else -1,
+                "outstanding_tokens": tokens[rank],
                 "chosen": int(rank == r.choice),
                 "other": int(rank == r.other),
             }

@@ -6,8 +6,14 @@ absent, dead, stalled or drained), never empty, in an order that turns with ever
 in each front-end: a policy that takes the *first* of several equal ranks therefore breaks ties fairly and
 differently from its neighbours. A request that is pinned to a rank is never shown to a policy.
 
-A policy with a true attribute ``sees_work`` is also shown ``view.work``: tokens and step times, which cost another
-microsecond or two to read. The simulator (``dpshm simulate``) runs this same code.
+A policy that is marked with `sees_work` may also read ``view.work``: tokens and step times, which cost another
+microsecond or two to read::
+
+    @sees_work
+    def shortest_backlog(view: View, request: Request) -> int:
+        return view.least(view.work.tokens)
+
+The simulator (``dpshm simulate``) runs this same code.
 """
 
 from __future__ import annotations
@@ -20,19 +26,16 @@ from dpshm.errors import SettingError
 from dpshm.policies.affinity import Affinity
 from dpshm.policies.counts import PowerOfTwo, least_loaded, round_robin, vllm
 from dpshm.policies.hashing import key_of
-from dpshm.policies.view import OVERLOADED_KV, VECTOR_FROM, Policy, Request, Sequence64, View, Work
+from dpshm.policies.view import Policy, Request, View, Work, sees_work
 from dpshm.policies.work import LeastWork, comparable
 
 __all__ = [
     "NAMES",
-    "OVERLOADED_KV",
-    "VECTOR_FROM",
     "Affinity",
     "LeastWork",
     "Policy",
     "PowerOfTwo",
     "Request",
-    "Sequence64",
     "View",
     "Work",
     "by_name",
@@ -40,6 +43,7 @@ __all__ = [
     "key_of",
     "least_loaded",
     "round_robin",
+    "sees_work",
     "vllm",
 ]
 

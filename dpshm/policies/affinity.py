@@ -23,9 +23,10 @@ import msgspec
 import numpy as np
 
 from dpshm.errors import SettingError
+from dpshm.policies.columns import ListColumns
 from dpshm.policies.hashing import mix, mix_array, mixed, mixed_array
 from dpshm.policies.view import Request, View
-from dpshm.policies.work import LeastWork
+from dpshm.policies.work import LeastWork, expected_of_few, expected_of_many
 
 _least_work = LeastWork()
 
@@ -54,17 +55,18 @@ class Affinity(msgspec.Struct, frozen=True):
         key = request.key
         if key is None:
             return _least_work(view, request)
-        ranks, load = view.free(), _least_work.expected_ns(view, request)
-        n = len(view.load)
+        columns, prompt = view.columns, request.prompt_tokens
         # The least loaded is never above the mean, so `within` is empty only where the board was scribbled upon.
-        if isinstance(ranks, list):
-            bound = (1 + self.epsilon) * sum(load[r] for r in ranks) / len(ranks)
-            order = mixed(n)
-            within = [r for r in ranks if load[r] <= bound]
-            return int(max(within or ranks, key=lambda r: mix(key ^ order[r])))
-        load = load[ranks]
-        bound = (1 + self.epsilon) * int(load.sum()) / len(ranks)
-        within = ranks[load <= bound]
-        if len(within):
-            ranks = within
-        return int(ranks[mix_array(mixed_array(n)[ranks] ^ np.uint64(key)).argmax()])
+        if isinstance(columns, ListColumns):
+            few, load = columns.free(), expected_of_few(columns, prompt)
+            bound = (1 + self.epsilon) * sum(load[r] for r in few) / len(few)
+            order = mixed(len(load))
+            within = [r for r in few if load[r] <= bound]
+            return max(within or few, key=lambda r: mix(key ^ order[r]))
+        many, loads = columns.free(), expected_of_many(columns, prompt)
+        order_of_all = mixed_array(len(loads))
+        loads = loads[many]
+        light = many[loads <= (1 + self.epsilon) * int(loads.sum()) / len(many)]
+        if len(light):
+            many = light
+        return int(many[mix_array(order_of_all[many] ^ np.uint64(key)).argmax()])

@@ -8,8 +8,9 @@ import msgspec
 import numpy as np
 
 from dpshm.board.words import unpack_load
+from dpshm.policies.columns import ArrayColumns, Columns, ListColumns, Words
 from dpshm.policies.hashing import mix
-from dpshm.policies.view import Request, View, first_least
+from dpshm.policies.view import Request, View
 
 
 def least_loaded(view: View, request: Request) -> int:
@@ -19,7 +20,8 @@ def least_loaded(view: View, request: Request) -> int:
 
     Formula: ``argmin(waiting + running + in flight)``.
     """
-    return view.least(view.requests)
+    columns: Any = view.columns  # its requests and what its `least` takes are both lists, or both arrays
+    return columns.least(columns.requests)  # type: ignore[no-any-return]
 
 
 def vllm(view: View, request: Request) -> int:
@@ -29,25 +31,33 @@ def vllm(view: View, request: Request) -> int:
     Source: ``DPLBAsyncMPClient.get_core_engine_for_request``. Where vLLM raises the waiting count in its own
     copy for each request sent, the board has the bookings of all front-ends: they count as waiting here.
     """
-    if isinstance(view.load, list):
-        scores: Any = []
-        # One item a rank in each; `strict` would cost a tenth of the decision.
-        for word, requests, own in zip(view.load, view.requests, view.own):  # noqa: B905
-            waiting, running, kv_cache_usage = unpack_load(word)
-            waiting = max(waiting, requests - running)
-            pressure = 6 * waiting * max(0.0, kv_cache_usage - 0.5)
-            scores.append(max(view.num_frontends * own, waiting + running) + pressure)
-    else:
-        waiting, running, kv_cache_usage = unpack_load(view.load)  # elementwise
-        waiting = np.maximum(waiting, view.requests - running)
-        pressure = 6 * waiting * np.maximum(kv_cache_usage - 0.5, 0.0)
-        scores = np.maximum(view.num_frontends * np.array(view.own), waiting + running) + pressure
-    return first_least(view.ranks, scores)
+    columns = view.columns
+    return _vllm_of_few(columns) if isinstance(columns, ListColumns) else _vllm_of_many(columns)
+
+
+def _vllm_of_few(columns: ListColumns) -> int:
+    scores = []
+    # One item a rank in each; `strict` would cost a tenth of the decision.
+    for word, requests, own in zip(columns.load, columns.requests, columns.own):  # noqa: B905
+        waiting, running, kv_cache_usage = unpack_load(word)
+        waiting = max(waiting, requests - running)
+        pressure = 6 * waiting * max(0.0, kv_cache_usage - 0.5)
+        scores.append(max(columns.num_frontends * own, waiting + running) + pressure)
+    return min(columns.ranks, key=scores.__getitem__)
+
+
+def _vllm_of_many(columns: ArrayColumns) -> int:
+    load: Any = columns.load  # it is unpacked elementwise
+    waiting, running, kv_cache_usage = map(np.asarray, unpack_load(load))
+    waiting = np.maximum(waiting, columns.requests - running)
+    pressure = 6 * waiting * np.maximum(kv_cache_usage - 0.5, 0.0)
+    scores = np.maximum(columns.num_frontends * np.array(columns.own), waiting + running) + pressure
+    return int(columns.ranks[scores[columns.ranks].argmin()])
 
 
 def round_robin(view: View, request: Request) -> int:
     """Each rank in turn, whatever its load: the order turns by one with every decision, so the first will do."""
-    return int(view.ranks[0])
+    return int(view.columns.ranks[0])
 
 
 class PowerOfTwo(msgspec.Struct, frozen=True):
@@ -65,17 +75,18 @@ class PowerOfTwo(msgspec.Struct, frozen=True):
 
     def __call__(self, view: View, request: Request) -> int:
         """See `dpshm.policies.Policy`."""
-        one, other = self._draw(view.ranks, view, request)
+        columns = view.columns
+        one, other = self._draw(columns.ranks, columns, request)
         if view.overloaded(one) or view.overloaded(other):  # rare
-            one, other = self._draw(view.free(), view, request)
-        return one if view.requests[one] <= view.requests[other] else other
+            one, other = self._draw(columns.free(), columns, request)
+        return one if columns.requests[one] <= columns.requests[other] else other
 
-    def _draw(self, ranks: Any, view: View, request: Request) -> tuple[int, int]:
+    def _draw(self, ranks: list[int] | Words, columns: Columns, request: Request) -> tuple[int, int]:
         """Two different ones of these ranks, if there are two."""
         n = len(ranks)
         drawn, at = self.seed, int(ranks[0])
         # The order of ranks turns with every decision and what a rank has changes, so the draw does too.
-        for word in (at, request.prompt_tokens, int(view.load[at]), int(view.requests[at]), view.own[at]):
+        for word in (at, request.prompt_tokens, int(columns.load[at]), int(columns.requests[at]), columns.own[at]):
             drawn = mix(drawn ^ word)
         first = drawn % n
         second = (first + 1 + (drawn >> 32) % max(1, n - 1)) % n

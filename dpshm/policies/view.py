@@ -1,31 +1,22 @@
-"""What one decision sees: the request, and the board at one instant.
+"""What one decision sees: the request, and the board at one instant, under names.
 
-All sequences but `View.ranks` are indexed by dp_rank and hold every rank of the group. With fewer than
-`VECTOR_FROM` ranks they are lists, because a loop over 8 engines is faster than a handful of numpy calls; from
-there on they are int64 arrays.
-
-Always there are the counts. Tokens and step times cost more to read and stand in `View.work`, which is None
-unless the policy has a true attribute ``sees_work``.
+A policy sees the same types in a group of any size: every column is a list with one item for each rank of the
+group, indexed by dp_rank. A list is made when it is first asked for and kept, so a policy pays for what it reads.
+`View.columns` is the form that the built-in policies read; it depends on the size of the group and may change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from dpshm.board.words import KV_ONE, WAITING_SHIFT, queued
-
-VECTOR_FROM = 32
-"""Ranks from which on a view holds arrays. The two cost the same at about this size."""
-OVERLOADED_KV = round(0.95 * KV_ONE)
-"""A rank with a queue and more of its KV cache in use than this (the low 16 bits of a load word, so 95 %) is
-overloaded: what it admits next may push out what it runs."""
-
-Sequence64: TypeAlias = "list[int] | NDArray[np.int64]"
+from dpshm.board.words import pack_load, unpack_load
+from dpshm.errors import SettingError
+from dpshm.policies.columns import ArrayWork, Columns, ListColumns, ListWork, Words, columns_of, is_overloaded
 
 
 class Request(msgspec.Struct, frozen=True, gc=False):
@@ -40,82 +31,207 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     key: int | None = None
 
 
-class Work(msgspec.Struct, eq=False, gc=False):
-    """What the ranks have to compute and how fast they are, by rank.
+class Work(msgspec.Struct, frozen=True, eq=False, dict=True):
+    """What the ranks have to compute and how fast they are.
 
-    Attributes:
-        tokens: prompt tokens that any front-end sent and the engine has not computed.
-        steps: by rank the words of `dpshm.board.layout.STEP_WORDS`: the running step.
-        models: by rank the words of `dpshm.board.layout.MODEL_WORDS`: what the engine has learnt of its steps,
-            made
-            comparable (`dpshm.policies.comparable`). They change slowly and may be some tenths of a second old.
-        now_ns: CLOCK_MONOTONIC.
+    A step takes about ``base_ns + per_request_ns * requests + per_token_ns * prompt tokens``. Each engine learns
+    these of its own steps; they change slowly and may be some tenths of a second old. An engine that has learnt
+    nothing yet has the mean of those that have. If none has, all of them are 0 (see `learnt`).
     """
 
-    tokens: Any
-    steps: Any
-    models: Any
-    now_ns: int
-
-
-class View(msgspec.Struct, eq=False, gc=False):
-    """What one decision sees.
-
-    Attributes:
-        ranks: who may be chosen, never empty, in the order that breaks ties.
-        load: reported load, packed (`dpshm.board.words.unpack_load`).
-        requests: by rank those waiting, running, and sent by any front-end but not received (`in_flight`).
-        own: requests of this front-end that are unfinished, by rank.
-        num_frontends: live front-ends.
-        work: tokens and step times, for policies that ask for them.
-    """
-
-    ranks: Any
-    load: Any
-    requests: Any
-    own: list[int]
-    num_frontends: int
-    work: Work | None = None
+    columns: ListWork | ArrayWork
 
     @property
-    def in_flight(self) -> Sequence64:
-        """Requests by rank that were sent and not received: those that are neither waiting nor running."""
-        load, requests = self.load, self.requests
-        if isinstance(load, list):
-            return [max(0, n - queued(w)) for n, w in zip(requests, load, strict=True)]
-        in_flight: NDArray[np.int64] = np.maximum(requests - queued(load), 0)
-        return in_flight
+    def now_ns(self) -> int:
+        """The time of the decision: CLOCK_MONOTONIC."""
+        return self.columns.now_ns
+
+    @property
+    def learnt(self) -> bool:
+        """Whether any engine has learnt how long its steps take."""
+        return self.base_ns[0] > 0
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """Prompt tokens that any front-end sent and the engine has not computed."""
+        return _listed(self.columns.tokens)
+
+    @cached_property
+    def step_end_ns(self) -> list[int]:
+        """When the running step should end (CLOCK_MONOTONIC); 0 between steps, or if it is not known."""
+        return self._step(0)
+
+    @cached_property
+    def step_tokens(self) -> list[int]:
+        """Prompt tokens that the running step computes."""
+        return self._step(1)
+
+    @cached_property
+    def base_ns(self) -> list[int]:
+        """What a step takes by itself."""
+        return self._model(0)
+
+    @cached_property
+    def per_request_ns(self) -> list[int]:
+        """What each request of the batch adds to a step."""
+        return self._model(1)
+
+    @cached_property
+    def per_token_ns(self) -> list[int]:
+        """What each prompt token adds to a step."""
+        return self._model(2)
+
+    @cached_property
+    def chunk_tokens(self) -> list[int]:
+        """The most prompt tokens of one step; very large if no step was seen to be full."""
+        return self._model(3)
+
+    @cached_property
+    def max_running(self) -> list[int]:
+        """The most requests that run at a time; very large if none was seen to wait for room."""
+        return self._model(4)
+
+    @cached_property
+    def ending_ns(self) -> list[int]:
+        """The mean time from one request's end to the next; 0 if it is not known."""
+        return self._model(5)
+
+    def _step(self, item: int) -> list[int]:
+        return [int(row[item]) for row in self.columns.steps]
+
+    def _model(self, item: int) -> list[int]:
+        return [int(row[item]) for row in self.columns.models]
+
+
+class View(msgspec.Struct, frozen=True, eq=False, dict=True):
+    """What one decision sees. A policy's own tests make one with `View.of`."""
+
+    columns: Columns
+
+    @classmethod
+    def of(
+        cls,
+        waiting: Sequence[int],
+        running: Sequence[int],
+        *,
+        kv_cache_usage: Sequence[float] | None = None,
+        in_flight: Sequence[int] | None = None,
+        own: Sequence[int] | None = None,
+        ranks: Sequence[int] | None = None,
+        num_frontends: int = 1,
+    ) -> View:
+        """A view of these numbers, each by rank; what is left out is 0, and all ranks may be chosen.
+
+        Raises:
+            SettingError: there are no ranks, or the sequences differ in length.
+        """
+        n = len(waiting)
+        usage = [0.0] * n if kv_cache_usage is None else kv_cache_usage
+        sent = [0] * n if in_flight is None else in_flight
+        mine = [0] * n if own is None else list(own)
+        if not n or {len(running), len(usage), len(sent), len(mine)} != {n}:
+            raise SettingError("a view needs at least one rank, and in each sequence one item for each rank")
+        load = list(map(pack_load, waiting, running, usage))
+        requests = [w + r + s for w, r, s in zip(waiting, running, sent, strict=True)]
+        order = list(range(n)) if ranks is None else list(ranks)
+        return cls(columns_of(ListColumns(order, load, requests, mine, num_frontends)))
+
+    @cached_property
+    def ranks(self) -> list[int]:
+        """The ranks that may be chosen, never empty, in the order that breaks ties."""
+        return _listed(self.columns.ranks)
+
+    @cached_property
+    def requests(self) -> list[int]:
+        """Requests that are waiting, running, or sent by any front-end and not received."""
+        return _listed(self.columns.requests)
+
+    @cached_property
+    def waiting(self) -> list[int]:
+        """Requests in the engine's queue, as it reported."""
+        return [unpack_load(word)[0] for word in self._load]
+
+    @cached_property
+    def running(self) -> list[int]:
+        """Requests in the engine's batch, as it reported."""
+        return [unpack_load(word)[1] for word in self._load]
+
+    @cached_property
+    def kv_cache_usage(self) -> list[float]:
+        """How much of the engine's KV cache is in use, from 0.0 to 1.0, as it reported."""
+        return [unpack_load(word)[2] for word in self._load]
+
+    @cached_property
+    def in_flight(self) -> list[int]:
+        """Requests that any front-end sent and the engine has not received."""
+        rows = zip(self.requests, self.waiting, self.running, strict=True)
+        return [max(0, requests - waiting - running) for requests, waiting, running in rows]
+
+    @property
+    def own(self) -> list[int]:
+        """Requests of this front-end that are unfinished. The list is the front-end's: leave it as it is."""
+        return self.columns.own
+
+    @property
+    def num_frontends(self) -> int:
+        """How many front-ends are alive."""
+        return self.columns.num_frontends
+
+    @cached_property
+    def work(self) -> Work:
+        """Tokens and step times, for a policy that is marked with `sees_work`.
+
+        Raises:
+            SettingError: this view has none.
+        """
+        if self.columns.work is None:
+            raise SettingError("this view has no tokens: mark the policy with dpshm.policies.sees_work")
+        return Work(self.columns.work)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `work` is there."""
+        return self.columns.work is not None
 
     def overloaded(self, rank: int) -> bool:
         """Whether a rank has a queue and hardly any KV cache left."""
-        word = int(self.load[rank])
-        return word >> WAITING_SHIFT > 0 and word & KV_ONE > OVERLOADED_KV
+        return is_overloaded(int(self.columns.load[rank]))
 
-    def free(self) -> Any:
+    def free(self) -> list[int]:
         """The ranks that may be chosen and are not overloaded, in their order; if all are, all of them."""
-        ranks = self.ranks
-        if isinstance(ranks, list):
-            return [r for r in ranks if not self.overloaded(r)] or ranks
-        words = self.load[ranks]
-        free = ranks[(words >> WAITING_SHIFT <= 0) | (words & KV_ONE <= OVERLOADED_KV)]
-        return free if len(free) else ranks
+        return _listed(self.columns.free())
 
-    def least(self, scores: Any) -> int:
-        """The first of the ranks that may be chosen whose score is least; an overloaded one only if all are."""
-        ranks = self.ranks
-        best: int = min(ranks, key=scores.__getitem__) if isinstance(scores, list) else first_least(ranks, scores)
-        # `overloaded`, spelt out. It is rare, so it is looked at last: the least of all is the least of the free.
-        word = self.load[best]
-        if word >> WAITING_SHIFT > 0 and word & KV_ONE > OVERLOADED_KV:
-            best = first_least(self.free(), scores)
-        return best
+    def least(self, scores: Sequence[float]) -> int:
+        """The first of the ranks that may be chosen whose score is least; an overloaded one only if all are.
 
+        Args:
+            scores: one for each rank of the group.
+        """
+        columns = self.columns
+        return columns.least(scores) if isinstance(columns, ListColumns) else columns.least(np.asarray(scores))
 
-def first_least(ranks: Any, scores: Any) -> int:
-    """The first of some ranks whose score is least; both are lists, or both are arrays."""
-    if isinstance(scores, list):
-        return int(min(ranks, key=scores.__getitem__))
-    return int(ranks[scores[ranks].argmin()])
+    @cached_property
+    def _load(self) -> list[int]:
+        return _listed(self.columns.load)
 
 
 Policy: TypeAlias = Callable[[View, Request], int]
+
+_Marked = TypeVar("_Marked")
+
+
+def sees_work(policy: _Marked) -> _Marked:
+    """Marks a policy that reads `View.work`, which costs a decision another microsecond or two.
+
+    A class whose objects are policies says the same with ``sees_work: ClassVar[bool] = True``.
+    """
+    setattr(policy, "sees_work", True)  # noqa: B010 - type checkers know no attributes of functions
+    return policy
+
+
+def _listed(row: list[int] | Words) -> list[int]:
+    """A column as a list; a list is given as it is."""
+    if isinstance(row, list):
+        return row
+    numbers: list[int] = row.tolist()
+    return numbers

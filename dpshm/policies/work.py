@@ -25,14 +25,14 @@ JPDC 59(2), 1999 (least work remaining). The estimate of that work is ours.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from dpshm.board.layout import MODEL_WORDS
-from dpshm.policies.view import Request, View, Work
+from dpshm.policies.columns import ArrayColumns, ListColumns, Words
+from dpshm.policies.view import Request, View
 
 _NO_LIMIT = 1 << 40
 """Tokens or requests."""
@@ -45,41 +45,61 @@ class LeastWork(msgspec.Struct, frozen=True):
 
     def __call__(self, view: View, request: Request) -> int:
         """See `dpshm.policies.Policy`."""
-        return view.least(self.expected_ns(view, request))
+        columns, prompt = view.columns, request.prompt_tokens
+        if isinstance(columns, ListColumns):
+            return columns.least(expected_of_few(columns, prompt))
+        return columns.least(expected_of_many(columns, prompt))
 
-    def expected_ns(self, view: View, request: Request) -> Any:
+    def expected_ns(self, view: View, request: Request) -> list[int]:
         """By rank, nanoseconds from now to this request's first token; if none has learnt, a count of requests."""
-        work = view.work
-        if work is None:  # whoever made the view knows no tokens: a broadcast of vLLM's counts has none
-            return _counts(view)
-        if not isinstance(view.load, list):
-            return _vector(view, work, max(1, request.prompt_tokens))
-        if not work.models[0][0]:  # nobody has learnt: see `comparable`
-            return _counts(view)
-        now, prompt = work.now_ns, max(1, request.prompt_tokens)
-        scores = []
-        # One item a rank in each; `strict` would cost a tenth of the decision.
-        for requests, waiting, step, model in zip(view.requests, work.tokens, work.steps, work.models):  # noqa: B905
-            step_end, step_tokens = step
-            base, per_request, per_token, chunk, places, ending = model
-            requests += 1  # noqa: PLW2901
-            tokens = waiting - step_tokens + prompt if waiting > step_tokens else prompt
-            ns = base + per_request * requests
-            if 0 < chunk < tokens:
-                ns *= -(-tokens // chunk)
-            ns += per_token * tokens
-            if requests > places:
-                ns = max(ns, ending * (requests - places))
-            if step_end > now:
-                ns += step_end - now
-            scores.append(ns)
-        return scores
+        columns, prompt = view.columns, request.prompt_tokens
+        if isinstance(columns, ListColumns):
+            return expected_of_few(columns, prompt)
+        expected: list[int] = expected_of_many(columns, prompt).tolist()
+        return expected
 
 
-def _counts(view: View) -> Any:
-    """Requests, with this one."""
-    requests = view.requests
-    return [n + 1 for n in requests] if isinstance(requests, list) else requests + 1
+def expected_of_few(columns: ListColumns, prompt: int) -> list[int]:
+    """`LeastWork.expected_ns` of few ranks; `prompt` is the request's own tokens."""
+    work = columns.work
+    # A view of vLLM's broadcast has no tokens, and at first no engine has learnt anything: see `comparable`.
+    if work is None or not work.models[0][0]:
+        return [n + 1 for n in columns.requests]
+    now, prompt = work.now_ns, prompt if prompt > 1 else 1
+    scores = []
+    # One item a rank in each; `strict` would cost a tenth of the decision.
+    for requests, waiting, step, model in zip(columns.requests, work.tokens, work.steps, work.models):  # noqa: B905
+        step_end, step_tokens = step
+        base, per_request, per_token, chunk, places, ending = model
+        requests += 1  # noqa: PLW2901
+        tokens = waiting - step_tokens + prompt if waiting > step_tokens else prompt
+        ns = base + per_request * requests
+        if 0 < chunk < tokens:
+            ns *= -(-tokens // chunk)
+        ns += per_token * tokens
+        if requests > places:
+            ns = max(ns, ending * (requests - places))
+        if step_end > now:
+            ns += step_end - now
+        scores.append(ns)
+    return scores
+
+
+def expected_of_many(columns: ArrayColumns, prompt: int) -> Words:
+    """The same for arrays."""
+    work = columns.work
+    requests = columns.requests + 1
+    if work is None or not work.models[0, 0]:
+        return requests
+    step_end, step_tokens = work.steps.T
+    base, per_request, per_token, chunk, places, ending = work.models.T
+    tokens = np.maximum(work.tokens - step_tokens, 0) + max(1, prompt)
+    ns: Words = base + per_request * requests
+    ns *= -(-tokens // chunk)
+    ns += per_token * tokens
+    ns = np.maximum(ns, (requests - places) * ending)
+    ns += np.maximum(step_end - work.now_ns, 0)
+    return ns
 
 
 def comparable(models: list[list[int]], *, lockstep: bool = False) -> list[list[int]]:
@@ -108,20 +128,3 @@ def comparable(models: list[list[int]], *, lockstep: bool = False) -> list[list[
         ]
         for base, per_request, per_token, chunk, places, ending in models
     ]
-
-
-def _vector(view: View, work: Work, prompt: int) -> NDArray[np.int64]:
-    """The same for arrays."""
-    models: NDArray[np.int64] = work.models
-    if not models[0, 0]:
-        return _counts(view)  # type: ignore[no-any-return]
-    step_end, step_tokens = work.steps.T
-    base, per_request, per_token, chunk, places, ending = models.T
-    requests = view.requests + 1
-    tokens = np.maximum(work.tokens - step_tokens, 0) + prompt
-    ns = base + per_request * requests
-    ns *= -(-tokens // chunk)
-    ns += per_token * tokens
-    ns = np.maximum(ns, (requests - places) * ending)
-    ns += np.maximum(step_end - work.now_ns, 0)
-    return ns  # type: ignore[no-any-return]

@@ -24,7 +24,8 @@ from dpshm.board.words import (
 )
 from dpshm.net import wire
 from dpshm.net.doorbell import Doorbell
-from dpshm.policies.view import View
+from dpshm.policies import View
+from dpshm.policies.columns import ArrayColumns, ListColumns
 from dpshm.rules.waves import Phase
 from tests.support import HandWatch, LoneBoard
 
@@ -98,19 +99,23 @@ def test_what_a_front_end_reads_in_the_control_word(group, using, call):
     check()
 
 
-@pytest.mark.parametrize("as_held", [list, np.array], ids=["lists", "arrays"])
-def test_what_a_view_reads_in_a_load_word(as_held):
+@pytest.mark.parametrize(("form", "as_held"), [(ListColumns, list), (ArrayColumns, np.array)])
+def test_what_a_view_reads_in_a_load_word(form, as_held):
     """Guards against a policy that sees other counts than the engine stored."""
 
     @repeatable
     @given(words=st.lists(WORDS, min_size=2, max_size=2), more=st.integers(0, 9))
     def check(words, more):
-        view = View(as_held([0, 1]), as_held(words), as_held([queued(w) + more for w in words]), [0, 0], 1)
-        assert list(view.in_flight) == [more, more]
+        columns = (as_held(row) for row in ([0, 1], words, [queued(w) + more for w in words]))
+        view = View(form(*columns, [0, 0], 1))
+        assert list(zip(view.waiting, view.running, view.kv_cache_usage, strict=True)) == list(
+            map(unpack_load, words)
+        )
+        assert view.in_flight == [more, more]
         full = [waiting > 0 and kv > 0.95 for waiting, _, kv in map(unpack_load, words)]
         assert [view.overloaded(rank) for rank in range(2)] == full
-        assert list(view.free()) == ([rank for rank in range(2) if not full[rank]] or [0, 1])
-        assert view.least(as_held([1, 2])) == (1 if full == [True, False] else 0)
+        assert view.free() == ([rank for rank in range(2) if not full[rank]] or [0, 1])
+        assert view.least([1, 2]) == (1 if full == [True, False] else 0)
 
     check()
 

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import time
 from math import ceil
-from operator import add
 from typing import Annotated
 
 import msgspec
 import zmq
 
-from dpshm.board.words import pack_load
 from dpshm.linux.processes import set_title
 from dpshm.policies import Policy, Request, View
 from dpshm.sim.demo.child import Lifeline, read_line, write_line
@@ -129,9 +127,14 @@ class StatsCopy:
         n = self._dp_size
         self._turn += 1
         ranks = [(self._turn + i) % n for i in range(n)]
-        load = list(map(pack_load, self._waiting, self._running, self._kv_cache_usage))
-        requests = list(map(add, self._waiting, self._running))
-        rank = self._policy(View(ranks, load, requests, own, self._num_frontends), request)
+        view = View.of(
+            *(self._waiting, self._running),
+            kv_cache_usage=self._kv_cache_usage,
+            own=own,
+            ranks=ranks,
+            num_frontends=self._num_frontends,
+        )
+        rank = self._policy(view, request)
         self._waiting[rank] += self._num_frontends
         return rank
 

@@ -76,7 +76,7 @@ class BoardRouter(Router):
             begun_ns, words = self._beat.tolist(), self._load.tolist()
             rank = choose(view, request)
             newest_ns = self._beat.tolist()
-            each = zip(view.load, words, begun_ns, self._before_ns, strict=True)
+            each = zip(view.columns.load, words, begun_ns, self._before_ns, strict=True)
             used_ns = [begun if given == word else before for given, word, begun, before in each]
             self._note(used_ns, newest_ns)
             return rank

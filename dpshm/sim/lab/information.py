@@ -22,7 +22,8 @@ from typing import Any
 
 from dpshm.board.words import queued
 from dpshm.errors import SettingError
-from dpshm.policies import View, Work, comparable
+from dpshm.policies import View, comparable
+from dpshm.policies.columns import ListColumns, ListWork
 from dpshm.sim.lab.rank import Job, Row, SimRank
 
 NEVER_S = float("inf")
@@ -69,15 +70,15 @@ class Information(ABC):
         in_flight: list[int],
         in_flight_tokens: list[int],
     ) -> View:
-        work = Work(
+        work = ListWork(
             [r.backlog + tokens for r, tokens in zip(rows, in_flight_tokens, strict=True)],
-            [r.model[:2] for r in rows],
+            [list(r.model[:2]) for r in rows],
             comparable([list(r.model[2:]) for r in rows], lockstep=self.lockstep),
             int(now_s * 1e9),
         )
         load = [r.load for r in rows]
         requests = [queued(w) + u for w, u in zip(load, in_flight, strict=True)]
-        return View(order, load, requests, self.own[frontend], len(self.own), work)
+        return View(ListColumns(order, load, requests, self.own[frontend], len(self.own), work))
 
 
 class Live(Information):

@@ -792,7 +792,7 @@ def test_what_a_policy_sees_has_the_groups_size(board, group, using, dp_size):
     sizes = []
 
     def policy(view, request):
-        sizes.append({len(a) for a in (view.ranks, view.load, view.in_flight, view.requests, view.own)})
+        sizes.append({len(a) for a in (view.ranks, view.waiting, view.in_flight, view.requests, view.own)})
         return dp_size - 1
 
     frontend = using(Frontend.attach(group, policy=policy))

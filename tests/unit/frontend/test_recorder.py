@@ -15,36 +15,34 @@ from dpshm.board.layout import PAGE_BYTES
 from dpshm.board.words import pack_load
 from dpshm.errors import SettingError
 from dpshm.frontend.recorder import Recorder, default_path, read, slot_bytes
-from dpshm.policies import VECTOR_FROM, LeastWork, Request, View, Work, least_loaded
+from dpshm.policies import Request, View
+from dpshm.policies.columns import VECTOR_FROM, ListColumns, ListWork, columns_of
 from tests.support import LoneBoard
 
 NOW = 123_456_789_000
 
 
-def view_of(rng: random.Random, n: int, *, with_work: bool, arrays: bool = False) -> View:
-    """A view with numbers of every size."""
+def view_of(rng: random.Random, n: int, *, with_work: bool, now_ns: int = NOW) -> View:
+    """A view with numbers of every size, in the form of a group of so many ranks."""
 
     def column() -> list[int]:
         return [rng.randrange(1 << rng.randrange(1, 63)) for _ in range(n)]
 
     ranks = rng.sample(range(n), rng.randint(1, n))
     load, requests = [pack_load(rng.randrange(9), rng.randrange(99), rng.random()) for _ in range(n)], column()
-    work = Work(column(), [[NOW, 5] for _ in range(n)], [column()[:1] * 6 for _ in range(n)], NOW)
-    if arrays:
-        ranks, load, requests = np.array(ranks), np.array(load), np.array(requests)
-        rows = (np.array(row) for row in (work.tokens, work.steps, work.models))
-        work = Work(*rows, NOW)
-    return View(ranks, load, requests, [rng.randrange(9) for _ in range(n)], 4, work if with_work else None)
+    work = ListWork(column(), [[NOW, 5] for _ in range(n)], [column()[:1] * 6 for _ in range(n)], now_ns)
+    own = [rng.randrange(9) for _ in range(n)]
+    return View(columns_of(ListColumns(ranks, load, requests, own, 4, work if with_work else None)))
 
 
 def plain(view: View) -> object:
     """A view as lists, to compare."""
 
-    def listed(x):
-        return np.asarray(x).tolist()
+    def listed(columns: object) -> list[object]:
+        items = (getattr(columns, name) for name in columns.__struct_fields__)
+        return [listed(x) if hasattr(x, "__struct_fields__") else np.asarray(x).tolist() for x in items]
 
-    work = view.work and [listed(x) for x in (view.work.tokens, view.work.models)]
-    return [listed(view.ranks), listed(view.load), listed(view.requests), view.own, view.num_frontends, work]
+    return listed(view.columns)
 
 
 @pytest.mark.parametrize("with_work", [False, True])
@@ -55,7 +53,7 @@ def test_what_was_seen_is_what_is_read(tmp_path, n, with_work):
     recorder = Recorder.create(path, engines=n, group="g", frontend=3, slots=8)
     kept = []
     for i in range(8):
-        view = view_of(rng, n, with_work=with_work, arrays=n >= VECTOR_FROM)
+        view = view_of(rng, n, with_work=with_work, now_ns=NOW + i)
         request = Request(rng.randrange(1 << 31), rng.choice([None, rng.randrange(1 << 63)]))
         choice = int(view.ranks[-1])
         recorder.record(NOW + i, view, request, choice, [NOW + i - 7] * n)
@@ -66,7 +64,7 @@ def test_what_was_seen_is_what_is_read(tmp_path, n, with_work):
     assert [d.number for d in decisions] == list(range(1, 9))
     for d, (view, request, choice) in zip(decisions, kept, strict=True):
         assert plain(d.view) == plain(view)
-        assert type(d.view.load) is type(view.load)
+        assert type(d.view.columns) is type(view.columns)
         assert (d.request, d.choice, d.age_ns) == (request, choice, [7] * n)
 
 
@@ -89,8 +87,8 @@ def test_a_record_of_the_largest_numbers_fits(tmp_path):
         path = tmp_path / str(n)
         recorder = Recorder.create(path, engines=n, group="g", frontend=0, slots=2)
         top = (1 << 63) - 1
-        work = Work([top] * n, [[top] * 2] * n, [[top] * 6] * n, top)
-        view = View(list(range(n)), [top] * n, [top] * n, [top] * n, top, work)
+        work = ListWork([top] * n, [[top] * 2] * n, [[top] * 6] * n, top)
+        view = View(ListColumns(list(range(n)), [top] * n, [top] * n, [top] * n, top, work))
         for _ in range(2):
             recorder.record(top, view, Request(top, top), 0, [top] * n)
         assert len(read(path)[1]) == 2
@@ -100,7 +98,7 @@ def test_a_slot_that_is_being_filled_is_left_out(tmp_path):
     """Guards against half a record that is taken for a whole one."""
     path = tmp_path / "ring"
     recorder = Recorder.create(path, engines=2, group="g", frontend=0, slots=4)
-    view = View([0, 1], [0, 0], [0, 0], [0, 0], 1)
+    view = View(ListColumns([0, 1], [0, 0], [0, 0], [0, 0], 1))
     for i in range(4):
         recorder.record(i, view, Request(i), 0, [0, 0])
     whole = path.read_bytes()
@@ -176,19 +174,9 @@ def test_a_frontend_records_its_decisions(group, using, tmp_path, policy, where)
     assert [d.choice for d in decisions] == [route.dp_rank for route in routes]
     assert [by_name(policy)(d.view, d.request) for d in decisions] == [d.choice for d in decisions]
     assert all(age >= 0 for d in decisions[3:] for age in d.age_ns)
-    assert (decisions[0].view.work is None) == (policy == "least_loaded")
+    assert decisions[0].view.has_work == (policy != "least_loaded")
     files.sockets_path(group)
     if where is True:
         frontend.close()
         path.unlink()
         path.parent.rmdir()
-
-
-def test_views_of_either_kind_give_the_same_choice():
-    """Guards against a ring of a large group whose lists a policy treats unlike the arrays that were seen."""
-    for policy in (least_loaded, LeastWork()):
-        one, other = (view_of(random.Random(3), 40, with_work=True, arrays=arrays) for arrays in (False, True))
-        for view in (one, other):
-            view.work.models = view.work.models if isinstance(view.load, list) else np.array(view.work.models)
-        assert policy(one, Request(5)) in one.ranks
-        assert policy(other, Request(5)) in other.ranks

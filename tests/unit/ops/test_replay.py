@@ -11,7 +11,8 @@ from dpshm.board.words import pack_load
 from dpshm.errors import SettingError
 from dpshm.frontend.recorder import Decision
 from dpshm.ops.replay import export, replay, summarise
-from dpshm.policies import LeastWork, Request, View, Work, least_loaded, round_robin
+from dpshm.policies import LeastWork, Request, View, least_loaded, round_robin
+from dpshm.policies.columns import ListColumns, ListWork
 
 MODEL = [10_000_000, 100_000, 50_000, 0, 0, 0]
 
@@ -19,11 +20,11 @@ MODEL = [10_000_000, 100_000, 50_000, 0, 0, 0]
 def decision(number: int, running: tuple[int, int], backlog: tuple[int, int] | None = None, choice: int = 0):
     """A decision between two ranks."""
     load = [pack_load(0, n, 0.5) for n in running]
-    work = backlog and Work(list(backlog), [[0, 0]] * 2, [MODEL] * 2, 1000)
+    work = backlog and ListWork(list(backlog), [[0, 0]] * 2, [MODEL] * 2, 1000)
     return Decision(
         number,
         1000,
-        View([0, 1], load, list(running), [1, 0], 2, work),
+        View(ListColumns([0, 1], load, list(running), [1, 0], 2, work)),
         Request(100),
         choice,
         [2_000_000, 1_000_000],

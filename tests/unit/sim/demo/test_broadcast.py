@@ -9,7 +9,6 @@ import msgspec
 import pytest
 import zmq
 
-from dpshm.board.words import pack_load
 from dpshm.policies import Request, View, by_name
 from dpshm.sim.demo.broadcast import (
     GATHER_S,
@@ -68,7 +67,7 @@ def test_ties_are_broken_in_turn_and_differently_by_each_frontend():
 
     def policy(view: View, request: Request) -> int:
         seen.append(list(view.ranks))
-        assert list(view.load) == [pack_load(0, 0, 0.0)] * 3
+        assert (view.waiting, view.running, view.kv_cache_usage) == ([0] * 3, [0] * 3, [0.0] * 3)
         return int(view.ranks[0])
 
     copies = [StatsCopy(3, 2, index, policy) for index in range(3)]

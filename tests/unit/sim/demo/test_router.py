@@ -8,6 +8,7 @@ import zmq
 
 from dpshm import Engine
 from dpshm.policies import Request, View
+from dpshm.policies.columns import ListColumns
 from dpshm.sim.demo.broadcast import RankReport
 from dpshm.sim.demo.messages import FrontendSettings, broadcast_address, new_prefix
 from dpshm.sim.demo.router import BoardRouter, PubRouter, make_router
@@ -45,12 +46,12 @@ def test_board_router_tells_which_report_was_used(pair, engines, using):
     """Guards against a report that came in during the decision and counts as used, or as missed, by guess."""
     router = using(make(pair, "board"))
     policy, board = router.frontend._policy, engines[0].board
-    old_view = View([0, 1], board.load[:2].tolist(), [0, 0], [0, 0], 1)
+    old_view = View(ListColumns([0, 1], board.load[:2].tolist(), [0, 0], [0, 0], 1))
     router._before_ns = before_ns = board.beat[:2].tolist()
     engines[1].publish(waiting=3, running=0)  # after the policy's view was made
     policy(old_view, Request(10))
     engines[0].publish(waiting=4, running=0)  # before it was
-    policy(View([0, 1], board.load[:2].tolist(), [0, 0], [0, 0], 1), Request(10))
+    policy(View(ListColumns([0, 1], board.load[:2].tolist(), [0, 0], [0, 0], 1)), Request(10))
     late_us = (int(board.beat[1]) - before_ns[1]) / 1e3
     assert router.staleness_us == [late_us, 0]
 

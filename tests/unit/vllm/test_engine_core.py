@@ -1,4 +1,4 @@
-"""Tests of `dpshm.vllm.engine_core`: an engine core of vLLM's shape, its row on a real board, and the way back."""
+"""Tests of `dpshm.vllm.engine_core`: what an engine core of vLLM's shape writes to its row on a real board."""
 
 from __future__ import annotations
 
@@ -7,57 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dpshm import Board, Coordinator, Engine, Frontend
-from dpshm.engine.row import EngineRow
-from dpshm.vllm.engine_core import busy_loop
-from dpshm.vllm.find import owner_name
 from tests.support import wait_until
-from tests.unit.vllm.fakes import Request, RequestType
-
-INPUTS = ("tcp://127.0.0.1:1111", "tcp://127.0.0.1:2222")
-HOOKED = ("_process_input_queue", "_handle_client_request", "_process_engine_step", "execute_dummy_batch")
-
-
-@pytest.fixture
-def coordinator(group, using):
-    """A coordinator of two ranks."""
-    return using(Coordinator(group=group, dp_size=2))
-
-
-@pytest.fixture
-def board(group, coordinator, using):
-    """The board of the group."""
-    return using(Board.attach(group))
-
-
-@pytest.fixture
-def make(vllm, coordinator):
-    """`make()` gives a lockstep core of rank 0, `make(waves=False)` one that is on its own."""
-
-    def core(waves=True, **kwargs):
-        kind = vllm.core.DPEngineCoreProc if waves else vllm.core.EngineCoreProc
-        return kind(coordinator.stats_publish_address, inputs=INPUTS, **kwargs)
-
-    return core
-
-
-@pytest.fixture
-def frontend(group, coordinator, using):
-    """A front-end in the row of API server 1; rank 1 is there, so that a front-end always finds an engine."""
-    using(Engine.attach(group, 1))
-    return using(Frontend.attach(group, owner=owner_name(1, INPUTS[1])))
-
-
-def run(core, body):
-    """Runs `body()` where vLLM runs the busy loop of that core."""
-    core.body = body
-    return busy_loop(type(core).run_busy_loop)(core)
-
-
-def send(core, request, client_index=1, wave=0):
-    """Puts a request into the core's input queue, as its input thread does."""
-    request.client_index = client_index
-    core.input_queue.put((RequestType.ADD, (request, wave)))
+from tests.unit.vllm.fake_core import HOOKED, Request, RequestType, failing, hooked, run, send
 
 
 def row(board, rank=0):
@@ -70,14 +21,9 @@ def counters(board, *names):
     return tuple(int(row(board)[name]) for name in names)
 
 
-def hooked(core):
-    """Which methods of the core are hidden behind ours."""
-    return [name for name in HOOKED if name in vars(core)]
-
-
-def test_each_turn_of_the_loop_publishes_the_load(make, board):
+def test_each_turn_of_the_loop_publishes_the_load(make_core, board):
     """Guards against a load that front-ends see a step late, and against steps that are not counted."""
-    core = make()
+    core = make_core()
 
     def body():
         assert hooked(core) == list(HOOKED)
@@ -100,9 +46,9 @@ def test_each_turn_of_the_loop_publishes_the_load(make, board):
     assert hooked(core) == []
 
 
-def test_the_row_shows_what_vllms_own_wave_machine_is_in(make, board):
+def test_the_row_shows_what_vllms_own_wave_machine_is_in(make_core, board):
     """Guards against a row that says another wave than the engine is in, or that it sleeps while it steps."""
-    core = make()
+    core = make_core()
 
     def body():
         send(core, Request("a", max_tokens=1), wave=3)
@@ -120,9 +66,9 @@ def test_the_row_shows_what_vllms_own_wave_machine_is_in(make, board):
     run(core, body)
 
 
-def test_a_rank_on_its_own_has_no_wave(make, board):
+def test_a_rank_on_its_own_has_no_wave(make_core, board):
     """Guards against a dense core, which has no `current_wave`, that gives its row up for it."""
-    core = make(waves=False)
+    core = make_core(waves=False)
 
     def body():
         send(core, Request("a", max_tokens=1))
@@ -134,9 +80,9 @@ def test_a_rank_on_its_own_has_no_wave(make, board):
     assert core.reported == []
 
 
-def test_a_received_request_is_in_flight_no_more(make, frontend, board):
+def test_a_received_request_is_in_flight_no_more(make_core, frontend, board):
     """Guards against a request that counts twice: as booked by its API server and as queued at its engine."""
-    core = make()
+    core = make_core()
 
     def body():
         core.turn()  # before the API server's first request: its row is found later
@@ -154,9 +100,9 @@ def test_a_received_request_is_in_flight_no_more(make, frontend, board):
     run(core, body)
 
 
-def test_a_client_without_a_row_is_served(make, board):
+def test_a_client_without_a_row_is_served(make_core, board):
     """Guards against an engine that fails at a request of an API server which has no row."""
-    core = make()
+    core = make_core()
 
     def body():
         send(core, Request("a"), client_index=0)
@@ -167,9 +113,9 @@ def test_a_client_without_a_row_is_served(make, board):
     run(core, body)
 
 
-def test_a_request_that_the_core_rejects_is_counted(make, frontend, board, monkeypatch):
+def test_a_request_that_the_core_rejects_is_counted(make_core, frontend, board, monkeypatch):
     """Guards against a booking that stays for ever where a core in shutdown answers a request itself."""
-    core = make()
+    core = make_core()
     monkeypatch.setattr(core, "add_request", lambda request, _: core.answered.append(request.request_id))
 
     def body():
@@ -182,11 +128,11 @@ def test_a_request_that_the_core_rejects_is_counted(make, frontend, board, monke
     run(core, body)
 
 
-def test_an_older_core_needs_no_more_than_it_has(vllm, make, board, log):
+def test_an_older_core_needs_no_more_than_it_has(vllm, make_core, board, log):
     """Guards against releases whose dense core reports nothing, and which have one kind of refusal."""
     del vllm.core.EngineCoreProc._maybe_publish_request_counts
     del vllm.core.EngineCoreProc._handle_mm_cache_miss
-    core = make(waves=False)
+    core = make_core(waves=False)
 
     def body():
         send(core, Request("a", max_tokens=2))
@@ -202,9 +148,9 @@ def test_an_older_core_needs_no_more_than_it_has(vllm, make, board, log):
 
 
 @pytest.mark.parametrize("name", ["_handle_request_preproc_error", "_handle_mm_cache_miss"])
-def test_a_request_refused_in_the_input_thread_is_counted(make, frontend, board, name):
+def test_a_request_refused_in_the_input_thread_is_counted(make_core, frontend, board, name):
     """Guards against a refused request that stays booked for ever: no queue of the engine ever has it."""
-    core = make()
+    core = make_core()
 
     def body():
         frontend.route(12, dp_rank=0)
@@ -223,9 +169,9 @@ def test_a_request_refused_in_the_input_thread_is_counted(make, frontend, board,
     run(core, body)
 
 
-def test_a_refused_request_whose_prompt_cannot_be_counted_is_counted(make, frontend, board):
+def test_a_refused_request_whose_prompt_cannot_be_counted_is_counted(make_core, frontend, board):
     """Guards against an engine that fails in its input thread because of the request which it refuses."""
-    core = make()
+    core = make_core()
 
     def body():
         frontend.route(0, dp_rank=0)
@@ -239,9 +185,9 @@ def test_a_refused_request_whose_prompt_cannot_be_counted_is_counted(make, front
     run(core, body)
 
 
-def test_an_aborted_request_leaves_no_step_behind(make, board):
+def test_an_aborted_request_leaves_no_step_behind(make_core, board):
     """Guards against a sleeping rank that is called stalled: its only request was aborted within a step."""
-    core = make(queued_batches=True)
+    core = make_core(queued_batches=True)
 
     def body():
         send(core, Request("a", prompt=4, max_tokens=9))
@@ -262,9 +208,9 @@ def test_an_aborted_request_leaves_no_step_behind(make, board):
     run(core, body)
 
 
-def test_an_abort_of_an_idle_engine_publishes(make, board):
+def test_an_abort_of_an_idle_engine_publishes(make_core, board):
     """Guards against a load that stays on the board after the last request was aborted, while the loop waits."""
-    core = make()
+    core = make_core()
 
     def body():
         send(core, Request("a"))
@@ -277,9 +223,9 @@ def test_an_abort_of_an_idle_engine_publishes(make, board):
     run(core, body)
 
 
-def test_a_queued_batch_is_one_step_until_its_outputs_are_here(make, board):
+def test_a_queued_batch_is_one_step_until_its_outputs_are_here(make_core, board):
     """Guards against steps that seem to take no time, or twice as many, under asynchronous scheduling."""
-    core = make(queued_batches=True)
+    core = make_core(queued_batches=True)
 
     def body():
         send(core, Request("a", prompt=4, max_tokens=2))
@@ -294,9 +240,9 @@ def test_a_queued_batch_is_one_step_until_its_outputs_are_here(make, board):
     run(core, body)
 
 
-def test_telling_who_finished_is_no_step(make, board):
+def test_telling_who_finished_is_no_step(make_core, board):
     """Guards against a step without work, which spoils the model of step times and starts a wave for nothing."""
-    core = make()
+    core = make_core()
 
     def body():
         send(core, Request("a", max_tokens=1))
@@ -313,9 +259,9 @@ def test_telling_who_finished_is_no_step(make, board):
     run(core, body)
 
 
-def test_a_dummy_batch_is_a_dummy_step(make, board):
+def test_a_dummy_batch_is_a_dummy_step(make_core, board):
     """Guards against dummy steps that pass for work."""
-    core = make()
+    core = make_core()
 
     def body():
         core.engines_running = True
@@ -326,9 +272,9 @@ def test_a_dummy_batch_is_a_dummy_step(make, board):
     run(core, body)
 
 
-def test_a_step_function_without_work_is_not_timed(make, board):
+def test_a_step_function_without_work_is_not_timed(make_core, board):
     """Guards against a step that begins while the rank has nothing to do and never ends."""
-    core = make()
+    core = make_core()
 
     def body():
         core.step_fn()
@@ -338,9 +284,9 @@ def test_a_step_function_without_work_is_not_timed(make, board):
     run(core, body)
 
 
-def test_an_older_scheduler_gives_its_cache_usage(make, board):
+def test_an_older_scheduler_gives_its_cache_usage(make_core, board):
     """Guards against releases up to 0.24, whose scheduler has no `get_kv_cache_usage`."""
-    core = make()
+    core = make_core()
     scheduler = core.scheduler
     type_without = type("Older", (type(scheduler),), {"get_kv_cache_usage": property(lambda _: missing())})
     scheduler.__class__ = type_without
@@ -354,115 +300,3 @@ def test_an_older_scheduler_gives_its_cache_usage(make, board):
 def missing():
     """What a class without an attribute does."""
     raise AttributeError("get_kv_cache_usage")
-
-
-def failing(scheduler):
-    """Makes the next publish fail, as a release with another scheduler would."""
-    scheduler.get_kv_cache_usage = lambda: 1 / 0
-
-
-@pytest.mark.parametrize("waves", [True, False])
-def test_an_engine_that_fails_reports_to_the_coordinator_again(make, frontend, board, log, waves):
-    """Guards against a hook that breaks the engine, logs at each step, or leaves a load that never changes."""
-    core = make(waves)
-
-    def body():
-        frontend.route(10, dp_rank=0)
-        send(core, Request("a", prompt=10, max_tokens=3))
-        core._process_input_queue()
-        failing(core.scheduler)
-        core._process_engine_step()
-        assert hooked(core) == []
-        assert core.step_fn == core.scheduler.step
-        assert core.reported == [(1, 0)]  # at once: until it comes the coordinator knows no load of this rank
-        for _ in range(3):
-            core.turn()
-        assert not core.scheduler.requests
-        assert core.reported[-1] == (0, 0)
-
-    run(core, body)
-    assert log("gives its row up") == 1
-    assert int(row(board)["in_flight"]) == 0
-    assert int(board.engine_pid[0]) == 0
-
-
-def test_a_row_is_given_up_in_the_middle_of_a_step(make, board, log):
-    """Guards against the rest of a hook that goes on with a row which its beginning gave up."""
-    core = make()
-
-    def body():
-        send(core, Request("a", max_tokens=5))
-        core._process_input_queue()
-        failing(core.scheduler)
-        held = core._process_engine_step, core.step_fn, core._handle_client_request
-        held[0]()  # gives up
-        for _ in range(2):
-            held[0]()  # as vLLM may have looked it up before
-            held[1]()
-        held[2](RequestType.WAKEUP, None)
-        assert "a" not in core.scheduler.requests  # each call did one step: five tokens
-
-    run(core, body)
-    assert log("gives its row up") == 1
-
-
-def test_a_row_that_cannot_be_closed_is_given_up_all_the_same(make, board, log, monkeypatch):
-    """Guards against a failure on the way back that reaches vLLM."""
-    core = make()
-
-    def body():
-        failing(core.scheduler)
-        with monkeypatch.context() as broken:
-            broken.setattr(EngineRow, "close", lambda _: 1 / 0)
-            core._process_input_queue()
-        assert hooked(core) == []
-        core.turn()
-
-    run(core, body)
-    assert log("gives its row up") == 1
-
-
-def test_without_a_board_the_engine_is_untouched(vllm, log):
-    """Guards against an engine on another node that fails, and a line in the log without data parallelism."""
-    for address, lines in ((None, 0), ("ipc:///nowhere", 1)):
-        core = vllm.core.EngineCoreProc(address)
-        run(core, lambda core=core: core.input_queue.put(hooked(core)))
-        assert core.input_queue.get_nowait() == []
-        assert log("finds no board") == lines
-
-
-def test_a_rank_that_is_taken_goes_on_without_a_row(make, group, using, log):
-    """Guards against two processes that write one row, and against an engine that does not start because of it."""
-    using(Engine.attach(group, 0))
-    core = make()
-    run(core, core.turn)
-    assert hooked(core) == []
-    assert log("goes on without a row") == 1
-
-
-def test_an_engine_that_cannot_be_hooked_leaves_its_row(make, board, log):
-    """Guards against a row that no thread writes and that front-ends take for an idle engine."""
-    core = make()
-    failing(core.scheduler)
-    run(core, core.turn)
-    assert hooked(core) == []
-    assert int(board.engine_pid[0]) == 0
-    assert log("goes on without a row") == 1
-    core.scheduler.get_kv_cache_usage = lambda: 0.0
-    seen = []
-    run(core, lambda: seen.append(hooked(core)))  # the row is free
-    assert seen == [list(HOOKED)]
-
-
-def test_the_row_is_given_back_when_the_loop_ends(make, board):
-    """Guards against a row that outlives its engine's loop, which ends with `SystemExit`."""
-    core = make()
-
-    def body():
-        assert int(board.engine_pid[0]) != 0
-        raise SystemExit
-
-    with pytest.raises(SystemExit):
-        run(core, body)
-    assert int(board.engine_pid[0]) == 0
-    assert hooked(core) == []

@@ -1,4 +1,4 @@
-"""The board: numpy views over a group's segment, and who may write which.
+"""The board: numpy views over a group's segment, and which process writes which word.
 
 Every column is a view named after its column in `dpshm.board.layout`, int64, over shared memory. Each word has
 one writer (rule 2 of dpshm/README.md): an engine its row, its `load` and its `received`; a front-end its row and
@@ -36,7 +36,7 @@ from dpshm.rules.waves import Phase
 
 COORDINATOR_TIMEOUT_S = 2.0
 COORDINATOR_SILENCE_NS = 500_000_000
-"""A coordinator whose beat is older does not watch: whoever decides then looks at the locks."""
+"""A coordinator whose beat is older does not watch. Then each reader tests the locks itself."""
 
 
 class Board:
@@ -44,24 +44,35 @@ class Board:
 
     Attributes:
         segment: the open segment; `close()` closes it.
-        words: all words of the segment; ``words[board.index(name, row)] = value`` is one 64-bit store.
+        words: all words of the segment, for those who store.
+
+    There are two ways to a word. Readers use the column's view: ``board.beat[rank]``. A row type, which owns the
+    words that it stores, asks `index` once for their offsets and uses ``words[offset]``: one 64-bit load or store.
     """
 
-    # Written by the coordinator.
+    # The coordinator's row: [0]. `dp_size` is a property, clipped.
     control: Words
+    revision: Words
     epoch: Words
     coordinator_beat: Words
     coordinator_pid: Words
     coordinator_start_time: Words
+    ready: Words
+    waves_started: Words
+    starts_sent: Words
+    states_published: Words
+    counts_published: Words
+    messages_received: Words
+    messages_dropped: Words
+    wake_ns: Words
+    coordinator_version: Words
+    # Written by the coordinator too: [engine], [front-end], and [slot].
     engine_mark: Words
     frontend_mark: Words
     change: Words
     change_time: Words
     wake_bucket: Words
-    # Written by each engine: [engine], and [engine, front-end].
-    load: Words
-    request_offset: Words
-    token_offset: Words
+    # An engine's row: [engine].
     engine_state: Words
     progress: Words
     prefill_backlog: Words
@@ -71,17 +82,30 @@ class Board:
     engine_pid: Words
     engine_start_time: Words
     engine_pid_namespace: Words
+    steps: Words
+    dummy_steps: Words
+    busy_ns: Words
+    prompt_tokens: Words
+    generation_tokens: Words
+    requests_finished: Words
+    engine_version: Words
+    # Written by the engine too: [engine], [engine, item of layout.STEP_MODEL_WORDS], [engine, front-end].
+    load: Words
+    request_offset: Words
+    token_offset: Words
+    step_model: Words
     received_requests: Words
     received_tokens: Words
-    step_model: Words  # [engine, item of layout.STEP_MODEL_WORDS]
-    # Written by each front-end: [front-end], and [front-end, engine].
+    # A front-end's row: [front-end], and [front-end, word of its name].
     frontend_beat: Words
     frontend_incarnation: Words
     frontend_pid: Words
     frontend_start_time: Words
     frontend_pid_namespace: Words
     routed: Words
+    frontend_version: Words
     owner: Words
+    # Written by the front-end too: [front-end, engine].
     sent_requests: Words
     sent_tokens: Words
 
@@ -91,17 +115,17 @@ class Board:
         self.engines = segment.header.engines
         self.frontends = segment.header.frontends
         self._columns = segment.header.columns
+        self._at_dp_size = self.index("dp_size")
         buffer = self.words.cast("B")
-        for name, column in self._columns.items():
-            if name in _NAMES:
-                setattr(
-                    self, name, np.ndarray(column.shape, np.int64, buffer, column.offset, strides=column.strides)
-                )
+        for name in _VIEWS:  # a newer version's header may have more columns
+            column = self._columns[name]
+            view = np.ndarray(column.shape, np.int64, buffer, column.offset, strides=column.strides)
+            setattr(self, name, view)
 
     @classmethod
     @explained()
     def attach(cls, group: str, *, readonly: bool = True) -> Board:
-        """Opens the board of a group, to look at unless told otherwise.
+        """Opens the board of a group, read-only unless told otherwise.
 
         Raises:
             SegmentNotFound: there is no such group.
@@ -110,7 +134,7 @@ class Board:
         return cls(Segment.attach(group, readonly=readonly))
 
     def close(self) -> None:
-        """Gives the locks back. The views stay valid for whoever still has them."""
+        """Gives the locks back. Views that are still referenced stay valid."""
         self.segment.close()
 
     def __enter__(self) -> Board:
@@ -120,7 +144,12 @@ class Board:
         self.close()
 
     def index(self, name: str, row: int = 0, item: int = 0) -> int:
-        """Where a word is in `words`."""
+        """The offset of a word in `words`.
+
+        Raises:
+            IndexError: the row or item is outside the column.
+            KeyError: there is no such column.
+        """
         column = self._columns[name]
         rows, items = column.shape[0], (1, *column.shape)[-1] if len(column.shape) > 1 else 1
         if not 0 <= row < rows or not 0 <= item < items:
@@ -128,7 +157,7 @@ class Board:
         offset = column.offset + row * column.strides[0] + item * layout.WORD_BYTES
         return offset // layout.WORD_BYTES
 
-    # The locks that tell who lives.
+    # The locks that tell which processes live.
 
     def coordinator_alive(self) -> bool:
         """Whether a coordinator holds the group."""
@@ -143,11 +172,11 @@ class Board:
         return self.segment.locks.is_locked(frontend_byte(self._columns, index))
 
     def lock_coordinator(self) -> bool:
-        """Takes the coordinator's lock; false if another has it."""
+        """Takes the coordinator's lock. False if another process has it."""
         return self.segment.locks.lock(coordinator_byte(self._columns))
 
     def lock_engine(self, dp_rank: int) -> bool:
-        """Takes the lock of an engine's row; false if another has it."""
+        """Takes the lock of an engine's row. False if another process has it."""
         return self.segment.locks.lock(engine_byte(self._columns, dp_rank))
 
     def unlock_engine(self, dp_rank: int) -> None:
@@ -155,7 +184,7 @@ class Board:
         self.segment.locks.unlock(engine_byte(self._columns, dp_rank))
 
     def lock_frontend(self, index: int) -> bool:
-        """Takes the lock of a front-end's row; false if another has it."""
+        """Takes the lock of a front-end's row. False if another process has it."""
         return self.segment.locks.lock(frontend_byte(self._columns, index))
 
     # Facts, decoded.
@@ -172,22 +201,22 @@ class Board:
 
     @property
     def dp_size(self) -> int:
-        """How many ranks take part; never more than the segment holds, whatever the word says."""
-        return max(0, min(int(self.words[self.index("dp_size")]), self.engines))
+        """How many ranks take part: 0 to the segment's capacity, whatever the word says."""
+        return max(0, min(self.words[self._at_dp_size], self.engines))
 
     def frontends_used(self) -> int:
-        """One more than the highest front-end row that anybody ever took."""
+        """One more than the highest front-end row that was ever taken."""
         taken = np.flatnonzero(self.frontend_incarnation)
         return int(taken[-1]) + 1 if len(taken) else 0
 
     def wait_for_coordinator(self, condition: Callable[[], object]) -> None:
-        """Waits for what a living coordinator is about to do; returns without it if none lives."""
+        """Waits until the condition holds, no coordinator lives, or `COORDINATOR_TIMEOUT_S` has passed."""
         deadline = time.monotonic() + COORDINATOR_TIMEOUT_S
         while not condition() and time.monotonic() < deadline and self.coordinator_alive():
             time.sleep(0.002)
 
     def nothing_outstanding(self, dp_rank: int) -> None:
-        """Stores that an engine has ended all that it received: by the engine, or on its behalf."""
+        """Resets an engine's offsets so that its outstanding count is zero."""
         self.request_offset[dp_rank] = -self.received_requests[dp_rank].sum()
         self.token_offset[dp_rank] = -self.received_tokens[dp_rank].sum()
 
@@ -196,11 +225,11 @@ class Board:
         return bytes(self.owner[index].tobytes()).rstrip(b"\0").decode("utf-8", "replace")
 
     def is_watched(self) -> bool:
-        """Whether a coordinator keeps the marks: its beat is fresh. One that is stopped does not."""
+        """Whether a coordinator keeps the marks up to date: its beat is fresh."""
         return abs(time.monotonic_ns() - int(self.coordinator_beat[0])) < COORDINATOR_SILENCE_NS
 
     def engine_verdicts(self) -> list[Verdict]:
-        """By rank: the coordinator's verdicts; while none watches, what the locks tell (stock ones stay)."""
+        """By rank, the coordinator's verdicts. While none watches, the locks tell; stock engines stay alive."""
         marks = self.engine_mark[: self.dp_size].tolist()
         if self.is_watched():
             return [Verdict(mark & VERDICT_MASK) for mark in marks]
@@ -219,7 +248,7 @@ class Board:
         return [f for f in taken if self.frontend_alive(f)]
 
     def outstanding_requests(self, counted: Sequence[int]) -> Outstanding:
-        """What counts requests; good until the board's marks change.
+        """A counter of outstanding requests, valid until the board's marks change.
 
         Args:
             counted: the front-ends whose bookings count.
@@ -237,7 +266,7 @@ class Board:
         return Outstanding(table, received[:n, :used], counted)
 
     def snapshot(self, now_ns: int | None = None, counted: Sequence[int] | None = None) -> NDArray[Any]:
-        """What each rank does, as far as the board tells.
+        """What each rank does, according to the board.
 
         Args:
             now_ns: CLOCK_MONOTONIC; ages are counted up to it. Without it they are -1.
@@ -249,4 +278,4 @@ class Board:
         return take_snapshot(self, now_ns, self.counted_frontends() if counted is None else counted)
 
 
-_NAMES = frozenset(layout.make_layout(1, 1).columns) - {"dp_size"}  # a property, clipped
+_VIEWS = tuple(name for name in layout.make_layout(1, 1).columns if name != "dp_size")

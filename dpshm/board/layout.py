@@ -1,4 +1,4 @@
-"""The byte map of a board: where every word is, and how facts are packed into words.
+"""The byte map of a board: the offset of every word.
 
     offset 0        +------------------------------------------------------------------+
                     | magic  8 | major u16 | minor u16 | length u32 | crc32 u32 | JSON |  one page
@@ -14,7 +14,7 @@
                     | front-end rows [front-end]           128 bytes each, ids inside  |
                     +------------------------------------------------------------------+
                     | received requests, tokens  [engine, front-end]   rows padded     |
-                    | balance [engine], sent requests [front-end, engine]  rows padded |
+                    | offset [engine], sent requests [front-end, engine]   rows padded |
                     | the same of tokens                                               |
                     +------------------------------------------------------------------+
                     | changes: the newest `CHANGES` of marks, dp_size and coordinator  |
@@ -147,40 +147,39 @@ def make_layout(engines: int, frontends: int) -> Layout:
     columns: dict[str, Column] = {}
     end = PAGE_BYTES
 
-    def take(size: int) -> int:
+    def reserve(size: int) -> int:
         nonlocal end
         start, end = end, end + _padded(size, ROW_BYTES)
         return start
 
     def rows(count: int, words: tuple[str, ...]) -> int:
-        start = take(count * ROW_BYTES)
+        start = reserve(count * ROW_BYTES)
         for i, name in enumerate(words):
             columns[name] = Column(start + i * WORD_BYTES, (count,), (ROW_BYTES,))
         return start
 
     rows(1, COORDINATOR_WORDS)
     for name, count in (("load", engines), ("engine_mark", engines), ("frontend_mark", frontends)):
-        columns[name] = Column(take(count * WORD_BYTES), (count,), (WORD_BYTES,))
+        columns[name] = Column(reserve(count * WORD_BYTES), (count,), (WORD_BYTES,))
     rows(engines, ENGINE_WORDS)
     columns["step_model"] = Column(
-        take(engines * ROW_BYTES), (engines, len(STEP_MODEL_WORDS)), (ROW_BYTES, WORD_BYTES)
+        reserve(engines * ROW_BYTES), (engines, len(STEP_MODEL_WORDS)), (ROW_BYTES, WORD_BYTES)
     )
     owners = rows(frontends, FRONTEND_WORDS) + OWNER_OFFSET
     owner_words = OWNER_BYTES // WORD_BYTES
     columns["owner"] = Column(owners, (frontends, owner_words), (ROW_BYTES, WORD_BYTES))
     stride = _padded(frontends * WORD_BYTES, ROW_BYTES)
     for name in ("received_requests", "received_tokens"):
-        columns[name] = Column(take(engines * stride), (engines, frontends), (stride, WORD_BYTES))
+        columns[name] = Column(reserve(engines * stride), (engines, frontends), (stride, WORD_BYTES))
     stride = _padded(engines * WORD_BYTES, ROW_BYTES)
-    for balance, sent in (("request_offset", "sent_requests"), ("token_offset", "sent_tokens")):
-        # The balances are the row before the first front-end's: `dpshm.board.outstanding` sums them all as one
-        # table.
-        columns[balance] = Column(take(stride), (engines,), (WORD_BYTES,))
-        columns[sent] = Column(take(frontends * stride), (frontends, engines), (stride, WORD_BYTES))
+    for offset, sent in (("request_offset", "sent_requests"), ("token_offset", "sent_tokens")):
+        # The offsets are the row before the first front-end's: `dpshm.board.outstanding` sums both as one table.
+        columns[offset] = Column(reserve(stride), (engines,), (WORD_BYTES,))
+        columns[sent] = Column(reserve(frontends * stride), (frontends, engines), (stride, WORD_BYTES))
     for name, count in (
         ("change_time", CHANGES),  # CLOCK_MONOTONIC ns
         ("change", CHANGES),
         ("wake_bucket", len(WAKE_LIMITS_MS) + 1),
     ):
-        columns[name] = Column(take(count * WORD_BYTES), (count,), (WORD_BYTES,))
+        columns[name] = Column(reserve(count * WORD_BYTES), (count,), (WORD_BYTES,))
     return Layout(engines, frontends, columns, _padded(end, PAGE_BYTES))

@@ -3,18 +3,18 @@
 Every request that is on its way, waiting or running was sent by some front-end and has not ended yet, and nothing
 else is. So load is a sum of counts that only their own writers touch (rule 3 of dpshm/README.md):
 
-    requests = balance + sum of sent requests over front-ends    balance = waiting + running - received
-    tokens   = balance + sum of sent tokens over front-ends      balance = prefill backlog - received tokens
+    requests = offset + sum of sent requests over front-ends    offset = waiting + running - received
+    tokens   = offset + sum of sent tokens over front-ends      offset = prefill backlog - received tokens
 
-An engine keeps each balance as one word. Taking a request in moves it from *on its way* to *waiting* and changes
-neither, so there is no instant at which it counts twice or not at all, whatever the order of the engine's other
-stores. The balances stand right before the rows of what front-ends sent, so a decision sums one table, a row for
-each front-end, and not a word for each pair.
+An engine keeps each offset as one word. When it receives a request, the request moves from *in flight* to
+*waiting* and neither word changes, so the request never counts twice and never counts zero times, whatever the
+order of the engine's other stores. The offsets stand right before the rows of what front-ends sent, so a decision
+sums one table, a row for each front-end, and not a word for each pair.
 
-What the sum cannot know is kept beside it as a correction, worked out when an `Outstanding` is made: what a
-front-end that died or left had on its way counts no longer, and an engine may have counted more of a row than its
-present holder sent (a predecessor's late messages). Both are rare; whoever decides makes a new `Outstanding` when
-the board's marks change, and ten times a second, so what happens in between is right again within 100 ms.
+A correction is computed when an `Outstanding` is made. It removes what a front-end that died or left had in
+flight, and it allows for an engine that received more from a row than the row's present holder sent (late
+messages of a predecessor). Both are rare. A front-end makes a new `Outstanding` when the board's marks change, and
+ten times a second, so the sum is right again within 100 ms.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Outstanding:
     """Counts one of the two, over columns of the board that it reads anew each time.
 
     Args:
-        table: the engines' balances, and then what each front-end sent; shape (1 + front-ends, engines).
+        table: the engines' offsets, and then what each front-end sent; shape (1 + front-ends, engines).
         received: what each engine received, shape (engines, front-ends).
         counted: the front-ends whose bookings count.
     """
@@ -54,7 +54,7 @@ class Outstanding:
 
     def count(self) -> Words:
         """By rank; the array is the caller's. A scribbled board gives numbers without meaning, and no error."""
-        # SYNC: each call below loads every word once, in one 64-bit access, and of each rank the balance first:
+        # SYNC: each call below loads every word once, in one 64-bit access, and of each rank the offset first:
         # what ends in between counts once too often, and nothing is missed. Were it loaded last (on Arm loads may
         # change places), a request that is booked, run and ended in between would hide another; a request does not
         # run within the nanoseconds of one call.

@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 
 from dpshm.cli.options import GroupOption, interrupted
+from dpshm.net.loopback import is_loopback
 from dpshm.ops.groups import open_group
-from dpshm.ops.web import Server, is_loopback
+from dpshm.ops.web import Server
 
 TOKEN_BYTES = 18
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Any, Literal, Required, TypedDict
 
 import msgspec
@@ -13,6 +12,7 @@ import msgspec
 from dpshm.board import layout
 from dpshm.board.files import segment_path
 from dpshm.errors import SettingError
+from dpshm.net.loopback import is_loopback
 
 Balancing = Literal["internal", "hybrid", "external"]
 _HINTS = {
@@ -178,7 +178,7 @@ def make_settings(**given: Any) -> Settings:
         settings.needs_tcp
         and settings.curve_dir is None
         and not settings.insecure
-        and not _is_loopback(settings.host)
+        and not (settings.host == "lo" or is_loopback(settings.host))  # "lo": ZMQ takes interfaces too
     ):
         raise SettingError(
             f"host is {settings.host!r}, where other machines can connect, and there are no keys: make some with "
@@ -186,10 +186,3 @@ def make_settings(**given: Any) -> Settings:
             "every peer that reaches that address may start waves and drain ranks"
         )
     return settings
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host in ("localhost", "lo")

@@ -137,7 +137,7 @@ class Engine(EngineRow):
             self._poller.poll(timeout_ms)
         if self._doorbell is not None:
             slept = not self.running
-            for start in self._doorbell.take():
+            for start in self._doorbell.drain():
                 self._take([wire.START_FRAME, start])
             if slept and self.running:
                 return True  # at once: what the coordinator sent can wait

@@ -1,13 +1,13 @@
-"""Processes that run out of file descriptors: they are told so, and libzmq ends none where we can help it.
+"""Running out of file descriptors: a clear error, and no abort of libzmq where one can be prevented.
 
-libzmq calls abort() where it cannot make the epoll of its I/O thread. So before a context gets its first socket,
-`check_spare` sees whether there are as many descriptors as it needs; and what runs into the limit anywhere else
-raises one error, which names the limit (`explained`).
+libzmq calls abort() if it cannot make the epoll of its I/O thread. So before a context gets its first socket,
+`check_spare` tests whether enough descriptors are left. Any other call that reaches the limit raises one error,
+which names the limit (`explained`).
 
-It also calls abort() where it cannot accept a connection to an ipc socket, and that cannot be seen beforehand. A
-coordinator of 400 ranks, with two connections and a pidfd each, needs more than the usual 1024 descriptors: so the
-processes that are a coordinator's own take all that they may have (`raise_limit`). Should one end all the same, it
-is a coordinator that was killed.
+libzmq also calls abort() if it cannot accept a connection to an ipc socket, and no test beforehand can prevent it.
+A coordinator of 400 ranks, with two connections and a pidfd each, needs more than the usual 1024 descriptors. So
+the coordinator's own processes raise their limit as far as they may (`raise_limit`). A coordinator that is aborted
+all the same is handled as one that was killed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def check_spare() -> None:
 
 
 def raise_limit() -> None:
-    """Lets this process have as many descriptors as it may ever have. For processes of our own."""
+    """Raises the soft limit of descriptors to the hard one. For processes that dpshm starts itself."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

@@ -1,8 +1,8 @@
-"""What dpshm asks the kernel about processes, and the little it tells it.
+"""Facts that the kernel knows about processes (start time, namespaces, pidfds), and a process's name and signals.
 
-A pid alone names nobody for long; a pid and the start time (in clock ticks since boot, field 22 of
+A pid alone does not name a process for long; a pid and the start time (in clock ticks since boot, field 22 of
 ``/proc/PID/stat``, see proc(5)) do, within one pid namespace. A pidfd (pidfd_open(2)) becomes readable
-when its process ends, whoever the parent was.
+when its process ends, also if this process is not the parent.
 """
 
 from __future__ import annotations

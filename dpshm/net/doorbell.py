@@ -1,14 +1,15 @@
-"""Doorbells: a front-end wakes sleeping ranks itself, two hops and two threads earlier than by the coordinator.
+"""Doorbells: a front-end wakes sleeping ranks itself, two hops and two threads earlier than the coordinator does.
 
 Each engine has a datagram socket (unix(7)) in the folder of its group's sockets. A front-end whose request finds
 the ranks paused sends START to all of them but the one that gets the request: the bytes that the coordinator is
-about to send, taken by the same rule. So it needs no rule of its own: it is a START that came early, and may be
-late, lost or doubled as any other may. A rank that is in a later wave drops it. Rank 0 tells the coordinator,
-which may have heard nothing yet, or be dead. Who did not hear it, because its queue was full or it has no doorbell
-(a stock engine, one on another node), hears the coordinator's. `tests/property` explores groups that are rung.
+about to send, and the same rule handles them. It is a START that comes early, and it may be late, lost or doubled
+as any other START may. A rank that is in a later wave drops it. Rank 0 tells the coordinator, which may have heard
+nothing yet, or be dead. A rank that misses the ring, because its queue is full or it has no doorbell (a stock
+engine, or one on another node), receives the coordinator's START. `tests/property` explores groups that are rung.
 
-The rank that gets the request is left out because a ring is faster than a request: it would begin a step without
-it, and the request would wait for the end of that step. The others wait for that rank in their first collective.
+The rank that gets the request is left out because a ring is faster than a request: the rank would begin a step
+without the request, and the request would wait for the end of that step. The others wait for that rank in their
+first collective.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from dpshm.net import wire
 logger = logging.getLogger(__name__)
 
 MOST_RANKS = 64
-"""Of more ranks nobody is rung: it takes 3 us for each, and `Frontend.route` has other things to do."""
-_MOST_AT_ONCE = 64  # so that no flood keeps an engine from its work
+"""Above this many ranks no doorbell is rung: each costs about 3 us inside `Frontend.route`."""
+_MOST_AT_ONCE = 64  # so that a flood cannot keep an engine from its work
 _MOST_BYTES = 64  # a START has 12 at most
 
 
@@ -38,18 +39,18 @@ class Doorbell:
     """A rank's end.
 
     Attributes:
-        socket: readable when somebody has rung.
+        socket: readable after a ring.
     """
 
     def __init__(self, folder: Path, dp_rank: int) -> None:
-        """Hangs it up in place of a predecessor's.
+        """Binds the rank's socket, in place of a predecessor's.
 
         Args:
-            folder: of the group's sockets.
-            dp_rank: a rank whose row this process holds, so nobody else does this.
+            folder: the folder of the group's sockets.
+            dp_rank: a rank whose row this process holds, so no other process binds this path.
 
         Raises:
-            OSError: it cannot be hung up there.
+            OSError: the path cannot be bound.
         """
         self._path = _path(folder, dp_rank)
         with suppress(FileNotFoundError):
@@ -62,8 +63,8 @@ class Doorbell:
             self.socket.close()
             raise
 
-    def take(self) -> list[bytes]:
-        """What was rung, the oldest first: the second frames of STARTs, or anything else."""
+    def drain(self) -> list[bytes]:
+        """The datagrams received since the last call, oldest first: second frames of STARTs, or other bytes."""
         rung: list[bytes] = []
         try:
             while len(rung) < _MOST_AT_ONCE:
@@ -73,7 +74,7 @@ class Doorbell:
         return rung
 
     def close(self) -> None:
-        """Takes it down, unless another group of that name has hung up its own meanwhile."""
+        """Removes the path, unless a new group of the same name has bound it meanwhile."""
         with suppress(OSError):
             if os.path.samestat(Path(self._path).stat(), self._file):
                 Path(self._path).unlink()
@@ -81,7 +82,7 @@ class Doorbell:
 
 
 def open_doorbell(folder: Path, dp_rank: int) -> Doorbell | None:
-    """A rank's doorbell; None, and a line in the log, where there can be none. Raises OSError (EMFILE, ENFILE)."""
+    """A rank's doorbell. If the path cannot be bound: None, and a warning. Raises OSError (EMFILE, ENFILE)."""
     try:
         return Doorbell(folder, dp_rank)
     except OSError as e:
@@ -101,11 +102,11 @@ class DoorbellClient:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
 
     def expect(self, dp_size: int) -> None:
-        """There are so many ranks, and all may have a doorbell. More than `MOST_RANKS` are not rung."""
+        """Sets the number of ranks; any of them may have a doorbell. More than `MOST_RANKS` are not rung."""
         self._bells = {e: _path(self._folder, e) for e in range(dp_size)} if dp_size <= MOST_RANKS else {}
 
     def ring(self, wave: int, leave_out: int | None = None) -> None:
-        """Sends START to the ranks and waits for nobody.
+        """Sends START to the ranks, without waiting.
 
         Args:
             wave: the wave to wake them for.
@@ -119,7 +120,7 @@ class DoorbellClient:
                 send(start, path)
             except (FileNotFoundError, ConnectionRefusedError):
                 del self._bells[dp_rank]  # it has no doorbell: not tried again until `expect`
-            except OSError:  # it has not yet taken what others rang
+            except OSError:  # its queue is full: it has not yet read earlier rings
                 pass
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
-"""CURVE keys: who may come in where a group's sockets are tcp.
+"""CURVE keys: which processes may connect where a group's sockets are tcp.
 
-A folder holds two pairs, made once by ``dpshm keygen``: the server's and the clients'. The coordinator proves
-the first and lets in whoever proves the second; both directions are encrypted (CurveZMQ, rfc.zeromq.org/spec/26).
-Whoever takes part needs the folder, less the server's secret. The files are pyzmq's certificates. ipc sockets
-need no keys: their folder is for their owner alone.
+A folder holds two pairs, made once by ``dpshm keygen``: the server's and the clients'. The coordinator proves the
+first and lets in each peer that proves the second; both directions are encrypted (CurveZMQ,
+rfc.zeromq.org/spec/26). Each process that takes part needs the folder, less the server's secret. The files are
+pyzmq's certificates. ipc sockets need no keys: only their owner can enter their folder.
 
 The board's header names the server's public key, so that a client without keys, or with another group's, gets an
 error when it attaches, and not silence.
@@ -41,7 +41,7 @@ class ServerKeys(NamedTuple):
         """Makes a socket that is yet to be bound ask for keys."""
         s.curve_server = True
         s.curve_secretkey = self.secret
-        s.zap_domain = b"dpshm"  # with a domain, nobody comes in while no doorkeeper answers
+        s.zap_domain = b"dpshm"  # with a domain, no peer is let in while no authenticator answers
 
 
 class ClientKeys(NamedTuple):
@@ -116,8 +116,8 @@ def keys_for(header: Header, folder: Folder | None = None) -> ClientKeys | None:
     folder = folder or os.environ.get(ENVIRONMENT)
     if not folder:
         raise SettingError(
-            f"group {header.group!r} lets in only who has its keys: give curve_dir=DIR, or set {ENVIRONMENT}, to "
-            "a copy of the folder that its coordinator was started with"
+            f"group {header.group!r} lets in only processes that have its keys: give curve_dir=DIR, or set "
+            f"{ENVIRONMENT}, to a copy of the folder that its coordinator was started with"
         )
     keys = client_keys(folder)
     if keys.server.decode() != wanted:

@@ -164,7 +164,7 @@ class EventReader:
         self._begin(history=history)
 
     def _begin(self, *, history: bool) -> None:
-        self._revision = 0 if history else self.board.words[self.board.index("revision")]
+        self._revision = 0 if history else int(self.board.revision[0])
         self._waves: Waves | None = None
         self._coordinator: str | None = None
         self._noticed_dead: set[int] = set()
@@ -226,7 +226,7 @@ class EventReader:
     def _of_waves(self) -> list[Happened]:
         board = self.board
         before = self._waves
-        self._waves = Waves(*unpack_control(int(board.control[0])), board.words[board.index("waves_started")])
+        self._waves = Waves(*unpack_control(int(board.control[0])), int(board.waves_started[0]))
         return [] if before is None else from_waves(before, self._waves)
 
     def _of_ranks(self) -> list[Happened]:

@@ -119,7 +119,7 @@ def _ranks(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Rank]:
                 age_s=row["age_ns"] / 1e9 if row["age_ns"] >= 0 else None,
                 step_age_s=row["step_age_ns"] / 1e9 if row["step_age_ns"] >= 0 else None,
                 busy_s=row["busy_ns"] / 1e9,
-                version=version_text(int(board.words[board.index("engine_version", e)])),
+                version=version_text(int(board.engine_version[e])),
                 **{name: row[name] for name in _SAME},
             )
         )
@@ -165,7 +165,7 @@ def _frontends(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Fron
                 age_s=_age_s(now_ns, int(board.frontend_beat[f])),
                 pid=pid,
                 incarnation=int(board.frontend_incarnation[f]),
-                version=version_text(int(board.words[board.index("frontend_version", f)])),
+                version=version_text(int(board.frontend_version[f])),
                 routed=int(board.routed[f]),
                 in_flight=sum(by_rank),
                 sent_by_rank=sent[f].tolist(),

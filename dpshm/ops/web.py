@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import re
 import socket
 import threading
@@ -29,6 +28,7 @@ import msgspec
 
 from dpshm.board.board import Board
 from dpshm.errors import SettingError
+from dpshm.net.loopback import is_loopback
 from dpshm.ops.events import Event, EventReader
 from dpshm.ops.frame import Frame
 from dpshm.ops.watcher import Watcher
@@ -275,16 +275,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: a log line a request helps nobody."""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this machine, to itself alone."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _host_of(header: str) -> str:

@@ -91,7 +91,7 @@ def test_what_a_front_end_reads_in_the_control_word(group, using, call):
             assert route.wave == wave
         else:
             frontend.wake()
-        heard = {start for bell in bells for start in bell.take()}
+        heard = {start for bell in bells for start in bell.drain()}
         expected = phase is Phase.PAUSED and wave != rung  # a wave is rung once
         assert heard == ({wire.encode_start(wave, None)[1]} if expected else set())
         rung = wave if expected else rung

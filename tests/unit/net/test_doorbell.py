@@ -143,7 +143,7 @@ def test_who_does_not_listen_holds_nobody_up(folder):
     with closing(Doorbell(folder, 1)) as bell, closing(DoorbellClient(folder, 3)) as ringer:
         for wave in range(5000):
             ringer.ring(wave)  # ranks 0 and 2 have none
-        starts = [wire.decode_start(data).wave for data in bell.take()]
+        starts = [wire.decode_start(data).wave for data in bell.drain()]
         assert starts
         assert starts == list(range(len(starts)))
     folder.rmdir()  # nothing is left in it
@@ -162,7 +162,7 @@ def test_who_had_none_is_tried_again_when_the_group_changes(folder, board, group
         frontend.choose()
         sleep_in(board, 2)
         frontend.wake()
-        assert [wire.decode_start(data).wave for data in bell.take()] == [2]
+        assert [wire.decode_start(data).wave for data in bell.drain()] == [2]
 
 
 def test_an_ended_group_leaves_its_successor_alone(group, using):
@@ -194,10 +194,10 @@ def test_once_a_wave(folder, board, group, using):
             sleep_in(board, wave)
             for _ in range(5):
                 frontend.route(dp_rank=1).done()
-            assert [wire.decode_start(data).wave for data in bell.take()] == [wave]
+            assert [wire.decode_start(data).wave for data in bell.drain()] == [wave]
         board.words[board.index("control")] = pack_control(2, Phase.RUNNING)
         frontend.route(dp_rank=1).done()
-        assert bell.take() == []
+        assert bell.drain() == []
 
 
 def test_a_wave_that_is_over_before_its_notice_is_not_run_again(group, using):
@@ -238,12 +238,12 @@ def test_many_ranks_are_left_to_the_coordinator(folder, group, using):
     with closing(Doorbell(folder, 0)) as bell:
         frontend = using(Frontend.attach(group))
         frontend.wake()
-        assert len(bell.take()) == 1
+        assert len(bell.drain()) == 1
         board.marks.set_dp_size(MOST_RANKS + 1)
         frontend.choose()
         sleep_in(board, 1)
         frontend.wake()
-        assert bell.take() == []
+        assert bell.drain() == []
 
 
 def test_who_is_to_be_left_out_is_not_rung(group, using):

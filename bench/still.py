@@ -13,7 +13,7 @@ import time
 from contextlib import ExitStack
 from typing import Literal, cast
 
-from dpshm import Frontend
+from dpshm import Frontend, Route
 from dpshm.board.board import Board
 from dpshm.board.header import make_header
 from dpshm.board.layout import DEFAULT_ENGINES, DEFAULT_FRONTENDS
@@ -66,6 +66,7 @@ class StillBoard:
             marks.set_dp_size(engines)
             words[board.index("control")] = pack_control(1, Phase.RUNNING)
             self._at_beat = board.index("coordinator_beat")
+            self._routes: list[Route] = []
             self.beat()
             for e in range(engines):
                 marks.set_engine(e, verdict=Verdict.ALIVE)
@@ -77,9 +78,9 @@ class StillBoard:
                 self.beat()
                 if on_their_way == "all":
                     for e in range(engines):
-                        self.frontend.route(dp_rank=e)
+                        self._routes.append(self.frontend.route(dp_rank=e))
                 elif on_their_way == "one each":
-                    self.frontend.route(dp_rank=f % engines)
+                    self._routes.append(self.frontend.route(dp_rank=f % engines))
             self.close = stack.pop_all().close
         self.beat()
         self.frontend.choose()  # what is only done once is done

@@ -32,7 +32,7 @@ def still_board(name: str, engines: int = 8) -> StillBoard:
             still.board.step_model[e, i] = row[i]
         still.board.prefill_backlog[e] = 300 * e
     still.beat()
-    still.frontend._refresh()
+    still.frontend._reader.refresh()
     return still
 
 
@@ -61,7 +61,7 @@ def test_route_exclusive(benchmark: Any, using: Any, name: str, exclusive: bool)
     """Without the lock, and with it and nobody else asking for it."""
     still = using(still_board(name))
     if exclusive:
-        still.frontend._turnstile = DecisionLock(still.board.segment)
+        still.frontend._decision_lock = DecisionLock(still.board.segment)
     timed(benchmark, still)
 
 

@@ -25,7 +25,8 @@ from dpshm.errors import (
     WireError,
     WrongThread,
 )
-from dpshm.frontend.handle import Frontend, Route
+from dpshm.frontend.handle import Frontend
+from dpshm.frontend.route import Route
 from dpshm.service.child import CoordinatorProcess
 from dpshm.service.coordinator import Coordinator
 from dpshm.version import __version__

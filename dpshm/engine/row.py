@@ -199,7 +199,7 @@ class EngineRow:
         self._all_tokens += tokens
         self._received_requests[frontend] = requests = self._received_requests[frontend] + 1
         self._received_tokens[frontend] = tokens = saturate(self._received_tokens[frontend] + tokens)
-        # SYNC: tokens, then requests; `Frontend._settle` loads them the other way round.
+        # SYNC: tokens, then requests; `FrontendRow.settle` loads them the other way round.
         words[self._at_received_tokens + frontend] = tokens
         words[self._at_received_requests + frontend] = requests
 

@@ -1,8 +1,14 @@
-"""How a front-end takes a row of the board: which one, and what it stores there before it is seen.
+"""A front-end's row of the board: how it is locked and initialised, and the words that a front-end alone writes.
 
-A front-end that starts copies ``received`` into ``sent``: what its predecessor booked is settled. Messages that a
-predecessor still has on their way would be counted by engines as if this one had sent them, so rows whose last
-holder has none are taken first.
+`FrontendRow` holds a front-end's bookings: ``sent[front-end, engine]``, counts that other front-ends read at once.
+The counts heal (rule 3). A front-end knows how many of its requests are unfinished at each engine, and a request
+on its way is unfinished. So each end of a request clamps ``sent`` into ``[received, received + unfinished]``, and
+sets ``sent_tokens`` to ``received_tokens`` when no request is on its way. A request that was booked and never
+arrived, or that the row's previous holder sent, leaves no lasting error.
+
+A front-end that starts copies ``received`` into ``sent``: the bookings of the row's previous holder are settled.
+Engines would count that holder's messages that are still on their way as if the new one had sent them, so rows
+whose previous holder has no message on its way are locked first.
 """
 
 from __future__ import annotations
@@ -20,14 +26,101 @@ from dpshm.linux import processes
 from dpshm.version import version_word
 
 
-def take_row(board: Board, owner: bytes) -> int:
-    """Locks and initialises a row.
+class FrontendRow:
+    """The words of one front-end's row. Its calls are made under the front-end's lock.
 
-    First choice is a row of the same owner, then the lowest free one; in either case one whose last holder has
-    nothing on its way any more, if there is such a row. Low rows are best: readers look at all up to the highest.
+    `book` and `settle` contain no call and no loop. CPython runs signal handlers and the collector at calls and at
+    backward jumps alone (3.11's collector also where a container is made; none is). So a handler or a finalizer
+    that ends another request in the thread that is booking runs before or after the booking, never within it.
+
+    Attributes:
+        own: unfinished requests of this front-end, by rank.
+    """
+
+    def __init__(self, board: Board, index: int) -> None:
+        words = self._words = board.words
+        ranks = range(board.engines)
+        self._at_pid = board.index("frontend_pid", index)
+        self._at_beat = board.index("frontend_beat", index)
+        self._at_routed = board.index("routed", index)
+        self._at_sent_requests = board.index("sent_requests", index)
+        self._at_sent_tokens = board.index("sent_tokens", index)
+        self._at_received_requests = [board.index("received_requests", e, index) for e in ranks]
+        self._at_received_tokens = [board.index("received_tokens", e, index) for e in ranks]
+        # This front-end's own counts. The board holds copies, which no other process writes.
+        self._sent_requests = [words[self._at_sent_requests + e] & COUNT_MASK for e in ranks]
+        self._sent_tokens = [words[self._at_sent_tokens + e] & COUNT_MASK for e in ranks]
+        self._routed = words[self._at_routed] & COUNT_MASK
+        self.own = [0] * board.engines
+
+    def book(self, dp_rank: int, prompt_tokens: int, now_ns: int) -> None:
+        """Counts a request that is about to be sent to an engine.
+
+        Args:
+            dp_rank: the engine.
+            prompt_tokens: at most `MAX_PROMPT_TOKENS`; fewer than 0 count as 0.
+            now_ns: CLOCK_MONOTONIC.
+        """
+        words = self._words
+        # SYNC: requests and tokens are one store each; a reader between them sees the request without its tokens
+        # for an instant. An engine that received a late message of the previous holder has counted more than was
+        # sent: the booking starts from the engine's count, or it would not show.
+        received = words[self._at_received_requests[dp_rank]] & COUNT_MASK
+        sent = self._sent_requests[dp_rank]
+        self._sent_requests[dp_rank] = sent = (sent if sent > received else received) + 1
+        words[self._at_sent_requests + dp_rank] = sent
+        if prompt_tokens > 0:
+            received = words[self._at_received_tokens[dp_rank]] & COUNT_MASK
+            sent = self._sent_tokens[dp_rank]
+            self._sent_tokens[dp_rank] = sent = (sent if sent > received else received) + prompt_tokens
+            words[self._at_sent_tokens + dp_rank] = sent
+        self.own[dp_rank] += 1
+        self._routed += 1
+        words[self._at_routed] = self._routed
+        words[self._at_beat] = now_ns
+
+    def end(self, dp_rank: int) -> None:
+        """Counts a request as ended, whether or not the engine received it."""
+        self.own[dp_rank] -= 1
+        self.settle(dp_rank)
+
+    def unbook(self, dp_rank: int, prompt_tokens: int) -> None:
+        """Takes a booking back: the request was not sent."""
+        self.own[dp_rank] -= 1
+        self._sent_requests[dp_rank] -= 1
+        if prompt_tokens > 0:
+            self._sent_tokens[dp_rank] -= prompt_tokens
+        self.settle(dp_rank)
+
+    def settle(self, dp_rank: int) -> None:
+        """Clamps ``sent`` into [received, received + unfinished] (rule 3)."""
+        words = self._words
+        # SYNC: received requests are loaded before received tokens, and the engine stores them the other way round
+        # (`EngineRow.count_received`): once its request count equals ours, the loaded token count is complete.
+        received = words[self._at_received_requests[dp_rank]] & COUNT_MASK
+        sent, most = self._sent_requests[dp_rank], received + self.own[dp_rank]
+        sent = most if sent > most else sent
+        sent = received if sent < received else sent
+        self._sent_requests[dp_rank] = words[self._at_sent_requests + dp_rank] = sent
+        received_tokens = words[self._at_received_tokens[dp_rank]] & COUNT_MASK
+        tokens = self._sent_tokens[dp_rank]
+        if sent == received or tokens < received_tokens:
+            tokens = received_tokens
+        self._sent_tokens[dp_rank] = words[self._at_sent_tokens + dp_rank] = tokens
+
+    def leave(self) -> None:
+        """Marks the row as left, so that no watcher takes its process for one that died."""
+        self._words[self._at_pid] = 0
+
+
+def lock_row(board: Board, owner: bytes) -> int:
+    """Locks and initialises a row; returns its index.
+
+    First choice is a row of the same owner, then the lowest free one; in either case a row whose previous holder
+    has no message on its way, if there is one. Low rows are best: readers sum all rows up to the highest.
 
     Raises:
-        CapacityExceeded: every row is taken.
+        CapacityExceeded: every row is locked.
     """
     used = board.frontends_used()
     padded = owner.ljust(layout.OWNER_BYTES, b"\0")
@@ -66,7 +159,7 @@ def _initialise(board: Board, f: int, owner: bytes) -> None:
     words[board.index("frontend_pid_namespace", f)] = processes.namespace_inode("pid")
     words[board.index("frontend_version", f)] = version_word()
     words[board.index("frontend_beat", f)] = time.monotonic_ns()
-    # SYNC: publication. The incarnation is stored last; whoever reads a new one reads this owner and pid.
-    # (On Arm a reader may see it first; it then looks again on its next round, as the watcher does.)
+    # SYNC: publication. The incarnation is stored last: a reader of the new incarnation reads this owner and pid.
+    # (On Arm a reader may see it first; the watcher, for one, reads the row again in its next round.)
     at = board.index("frontend_incarnation", f)
     words[at] = (words[at] & COUNT_MASK) + 1

@@ -29,7 +29,8 @@ import zmq
 from dpshm.board.board import Board
 from dpshm.board.words import unpack_control
 from dpshm.errors import NoEngineAvailable
-from dpshm.frontend.handle import Frontend, Route
+from dpshm.frontend.handle import Frontend
+from dpshm.frontend.route import Route
 from dpshm.rules.waves import Phase
 from dpshm.vllm import metrics
 from dpshm.vllm.find import owner_name

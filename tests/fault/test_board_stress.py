@@ -230,7 +230,7 @@ engine.publish(waiting=holding, running=0)
     assert board.snapshot()["in_flight_tokens"].tolist() == [0, 0]
     assert board.snapshot()["waiting"].tolist() == [remote.eval("holding") for remote in engines]
     with Frontend.attach(group) as frontend:
-        frontend.route(9, dp_rank=0)
+        _booked = frontend.route(9, dp_rank=0)
         assert frontend.snapshot()[0]["in_flight_tokens"] == 9
 
 

@@ -104,7 +104,7 @@ def test_a_coordinator_that_runs_out_of_descriptors(group, using):
     frontend = using(Frontend.attach(group))
     board = frontend.board
     publish_forever(engines[0], waiting=1)
-    frontend.route(dp_rank=0)
+    _booked = frontend.route(dp_rank=0)
     wait_until(lambda: board.phase is Phase.RUNNING)
 
     remote.run("taken = hoard(0)")

@@ -79,7 +79,7 @@ def test_everything_killed_at_once_and_started_again(group, using, patient):
             remote.run("engine = Engine.attach(group, e)", group=group, e=e)
             remote.begin("while not told():\n    engine.receive(0)\n    engine.publish(waiting=1, running=0)")
         frontend.run("frontend = Frontend.attach(group)", group=group)
-        frontend.begin("while not told():\n    frontend.route(10)")
+        frontend.begin("routes = []\nwhile not told():\n    routes.append(frontend.route(10))")
         time.sleep(0.05)
         for remote in processes:
             remote.signal(signal.SIGKILL)

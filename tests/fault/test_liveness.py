@@ -88,8 +88,7 @@ def test_a_stopped_engine_is_skipped_until_it_moves(coordinator, group, using):
         Engine.attach(group, 0)
     remotes[0].signal(signal.SIGCONT)
     wait_until(lambda: verdict(coordinator.board, 0) is Verdict.ALIVE)
-    for _ in range(3):
-        frontend.route(dp_rank=1)  # the other has as many as this one now, and some more
+    _booked = [frontend.route(dp_rank=1) for _ in range(3)]  # the other has as many as this one now, and some more
     wait_until(lambda: chosen(frontend) == {0})
 
 
@@ -139,7 +138,7 @@ def test_a_stopped_engine_without_work_is_alive(coordinator, group, using):
     remote.signal(signal.SIGSTOP)
     with pytest.raises(AssertionError, match="in vain"):
         wait_until(lambda: verdict(coordinator.board, 0) is not Verdict.ALIVE, 0.6)
-    frontend.route()
+    _booked = frontend.route()
     wait_until(lambda: verdict(coordinator.board, 0) is Verdict.STALLED)
     with pytest.raises(NoEngineAvailable, match="0 stalled"):
         frontend.route()

@@ -328,7 +328,7 @@ def judge_settling(receiving: list[Access], settling: list[Access], order: str) 
 
     Args:
         receiving: how an engine counts what it takes in; words are ``tokens`` and ``requests``.
-        settling: what `Frontend._settle` loads; the same words.
+        settling: what `FrontendRow.settle` loads; the same words.
         order: TSO or RELAXED.
     """
     programs: Programs = (

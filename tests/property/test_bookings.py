@@ -106,7 +106,7 @@ class Bookings(RuleBasedStateMachine):
         frontend = self.frontends[which % len(self.frontends)]
         self.pick = pick
         if self.ghosts:  # what nobody can count right at once is right at the next look, within 100 ms
-            frontend._next_look_ns = 0
+            frontend._next_refresh_ns = 0
         try:
             route = frontend.route(tokens, dp_rank=pick % RANKS if pinned else None)
         except NoEngineAvailable:
@@ -230,11 +230,12 @@ class Bookings(RuleBasedStateMachine):
         assert snapshot["in_flight"].tolist() == [0] * RANKS
         assert snapshot["in_flight_tokens"].tolist() == [0] * RANKS
         assert snapshot["waiting"].tolist() == self.holding
-        for frontend in self.frontends:  # and the next one counts
-            for dp_rank in range(RANKS):
-                frontend.route(7, dp_rank=dp_rank)
+        ranks = range(RANKS)
+        routes = [f.route(7, dp_rank=dp_rank) for f in self.frontends for dp_rank in ranks]  # the next one counts
         assert self.board.snapshot()["in_flight"].tolist() == [len(self.frontends)] * RANKS
         assert self.board.snapshot()["in_flight_tokens"].tolist() == [7 * len(self.frontends)] * RANKS
+        for route in routes:
+            route.done()
 
 
 @pytest.mark.slow

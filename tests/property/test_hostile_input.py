@@ -182,7 +182,7 @@ def test_any_decision_ring(tmp_path: Path, group, using):
     engines = [using(Engine.attach(group, dp_rank)) for dp_rank in (0, 1)]
     frontend = using(Frontend.attach(group, policy="least_work", record=path))
     for i in range(6):
-        frontend.route(i + 1, dp_rank=None)
+        _booked = frontend.route(i + 1, dp_rank=None)
         engines[0].publish(waiting=i, running=1)
     frontend.close()
     assert run(["replay", str(path), "--json"]) == 0

@@ -74,7 +74,7 @@ def watched(group, using) -> SimpleNamespace:
     engine = using(Engine.attach(group, 0))
     frontends = [using(Frontend.attach(group, owner=owner)) for owner in "ab"]
     for frontend in frontends:
-        frontend._refresh()
+        frontend._reader.refresh()
     return SimpleNamespace(board=board, engine=engine, frontends=frontends)
 
 
@@ -87,13 +87,13 @@ def test_the_model_reads_and_books_as_the_code_does(watched: SimpleNamespace, ba
     names = {balance: "balance", sent: "sent"}
     recorder = Recorder(watched.board)
     engine._words = RecordingWords(engine._words, recorder.tell)
-    frontend._words = RecordingWords(frontend._words, recorder.tell)
+    frontend._row._words = RecordingWords(frontend._row._words, recorder.tell)
     engine.receive(0, 10)
     assert recorder.program(names) == []  # to take a request in changes nothing that a decision reads
     engine.publish(waiting=1, running=0, prefill_backlog=10)
     assert recorder.program(names) == PUBLISHING
     recorder.accesses.clear()
-    frontend.route(10)
+    _booked = frontend.route(10)
     assert recorder.program(names) == BOOKING
 
     # A decision is one call of numpy over this table: its first row is the balances, the others what was sent.
@@ -123,7 +123,7 @@ def test_the_model_receives_and_settles_as_the_code_does(watched: SimpleNamespac
     engine.receive(0, 10)
     assert recorder.program(names) == RECEIVING
     recorder.accesses.clear()
-    frontend._words = RecordingWords(frontend._words, recorder.tell)
+    frontend._row._words = RecordingWords(frontend._row._words, recorder.tell)
     route.done()
     assert recorder.program(names) == SETTLING
     assert watched.board.sent_tokens[0, 0] == watched.board.received_tokens[0, 0] == 10

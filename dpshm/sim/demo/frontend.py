@@ -16,7 +16,7 @@ import zmq
 
 from dpshm.board.words import queued
 from dpshm.errors import DpshmError
-from dpshm.frontend.handle import Route
+from dpshm.frontend.route import Route
 from dpshm.linux.processes import set_title
 from dpshm.sim.demo.child import EndSignal, Lifeline, read_line, write_line
 from dpshm.sim.demo.messages import (

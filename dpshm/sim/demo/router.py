@@ -19,7 +19,8 @@ from abc import ABC, abstractmethod
 import msgspec
 import zmq
 
-from dpshm.frontend.handle import Frontend, Route
+from dpshm.frontend.handle import Frontend
+from dpshm.frontend.route import Route
 from dpshm.policies import Request, View, by_name
 from dpshm.sim.demo.broadcast import StatsCopy, broadcast_decoder
 from dpshm.sim.demo.messages import FrontendSettings, broadcast_address

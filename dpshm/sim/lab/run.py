@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpshm.errors import SettingError
-from dpshm.frontend.handle import TURN_STRIDE
+from dpshm.frontend.view_reader import TURN_STRIDE
 from dpshm.policies import Request, by_name
 from dpshm.sim.batching import Batcher, StepCost
 from dpshm.sim.demo.lockstep import AGREEMENT_INTERVAL

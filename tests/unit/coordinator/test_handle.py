@@ -549,7 +549,8 @@ def test_draining(group, using):
         using(Engine.attach(group, dp_rank))
     frontend = using(Frontend.attach(group))
     coordinator.drain(0)
-    assert {frontend.route().dp_rank for _ in range(6)} == {1}
+    routes = [frontend.route() for _ in range(6)]
+    assert {route.dp_rank for route in routes} == {1}
     coordinator.undrain(0)
     assert {frontend.route().dp_rank for _ in range(6)} == {0}
     for wrong in (-1, 2):

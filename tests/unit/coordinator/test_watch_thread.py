@@ -82,7 +82,7 @@ def test_what_counts_as_work(watch, engine, using, work):
     if work == "in_flight":
         frontend = using(Frontend.attach(watch.board.segment.group))
         watch.after(0)
-        frontend.route(dp_rank=0)
+        _booked = frontend.route(dp_rank=0)
     elif work == "step":
         engine.step().__enter__()
         engine.publish(waiting=0, running=0)
@@ -110,7 +110,7 @@ def test_an_engine_is_not_stalled_the_moment_it_gets_work(watch, engine, group, 
     engine.publish(waiting=0, running=0)
     for _ in range(10):
         watch.after(60)
-    frontend.route(dp_rank=0)
+    _booked = frontend.route(dp_rank=0)
     assert watch.after(0.05) is Verdict.ALIVE
     assert watch.after(30) is Verdict.ALIVE
     for _ in range(3):
@@ -124,7 +124,7 @@ def test_the_timeout_counts_from_the_work(watch, engine, group, using):
     engine.publish(waiting=0, running=0)
     watch.after(0)
     watch.after(59.97)
-    frontend.route(dp_rank=0)
+    _booked = frontend.route(dp_rank=0)
     assert watch.after(0.05) is Verdict.ALIVE
     assert watch.after(1) is Verdict.ALIVE  # work is looked for once a second
     assert watch.after(59) is Verdict.ALIVE

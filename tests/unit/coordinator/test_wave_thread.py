@@ -352,8 +352,7 @@ def test_a_stock_engines_report_is_on_the_board(coordinator, stock, group, using
     board = coordinator.board
     frontend = using(Frontend.attach(group))
     wait_until(lambda: [verdict(board, e) for e in (0, 1)] == [Verdict.ALIVE] * 2)
-    frontend.route(10, dp_rank=1)
-    frontend.route(10, dp_rank=1)
+    _booked = [frontend.route(10, dp_rank=1) for _ in range(2)]
     stock[1].report(2, 5, 0.5, step=8, wave=3)
     wait_until(lambda: board.load[1] != 0)
     row = board.snapshot(time.monotonic_ns())[1]

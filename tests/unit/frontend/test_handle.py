@@ -72,8 +72,8 @@ def test_the_least_loaded_engine_is_chosen(engines, group, using):
 def test_bookings_count_at_once_for_everybody(engines, group, using):
     """Guards against API servers that send a burst to one engine because none sees what the others sent."""
     frontends = [using(Frontend.attach(group, owner=f"api-{i}")) for i in range(4)]
-    counts = Counter(frontends[i % 4].route(prompt_tokens=10).dp_rank for i in range(30))
-    assert counts == {0: 10, 1: 10, 2: 10}
+    routes = [frontends[i % 4].route(prompt_tokens=10) for i in range(30)]
+    assert Counter(route.dp_rank for route in routes) == {0: 10, 1: 10, 2: 10}
     for frontend in frontends:
         seen = frontend.snapshot()
         assert seen["in_flight"].tolist() == [10, 10, 10]
@@ -82,10 +82,10 @@ def test_bookings_count_at_once_for_everybody(engines, group, using):
 
 def test_a_new_frontends_first_booking_is_seen_by_the_others(engines, group, using):
     """Guards against bookings that nobody counts until the watcher has marked a new front-end alive."""
-    frontends = []
+    frontends, routes = [], []
     for i in range(8):
         frontends.append(using(Frontend.attach(group, owner=f"api-{i}")))
-        frontends[-1].route(dp_rank=1)
+        routes.append(frontends[-1].route(dp_rank=1))
         assert [f.snapshot()[1]["in_flight"] for f in frontends] == [i + 1] * (i + 1)
 
 
@@ -99,7 +99,7 @@ def test_a_restarted_frontends_first_booking_is_seen_by_the_others(engines, grou
     wait_until(lambda: frontend_verdict(observer.board, index) is Verdict.DEAD)
     successor = using(Frontend.attach(group, owner="api"))
     assert successor.index == index
-    successor.route(dp_rank=2)
+    _booked = successor.route(dp_rank=2)
     assert observer.snapshot()[2]["in_flight"] == 1
 
 
@@ -162,8 +162,8 @@ def test_a_pinned_request_is_booked(board, group, using):
     frontend = using(Frontend.attach(group))
     board.marks.set_engine(0, drained=True)
     board.mark([1], Verdict.STALLED)
-    for dp_rank in (0, 1):
-        assert frontend.route(7, dp_rank=dp_rank).dp_rank == dp_rank
+    routes = [frontend.route(7, dp_rank=dp_rank) for dp_rank in (0, 1)]
+    assert [route.dp_rank for route in routes] == [0, 1]
     assert board.sent_requests[0, :2].tolist() == [1, 1]
     assert board.sent_tokens[0, :2].tolist() == [7, 7]
     board.mark([1], Verdict.DEAD)
@@ -214,7 +214,7 @@ def test_a_policy_of_ones_own(board, group, using):
     board.load[:2] = [pack_load(1, 2, 0.5), pack_load(0, 4, 0.0)]
     board.request_offset[:2] = [3, 4]
     frontend = using(Frontend.attach(group, policy=last))
-    frontend.route(prompt_tokens=9)
+    _booked = frontend.route(prompt_tokens=9)
     frontend.route()
     assert seen == [([0, 1], [3, 4], [0, 0], 9), ([0, 1], [3, 5], [0, 1], 0)]
 
@@ -247,8 +247,8 @@ def test_every_policy_by_name(board, group, using, policy, dp_size):
     board.mark(range(dp_size), Verdict.ALIVE)
     board.marks.set_dp_size(dp_size)
     frontend = using(Frontend.attach(group, policy=policy))
-    counts = Counter(frontend.route().dp_rank for _ in range(3 * dp_size))
-    assert counts == dict.fromkeys(range(dp_size), 3)
+    routes = [frontend.route() for _ in range(3 * dp_size)]
+    assert Counter(route.dp_rank for route in routes) == dict.fromkeys(range(dp_size), 3)
 
 
 def test_a_policy_that_does_not_exist(board, group):
@@ -272,7 +272,8 @@ def test_route_done_and_cancel(board, group, using):
     second.done()
     second.cancel()
     assert (board.sent_requests[0, 0], board.sent_tokens[0, 0]) == (0, 0)
-    assert frontend.route(0, dp_rank=0).prompt_tokens == 0
+    third = frontend.route(0, dp_rank=0)
+    assert third.prompt_tokens == 0
     assert board.sent_requests[0, 0] == 1
     assert board.routed[0] == 3
 
@@ -303,7 +304,7 @@ def test_a_booking_on_top_of_a_predecessors_late_message(board, group, using):
     frontend.route(10, dp_rank=0).done()  # aborted at once; its message is still on its way
     engine.receive(frontend.index, 10)
     engine.publish(waiting=0, running=0)
-    frontend.route(20, dp_rank=0)
+    _booked = frontend.route(20, dp_rank=0)
     seen = frontend.snapshot()[0]
     assert (seen["in_flight"], seen["in_flight_tokens"]) == (1, 20)
 
@@ -354,7 +355,7 @@ def test_many_threads_book_and_finish(board, group, using):
         for future in futures:
             future.result()
     finished.set()
-    assert frontend._own[:2] == [0, 0]
+    assert frontend._row.own[:2] == [0, 0]
     for dp_rank in (0, 1):
         frontend.route(dp_rank=dp_rank).cancel()  # any end settles the rank
         assert board.sent_requests[0, dp_rank] == board.received_requests[dp_rank, 0]
@@ -413,7 +414,7 @@ def test_a_restart_gets_the_same_row_when_nothing_is_on_its_way(engines, group, 
 def test_a_restart_gets_another_row_when_something_is_on_its_way(engines, group, using):
     """Guards against a late message of the predecessor that is taken for one of its successor."""
     first = Frontend.attach(group, owner="api")
-    first.route(10, dp_rank=0)
+    _booked = first.route(10, dp_rank=0)
     first.close()
     second = using(Frontend.attach(group, owner="api"))
     assert (first.index, second.index) == (0, 1)
@@ -429,7 +430,7 @@ def test_messages_to_a_dead_engine_do_not_keep_a_row(coordinator, group, using):
     remote = using(Remote())
     remote.run("engine = Engine.attach(group, 0)", group=group)
     first = Frontend.attach(group, owner="api")
-    first.route(dp_rank=0)
+    _booked = first.route(dp_rank=0)
     first.close()
     remote.kill()
     wait_until(lambda: not coordinator.board.engine_alive(0))
@@ -443,7 +444,7 @@ def test_rows_run_out(coordinator, group, using):
     with pytest.raises(CapacityExceeded, match="all 8"):
         Frontend.attach(group)
     with using(Engine.attach(group, 0)):
-        frontends[5].route(dp_rank=0)
+        _booked = frontends[5].route(dp_rank=0)
         frontends[5].close()
         frontends[5] = Frontend.attach(group, owner="late")
         assert frontends[5].index == 5
@@ -477,7 +478,7 @@ def test_owners_are_kept_whole(coordinator, group, using):
 def test_close_takes_the_bookings_out_of_the_sums(engines, group, using):
     """Guards against a front-end that left and whose lost requests weigh on an engine for ever."""
     observer, frontend = (using(Frontend.attach(group, owner=name)) for name in ("observer", "api"))
-    frontend.route(10, dp_rank=0)
+    _booked = frontend.route(10, dp_rank=0)
     assert observer.snapshot()[0]["in_flight"] == 1
     frontend.close()
     frontend.close()
@@ -606,7 +607,7 @@ def test_a_child_that_outlives_its_frontend_does_not_keep_the_row(coordinator, e
     remote.run(
         """
 frontend = Frontend.attach(group, owner="api")
-frontend.route(dp_rank=0)
+_booked = frontend.route(dp_rank=0)
 if (child := os.fork()) == 0:
     signal.pause()
     os._exit(0)
@@ -655,7 +656,7 @@ def test_routes_are_stamped_with_the_wave(board, group, using):
 def test_a_paused_group_is_woken(coordinator, engines, group, using):
     """Guards against a group that sleeps until the engine which got the request has woken it."""
     frontend = using(Frontend.attach(group))
-    frontend.route(dp_rank=2)
+    _booked = frontend.route(dp_rank=2)
     wait_until(lambda: coordinator.board.phase is Phase.WAKING)
     for engine in engines:
         wait_until(lambda engine=engine: engine.poll(10))
@@ -668,7 +669,7 @@ def test_a_running_group_is_left_alone(board, group, using):
     board.control[0] = pack_control(1, Phase.RUNNING)
     frontend = using(Frontend.attach(group))
     frontend.route()
-    assert frontend._wake_socket is None
+    assert frontend._wakeup._socket is None
 
 
 def test_dense_ranks_are_not_woken(group, using):
@@ -676,7 +677,7 @@ def test_dense_ranks_are_not_woken(group, using):
     using(LoneBoard(group, waves=False))
     frontend = using(Frontend.attach(group))
     frontend.route()
-    assert frontend._wake_socket is None
+    assert frontend._wakeup._socket is None
 
 
 def test_it_never_waits_for_a_coordinator(board, group, using):
@@ -760,7 +761,8 @@ def test_without_a_coordinator_ones_own_bookings_count(group, using):
     engines = [using(Engine.attach(group, dp_rank)) for dp_rank in (0, 1)]
     engines[1].publish(waiting=0, running=4)
     frontend = using(Frontend.attach(group))
-    assert Counter(frontend.route(10).dp_rank for _ in range(12)) == {0: 8, 1: 4}
+    routes = [frontend.route(10) for _ in range(12)]
+    assert Counter(route.dp_rank for route in routes) == {0: 8, 1: 4}
     seen = frontend.snapshot()
     assert seen["in_flight"].tolist() == [8, 4]
     assert seen["verdict"].tolist() == ["alive", "alive"]
@@ -805,7 +807,9 @@ def test_choose_books_nothing(board, group, using):
     frontend = using(Frontend.attach(group))
     board.load[0], board.request_offset[0] = pack_load(5, 0, 0.0), 5
     assert frontend.choose(100) == 1
-    assert frontend.choose(100) == frontend.route(100).dp_rank == 1
+    assert frontend.choose(100) == 1
+    route = frontend.route(100)
+    assert route.dp_rank == 1
     assert board.sent_requests[frontend.index, :2].tolist() == [0, 1]
 
 
@@ -814,7 +818,7 @@ def test_a_route_may_leave_the_wake_up_to_its_caller(coordinator, engines, group
     frontend = using(Frontend.attach(group))
     frontend.route(wake=False)
     frontend.route(dp_rank=1, wake=False)
-    assert frontend._wake_socket is None
+    assert frontend._wakeup._socket is None
     assert not any(engine.poll(50) for engine in engines)
     frontend.wake()
     wait_until(lambda: all(engine.poll(10) for engine in engines))

@@ -42,7 +42,7 @@ def test_everything_that_was_published_is_seen(group, using, coordinator, seen):
     engine = using(Engine.attach(group, 0))
     frontend = using(Frontend.attach(group, owner="api"))
     route = frontend.route(300, dp_rank=0)
-    frontend.route(500, dp_rank=0)
+    _booked = frontend.route(500, dp_rank=0)
     engine.receive(frontend.index, 300, route.wave)
     engine.finished(4)
     with engine.step(prefill_tokens=300, batch=3):
@@ -98,7 +98,7 @@ def test_without_a_coordinator_the_locks_tell(group, elsewhere, using, seen):
     """Guards against marks of a dead coordinator: ranks and front-ends that died since would look alive."""
     elsewhere.run("coordinator = Coordinator(group=group, dp_size=2)", group=group)
     victim, stays = using(Remote()), using(Engine.attach(group, 1))
-    victim.run("e = Engine.attach(group, 0); f = Frontend.attach(group); f.route(10, dp_rank=1)", group=group)
+    victim.run("e = Engine.attach(group, 0); f = Frontend.attach(group); r = f.route(10, dp_rank=1)", group=group)
     stays.publish(waiting=1, running=0)
     assert seen().ranks[1].in_flight == 1
     elsewhere.kill()

@@ -179,10 +179,10 @@ def test_the_board_shows_what_an_engine_has_learnt(group, using):
         with engine.step(prefill_tokens=10, batch=2):
             pass
     engine.publish(waiting=1, running=0, prefill_backlog=700)
-    frontend._refresh()  # as it does every 100 ms
-    frontend.route(300)
+    frontend._reader.refresh()  # as it does every 100 ms
+    _booked = frontend.route(300)
     with engine.step(prefill_tokens=512, batch=1):
-        frontend.route(40)
+        _second = frontend.route(40)
     first, second = (view.work for view in seen)
     assert first.learnt
     for column in (first.base_ns, first.per_request_ns, first.per_token_ns):

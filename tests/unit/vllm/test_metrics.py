@@ -30,7 +30,7 @@ def test_each_scrape_reads_the_board(shown, using):
         frontend = using(Frontend.attach(shown))
         using(Engine.attach(shown, 1))
         assert value("dpshm_rank_in_flight_requests", 1) == 0
-        frontend.route(100, dp_rank=1)
+        _booked = frontend.route(100, dp_rank=1)
         assert value("dpshm_rank_in_flight_requests", 1) == 1
         assert value("dpshm_rank_prefill_backlog_tokens", 1) == 100
 

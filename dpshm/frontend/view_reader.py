@@ -1,0 +1,140 @@
+"""Reads the board for decisions: the ranks that may be chosen, and what a policy is shown of all ranks.
+
+`ViewReader.read` reads what changes with each request. `ViewReader.refresh` works out what changes seldom: the
+number of ranks, verdicts, the front-ends whose bookings count, and step models. The front-end refreshes when the
+board's revision changed, and every 100 ms.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dpshm.board import layout
+from dpshm.board.board import Board
+from dpshm.board.words import DRAINED
+from dpshm.errors import NoEngineAvailable, SettingError
+from dpshm.policies import View, comparable
+from dpshm.policies.columns import VECTOR_FROM, ArrayColumns, ArrayWork, ListColumns, ListWork
+from dpshm.rules.liveness import Verdict
+
+TURN_STRIDE = 5
+"""Distance between the ranks from which neighbouring front-ends begin; coprime to the usual numbers of ranks."""
+
+
+class ViewReader:
+    """What one front-end sees of the board. Called under the front-end's lock.
+
+    Attributes:
+        dp_size: how many ranks there are.
+        eligible: the ranks that a policy may choose.
+        revision: the board's revision at the last `refresh`.
+    """
+
+    dp_size: int
+    eligible: frozenset[int]
+    revision: int
+
+    def __init__(
+        self, board: Board, index: int, own: list[int], only: frozenset[int] | None, *, sees_work: bool
+    ) -> None:
+        """Reads the board for the first time.
+
+        Args:
+            board: the board.
+            index: the front-end's row.
+            own: the front-end's unfinished requests by rank (`FrontendRow.own`), which views share.
+            only: the only ranks that the front-end may choose; None: all.
+            sees_work: whether views have work (`View.has_work`).
+        """
+        self._board = board
+        self._words = board.words
+        self._own = own
+        self._only = only
+        self._sees_work = sees_work
+        self._at_revision = board.index("revision")
+        self._turn = index * TURN_STRIDE  # so that equal loads do not send all front-ends to one engine
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Works out again which ranks may be chosen and which front-ends' bookings count."""
+        board = self._board
+        # SYNC: the revision before the marks that it numbers: see `dpshm.coordinator.row`.
+        self.revision = self._words[self._at_revision]
+        n = self.dp_size = board.dp_size
+        self._load = board.load[:n]
+        at = board.index("load")
+        self._load_words = self._words[at : at + n]  # the same words; of a few, this makes a list twice as fast
+        self._beats = board.beat[:n]
+        counted = board.counted_frontends()
+        self._num_frontends = len(counted)
+        self._requests = board.outstanding_requests(counted)
+        if self._sees_work:
+            self._tokens = board.outstanding_tokens(counted)
+            self._steps = board.step_model[:n, : len(layout.STEP_WORDS)]
+            models = board.step_model[:n, len(layout.STEP_WORDS) :]
+            # Copied here and not in each decision: step models change slowly.
+            # Ranks that have waves step together.
+            learnt = comparable(models.tolist(), lockstep=board.segment.header.waves)
+            self._models: Any = np.array(learnt, np.int64, order="F") if n >= VECTOR_FROM else learnt
+        self._verdicts = board.engine_verdicts()
+        drained = [bool(mark & DRAINED) for mark in board.engine_mark[:n].tolist()]
+        eligible = [
+            e
+            for e, verdict in enumerate(self._verdicts)
+            if verdict is Verdict.ALIVE and not drained[e] and (self._only is None or e in self._only)
+        ]
+        self.eligible = frozenset(eligible)
+        # Twice over: each slice of half its length is one rotation.
+        self._twice: Any = np.array(eligible * 2) if n >= VECTOR_FROM else eligible * 2
+
+    def read(self, now_ns: int) -> View:
+        """What one decision sees. Some rank must be eligible."""
+        count = len(self.eligible)
+        turn = self._turn = (self._turn + 1) % count
+        ranks = self._twice[turn : turn + count]
+        n, frontends = self.dp_size, self._num_frontends
+        own = self._own if len(self._own) == n else self._own[:n]
+        if n >= VECTOR_FROM:
+            many = self._many_work(now_ns) if self._sees_work else None
+            requests = self._requests.count()
+            return View(ArrayColumns(ranks, np.positive(self._load), requests, own, frontends, many))
+        few = self._few_work(now_ns) if self._sees_work else None
+        counts = self._requests.count().tolist()
+        return View(ListColumns(ranks, self._load_words.tolist(), counts, own, frontends, few))
+
+    def read_beats(self) -> list[int]:
+        """By rank, CLOCK_MONOTONIC ns of its newest report."""
+        beats: list[int] = self._beats.tolist()
+        return beats
+
+    def check_pinned(self, dp_rank: int) -> None:
+        """Checks that a request may be sent to a rank that its caller named.
+
+        Raises:
+            NoEngineAvailable: the rank is absent or dead.
+            SettingError: this front-end may not choose the rank.
+        """
+        if not 0 <= dp_rank < self.dp_size or (self._only is not None and dp_rank not in self._only):
+            allowed = sorted(self._only) if self._only is not None else f"0 to {self.dp_size - 1}"
+            raise SettingError(f"dp_rank {dp_rank} is not one that this front-end may choose: {allowed}")
+        verdict = self._verdicts[dp_rank]
+        if verdict not in (Verdict.ALIVE, Verdict.STALLED):
+            raise NoEngineAvailable(
+                f"engine {dp_rank} of group {self._board.segment.group!r}, to which the request is pinned, is "
+                f"{verdict.name.lower()}"
+            )
+
+    def why_none(self) -> str:
+        """Why no rank is eligible, for an error."""
+        states = ", ".join(f"{row['dp_rank']} {row['state']}" for row in self._board.snapshot())
+        only = "" if self._only is None else f"; this front-end may choose {sorted(self._only)} alone"
+        group = self._board.segment.group
+        return f"no engine of group {group!r} may be chosen: {states or 'there are none'}{only}"
+
+    def _few_work(self, now_ns: int) -> ListWork:
+        return ListWork(self._tokens.count().tolist(), self._steps.tolist(), self._models, now_ns)
+
+    def _many_work(self, now_ns: int) -> ArrayWork:
+        return ArrayWork(self._tokens.count(), np.positive(self._steps), self._models, now_ns)

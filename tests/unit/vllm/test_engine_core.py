@@ -92,7 +92,7 @@ def test_a_received_request_is_in_flight_no_more(make_core, frontend, board):
         core._process_input_queue()
         assert (int(row(board)["in_flight"]), int(row(board)["waiting"])) == (0, 1)
         route.done()
-        frontend.route(10, dp_rank=0)
+        _booked = frontend.route(10, dp_rank=0)
         send(core, Request("b", prompt=10))  # the row is known by now
         core._process_input_queue()
         assert int(row(board)["in_flight"]) == 0
@@ -119,7 +119,7 @@ def test_a_request_that_the_core_rejects_is_counted(make_core, frontend, board, 
     monkeypatch.setattr(core, "add_request", lambda request, _: core.answered.append(request.request_id))
 
     def body():
-        frontend.route(12, dp_rank=0)
+        _booked = frontend.route(12, dp_rank=0)
         send(core, Request("a", prompt=12))
         core._process_input_queue()
         assert core.answered == ["a"]
@@ -153,7 +153,7 @@ def test_a_request_refused_in_the_input_thread_is_counted(make_core, frontend, b
     core = make_core()
 
     def body():
-        frontend.route(12, dp_rank=0)
+        _booked = frontend.route(12, dp_rank=0)
         arguments = (Request("a", prompt=12), "drift")[: 1 if name.endswith("error") else 2]
         arguments[0].client_index = 1
         thread = threading.Thread(target=getattr(core, name), args=arguments)
@@ -174,7 +174,7 @@ def test_a_refused_request_whose_prompt_cannot_be_counted_is_counted(make_core, 
     core = make_core()
 
     def body():
-        frontend.route(0, dp_rank=0)
+        _booked = frontend.route(0, dp_rank=0)
         request = Request("a")
         request.prompt_token_ids = None
         request.client_index = 1

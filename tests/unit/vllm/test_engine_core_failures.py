@@ -15,7 +15,7 @@ def test_an_engine_that_fails_reports_to_the_coordinator_again(make_core, fronte
     core = make_core(waves)
 
     def body():
-        frontend.route(10, dp_rank=0)
+        _booked = frontend.route(10, dp_rank=0)
         send(core, Request("a", prompt=10, max_tokens=3))
         core._process_input_queue()
         failing(core.scheduler)

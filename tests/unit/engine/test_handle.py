@@ -45,7 +45,7 @@ def board(group, using):
 
 def call(coordinator, function):
     """Runs a function of a coordinator's sockets in the thread that owns them."""
-    coordinator._wave.call(lambda: function(coordinator._wave._sockets))
+    coordinator._wave.mailbox.call(lambda: function(coordinator._wave._sockets))
 
 
 def start_from(coordinator, wave, exclude=None):

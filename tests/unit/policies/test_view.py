@@ -106,7 +106,7 @@ def test_a_marked_policy_sees_tokens(group, using, policy, dp_size):
     """Guards against a mark that a front-end does not look for."""
     using(LoneBoard(group, engines=40, dp_size=dp_size))
     frontend = using(Frontend.attach(group, policy=policy))
-    frontend.route(500, dp_rank=0)
+    _booked = frontend.route(500, dp_rank=0)
     assert frontend.choose() == 1
 
 

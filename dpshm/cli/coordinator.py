@@ -11,7 +11,7 @@ import typer
 
 from dpshm.errors import DpshmError, GroupInUse, SegmentError, SettingError
 from dpshm.service.logs import set_up
-from dpshm.service.serve import CoordinatorFailed, of_the_living, read_config, serve
+from dpshm.service.serve import CoordinatorFailed, read_config, serve, settings_of_live_group
 
 EXIT_FAILED, EXIT_SETTING, EXIT_IN_USE, EXIT_MEMORY = 1, 2, 3, 4
 
@@ -129,7 +129,7 @@ def coordinator(
         settings = read_config(config) if config else {}
         settings |= {name: value for name, value in given.items() if value is not None}
         if isinstance(settings.get("group"), str):
-            settings = of_the_living(settings["group"]) | settings
+            settings = settings_of_live_group(settings["group"]) | settings
         for name in ("group", "dp_size"):
             if name not in settings:
                 raise SettingError(

@@ -86,7 +86,7 @@ class WatchThread(threading.Thread):
         self.mailbox.close()
 
     def run(self) -> None:
-        """Runs rounds until it is told to end."""
+        """Runs rounds until it is asked to end."""
         while not self.mailbox.end_asked:
             quiet = time.monotonic_ns() >= self._quiet_from_ns
             for fd, _ in self._epoll.poll(QUIET_INTERVAL_S if quiet else WATCH_INTERVAL_S):

@@ -1,12 +1,12 @@
 """The wave thread: receives what peers send, and hands it to the part of the coordinator that it concerns.
 
     waves         the wave and its rules; scans the rows        `dpshm.coordinator.wave_driver`
-    readiness     whether all ranks are there                   `dpshm.coordinator.readiness`
+    ranks         who has come; scaling and draining            `dpshm.coordinator.ranks`
     stock         stock engines' rows                           `dpshm.coordinator.stock_peers`
     publisher     what stock front-ends hear                    `dpshm.coordinator.publisher`
     flood         what peers pile up                            `dpshm.coordinator.flood_guard`
 
-Each turn of the loop reads at most `BATCH` messages from each socket before it looks at the timers, so publishing
+Each turn of the loop reads at most `BATCH` messages from each socket before it checks the timers, so publishing
 goes on however fast messages come in. A message that makes anything fail is counted and logged at a limited rate;
 the loop goes on.
 """
@@ -17,23 +17,21 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import zmq
 
-from dpshm.board.words import DRAINED
 from dpshm.coordinator.flood_guard import FloodGuard
 from dpshm.coordinator.mailbox import Mailbox
 from dpshm.coordinator.publisher import Publisher
+from dpshm.coordinator.ranks import Ranks
 from dpshm.coordinator.rate_limited_log import RateLimitedLog
-from dpshm.coordinator.readiness import Readiness, ReadinessEvent
 from dpshm.coordinator.settings import Settings
 from dpshm.coordinator.sockets import Sockets
 from dpshm.coordinator.stock_peers import StockEngines
 from dpshm.coordinator.wave_driver import WaveDriver
-from dpshm.errors import SettingError, StartupTimeout, WireError
+from dpshm.errors import SettingError, WireError
 from dpshm.net import wire
 from dpshm.net.context import Socket
 from dpshm.rules.waves import FirstRequest, WaveCompleted, WaveStarted
@@ -52,7 +50,6 @@ comes. A scan only finds lost messages, and costs an idle processor 0.2 ms."""
 RENEW_PAUSE_S = 0.2
 STOP_TIMEOUT_S = 5.0
 _MS = 1_000_000
-_S = 1_000_000_000
 
 Handler: TypeAlias = Callable[[list[bytes]], None]
 
@@ -85,36 +82,30 @@ class WaveThread(threading.Thread):
         own_process: bool = False,
     ) -> None:
         super().__init__(name="dpshm-wave", daemon=True)
-        now_ns = time.monotonic_ns()
         self.mailbox = Mailbox(f"the coordinator of group {settings.group!r}")
         self.dropped = RateLimitedLog(logger)
-        self.all_ready: Future[None] = Future()
-        self._steering = RateLimitedLog(logger, lines=100, level=logging.INFO)  # a peer can repeat it without end
-        self._settings = settings
         # SYNC: another thread made the sockets and uses them no more. ZMQ lets a socket migrate with a full fence;
         # `Thread.start` is one: it passes a lock (x86 and Arm alike) that `run` takes first.
         self._sockets = sockets
         self._board = board
         self._row = row
-        self._watch = watch
         self.flood = FloodGuard(own_process=own_process)
         self.stock = StockEngines(board, row)
         self.publisher = Publisher(settings, sockets, row, self.stock)
         self.waves = WaveDriver(settings, sockets, board, row, self.publisher)
-        self.readiness = Readiness(now_ns, round(settings.ready_timeout_s * _S), ready=row.ready)
-        if self.readiness.ready:
-            self.all_ready.set_result(None)
-        self._next_scan_ns = now_ns
+        self.ranks = Ranks(settings, sockets, board, row, self.stock, watch=watch)
+        self.all_ready = self.ranks.all_ready
+        self._next_scan_ns = 0
 
     # From other threads.
 
     def scale(self, dp_size: int) -> None:
         """Changes the number of ranks."""
-        self.mailbox.call(lambda: self._scale(dp_size))
+        self.mailbox.call(lambda: self.ranks.scale(dp_size))
 
     def set_drained(self, dp_rank: int, drained: bool) -> None:
         """Takes a rank out of routing, or puts it back."""
-        self.mailbox.call(lambda: self._set_drained(dp_rank, drained))
+        self.mailbox.call(lambda: self.ranks.set_drained(dp_rank, drained))
 
     def stop(self) -> None:
         """Ends the thread and waits for it. For a thread that was started."""
@@ -126,7 +117,7 @@ class WaveThread(threading.Thread):
     # The loop.
 
     def run(self) -> None:
-        """Serves until it is told to end, then closes the sockets."""
+        """Serves until it is asked to end, then closes the sockets."""
         try:
             handlers = self._handlers()
             poller = self._make_poller(handlers)
@@ -138,8 +129,7 @@ class WaveThread(threading.Thread):
                     poller = self._make_poller(handlers)
         finally:
             self._sockets.close()
-            if not self.all_ready.done():
-                self.all_ready.set_exception(StartupTimeout("the coordinator was closed before all ranks came"))
+            self.ranks.give_up("the coordinator was closed before all ranks came")
 
     def _handlers(self) -> dict[Socket, Handler]:
         handlers: dict[Socket, Handler] = {
@@ -203,7 +193,7 @@ class WaveThread(threading.Thread):
             "flood", f"{self.flood.flood}: every connection was ended; honest peers come back by themselves"
         )
         self.publisher.on_disconnect()
-        self.readiness.on_disconnect()
+        self.ranks.readiness.on_disconnect()
         while not self.mailbox.end_asked:
             try:
                 self._sockets.renew()
@@ -223,9 +213,9 @@ class WaveThread(threading.Thread):
         if now_ns >= self._next_scan_ns:
             self.flood.check_growth()
             at_rest = self.waves.scan(now_ns)
-            at_rest &= self.readiness.settled
+            at_rest &= self.ranks.readiness.settled
             self._next_scan_ns = now_ns + (REST_INTERVAL_NS if at_rest else SCAN_INTERVAL_NS)
-            self._apply(self.readiness.on_time(now_ns, self._board.dp_size))
+            self.ranks.on_time(now_ns)
         self.publisher.on_time(now_ns, self.waves.state)
 
     # Messages.
@@ -246,12 +236,12 @@ class WaveThread(threading.Thread):
                 self.waves.handle(FirstRequest(engine, wave))
             case wire.ScaleMessage(dp_size):
                 try:
-                    self._scale(dp_size)
+                    self.ranks.scale(dp_size)
                 except SettingError as e:
                     self._drop("scaling refused", e)
             case wire.DrainMessage(dp_rank, drained):
                 try:
-                    self._set_drained(dp_rank, drained)
+                    self.ranks.set_drained(dp_rank, drained)
                 except SettingError as e:
                     self._drop("drain refused", e)
 
@@ -259,12 +249,9 @@ class WaveThread(threading.Thread):
         data = frames[0]
         if data[:1] == wire.SUBSCRIBE:
             self.flood.on_subscription(data)
-            self._watch.notify()
-            self._apply(self.readiness.on_join(time.monotonic_ns(), self._board.dp_size, self._every_row_is_held))
+            self.ranks.on_join()
         elif data[:1] == wire.UNSUBSCRIBE:
-            self.readiness.on_leave(time.monotonic_ns())
-            if not self.readiness.subscribed:
-                self.stock.forget()
+            self.ranks.on_leave()
         else:
             raise WireError("engines only subscribe on this socket")
 
@@ -285,56 +272,3 @@ class WaveThread(threading.Thread):
     def _from_authenticator(self, handle: Callable[[list[bytes]], str | None], frames: list[bytes]) -> None:
         if (refused := handle(frames)) is not None:
             self._drop("peer refused", refused)
-
-    # Ranks.
-
-    def _every_row_is_held(self) -> bool:
-        return all(map(self._board.engine_alive, range(self._board.dp_size)))
-
-    def _apply(self, events: list[ReadinessEvent]) -> None:
-        for event in events:
-            match event:
-                case ReadinessEvent.ENGINE_RETURNED:
-                    self._sockets.to_engines.send(wire.READY)
-                case ReadinessEvent.ALL_CONNECTED:
-                    self.stock.mark_missing_rows()
-                case ReadinessEvent.BECAME_READY:
-                    self._row.set_ready()
-                    self._sockets.to_engines.send(wire.READY)
-                    logger.info("all %d engines of group %r are ready", self._board.dp_size, self._settings.group)
-                    if not self.all_ready.done():  # it may have failed at its deadline
-                        self.all_ready.set_result(None)
-                case ReadinessEvent.TIMED_OUT:
-                    self._report_missing()
-
-    def _report_missing(self) -> None:
-        board = self._board
-        missing = [e for e in range(board.dp_size) if not board.engine_alive(e)]
-        error = StartupTimeout(
-            f"{self.readiness.subscribed} of {board.dp_size} engines of group {self._settings.group!r} connected "
-            f"within {self._settings.ready_timeout_s:g} s; ranks without a row on the board: {missing} "
-            "(a stock engine never takes one). See the logs of these ranks"
-        )
-        logger.error("%s", error)
-        self.all_ready.set_exception(error)
-
-    def _scale(self, dp_size: int) -> None:
-        group, old = self._settings.group, self._board.dp_size
-        if not 1 <= dp_size <= self._board.engines:
-            raise SettingError(
-                f"cannot scale group {group!r} to {dp_size} ranks: its board holds 1 to {self._board.engines} "
-                "(max_engines)"
-            )
-        self._row.resize(dp_size)
-        self.stock.keep_only(dp_size)
-        self._steering.note("steering", f"group {group!r} scaled from {old} to {dp_size} ranks")
-        self._watch.notify()
-        self.readiness.on_resize(time.monotonic_ns())
-
-    def _set_drained(self, dp_rank: int, drained: bool) -> None:
-        if not 0 <= dp_rank < self._board.dp_size:
-            raise SettingError(f"dp_rank {dp_rank} is outside 0 to {self._board.dp_size - 1}")
-        if bool(self._row.engine(dp_rank) & DRAINED) != drained:
-            self._row.set_engine(dp_rank, drained=drained)
-            done = "drained" if drained else "undrained"
-            self._steering.note("steering", f"engine {dp_rank} is {done} by an operator")

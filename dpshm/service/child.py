@@ -1,9 +1,9 @@
 """A coordinator in a daemon process of its own, and the handle on it.
 
-The child is a fresh interpreter that imports dpshm alone. Under multiprocessing's spawn it would import the
-parent's main module again, and with it whatever the server is made of (for vLLM 5.6 s and half a GB). It
-reports its addresses, or its error, through a pipe before the constructor returns. It ends when told to,
-and when its parent is gone, however that ended: it holds a pidfd of it.
+The child is a fresh interpreter that imports dpshm alone. With multiprocessing's spawn it would import the main
+module of its parent again, and with it the whole server (for vLLM 5.6 s and half a GB). It reports its addresses, or
+its error, through a pipe before the constructor returns. It ends when it is asked to, and when its parent has ended
+in any way: it holds a pidfd of the parent.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 5.0
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
-# -P and the path at the end: nothing of the parent's folder can stand in for a module.
+# -P, and the path at the end: no file in the parent's folder can take the place of a module.
 _BOOT = (
     "import sys; sys.path.append(sys.argv[1]); from dpshm.service.child import main; sys.exit(main(sys.argv[2:]))"
 )
 
 
 class Report(msgspec.Struct):
-    """What the child says once: its addresses, or what went wrong."""
+    """The child's one report: its addresses, or its error."""
 
     stats_address: str = ""
     engine_input_address: str = ""
@@ -50,7 +50,7 @@ class Report(msgspec.Struct):
 
 
 class Process:
-    """A child process as a server's monitor wants it: the part of `multiprocessing.Process` that it uses.
+    """A child process with the part of `multiprocessing.Process` that a server's monitor uses.
 
     Attributes:
         name: for messages.
@@ -68,23 +68,23 @@ class Process:
 
     @property
     def exitcode(self) -> int | None:
-        """None while it runs; else its exit status, or minus the signal that ended it."""
+        """None while the process runs; else its exit status, or minus the signal that ended it."""
         return self._popen.poll()
 
     def is_alive(self) -> bool:
-        """Whether it runs."""
+        """Whether the process runs."""
         return self._popen.poll() is None
 
     def terminate(self) -> None:
-        """Asks it to end (SIGTERM)."""
+        """Asks the process to end (SIGTERM)."""
         self._popen.terminate()
 
     def kill(self) -> None:
-        """Ends it (SIGKILL)."""
+        """Ends the process (SIGKILL)."""
         self._popen.kill()
 
     def join(self, timeout: float | None = None) -> None:
-        """Waits for its end, for `timeout` seconds at most."""
+        """Waits until the process has ended, for `timeout` seconds at most."""
         try:
             self._popen.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -101,7 +101,7 @@ class CoordinatorProcess:
     needed.
 
     Attributes:
-        settings: what it was told.
+        settings: the settings.
         proc: the process.
         stats_publish_address: where front-ends connect.
         engine_addresses: (input, output): where engines hear of waves, and where they report.
@@ -109,7 +109,7 @@ class CoordinatorProcess:
 
     Raises:
         StartupTimeout: it did not report within `start_timeout_s`.
-        DpshmError: whatever a `Coordinator` raises, as the same type.
+        DpshmError: an error of `Coordinator`, as the same type.
     """
 
     def __init__(self, *, start_timeout_s: float = START_TIMEOUT_S, **settings: Unpack[SettingsDict]) -> None:
@@ -174,7 +174,7 @@ def _start(settings: Settings) -> tuple[subprocess.Popen[bytes], int]:
 def _read_report(fd: int, proc: Process, timeout_s: float) -> Report:
     deadline = time.monotonic() + timeout_s
     data = b""
-    readable = select.poll()  # not select(2), which ends at descriptor 1023
+    readable = select.poll()  # select(2) refuses descriptors above 1023
     readable.register(fd, select.POLLIN)
     while True:
         if not readable.poll(max(0.0, deadline - time.monotonic()) * 1000):
@@ -221,7 +221,7 @@ def main(argv: list[str]) -> int:
     settings: dict[str, Any] = msgspec.json.decode(settings_json)
     processes.set_title(f"dpshm-coord {settings.get('group')}")
     parent = processes.parent_pidfd(int(parent_pid))
-    # Signals arrive through a descriptor, so that the wait below ends at once, whatever it is in.
+    # Signals arrive through a descriptor, so that the wait below ends at once.
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(write_fd)
     signal.signal(signal.SIGTERM, lambda *_: None)

@@ -1,4 +1,4 @@
-"""Logging of a foreground process: lines for people, or JSON objects for collectors."""
+"""Logging of a foreground process: lines of text, or JSON objects for log collectors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up(form: LogFormat, level: str) -> None:
-    """Sends this process's log to stderr in that form."""
+    """Sends this process's log to stderr as text or JSON."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         JsonFormatter() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")

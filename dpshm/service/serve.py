@@ -1,10 +1,10 @@
 """Runs a coordinator in the foreground until a signal ends it, and keeps a service manager informed.
 
-SIGTERM           ends it, exit status 0; a board that others use stays, and the next coordinator takes it over:
-                  a service manager restarts with the same signal with which it stops
-SIGINT, SIGHUP    ends the group: the board goes, exit status 0
+SIGTERM           ends the coordinator with exit status 0. A board that is in use stays, and the next coordinator
+                  takes it over: a service manager sends the same signal to restart and to stop.
+SIGINT, SIGHUP    end the group with exit status 0: the board is removed.
 service manager   READY=1 once sockets and board are there (engines may start), STATUS, STOPPING=1,
-                  and WATCHDOG=1 at the interval asked for, as long as both threads run
+                  and WATCHDOG=1 at the interval that it set, as long as both threads run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dpshm.service.systemd import notify, watchdog_interval_s
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 0.5
+STATUS_INTERVAL_S = 0.5
 
 
 class CoordinatorFailed(Exception):
@@ -50,14 +50,14 @@ def read_config(path: Path) -> dict[str, Any]:
         raise SettingError(f"{path} is not TOML: {e}. It holds lines such as: dp_size = 8") from e
 
 
-def of_the_living(group: str) -> dict[str, Any]:
-    """The settings of a group whose board is in use: what whoever takes it over has to agree in; else nothing."""
+def settings_of_live_group(group: str) -> dict[str, Any]:
+    """The settings that a coordinator needs to take over the group's live board; none if no process uses one."""
     try:
         with Board.attach(group) as board:
             if not board.segment.locks.is_shared():
                 return {}
-            told = board.segment.header.settings
-            return {"dp_size": board.dp_size} | {name: told[name] for name in IMMUTABLE if name in told}
+            header = board.segment.header.settings
+            return {"dp_size": board.dp_size} | {name: header[name] for name in IMMUTABLE if name in header}
     except SegmentError:
         return {}
 
@@ -67,7 +67,7 @@ def serve(settings: dict[str, Any]) -> None:
 
     Raises:
         DpshmError: it could not start.
-        CoordinatorFailed: it ended by itself.
+        CoordinatorFailed: a thread of it ended by itself.
     """
     descriptors.raise_limit()
     asked: list[int] = []
@@ -92,8 +92,8 @@ def serve(settings: dict[str, Any]) -> None:
             stays = asked[0] == signal.SIGTERM and coordinator.hand_over()
         if stays:
             logger.info(
-                "the board of group %r stays with those who use it: a coordinator that is started takes it over; "
-                "once they have ended, `dpshm doctor --sweep` removes it",
+                "the board of group %r stays: it is in use, and the next coordinator takes it over; "
+                "once its processes have ended, `dpshm doctor --sweep` removes it",
                 group,
             )
         else:
@@ -125,17 +125,19 @@ def _announce(coordinator: Coordinator) -> None:
 
 def _wait(coordinator: Coordinator, asked: list[int], fd: int) -> None:
     """Returns when a signal came or a thread ended."""
+    signalled = select.poll()
+    signalled.register(fd, select.POLLIN)
     watchdog_s = watchdog_interval_s()
-    next_dog = time.monotonic()
+    next_watchdog = time.monotonic()
     status = ""
     while not asked and coordinator.is_healthy():
-        if watchdog_s is not None and time.monotonic() >= next_dog:
-            next_dog = time.monotonic() + watchdog_s
+        if watchdog_s is not None and time.monotonic() >= next_watchdog:
+            next_watchdog = time.monotonic() + watchdog_s
             notify("WATCHDOG=1")
         if (now := _status(coordinator)) != status:
             status = now
             notify(f"STATUS={status}")
-        select.select([fd], [], [], min(LOOK_S, watchdog_s or LOOK_S))
+        signalled.poll(1000 * min(STATUS_INTERVAL_S, watchdog_s or STATUS_INTERVAL_S))
 
 
 def _status(coordinator: Coordinator) -> str:

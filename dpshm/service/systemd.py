@@ -1,6 +1,6 @@
-"""Tells a service manager how a foreground process does: the protocol of sd_notify(3), a datagram a message.
+"""Tells a service manager about a foreground process, with the protocol of sd_notify(3): a datagram a message.
 
-Without ``NOTIFY_SOCKET`` in the environment, outside of systemd that is, nothing happens.
+Outside of systemd there is no ``NOTIFY_SOCKET`` in the environment, and nothing is sent.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import suppress
 
 
 def notify(*lines: str) -> bool:
-    """Sends assignments such as ``READY=1``; true if there was somebody to send them to."""
+    """Sends assignments such as ``READY=1``; true if they were sent."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address[:1] not in ("/", "@"):
         return False
@@ -24,7 +24,7 @@ def notify(*lines: str) -> bool:
 
 
 def watchdog_interval_s() -> float | None:
-    """How often the service manager wants ``WATCHDOG=1``: half of the time after which it acts; None: never."""
+    """How often the service manager wants ``WATCHDOG=1``: half of its timeout; None: never."""
     if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
     try:

@@ -90,7 +90,7 @@ def test_sigterm_leaves_a_board_that_is_in_use(group, service):
         run("drain", "1", "-g", group, "--force")
         booked = frontend.route(100)
         assert first.end() == 0
-        assert any("stays with those who use it" in line for line in first.lines())
+        assert any("stays: it is in use" in line for line in first.lines())
         assert not frontend.board.coordinator_alive()
         frontend.route().done()
         second = service("-g", group)  # all else the board tells

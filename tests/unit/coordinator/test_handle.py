@@ -54,7 +54,7 @@ def word(coordinator, name):
 
 def subscribed(coordinator):
     """How many engines are connected, as the coordinator counts them."""
-    return coordinator._wave.readiness.subscribed
+    return coordinator._wave.ranks.readiness.subscribed
 
 
 # Start and end.

@@ -1,0 +1,147 @@
+"""The ranks of a group: which have come, how many there are to be, and which are drained.
+
+Peers and operators may repeat what they ask for without end, so it is logged at a limited rate.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+from dpshm.board.words import DRAINED
+from dpshm.coordinator.mailbox import Mailbox
+from dpshm.coordinator.rate_limited_log import RateLimitedLog
+from dpshm.coordinator.readiness import Readiness, ReadinessEvent
+from dpshm.coordinator.settings import Settings
+from dpshm.coordinator.sockets import Sockets
+from dpshm.coordinator.stock_peers import StockEngines
+from dpshm.errors import SettingError, StartupTimeout
+from dpshm.net import wire
+
+if TYPE_CHECKING:
+    from dpshm.board.board import Board
+    from dpshm.coordinator.row import CoordinatorRow
+
+logger = logging.getLogger(__name__)
+
+_S = 1_000_000_000
+
+
+class Ranks:
+    """Welcomes, scales and drains a group's ranks. Used in the wave thread alone.
+
+    Args:
+        settings: the coordinator's.
+        sockets: READY goes to its engines.
+        board: the group's.
+        row: the coordinator's row of that board.
+        stock: the group's stock engines.
+        watch: notified when ranks come, so that the watch thread judges them at once.
+
+    Attributes:
+        readiness: whether all ranks are there.
+        all_ready: done once all ranks are there; fails at the deadline, or with `give_up`. For any thread.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        sockets: Sockets,
+        board: Board,
+        row: CoordinatorRow,
+        stock: StockEngines,
+        *,
+        watch: Mailbox,
+    ) -> None:
+        self._group = settings.group
+        self._timeout_s = settings.ready_timeout_s
+        self._sockets = sockets
+        self._board = board
+        self._row = row
+        self._stock = stock
+        self._watch = watch
+        self._log = RateLimitedLog(logger, lines=100, level=logging.INFO)
+        self.readiness = Readiness(time.monotonic_ns(), round(self._timeout_s * _S), ready=row.ready)
+        self.all_ready: Future[None] = Future()
+        if self.readiness.ready:
+            self.all_ready.set_result(None)
+
+    def on_join(self) -> None:
+        """An engine subscribed."""
+        self._watch.notify()
+        self._apply(self.readiness.on_join(time.monotonic_ns(), self._board.dp_size, self._every_row_is_held))
+
+    def on_leave(self) -> None:
+        """An engine unsubscribed."""
+        self.readiness.on_leave(time.monotonic_ns())
+        if not self.readiness.subscribed:
+            self._stock.forget()
+
+    def on_time(self, now_ns: int) -> None:
+        """Time has passed."""
+        self._apply(self.readiness.on_time(now_ns, self._board.dp_size))
+
+    def give_up(self, reason: str) -> None:
+        """Ends the wait for ranks that have not come."""
+        if not self.all_ready.done():
+            self.all_ready.set_exception(StartupTimeout(reason))
+
+    def scale(self, dp_size: int) -> None:
+        """Changes the number of ranks; wave and phase stay.
+
+        Raises:
+            SettingError: the board has no room for so many.
+        """
+        old = self._board.dp_size
+        if not 1 <= dp_size <= self._board.engines:
+            raise SettingError(
+                f"cannot scale group {self._group!r} to {dp_size} ranks: its board holds 1 to "
+                f"{self._board.engines} (max_engines)"
+            )
+        self._row.resize(dp_size)
+        self._stock.keep_only(dp_size)
+        self._log.note("steering", f"group {self._group!r} scaled from {old} to {dp_size} ranks")
+        self._watch.notify()
+        self.readiness.on_resize(time.monotonic_ns())
+
+    def set_drained(self, dp_rank: int, drained: bool) -> None:
+        """Takes a rank out of routing, or puts it back.
+
+        Raises:
+            SettingError: there is no such rank.
+        """
+        if not 0 <= dp_rank < self._board.dp_size:
+            raise SettingError(f"dp_rank {dp_rank} is outside 0 to {self._board.dp_size - 1}")
+        if bool(self._row.engine(dp_rank) & DRAINED) != drained:
+            self._row.set_engine(dp_rank, drained=drained)
+            self._log.note(
+                "steering", f"engine {dp_rank} is {'drained' if drained else 'undrained'} by an operator"
+            )
+
+    def _every_row_is_held(self) -> bool:
+        return all(map(self._board.engine_alive, range(self._board.dp_size)))
+
+    def _apply(self, events: list[ReadinessEvent]) -> None:
+        for event in events:
+            match event:
+                case ReadinessEvent.ENGINE_RETURNED:
+                    self._sockets.to_engines.send(wire.READY)
+                case ReadinessEvent.ALL_CONNECTED:
+                    self._stock.mark_missing_rows()
+                case ReadinessEvent.BECAME_READY:
+                    self._row.set_ready()
+                    self._sockets.to_engines.send(wire.READY)
+                    logger.info("all %d engines of group %r are ready", self._board.dp_size, self._group)
+                    if not self.all_ready.done():  # it may have failed at its deadline
+                        self.all_ready.set_result(None)
+                case ReadinessEvent.TIMED_OUT:
+                    missing = [e for e in range(self._board.dp_size) if not self._board.engine_alive(e)]
+                    reason = (
+                        f"{self.readiness.subscribed} of {self._board.dp_size} engines of group {self._group!r} "
+                        f"connected within {self._timeout_s:g} s; ranks without a row on the board: {missing} "
+                        "(a stock engine never takes one). See the logs of these ranks"
+                    )
+                    logger.error("%s", reason)
+                    self.give_up(reason)

@@ -86,11 +86,10 @@ def _state(path: str) -> bytes:
 
 
 class LoneBoard(Board):
-    """A board without any coordinator: nobody holds its lock, and no thread changes it behind the test's back.
+    """A board without a coordinator: no process holds that lock, and only the test changes the marks.
 
-    Its addresses are nowhere, and what handles on it send waits in their sockets. Its marks are the test's to set;
-    they count for the front-ends of this process, which believe for an hour that somebody watches. With `watched`
-    False nobody ever did, and front-ends test the locks by themselves.
+    Its addresses lead nowhere: messages of handles wait in their sockets. Front-ends of this process trust
+    its marks for an hour, as if a coordinator watched. With `watched` False they test the locks by themselves.
     """
 
     def __init__(

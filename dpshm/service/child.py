@@ -1,9 +1,9 @@
 """A coordinator in a daemon process of its own, and the handle on it.
 
 The child is a fresh interpreter that imports dpshm alone. With multiprocessing's spawn it would import the main
-module of its parent again, and with it the whole server (for vLLM 5.6 s and half a GB). It reports its addresses, or
-its error, through a pipe before the constructor returns. It ends when it is asked to, and when its parent has ended
-in any way: it holds a pidfd of the parent.
+module of its parent again, and with it the whole server (for vLLM 5.6 s and half a GB). It reports its addresses,
+or its error, through a pipe before the constructor returns. It ends when it is asked to, and when its parent has
+ended in any way: it holds a pidfd of the parent.
 """
 
 from __future__ import annotations

@@ -235,7 +235,7 @@ def test_nothing_is_left_open(group, folder):
 
 
 def test_two_groups_with_keys_in_one_process(group, folder, using):
-    """Guards against one doorkeeper that answers for another group: the address is one a ZMQ context."""
+    """Guards against one authenticator that answers for another group: the address is one a ZMQ context."""
     folders = [folder, folder.with_name("second")]
     make_keys(folders[1])
     for i, keys in enumerate(folders):

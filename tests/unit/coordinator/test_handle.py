@@ -174,7 +174,7 @@ def test_a_folder_that_is_too_deep_for_sockets(group, tmp_path, monkeypatch):
 
 
 def test_a_sockets_folder_that_others_can_enter(group):
-    """Guards against sockets in a folder that somebody else prepared."""
+    """Guards against sockets in a folder that another user prepared."""
     folder = files.sockets_path(group)
     folder.mkdir(mode=0o755)
     folder.chmod(0o777)
@@ -670,7 +670,7 @@ def test_what_the_dead_left_is_swept(group):
 
 
 def test_a_damaged_segment_of_the_dead_is_swept(group):
-    """Guards against a group that cannot start because of a file that nobody can use."""
+    """Guards against a group that cannot start because of a file that no process can use."""
     files.segment_path(group).write_bytes(b"\0" * 8192)
     with Coordinator(group=group, dp_size=1):
         pass
@@ -787,7 +787,7 @@ def test_an_engine_goes_on_while_its_coordinator_is_stopped(group, using):
         frontend.route().done()
         engine.wave_complete()
     others.kill()
-    # Dead is dead by its lock, also if nobody says so.
+    # The lock tells that it is dead, also while no coordinator does.
     wait_until(lambda: {frontend.route().dp_rank for _ in range(100)} == {0}, 5.0)
     remote.signal(signal.SIGCONT)
     wait_until(lambda: verdict(engine.board, 1) is Verdict.DEAD)

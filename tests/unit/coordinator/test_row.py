@@ -141,7 +141,7 @@ def test_every_change_is_recorded_once(board: Board):
 
 
 def test_the_records_go_round(board: Board):
-    """Guards against a record beyond the ring, which would be somebody else's word."""
+    """Guards against a record beyond the ring, which would overwrite another word."""
     marks = CoordinatorRow(board)
     following = board.wake_bucket.tolist()
     for i in range(2 * layout.CHANGES + 5):

@@ -14,7 +14,7 @@ from dpshm.errors import SettingError
 
 
 def test_the_defaults_are_those_that_the_documentation_names():
-    """Guards against a default that changes without anybody deciding so."""
+    """Guards against a default that changes by accident."""
     assert msgspec.to_builtins(make_settings(group="g", dp_size=8)) == {
         "group": "g",
         "dp_size": 8,
@@ -160,7 +160,7 @@ def test_engines_elsewhere_need_tcp():
 @pytest.mark.parametrize("host", ["0.0.0.0", "*", "10.0.0.1", "::", "eth0", "node7.example", "127.0.0.1.example"])
 @pytest.mark.parametrize("tcp", [{"balancing": "hybrid"}, {"balancing": "external"}, {"dp_size_local": 3}])
 def test_other_machines_come_in_with_keys_or_on_purpose(host: str, tcp: dict[str, Any]):
-    """Guards against sockets that a whole network can reach because nobody thought of it."""
+    """Guards against sockets that a whole network can reach by default."""
     given = {"group": "g", "dp_size": 4, "host": host, **tcp}
     with pytest.raises(
         SettingError, match=r"other machines can connect.* no keys: .*`dpshm keygen DIR`.*--insecure"
@@ -168,7 +168,7 @@ def test_other_machines_come_in_with_keys_or_on_purpose(host: str, tcp: dict[str
         make_settings(**given)
     assert make_settings(**given, insecure=True).needs_tcp
     assert make_settings(**given, curve_dir="keys").needs_tcp
-    assert not make_settings(group="g", dp_size=4, host=host).needs_tcp  # ipc: nobody is bound there
+    assert not make_settings(group="g", dp_size=4, host=host).needs_tcp  # ipc: no socket is bound there
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost", "lo"])
@@ -184,7 +184,7 @@ def test_settings_survive_the_way_to_the_daemon():
 
 
 def test_settings_are_fixed_and_documented():
-    """Guards against a setting that nobody explained, and against changing one under a running group."""
+    """Guards against a setting without an explanation, and against changing one under a running group."""
     settings = make_settings(group="g", dp_size=4)
     with pytest.raises(AttributeError):
         settings.dp_size = 5  # type: ignore[misc]

@@ -84,7 +84,7 @@ def test_counts_that_are_taken_belong_to_who_took_them():
 
 
 def test_what_is_taken_stays_as_it_was():
-    """Guards against counts that change under whoever compares them with the next ones."""
+    """Guards against counts that change after they were returned, and then equal the next ones."""
     counts = StepCounts()
     counts.report(0, 0, 1, A)
     taken = counts.next_to_publish()

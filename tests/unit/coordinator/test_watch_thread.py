@@ -17,7 +17,7 @@ from tests.support import HandWatch, LoneBoard, Remote, count_fds, frontend_verd
 
 @pytest.fixture
 def board(group, using):
-    """A board of two ranks that nobody coordinates."""
+    """A board of two ranks without a coordinator."""
     return using(LoneBoard(group, watched=False))
 
 
@@ -34,7 +34,7 @@ def engine(board, group, using):
 
 
 def test_absent_alive_absent(board, watch, group):
-    """Guards against a verdict on a row that nobody has, or that was given up in good order."""
+    """Guards against a verdict on a row that no process has, or that its process gave up."""
     assert watch.after(0) is Verdict.ABSENT
     engine, frontend = Engine.attach(group, 0), Frontend.attach(group)
     assert watch.after(0.05) is Verdict.ALIVE
@@ -95,7 +95,7 @@ def test_what_counts_as_work(watch, engine, using, work):
 
 
 def test_an_idle_engine_is_not_stalled(watch, engine):
-    """Guards against engines that are taken out because nobody wants anything of them."""
+    """Guards against engines that are taken out of routing because they have no work."""
     engine.publish(waiting=0, running=0)
     for _ in range(5):
         assert watch.after(600) is Verdict.ALIVE
@@ -196,7 +196,7 @@ def test_a_scribbled_row_ends_nothing(board, watch, engine):
 
 
 def test_an_unlinked_segment_is_told_once(board, watch, caplog):
-    """Guards against a group whose file somebody removed, which nobody notices, or which fills the log."""
+    """Guards against a removed board file that is not reported, or that fills the log."""
     files.segment_path(board.segment.group).unlink()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
@@ -234,7 +234,7 @@ def test_a_death_is_noticed(group, using):
 
 
 def test_a_round_that_fails_is_not_the_last(group, using, caplog, monkeypatch):
-    """Guards against one error after which nobody watches any more."""
+    """Guards against one error that ends the watch."""
     coordinator = using(Coordinator(group=group, dp_size=1))
     watch = coordinator._watch
     real, failed = watch._judge_engine, threading.Event()

@@ -161,7 +161,7 @@ def test_the_board_makes_up_for_lost_messages(group, using):
 
 
 def test_the_board_makes_up_for_a_lost_wave_complete(group, using):
-    """Guards against a group that counts as running for ever, so that nobody wakes it."""
+    """Guards against a group that counts as running for ever, so that no front-end wakes it."""
     coordinator = using(Coordinator(group=group, dp_size=2, resend_interval_ms=20))
     engines = [using(Engine.attach(group, dp_rank)) for dp_rank in (0, 1)]
     engines[1].receive(None)
@@ -240,7 +240,7 @@ def test_an_interval_of_zero_publishes_changes_alone(group, using):
 
 
 def test_without_stock_frontends_nothing_is_published(coordinator, group, using):
-    """Guards against the cost of a broadcast that nobody wants, also after those who wanted it have left."""
+    """Guards against the cost of a broadcast without listeners, also after the last one has left."""
     engines = [using(Engine.attach(group, dp_rank)) for dp_rank in (0, 1)]
     frontend = using(Frontend.attach(group))
     frontend.route()
@@ -408,8 +408,8 @@ def test_reports_of_a_rank_that_does_not_exist_any_more(coordinator, stock, grou
     frontend = using(StockFrontend(coordinator.stats_publish_address))
     coordinator.scale(1)
     stock[1].report(9, 9)
-    for nobody in (70, 1 << 40):
-        stock[1].dp_rank = nobody
+    for unknown in (70, 1 << 40):
+        stock[1].dp_rank = unknown
         stock[1].report(1, 1)
     wait_until(lambda: counter(coordinator, "messages_dropped") == 3)
     assert coordinator.dropped == {"malformed message": 3}
@@ -491,7 +491,7 @@ def test_counts_beyond_a_word(coordinator, stock):
 
 
 def test_the_last_wave(coordinator, stock, using):
-    """Guards against a wave, from a hostile message, after which nobody can decode what the coordinator says."""
+    """Guards against a wave, from a hostile message, after which no peer can decode what the coordinator sends."""
     frontend = using(StockFrontend(coordinator.stats_publish_address))
     for wave in ((1 << 62) - 1, MAX_WAVE + 1, MAX_WAVE):
         stock[0].send(encode([0, (), None, 0.0, None, None, wave, None]))

@@ -25,7 +25,7 @@ from dpshm.board import words
 from dpshm.board.layout import DEFAULT_ENGINES, DEFAULT_FRONTENDS, PAGE_BYTES, make_layout
 from dpshm.cli import COMMANDS, load_command
 from dpshm.coordinator.settings import Settings, make_settings
-from dpshm.policies import NAMES
+from dpshm.policies import NAMES, View
 from dpshm.rules import waves
 from dpshm.rules.liveness import Verdict
 from tests.unit.test_imports import FLOORS
@@ -317,6 +317,19 @@ def test_the_board_is_read_without_this_library() -> None:
         "rank 0 alive waiting 0 running 0 kv 0.0 outstanding 0",
         "rank 1 alive waiting 3 running 7 kv 0.25 outstanding 10",
     ]
+
+
+def test_a_policy_of_ones_own_runs_as_printed() -> None:
+    """Guards against a page for writers of policies whose example no longer fits the code."""
+    assert run(block(ROOT / "dpshm/policies/README.md", "example")) == "rank 0\n"
+
+
+def test_the_table_of_a_view_is_complete() -> None:
+    """Guards against a field that a policy's writer never learns of, and one that is gone."""
+    table = rows(section(ROOT / "dpshm/policies/README.md", "Write one"))
+    named = {name for row in table for name in re.findall(r"`(\w+)", row[0])}
+    public = {name for name in vars(View) if not name.startswith("_")}
+    assert named == public - {"of", "columns"}
 
 
 def test_the_service_settings_are_accepted() -> None:

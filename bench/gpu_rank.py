@@ -35,6 +35,7 @@ from dpshm.sim.demo.messages import EngineSettings, RequestMessage
 from dpshm.sim.torch.engine import TorchAccelerator, serve
 from dpshm.sim.torch.ranks import Ranks
 from dpshm.sim.torch.watchdog import Watchdog
+from tests.stock_wire import encode_stats
 
 WAYS = ("none", "board", "pub")
 BLOCK = 16
@@ -92,7 +93,7 @@ class PubPath:
         socket.connect(self._address)
         while (stats := self._reports.get()) is not None:
             began = time.monotonic_ns()
-            socket.send(wire.encode_stats(self._rank, stats, timestamp=time.monotonic()))
+            socket.send(encode_stats(self._rank, stats, timestamp=time.monotonic()))
             self.sent_ns.append(time.monotonic_ns() - began)
         context.destroy(linger=0)
 

@@ -19,6 +19,7 @@ from dpshm.board.words import DRAINED
 from dpshm.net import wire
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
+from tests.stock_wire import encode_scale
 from tests.support import polled, verdict, wait_until
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
@@ -75,7 +76,7 @@ class Honest:
 
         def restored() -> bool:
             if self.board.dp_size != 2:
-                self._operator.send(wire.encode_scale(2))
+                self._operator.send(encode_scale(2))
             for e, mark in enumerate(self.board.engine_mark[:2].tolist()):
                 if mark & DRAINED:
                     self._operator.send(wire.encode_drain(e, False))

@@ -30,6 +30,7 @@ from dpshm.coordinator.row import CoordinatorRow
 from dpshm.coordinator.watch_thread import WatchThread
 from dpshm.net import wire
 from dpshm.rules.liveness import Verdict
+from tests.stock_wire import encode_stats
 
 TIMEOUT_S = 30.0
 HEARING_S = 10.0
@@ -323,7 +324,7 @@ class StockEngine:
     def report(self, waiting: int, running: int, kv: float = 0.0, *, step: int = 0, wave: int = 0) -> None:
         """Sends its queues, as vLLM encodes them."""
         stats = wire.SchedulerStats(running, waiting, step, wave, kv)
-        self.send(wire.encode_stats(self.dp_rank, stats, timestamp=1.5))
+        self.send(encode_stats(self.dp_rank, stats, timestamp=1.5))
 
     def close(self) -> None:
         """Leaves."""

@@ -15,6 +15,7 @@ import zmq
 
 from bench.baselines import Spec
 from dpshm.net import wire
+from tests.stock_wire import encode_stats
 
 _decode, _encode = msgspec.msgpack.decode, msgspec.msgpack.encode
 
@@ -45,7 +46,7 @@ class StockEngine:
 
     def publish(self, waiting: int, running: int) -> None:
         stats = wire.SchedulerStats(num_running_reqs=running, num_waiting_reqs=waiting)
-        self._output.send(wire.encode_stats(self._rank, stats, timestamp=time.monotonic()))
+        self._output.send(encode_stats(self._rank, stats, timestamp=time.monotonic()))
 
     def wait_ready(self) -> None:
         """It has heard READY already."""

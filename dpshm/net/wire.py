@@ -48,16 +48,6 @@ Wave = Annotated[int, msgspec.Meta(ge=0, le=MAX_WAVE)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 _EMPTY = msgspec.Raw(b"\x90")
 _NIL = msgspec.Raw(b"\xc0")
-_PREFIX_CACHE_STATS = {
-    "reset": False,
-    "requests": 0,
-    "queries": 0,
-    "hits": 0,
-    "preempted_requests": 0,
-    "preempted_queries": 0,
-    "preempted_hits": 0,
-    "hits_by_source": {},
-}
 
 
 class Counts(msgspec.Struct, array_like=True, frozen=True):
@@ -177,31 +167,6 @@ def decode_state(data: bytes) -> StateMessage:
     return _decode(_state, "a state message", data)
 
 
-def encode_stats(engine_index: int, stats: SchedulerStats, *, timestamp: float) -> bytes:
-    """A stock engine's report of its queues, with every key that vLLM 0.32 sends, at rest."""
-    full = {
-        "num_running_reqs": stats.num_running_reqs,
-        "num_waiting_reqs": stats.num_waiting_reqs,
-        "num_skipped_waiting_reqs": 0,
-        "num_kv_fetch_reqs_by_stage": {},
-        "step_counter": stats.step_counter,
-        "current_wave": stats.current_wave,
-        "kv_cache_usage": stats.kv_cache_usage,
-        "iteration_details": None,
-        "prefix_cache_stats": _PREFIX_CACHE_STATS,
-        "connector_prefix_cache_stats": None,
-        "kv_cache_eviction_events": (),
-        "spec_decoding_stats": None,
-        "kv_connector_stats": None,
-        "ec_connector_stats": None,
-        "waiting_lora_adapters": {},
-        "running_lora_adapters": {},
-        "cudagraph_stats": None,
-        "perf_stats": None,
-    }
-    return _encoder.encode((engine_index, (), full, timestamp, None, None, None, None, None))
-
-
 def encode_wave_complete(engine_index: int, wave: int, *, timestamp: float = 0.0) -> bytes:
     """Rank 0's word that all ranks went idle at the end of `wave`."""
     return _encoder.encode((engine_index, (), None, timestamp, None, None, wave, None, None))
@@ -230,8 +195,3 @@ def encode_first_request(engine: int | None, wave: int) -> bytes:
 def encode_drain(dp_rank: int, drained: bool) -> bytes:
     """A request to take a rank out of routing, or to put it back."""
     return _encoder.encode((DRAIN if drained else UNDRAIN, dp_rank))
-
-
-def encode_scale(dp_size: int) -> bytes:
-    """A request to change the number of ranks."""
-    return _encoder.encode((SCALE, dp_size))

@@ -41,7 +41,7 @@ FLOODS = {
     "scaling and draining": (
         0,
         b"XSUB",
-        "b''.join(map(frame, (wire.encode_scale(3), wire.encode_scale(2), wire.encode_drain(1, True), "
+        "b''.join(map(frame, (encode_scale(3), encode_scale(2), wire.encode_drain(1, True), "
         "wire.encode_drain(1, False)))) * 1000",
     ),
     "rubbish from front-ends": (0, b"XSUB", 'frame(b"\\xc1") * 4000'),

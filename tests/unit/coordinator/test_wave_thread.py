@@ -16,6 +16,7 @@ from dpshm.board.words import DRAINED, MAX_WORD
 from dpshm.net import wire
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import MAX_WAVE, Phase
+from tests.stock_wire import encode_stats
 from tests.support import (
     NOWHERE,
     Remote,
@@ -297,7 +298,7 @@ def test_counts_never_mix_two_steps(group, using):
             began = time.monotonic()
             for dp_rank in range(4):
                 stats = wire.SchedulerStats(1000 + step, step, step, 0, 0.0)
-                engine.send(wire.encode_stats(dp_rank, stats, timestamp=0.0))  # one socket keeps them in order
+                engine.send(encode_stats(dp_rank, stats, timestamp=0.0))  # one socket keeps them in order
                 time.sleep(interval_s / 12)
             if time.monotonic() - began > interval_s / 2:
                 held_up.update((step - 1, step, step + 1))
@@ -324,11 +325,12 @@ def test_publishing_goes_on_under_a_flood(coordinator, stock, using):
     flooding.run(
         """
 import zmq
-from dpshm.net import wire
+from dpshm.net.wire import SchedulerStats
+from tests.stock_wire import encode_stats
 push = zmq.Context.instance().socket(zmq.PUSH)
 push.linger = 0
 push.connect(address)
-report = wire.encode_stats(0, wire.SchedulerStats(1, 1, 0, 0, 0.0), timestamp=0.0)
+report = encode_stats(0, SchedulerStats(1, 1, 0, 0, 0.0), timestamp=0.0)
 """,
         address=coordinator.engine_addresses[1],
     )

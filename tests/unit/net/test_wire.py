@@ -22,6 +22,7 @@ from dpshm.net.wire import (
     StartMessage,
     StateMessage,
 )
+from tests.stock_wire import encode_scale, encode_stats
 
 VECTORS = json.loads((Path(__file__).parents[2] / "data" / "wire-vllm-0.32.json").read_text())
 pack = msgspec.msgpack.encode
@@ -37,11 +38,11 @@ STATS_3 = SchedulerStats(
 )
 ENGINE = {
     "stats: engine_index 3, waiting 5, running 7, kv_cache_usage 0.25, step_counter 11, current_wave 2": (
-        wire.encode_stats(3, STATS_3, timestamp=1.5),
+        encode_stats(3, STATS_3, timestamp=1.5),
         (3, STATS_3, None, None),
     ),
     "stats: engine_index 0, all counts 0": (
-        wire.encode_stats(0, SchedulerStats(), timestamp=1.5),
+        encode_stats(0, SchedulerStats(), timestamp=1.5),
         (0, SchedulerStats(), None, None),
     ),
     "wave_complete 4 from engine_index 0": (
@@ -113,7 +114,7 @@ def test_what_front_ends_send():
     assert golden == {}
     assert wire.encode_first_request(2, 3) == by_integer
     assert pack((b"\x02\x00", 3)) == by_identity
-    assert wire.encode_scale(6) == scale
+    assert encode_scale(6) == scale
     assert wire.decode_frontend_message(by_integer) == FirstRequestMessage(2, 3)
     assert wire.decode_frontend_message(by_identity) == FirstRequestMessage(2, 3)
     assert wire.decode_frontend_message(scale) == ScaleMessage(6)

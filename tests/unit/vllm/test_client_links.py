@@ -124,6 +124,17 @@ def test_a_request_has_the_wave_of_the_board(make_client, board, engines):
     assert client.current_wave == 7
 
 
+def test_a_request_has_the_wave_in_which_it_was_booked(make_client, board, engines):
+    """Guards against a wave that begins between vLLM's stamp and the booking."""
+    client = make_client()
+    add(client, Request("first"))
+    engines[0].receive(None, wave=7)
+    wait_until(lambda: board.wave == 7)
+    late = Request("late")  # vLLM stamped it before: with 0
+    client.get_core_engine_for_request(late)
+    assert late.current_wave == 7
+
+
 def test_paused_ranks_wake_up_once_the_request_is_sent(make_client, engines):
     """Guards against ranks that sleep on, and against a wake-up that comes before its request."""
     client = make_client()

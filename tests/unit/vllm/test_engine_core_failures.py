@@ -64,6 +64,7 @@ def test_a_row_that_cannot_be_closed_is_given_up_all_the_same(make_core, board, 
             broken.setattr(EngineRow, "close", lambda _: 1 / 0)
             core._process_input_queue()
         assert hooked(core) == []
+        assert core.reported == [(0, 0)]  # unchanged, and told all the same: the coordinator never heard of it
         core.turn()
 
     run(core, body)

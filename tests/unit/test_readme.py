@@ -63,10 +63,11 @@ def block(page: Path, marker: str) -> str:
 
 
 def section(page: Path, title: str) -> str:
-    """The text between a heading and the next one of the same rank or a higher one."""
-    found = re.search(rf"^(#+) {title}\n(.*?)(?=^#{{1,6}} |\Z)", text_of(page), re.DOTALL | re.MULTILINE)
+    """The text between a heading and the next heading."""
+    text = FENCE.sub(lambda fence: fence.group().replace("\n#", "\n #"), text_of(page))  # comments are no headings
+    found = re.search(rf"^#+ {title}\n(.*?)(?=^#{{1,6}} |\Z)", text, re.DOTALL | re.MULTILINE)
     assert found, f"{page} has no section {title!r}"
-    return found.group(2)
+    return found.group(1)
 
 
 def rows(text: str) -> list[list[str]]:

@@ -23,17 +23,17 @@ from bench.baselines import Start, board, flock, pub
 from bench.baselines.vllm import Vllm, VllmError, VllmInterpreter
 from bench.distribution import compare
 from bench.measures import cost
+from bench.measures.accuracy import accuracy
 from bench.measures.cpu import cpu_per_update
 from bench.measures.freshness import freshness
 from bench.measures.limit import limit
 from bench.measures.startup import at_rest, board_startup
-from bench.measures.truth import truth
 from bench.measures.wake import wake
 from bench.processes import all_cores, cores, leave_reader_core, use_cores
 
 ENGINES = 8
 FRONTENDS = 4
-TRUTH_RATE = 60.0
+ACCURACY_RATE = 60.0
 Result = dict[str, Any]
 Record = dict[str, float]
 
@@ -50,8 +50,8 @@ class Sizes(NamedTuple):
     slow_updates: int
     vllm_updates: int
     wake_trials: int
-    truth_s: float
-    truth_rounds: int
+    accuracy_s: float
+    accuracy_rounds: int
     rest_s: float
 
 
@@ -273,20 +273,20 @@ def _wake(result: Result, sizes: Sizes, peers: Peers) -> None:
     result["wake"]["ratios_p99"] = compare(rounds, "p99")["ratios"]
 
 
-def _truth(result: Result, sizes: Sizes, _: Peers) -> None:
+def _accuracy(result: Result, sizes: Sizes, _: Peers) -> None:
     load: dict[str, Any] = {
         "engines": ENGINES,
         "frontends": FRONTENDS,
-        "rate": TRUTH_RATE,
-        "seconds": sizes.truth_s,
+        "rate": ACCURACY_RATE,
+        "seconds": sizes.accuracy_s,
     }
     measures: dict[str, Callable[[], Record]] = {
-        "board": partial(truth, board.start, **load),
-        "board_without_bookings": partial(truth, board.start, bookings=False, **load),
-        "pub_10ms": partial(truth, pub.start_every(0.01), **load),
-        "pub_100ms": partial(truth, pub.start, **load),
+        "board": partial(accuracy, board.start, **load),
+        "board_without_bookings": partial(accuracy, board.start, bookings=False, **load),
+        "pub_10ms": partial(accuracy, pub.start_every(0.01), **load),
+        "pub_100ms": partial(accuracy, pub.start, **load),
     }
-    result["truth"] = compare(in_rounds(sizes.truth_rounds, measures), "requests_mean")
+    result["accuracy"] = compare(in_rounds(sizes.accuracy_rounds, measures), "requests_mean")
 
 
 SECTIONS: dict[str, Callable[[Result, Sizes, Peers], None]] = {
@@ -298,7 +298,7 @@ SECTIONS: dict[str, Callable[[Result, Sizes, Peers], None]] = {
     "cpu_per_update": _cpu,
     "startup, rss, idle_cpu": _rest,
     "wake": _wake,
-    "truth": _truth,
+    "accuracy": _accuracy,
 }
 
 

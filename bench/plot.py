@@ -39,7 +39,7 @@ def plot(result: Result, folder: Path) -> list[Path]:
         "decide": _decide,
         "cpu_per_update": _cpu,
         "frontends": _frontends,
-        "truth": _truth,
+        "accuracy": _accuracy,
     }
     return [_save(draw, result, folder / f"{name}.png") for name, draw in drawings.items()]
 
@@ -138,8 +138,8 @@ def _frontends(axes: Any, result: Result) -> None:
     axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def _truth(axes: Any, result: Result) -> None:
-    section = result["truth"]
+def _accuracy(axes: Any, result: Result) -> None:
+    section = result["accuracy"]
     peers = _peers(section)[::-1]
     values = [section[peer]["requests_mean"] for peer in peers]
     bars = axes.barh(peers, values, color=[COLOURS[peer] for peer in peers])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from bench.distribution import compare, quantiles
+from bench.measures.accuracy import HORIZON_MS, Belief, judge
 from bench.measures.freshness import first_known, sampled_ages
-from bench.measures.truth import HORIZON_MS, Belief, judge
 
 
 def _array(*values: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -40,7 +40,7 @@ def test_a_distribution_of_nothing_is_refused() -> None:
         quantiles([])
 
 
-def test_truth_counts_sent_less_finished() -> None:
+def test_accuracy_counts_sent_less_finished() -> None:
     """Guards against judging a belief by anything but what was sent and finished by then."""
     sent = [Belief(0.9, [0], [0], 0, 1.0), Belief(1.9, [1], [1], 0, 2.0), Belief(3.5, [2], [1], 0, 4.0)]
     finished = [_array(3.0)]

@@ -1,7 +1,7 @@
 """What each policy's decision costs, and what exclusive mode and the recorder add.
 
-`route` and `done` on a still board (`bench.still`) of 8, 64 and 1024 engines and 4 front-ends, all of which have
-learnt their step times and are in a step; the lock and the recorder with 8.
+`route` and `done` on a fixture board (`bench.fixture_board`) of 8, 64 and 1024 engines and 4 front-ends. All
+engines have learnt their step times and are in a step. The lock and the recorder are measured with 8.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bench.still import StillBoard
+from bench.fixture_board import FixtureBoard
 from dpshm.board.layout import STEP_MODEL_WORDS
 from dpshm.frontend.decision_lock import DecisionLock
 from dpshm.frontend.recorder import Recorder
@@ -22,28 +22,28 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest_benchmark.logger.PytestB
 BATCH = 20
 
 
-def still_board(name: str, engines: int = 8) -> StillBoard:
+def make_board(name: str, engines: int = 8) -> FixtureBoard:
     """A board on which front-ends decide by that policy."""
-    still = StillBoard(engines, 4, policy=by_name(name))
+    fixture = FixtureBoard(engines, 4, policy=by_name(name))
     model = (8_000_000, 200_000, 40_000, 4096, 64, 90_000_000)
     for e in range(engines):
         row = (time.monotonic_ns() + 3_600_000_000_000, 512, *model)
         for i in range(len(STEP_MODEL_WORDS)):
-            still.board.step_model[e, i] = row[i]
-        still.board.prefill_backlog[e] = 300 * e
-    still.beat()
-    still.frontend._reader.refresh()
-    return still
+            fixture.board.step_model[e, i] = row[i]
+        fixture.board.prefill_backlog[e] = 300 * e
+    fixture.beat()
+    fixture.frontend._reader.refresh()
+    return fixture
 
 
-def timed(benchmark: Any, still: StillBoard, key: str | None = None) -> None:
+def timed(benchmark: Any, fixture: FixtureBoard, key: str | None = None) -> None:
     """Times `route` and `done`; the figure is of `BATCH` of them."""
 
     def route_and_finish() -> None:
-        for route in [still.frontend.route(512, key=key) for _ in range(BATCH)]:
+        for route in [fixture.frontend.route(512, key=key) for _ in range(BATCH)]:
             route.done()
 
-    benchmark.pedantic(route_and_finish, setup=still.beat, rounds=200, iterations=1, warmup_rounds=5)
+    benchmark.pedantic(route_and_finish, setup=fixture.beat, rounds=200, iterations=1, warmup_rounds=5)
 
 
 @pytest.mark.benchmark(group="route and done, by policy")
@@ -51,7 +51,7 @@ def timed(benchmark: Any, still: StillBoard, key: str | None = None) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_route_by_policy(benchmark: Any, using: Any, name: str, engines: int) -> None:
     """One policy."""
-    timed(benchmark, using(still_board(name, engines)), "conversation" if name == "affinity" else None)
+    timed(benchmark, using(make_board(name, engines)), "conversation" if name == "affinity" else None)
 
 
 @pytest.mark.benchmark(group="route and done, exclusive")
@@ -59,10 +59,10 @@ def test_route_by_policy(benchmark: Any, using: Any, name: str, engines: int) ->
 @pytest.mark.parametrize("name", ["least_loaded", "least_work"])
 def test_route_exclusive(benchmark: Any, using: Any, name: str, exclusive: bool) -> None:
     """Without the lock, and with it and nobody else asking for it."""
-    still = using(still_board(name))
+    fixture = using(make_board(name))
     if exclusive:
-        still.frontend._decision_lock = DecisionLock(still.board.segment)
-    timed(benchmark, still)
+        fixture.frontend._decision_lock = DecisionLock(fixture.board.segment)
+    timed(benchmark, fixture)
 
 
 @pytest.mark.benchmark(group="route and done, recorded")
@@ -70,7 +70,7 @@ def test_route_exclusive(benchmark: Any, using: Any, name: str, exclusive: bool)
 @pytest.mark.parametrize("name", ["least_loaded", "least_work"])
 def test_route_recorded(benchmark: Any, using: Any, tmp_path: Path, name: str, record: bool) -> None:
     """Without the recorder and with it."""
-    still = using(still_board(name))
+    fixture = using(make_board(name))
     if record:
-        still.frontend._recorder = Recorder.create(tmp_path / "ring", engines=8, group="bench", frontend=0)
-    timed(benchmark, still)
+        fixture.frontend._recorder = Recorder.create(tmp_path / "ring", engines=8, group="bench", frontend=0)
+    timed(benchmark, fixture)

@@ -1,6 +1,6 @@
 """What a front-end does on its own: snapshot, decide, the policy alone, the whole of `route`.
 
-On a still board (`bench.still`), by number of engines and of front-ends; the peers' decisions beside ours.
+On a fixture board (`bench.fixture_board`), by number of engines and of front-ends; beside it the peers' decisions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bench.baselines import flock, frontend_end, pub
-from bench.still import SITUATIONS, StillBoard
+from bench.fixture_board import SITUATIONS, FixtureBoard
 from dpshm.policies import NAMES, Request, View, by_name, sees_work
 
 ENGINES = (1, 8, 64, 256, 1024)
@@ -20,9 +20,9 @@ FRONTENDS = (1, 4, 16, 64)
 pytestmark = pytest.mark.filterwarnings("ignore::pytest_benchmark.logger.PytestBenchmarkWarning")
 
 
-def _timed(benchmark: Any, still: StillBoard, call: Callable[[], Any]) -> None:
+def _timed(benchmark: Any, fixture: FixtureBoard, call: Callable[[], Any]) -> None:
     """Times it in short rounds, each after a sign of life, so that the front-end does not test locks."""
-    benchmark.pedantic(call, setup=still.beat, rounds=200, iterations=1, warmup_rounds=5)
+    benchmark.pedantic(call, setup=fixture.beat, rounds=200, iterations=1, warmup_rounds=5)
 
 
 @pytest.mark.benchmark(group="decide")
@@ -30,17 +30,17 @@ def _timed(benchmark: Any, still: StillBoard, call: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("engines", ENGINES)
 def test_decide(benchmark: Any, using: Any, engines: int, frontends: int) -> None:
     """Board: read, count every front-end's bookings, choose."""
-    still = using(StillBoard(engines, frontends))
-    _timed(benchmark, still, lambda: [still.frontend.choose(512) for _ in range(20)])
-    assert 0 <= still.frontend.choose(512) < engines
+    fixture = using(FixtureBoard(engines, frontends))
+    _timed(benchmark, fixture, lambda: [fixture.frontend.choose(512) for _ in range(20)])
+    assert 0 <= fixture.frontend.choose(512) < engines
 
 
 @pytest.mark.benchmark(group="decide, by what is on its way")
 @pytest.mark.parametrize("on_their_way", SITUATIONS)
 def test_decide_with_requests_on_their_way(benchmark: Any, using: Any, on_their_way: Any) -> None:
     """Board, 8 engines and 4 front-ends: whether bookings that are on their way cost anything."""
-    still = using(StillBoard(8, 4, on_their_way))
-    _timed(benchmark, still, lambda: [still.frontend.choose(512) for _ in range(20)])
+    fixture = using(FixtureBoard(8, 4, on_their_way))
+    _timed(benchmark, fixture, lambda: [fixture.frontend.choose(512) for _ in range(20)])
 
 
 @pytest.mark.benchmark(group="decide")
@@ -69,8 +69,8 @@ def test_policy(benchmark: Any, using: Any, name: str) -> None:
         seen.append((view, request))
         return policy(view, request)
 
-    still = using(StillBoard(8, 4, policy=watch))
-    still.frontend.choose(512, key="conversation")
+    fixture = using(FixtureBoard(8, 4, policy=watch))
+    fixture.frontend.choose(512, key="conversation")
     view, request = seen[-1]
     chosen = benchmark(policy, view, request)
     assert chosen in view.ranks
@@ -81,13 +81,13 @@ def test_policy(benchmark: Any, using: Any, name: str) -> None:
 @pytest.mark.parametrize("engines", ENGINES)
 def test_route(benchmark: Any, using: Any, engines: int, frontends: int) -> None:
     """Board: `route` and `done`, in a running group."""
-    still = using(StillBoard(engines, frontends))
+    fixture = using(FixtureBoard(engines, frontends))
 
     def route_and_finish() -> None:
-        for route in [still.frontend.route(512) for _ in range(20)]:
+        for route in [fixture.frontend.route(512) for _ in range(20)]:
             route.done()
 
-    _timed(benchmark, still, route_and_finish)
+    _timed(benchmark, fixture, route_and_finish)
 
 
 @pytest.mark.benchmark(group="snapshot")
@@ -95,6 +95,6 @@ def test_route(benchmark: Any, using: Any, engines: int, frontends: int) -> None
 @pytest.mark.parametrize("engines", ENGINES)
 def test_snapshot(benchmark: Any, using: Any, engines: int, frontends: int) -> None:
     """Board: everything about every rank, as a structured array; for tools."""
-    still = using(StillBoard(engines, frontends))
-    benchmark.pedantic(still.frontend.snapshot, setup=still.beat, rounds=20, iterations=1, warmup_rounds=1)
-    assert len(still.frontend.snapshot()) == engines
+    fixture = using(FixtureBoard(engines, frontends))
+    benchmark.pedantic(fixture.frontend.snapshot, setup=fixture.beat, rounds=20, iterations=1, warmup_rounds=1)
+    assert len(fixture.frontend.snapshot()) == engines

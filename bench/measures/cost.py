@@ -1,4 +1,4 @@
-"""Cost: what one call takes, in a process of its own on a still board: publish, decide, route.
+"""Cost: what one call takes, in a process of its own on a fixture board: publish, decide, route.
 
 - *publish*: `Engine.publish` with one request received since the last; the broadcast's: encode and send.
 - *decide*: read what there is, count every front-end's bookings, choose: `Frontend.choose`. The broadcast's:
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from bench.baselines import Spec, Start, engine_end, frontend_end
+from bench.fixture_board import SITUATIONS, FixtureBoard, OnTheirWay
 from bench.processes import Line, Worker
-from bench.still import SITUATIONS, OnTheirWay, StillBoard
 from dpshm import Engine
 
 BATCH = 20
@@ -57,8 +57,8 @@ def board_decide(_: Line, engines: int, frontends: int, batches: int) -> dict[st
     names = {"one each": "us", "none": "us_none", "all": "us_all"}
     for on_their_way in SITUATIONS:
         name = names[on_their_way]
-        with StillBoard(engines, frontends, on_their_way) as still:
-            result[name] = timed(partial(still.frontend.choose, 512), batches, after=still.beat)
+        with FixtureBoard(engines, frontends, on_their_way) as fixture:
+            result[name] = timed(partial(fixture.frontend.choose, 512), batches, after=fixture.beat)
     return result
 
 
@@ -72,8 +72,8 @@ def board_route(_: Line, engines: int, frontends: int, batches: int) -> dict[str
 def _route_and_done(engines: int, frontends: int, on_their_way: OnTheirWay, batches: int) -> tuple[float, float]:
     counter = time.perf_counter_ns
     route_us, done_us = np.empty(batches), np.empty(batches)
-    with StillBoard(engines, frontends, on_their_way) as still:
-        choose = still.frontend.route
+    with FixtureBoard(engines, frontends, on_their_way) as fixture:
+        choose = fixture.frontend.route
         for i in range(batches):
             began = counter()
             routes = [choose(512) for _ in range(BATCH)]
@@ -81,7 +81,7 @@ def _route_and_done(engines: int, frontends: int, on_their_way: OnTheirWay, batc
             for route in routes:
                 route.done()
             ended = counter()
-            still.beat()
+            fixture.beat()
             route_us[i], done_us[i] = (chosen - began) / BATCH / 1e3, (ended - chosen) / BATCH / 1e3
     return float(np.median(route_us)), float(np.median(done_us))
 

@@ -37,7 +37,7 @@ def top(
     front-ends, Space pause, d drain and u undrain the rank under the cursor, q quit.
 
     \b
-    unsn = in flight: sent to the rank, not taken in yet; age = since its last publish; step = mean time of
+    flight = in flight: sent to the rank, not received yet; age = since its last publish; step = mean time of
     a step, or how long the present one has lasted.
 
     \b

@@ -87,13 +87,13 @@ def kv_cell(usage: float, glyphs: Glyphs, width: int) -> Text:
 
 def rank_columns(glyphs: Glyphs, *, wide: bool = False) -> list[Column[Rank]]:
     """The columns of ranks, all but the history."""
-    kv = 15 if wide else 9
+    kv = 15 if wide else 8
     return [
         Column("rank", 4, 0, lambda r: str(r.dp_rank), lambda r: r.dp_rank),
         Column("state", 9, 0, lambda r: state_cell(r.state, glyphs), lambda r: _BAD.index(r.state), left=True),
-        Column("wait", 5, 1, lambda r: count(r.waiting), lambda r: -r.waiting),
+        Column("wait", 4, 1, lambda r: count(r.waiting), lambda r: -r.waiting),
         Column("run", 4, 1, lambda r: count(r.running), lambda r: -r.running),
-        Column("unsn", 4, 2, lambda r: count(r.in_flight), lambda r: -r.in_flight),
+        Column("flight", 6, 2, lambda r: count(r.in_flight), lambda r: -r.in_flight),
         Column("backlog", 7, 4, lambda r: count(r.prefill_backlog), lambda r: -r.prefill_backlog),
         Column(
             "KV", kv, 3, lambda r: kv_cell(r.kv_cache_usage, glyphs, kv), lambda r: -r.kv_cache_usage, left=True
@@ -121,11 +121,11 @@ def _step_s(rank: Rank) -> float | None:
 def frontend_columns(glyphs: Glyphs) -> list[Column[Frontend]]:
     """The columns of front-ends, all but those that have an item a rank."""
     return [
-        Column("fe", 4, 0, lambda f: str(f.index), lambda f: f.index),
+        Column("fe", 3, 0, lambda f: str(f.index), lambda f: f.index),
         Column("state", 9, 0, lambda f: state_cell(f.state, glyphs), lambda f: _BAD.index(f.state), left=True),
-        Column("sent", 6, 1, lambda f: count(f.routed), lambda f: -f.routed),
+        Column("sent", 5, 1, lambda f: count(f.routed), lambda f: -f.routed),
         Column("req/s", 5, 3, lambda f: count(f.routed_per_s), lambda f: -_or_less(f.routed_per_s)),
-        Column("unsn", 4, 1, lambda f: count(f.in_flight), lambda f: -f.in_flight),
+        Column("flight", 6, 1, lambda f: count(f.in_flight), lambda f: -f.in_flight),
         Column("age", 5, 2, lambda f: duration(f.age_s), lambda f: -_or_less(f.age_s)),
         Column("pid", 7, 5, lambda f: str(f.pid or "-")),
         Column("owner", 18, 4, lambda f: f.owner, lambda f: f.owner, left=True),

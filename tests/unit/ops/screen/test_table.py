@@ -55,7 +55,7 @@ def test_eighty_columns_hold_what_matters(busy):
     history = History()
     history.add(busy)
     title, _ = rank_table(history, 80, Glyphs())
-    assert " ".join(title.plain.split()) == "rank state wait run unsn backlog KV req/s tok/s step age history"
+    assert " ".join(title.plain.split()) == "rank state wait run flight backlog KV req/s tok/s step age history"
 
 
 def test_the_state_is_a_word_and_a_sign_of_its_own():

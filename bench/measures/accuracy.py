@@ -53,7 +53,7 @@ class Belief(NamedTuple):
     sent_at: float
 
 
-def truth(
+def accuracy(
     start: Start, *, bookings: bool = True, engines: int = 8, frontends: int = 4, rate: float, seconds: float
 ) -> dict[str, float]:
     """Measures one peer once.
@@ -70,7 +70,7 @@ def truth(
         requests_mean, requests_p99: of the error in requests; ms_p50, ms_p99: of the error in time; decisions.
     """
     with ExitStack() as stack:
-        folder = stack.enter_context(TemporaryDirectory(prefix="bench-truth-"))
+        folder = stack.enter_context(TemporaryDirectory(prefix="bench-accuracy-"))
         middle = start(engines, frontends)
         stack.callback(middle.close)
         ranks = [stack.enter_context(Worker(step_on, middle.spec, e, folder)) for e in range(engines)]

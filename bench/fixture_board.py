@@ -1,4 +1,4 @@
-"""A still board: a real segment with real handles on it, and nobody else who moves.
+"""A fixture board: a real segment with real handles on it, which no other process changes.
 
 For timing what one process does. There is no coordinator thread beside the timed one, and the handles find a
 board as it is in the middle of the day: all ranks alive, running and loaded, other front-ends there, and as
@@ -32,7 +32,7 @@ SITUATIONS = cast("tuple[OnTheirWay, ...]", ("none", "one each", "all"))
 _numbers = itertools.count()
 
 
-class StillBoard:
+class FixtureBoard:
     """A board of so many engines and front-ends.
 
     Attributes:
@@ -47,7 +47,7 @@ class StillBoard:
         on_their_way: OnTheirWay = "one each",
         policy: str | Policy = "least_loaded",
     ) -> None:
-        group = f"bench-still-{os.getpid()}-{next(_numbers)}"
+        group = f"bench-fixture-{os.getpid()}-{next(_numbers)}"
         header = make_header(
             group,
             max(DEFAULT_ENGINES, engines),
@@ -89,7 +89,7 @@ class StillBoard:
         """Stands in for the coordinator's sign of life, without which handles test locks by themselves."""
         self.board.words[self._at_beat] = time.monotonic_ns()
 
-    def __enter__(self) -> StillBoard:
+    def __enter__(self) -> FixtureBoard:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -24,7 +24,7 @@ from dpshm.errors import DpshmError, NoEngineAvailable, SettingError
 from dpshm.ops.events import EventReader
 from dpshm.ops.groups import find_groups
 from dpshm.ops.metrics import BoardCollector
-from dpshm.ops.read_frame import look
+from dpshm.ops.read_frame import read_frame
 from dpshm.policies import NAMES
 from tests.support import HandWatch, LoneBoard, wait_until
 
@@ -72,7 +72,7 @@ def use(group: str) -> None:
 def _look(group: str) -> None:
     with Board.attach(group) as board:
         assert len(board.snapshot(time.monotonic_ns())) == board.dp_size
-        msgspec.json.encode(look(board))
+        msgspec.json.encode(read_frame(board))
         list(BoardCollector(board).collect())
         EventReader(board).read()
 
@@ -211,7 +211,7 @@ class InUse:
             with engine.step(10, 1):
                 engine.poll()
             engine.publish(waiting=0, running=0)
-        msgspec.json.encode(look(self.board))
+        msgspec.json.encode(read_frame(self.board))
         list(BoardCollector(self.board).collect())
         EventReader(self.board).read()
 

@@ -159,10 +159,10 @@ class EngineLink:
         self._refused.append((request.client_index, tokens))
         self._core.input_queue.put_nowait((self._wakeup, None))
 
-    def _safely(self, function: Callable[..., None], *args: Any) -> bool:
-        """Runs code of dpshm; if it raises, logs that and gives the row up. True while the link has its row."""
+    def _safely(self, function: Callable[..., None], *args: Any) -> None:
+        """Runs code of dpshm while the link has its row; if the code raises, logs that and gives the row up."""
         if self._row is None:
-            return False
+            return
         try:
             function(*args)
         except Exception:
@@ -172,8 +172,6 @@ class EngineLink:
                 exc_info=True,
             )
             self._give_up()
-            return False
-        return True
 
     def _give_up(self) -> None:
         core = self._core

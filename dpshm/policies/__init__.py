@@ -1,4 +1,4 @@
-"""Policies: which engine takes a request, as pure functions of what one decision sees.
+"""Policies: which engine takes a request, as pure functions (rule 5) of what one decision sees.
 
 A policy is any callable ``(view, request) -> dp_rank``; a user's own function will do. `View` is the board at
 one instant, read by the front-end in the right order; ``view.ranks`` are the ranks that may be chosen (not

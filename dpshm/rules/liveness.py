@@ -1,4 +1,4 @@
-"""Verdicts: what the coordinator says of an engine or a front-end, as a pure function of what it saw.
+"""Verdicts: what the coordinator says of an engine or a front-end, as a pure function (rule 5) of what it saw.
 
 - *dead*: the process is gone. Its lock says so, and only its lock: a held lock always means alive, a free
   one under a row that somebody took always means dead. (A pid may be seen in another namespace, or reused;

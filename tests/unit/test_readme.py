@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -445,18 +444,6 @@ def test_the_packed_words_are_the_real_ones() -> None:
         outside = unpack[word](1 << high + 1 | (1 << low >> 1))
         assert not outside.get(field), f"{field} of {word} has more bits than drawn"
     assert seen == {word: set(of(0)) for word, of in unpack.items()}
-
-
-@pytest.mark.parametrize("table", ["coordinator", "engine"])
-def test_the_wave_tables_are_those_of_the_code(table: str) -> None:
-    """Guards against a page of wave rules that parts from them."""
-    assert waves.__doc__
-    blocks = re.findall(r"^    event .*?(?=^\S)", waves.__doc__, re.DOTALL | re.MULTILINE)
-    first = {"coordinator": "FirstRequest", "engine": "Attached"}[table]
-    of_the_code = [text for text in blocks if re.search(rf"^    {first}", text, re.MULTILINE)]
-    assert len(of_the_code) == 1
-    drawn = block(ROOT / "dpshm/rules/README.md", f"table: {table}")
-    assert drawn == textwrap.dedent(of_the_code[0]).rstrip() + "\n"
 
 
 def test_every_cited_rule_is_one_of_the_six() -> None:

@@ -1,8 +1,8 @@
-"""An engine's handle: publishes its load, counts what it takes in, and plays its part in the waves.
+"""An engine's handle: publishes its load, counts what it receives, and takes part in the waves.
 
-Nothing here waits for anybody: the coordinator hears of waves through a socket that drops what it cannot
-take, and whatever is lost the board tells (`dpshm.rules.waves`). An engine that starts takes its rank's row
-(`dpshm.engine.row`) and the wave of the control word.
+No call here waits for another process: messages to the coordinator go through a socket that drops what it cannot
+accept, and the board tells what a lost message said (`dpshm.rules.waves`). An engine that starts locks its rank's
+row (`dpshm.engine.row`) and begins in the wave of the control word.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Engine(EngineRow):
 
     Attributes:
         dp_rank: the rank.
-        board: the board, for whoever wants to look closer.
+        board: the board, to read more of it.
         socket: readable when the coordinator sent something; then call `poll`.
         bell: a file descriptor, readable when a front-end wakes this rank (`dpshm.net.doorbell`); then call
             `poll`.
@@ -138,7 +138,7 @@ class Engine(EngineRow):
         if self._doorbell is not None:
             slept = not self.running
             for start in self._doorbell.drain():
-                self._take([wire.START_FRAME, start])
+                self._handle_message([wire.START_FRAME, start])
             if slept and self.running:
                 return True  # at once: what the coordinator sent can wait
         while True:
@@ -146,7 +146,7 @@ class Engine(EngineRow):
                 frames = self.socket.recv_multipart(_NOBLOCK)
             except zmq.Again:
                 break
-            self._take(frames)
+            self._handle_message(frames)
             if not int(self.socket.getsockopt(zmq.EVENTS)) & _POLLIN:
                 break
         return self._state.running
@@ -187,7 +187,7 @@ class Engine(EngineRow):
             self._output.close()
         super().close()
 
-    def _take(self, frames: list[bytes]) -> None:
+    def _handle_message(self, frames: list[bytes]) -> None:
         try:
             match frames:
                 case [wire.START_FRAME, payload]:
@@ -203,7 +203,7 @@ class Engine(EngineRow):
     def _handle(self, event: EngineEvent) -> None:
         self._state, commands = handle_engine(self._state, event, self.dp_rank)
         wave, running, paused = self._state
-        # The row before the message: whoever hears the message finds the board agreeing with it.
+        # The row before the message, so that its receiver finds the board agreeing with it.
         self.show(wave, running=running, paused=paused)
         for command in commands:
             encode = (

@@ -4,8 +4,8 @@
 own (vLLM's engines do) uses this class as it is: it counts, publishes, and says with `show` what its own
 machine is in.
 
-`EngineRow.publish` is a dozen 64-bit stores. A row that is taken is zeroed, and every front-end's ``sent`` is
-copied into its ``received``: what a predecessor had, or what was on its way to it, is gone.
+`EngineRow.publish` is a dozen 64-bit stores. A new holder zeroes the row and copies each front-end's ``sent`` into
+``received``: requests of the previous holder, and those on their way to it, no longer count.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import time
 from math import floor
 from threading import get_ident
-from types import TracebackType
 from typing import Any, Self
 
 from dpshm.board import layout
@@ -39,10 +38,10 @@ from dpshm.board.words import (
     queued,
     saturate,
 )
+from dpshm.engine.step import StepOffsets, StepTimer
 from dpshm.errors import CapacityExceeded, RowInUse, SettingError, WrongThread
 from dpshm.linux import processes
 from dpshm.linux.descriptors import explained
-from dpshm.policies.step_model import StepModel
 from dpshm.rules.liveness import Verdict
 from dpshm.version import version_word
 
@@ -52,39 +51,12 @@ ROW_TIMEOUT_S = 0.05
 """A coordinator that scales holds a row for an instant, and the kernel a dead process's locks for some more."""
 
 
-class Step:
-    """A context that times one step; see `EngineRow.step`."""
-
-    def __init__(self, engine: EngineRow) -> None:
-        self._engine = engine
-        self._started_ns = 0
-        self.prefill_tokens = 0
-        self.batch = 0
-
-    def __enter__(self) -> Step:
-        engine = self._engine
-        self._started_ns = time.monotonic_ns()
-        engine._words[engine._at_step_start] = self._started_ns
-        engine._step_began(self._started_ns, self.prefill_tokens, self.batch)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._engine._step_ended(time.monotonic_ns() - self._started_ns, self.prefill_tokens, self.batch)
-
-    def forget(self) -> None:
-        """Instead of the exit: nothing was computed after all, so there was no step."""
-        self._engine._words[self._engine._at_step_start] = 0
-        self._engine._step_forgotten()
-
-
 class EngineRow:
     """A rank's row of the board. Belongs to the thread that made it.
 
     Attributes:
         dp_rank: the rank.
-        board: the board, for whoever wants to look closer.
+        board: the board, to read more of it.
     """
 
     def __init__(self, board: Board, dp_rank: int) -> None:
@@ -92,7 +64,6 @@ class EngineRow:
         self.dp_rank = dp_rank
         self._segment = board.segment
         self._thread = get_ident()
-        self._step = Step(self)
         words = self._words = board.words
         self._at_load = board.index("load", dp_rank)
         self._at_request_offset = board.index("request_offset", dp_rank)
@@ -101,8 +72,6 @@ class EngineRow:
         self._at_progress = board.index("progress", dp_rank)
         self._at_backlog = board.index("prefill_backlog", dp_rank)
         self._at_beat = board.index("beat", dp_rank)
-        self._at_step_start = board.index("step_start", dp_rank)
-        self._at_counters = board.index("steps", dp_rank)
         self._at_finished = board.index("requests_finished", dp_rank)
         self._at_received_requests = board.index("received_requests", dp_rank)
         self._at_received_tokens = board.index("received_tokens", dp_rank)
@@ -110,11 +79,10 @@ class EngineRow:
         self._received_requests = [words[self._at_received_requests + f] & mask for f in frontends]
         self._received_tokens = [words[self._at_received_tokens + f] & mask for f in frontends]
         self._all_requests, self._all_tokens = sum(self._received_requests), sum(self._received_tokens)
-        self._counters = [0] * 5  # steps, dummy steps, busy ns, prompt tokens, generation tokens
         self._finished = 0
         self._wave = self._progress = 0
-        self._at_model = board.index("step_model", dp_rank)
-        self._model = StepModel()
+        places = ("step_start", "steps", "step_model")
+        self._step = StepTimer(words, StepOffsets(*(board.index(name, dp_rank) for name in places)))
 
     @classmethod
     @explained()
@@ -245,14 +213,13 @@ class EngineRow:
         words[self._at_request_offset] = in_queue - self._all_requests
         words[self._at_backlog] = backlog
         words[self._at_token_offset] = backlog - self._all_tokens
-        if self._model.step_tokens is not None:
-            self._model.left(waiting, running, backlog)
-            self._store_model()
+        if self._step.unreported:
+            self._step.report(waiting, running, backlog)
         words[self._at_progress] = self._progress | step
         # SYNC: the beat comes last, so a reader that has seen it (x86-64) sees the report that it dates.
         words[self._at_beat] = time.monotonic_ns()
 
-    def step(self, prefill_tokens: int = 0, batch: int = 0) -> Step:
+    def step(self, prefill_tokens: int = 0, batch: int = 0) -> StepTimer:
         """A context for one step of the model: marks it as begun, times it, counts it.
 
         Args:
@@ -269,7 +236,7 @@ class EngineRow:
         self._check()
         self._finished += requests
         self._words[self._at_finished] = self._finished
-        self._model.finished(requests)
+        self._step.finished(requests)
 
     def close(self) -> None:
         """Leaves the group: the row is free for another process."""
@@ -277,12 +244,11 @@ class EngineRow:
             return
         self._check()
         words = self._words
-        for at in (self._at_load, self._at_backlog, self._at_step_start, self._at_model, self._at_model + 1):
-            words[at] = 0
+        words[self._at_load] = words[self._at_backlog] = 0
+        self._step.forget()
         words[self._at_request_offset], words[self._at_token_offset] = -self._all_requests, -self._all_tokens
         words[self._at_state] = pack_state(self._wave, 0)
         words[self.board.index("engine_pid", self.dp_rank)] = 0  # left, not died
-        del self._step  # which refers back: without the cycle the memory goes with this handle
         self.board.close()
 
     def __enter__(self) -> Self:
@@ -300,42 +266,13 @@ class EngineRow:
                 "in the thread that runs the scheduler"
             )
 
-    def _step_ended(self, duration_ns: int, prefill_tokens: int, batch: int) -> None:
-        words, counters = self._words, self._counters
-        counters[0] += 1
-        if not prefill_tokens and not batch:
-            counters[1] += 1
-        counters[2] += duration_ns
-        counters[3] += prefill_tokens
-        counters[4] += batch
-        at = self._at_counters
-        for i, value in enumerate(counters):
-            words[at + i] = value
-        words[self._at_step_start] = 0
-        self._model.end(duration_ns, prefill_tokens, batch)
-        self._store_model()
-
-    def _step_began(self, now_ns: int, prefill_tokens: int, batch: int) -> None:
-        words, at = self._words, self._at_model
-        self._model.begin(now_ns, prefill_tokens, batch)
-        words[at], words[at + 1] = self._model.words[:2]
-
-    def _store_model(self) -> None:
-        words, at = self._words, self._at_model
-        for i, value in enumerate(self._model.words):
-            words[at + i] = value
-
-    def _step_forgotten(self) -> None:
-        words, at = self._words, self._at_model
-        words[at] = words[at + 1] = 0
-
 
 def _initialise(board: Board, dp_rank: int) -> None:
     words = board.words
     if not board.segment.linked:
         raise RowInUse(f"group {board.segment.group!r} ended while rank {dp_rank} attached; try again")
     incarnation = words[board.index("engine_incarnation", dp_rank)] & COUNT_MASK
-    # First of all nobody: who looks now must not take these counters, which fall, for those of the last process.
+    # No process first: a reader must not take these counters, which fall, for those of the previous holder.
     words[board.index("engine_pid", dp_rank)] = 0
     for name in ("load", *layout.ENGINE_WORDS):
         if name != "engine_incarnation":

@@ -22,7 +22,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from dpshm.engine.row import EngineRow, Step
+from dpshm.engine.row import EngineRow
+from dpshm.engine.step import StepTimer
 from dpshm.vllm.backlog import PrefillBacklog
 from dpshm.vllm.find import group_at, owner_name
 from dpshm.vllm.instance import InstanceHooks
@@ -83,7 +84,7 @@ class EngineLink:
         self._seen_frontends = -1
         self._refused: deque[tuple[int, int]] = deque()  # (client, tokens), from the input thread
         self._steps = 0
-        self._step: Step | None = None
+        self._step: StepTimer | None = None
         types = import_module("vllm.v1.engine").EngineCoreRequestType
         self._add, self._wakeup = types.ADD, types.WAKEUP
         self._count_tokens = import_module("vllm.utils").length_from_prompt_token_ids_or_embeds

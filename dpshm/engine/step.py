@@ -1,0 +1,88 @@
+"""Times an engine's steps, and stores what a step tells: when it began, counters, and the step model.
+
+`StepTimer` writes three places of the engine's row: ``step_start``, the counters from ``steps`` on, and
+``step_model``. It is one object for all steps of an engine, because steps do not overlap.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from dpshm.policies.step_model import StepModel
+
+
+class StepOffsets(NamedTuple):
+    """Where a `StepTimer` writes: the index in the board's words of the first word of each place."""
+
+    step_start: int
+    counters: int  # steps, dummy steps, busy ns, prompt tokens, generation tokens
+    model: int
+
+
+class StepTimer:
+    """A context that times one step; see `EngineRow.step`.
+
+    Attributes:
+        prefill_tokens: prompt tokens that the step computes; may be set until the step ends.
+        batch: requests that get a token from it; likewise.
+        unreported: a step ended, and `report` was not called since.
+    """
+
+    def __init__(self, words: memoryview, offsets: StepOffsets) -> None:
+        self._words = words
+        self._at_step_start, self._at_counters, self._at_model = offsets
+        self._model = StepModel()
+        self._counters = [0] * 5
+        self._started_ns = 0
+        self.prefill_tokens = 0
+        self.batch = 0
+        self.unreported = False
+
+    def __enter__(self) -> Self:
+        words, at, model = self._words, self._at_model, self._model
+        now_ns = words[self._at_step_start] = self._started_ns = time.monotonic_ns()
+        model.begin(now_ns, self.prefill_tokens, self.batch)
+        words[at], words[at + 1] = model.words[:2]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        duration_ns = time.monotonic_ns() - self._started_ns
+        prefill_tokens, batch = self.prefill_tokens, self.batch
+        words, counters = self._words, self._counters
+        counters[0] += 1
+        if not prefill_tokens and not batch:
+            counters[1] += 1
+        counters[2] += duration_ns
+        counters[3] += prefill_tokens
+        counters[4] += batch
+        at = self._at_counters
+        for i, value in enumerate(counters):
+            words[at + i] = value
+        words[self._at_step_start] = 0
+        self._model.end(duration_ns, prefill_tokens, batch)
+        self._store_model()
+        self.unreported = True
+
+    def forget(self) -> None:
+        """Call it instead of the exit if the step computed nothing: it is not counted."""
+        words, at = self._words, self._at_model
+        words[self._at_step_start] = words[at] = words[at + 1] = 0
+
+    def finished(self, requests: int) -> None:
+        """Counts requests that ended, for the step model."""
+        self._model.finished(requests)
+
+    def report(self, waiting: int, running: int, prefill_backlog: int) -> None:
+        """Tells the step model what the last step left: the load that the engine publishes first after it."""
+        self.unreported = False
+        self._model.left(waiting, running, prefill_backlog)
+        self._store_model()
+
+    def _store_model(self) -> None:
+        words, at = self._words, self._at_model
+        for i, value in enumerate(self._model.words):
+            words[at + i] = value

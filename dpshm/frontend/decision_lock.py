@@ -1,11 +1,12 @@
 """Exclusive decisions: read, decide and book under one kernel lock of the group.
 
-Without it two front-ends that decide within the same few microseconds may read the same board and choose the same
-engine; neither has seen the other's booking. With it they take turns. The lock is an open-file-description lock
-on one byte of the segment, so it goes with its holder, however that ends. It binds those who ask for it alone.
+Without the lock two front-ends that decide within the same few microseconds may read the same board and choose the
+same engine, because neither has seen the other's booking. With it they decide one after the other. The lock is an
+open-file-description lock on one byte of the segment, so the kernel releases it when its holder ends, in any way.
+It binds only front-ends that ask for it.
 
-A holder may be stopped (SIGSTOP, a debugger, a busy host) and must not stop the others: who has waited for
-`TIMEOUT_NS` decides without the lock, which is what everybody does when the mode is off, and is counted.
+A holder may be stopped (SIGSTOP, a debugger, a busy host) and must not stop the others: if the lock is not granted
+within `TIMEOUT_NS`, a front-end decides without it, as it would with the mode off, and counts that.
 """
 
 from __future__ import annotations

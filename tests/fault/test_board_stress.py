@@ -38,7 +38,7 @@ def write():
 """
 
 READ = """
-from dpshm.board import layout
+from dpshm.board.words import unpack_load
 board = Board.attach(group)
 # What only grows within an incarnation, and in which order one publish stores it.
 GROWING = ("engine_incarnation", "steps", "prompt_tokens", "generation_tokens", "progress", "requests_finished",

@@ -96,7 +96,7 @@ def test_without_keys_a_client_is_told_at_once(coordinator, group, folder, using
     """Guards against silence: a client that could never be heard and does not know it; and rows that it leaves."""
     for attach in (lambda **o: Engine.attach(group, 0, **o), lambda **o: Frontend.attach(group, **o)):
         with pytest.raises(
-            SettingError, match=r"only who has its keys: give curve_dir=DIR, or set DPSHM_CURVE_DIR"
+            SettingError, match=r"only processes that have its keys: give curve_dir=DIR, or set DPSHM_CURVE_DIR"
         ):
             attach()
         with pytest.raises(SettingError, match=r"cannot read the key .*none/server.key: .*dpshm keygen DIR"):

@@ -133,7 +133,8 @@ def test_an_engine_that_changes_sides(group, using):
     row = coordinator.board.snapshot()[0]
     assert (row["stock"], row["requests"]) == (True, 2)
     frontend = using(Frontend.attach(group))
-    assert {frontend.route().dp_rank for _ in range(16)} == {0, 1, 2, 3}
+    routes = [frontend.route() for _ in range(16)]
+    assert {route.dp_rank for route in routes} == {0, 1, 2, 3}
 
 
 def test_our_engines_die_and_stock_ones_stay(group, using):

@@ -6,16 +6,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import msgspec
 import typer
 
 from dpshm.errors import SettingError
+from dpshm.linux.signals import handling
 from dpshm.policies import NAMES
 from dpshm.sim.batching import StepCost
 from dpshm.sim.lab.figures import Comparison, Estimate, Result
@@ -123,7 +121,7 @@ def simulate(
         oracle=oracle,
     )
     try:
-        with _ending_on_signals():
+        with handling(_raise_ended):  # the pool ends its processes on the way out
             comparison = compare(settings, processes or os.cpu_count() or 1, _Progress().show)
     except _EndedError as e:
         sys.stderr.write(f"dpshm: ended by {signal.Signals(e.signum).name}; nothing is left behind\n")
@@ -144,19 +142,8 @@ class _EndedError(Exception):
         self.signum = signum
 
 
-@contextmanager
-def _ending_on_signals() -> Iterator[None]:
-    """While it is open, SIGINT, SIGTERM and SIGHUP raise `_EndedError`, so that the pool ends its processes."""
-
-    def end(signum: int, _: FrameType | None) -> None:
-        raise _EndedError(signum)
-
-    before = {s: signal.signal(s, end) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+def _raise_ended(signum: int) -> None:
+    raise _EndedError(signum)
 
 
 class _Progress:

@@ -25,6 +25,7 @@ from dpshm import errors
 from dpshm.coordinator.settings import Settings, SettingsDict, make_settings
 from dpshm.errors import DpshmError, StartupTimeout
 from dpshm.linux import descriptors, processes
+from dpshm.linux.signals import EndRequest
 from dpshm.service.coordinator import Coordinator
 
 logger = logging.getLogger(__name__)
@@ -221,10 +222,7 @@ def main(argv: list[str]) -> int:
     settings: dict[str, Any] = msgspec.json.decode(settings_json)
     processes.set_title(f"dpshm-coord {settings.get('group')}")
     parent = processes.parent_pidfd(int(parent_pid))
-    # Signals arrive through a descriptor, so that the wait below ends at once.
-    read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    signal.set_wakeup_fd(write_fd)
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    request = EndRequest((signal.SIGTERM,))
     with os.fdopen(int(report_fd), "wb") as report:
         try:
             coordinator = Coordinator(own_process=True, **settings)
@@ -236,6 +234,6 @@ def main(argv: list[str]) -> int:
     with coordinator:
         ended = select.poll()
         ended.register(parent, select.POLLIN)
-        ended.register(read_fd, select.POLLIN)
+        ended.register(request, select.POLLIN)
         ended.poll()
     return 0

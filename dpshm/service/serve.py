@@ -10,19 +10,18 @@ service manager   READY=1 once sockets and board are there (engines may start), 
 from __future__ import annotations
 
 import logging
-import os
 import select
 import signal
 import time
 import tomllib
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from dpshm.board.board import Board
 from dpshm.coordinator.settings import IMMUTABLE
 from dpshm.errors import SegmentError, SettingError
 from dpshm.linux import descriptors, processes
+from dpshm.linux.signals import EndRequest
 from dpshm.service.coordinator import Coordinator
 from dpshm.service.systemd import notify, watchdog_interval_s
 
@@ -70,26 +69,18 @@ def serve(settings: dict[str, Any]) -> None:
         CoordinatorFailed: a thread of it ended by itself.
     """
     descriptors.raise_limit()
-    asked: list[int] = []
-
-    def ask(signum: int, _: FrameType | None) -> None:
-        asked.append(signum)
-
-    read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    wakeup = signal.set_wakeup_fd(write_fd)  # ends the wait below at once
-    try:
+    with EndRequest() as request:
         with Coordinator(own_process=True, **settings) as coordinator:
             group = coordinator.settings.group
             processes.set_title(f"dpshm-coord {group}")
             _announce(coordinator)
-            _wait(coordinator, asked, read_fd)
-            if not asked:
+            _wait(coordinator, request)
+            if not request.signum:
                 notify("STATUS=a thread of the coordinator ended")
                 raise CoordinatorFailed(f"a thread of the coordinator of group {group!r} ended: see the log above")
-            logger.info("ending group %r: %s", group, signal.Signals(asked[0]).name)
-            notify("STOPPING=1", f"STATUS=ending: {signal.Signals(asked[0]).name}")
-            stays = asked[0] == signal.SIGTERM and coordinator.hand_over()
+            logger.info("ending group %r: %s", group, signal.Signals(request.signum).name)
+            notify("STOPPING=1", f"STATUS=ending: {signal.Signals(request.signum).name}")
+            stays = request.signum == signal.SIGTERM and coordinator.hand_over()
         if stays:
             logger.info(
                 "the board of group %r stays: it is in use, and the next coordinator takes it over; "
@@ -98,12 +89,6 @@ def serve(settings: dict[str, Any]) -> None:
             )
         else:
             logger.info("group %r has ended", group)
-    finally:
-        signal.set_wakeup_fd(wakeup)
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-        os.close(read_fd)
-        os.close(write_fd)
 
 
 def _announce(coordinator: Coordinator) -> None:
@@ -123,14 +108,14 @@ def _announce(coordinator: Coordinator) -> None:
     notify("READY=1", f"STATUS=group {settings.group}: waiting for {board.dp_size} ranks")
 
 
-def _wait(coordinator: Coordinator, asked: list[int], fd: int) -> None:
+def _wait(coordinator: Coordinator, request: EndRequest) -> None:
     """Returns when a signal came or a thread ended."""
     signalled = select.poll()
-    signalled.register(fd, select.POLLIN)
+    signalled.register(request, select.POLLIN)
     watchdog_s = watchdog_interval_s()
     next_watchdog = time.monotonic()
     status = ""
-    while not asked and coordinator.is_healthy():
+    while not request.signum and coordinator.is_healthy():
         if watchdog_s is not None and time.monotonic() >= next_watchdog:
             next_watchdog = time.monotonic() + watchdog_s
             notify("WATCHDOG=1")

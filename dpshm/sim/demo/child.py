@@ -17,6 +17,7 @@ import msgspec
 import zmq
 
 from dpshm.linux.processes import parent_pidfd
+from dpshm.linux.signals import EndRequest
 
 CHECK_INTERVAL_S = 0.05
 """How often `Lifeline.ended` looks at the parent: a system call each time."""
@@ -56,28 +57,23 @@ class Lifeline:
     """Tells a child when to end. One a process, made in its main thread."""
 
     def __init__(self, parent_pid: int) -> None:
-        self._signalled = False
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._ended = False
+        self._request = EndRequest((signal.SIGTERM, signal.SIGINT))
         self._parent = parent_pidfd(parent_pid)
         self._poll = select.poll()
         self._poll.register(self._parent, select.POLLIN)
         self._next_check = 0.0
-        # Python restarts an interrupted poll; the byte that the wakeup descriptor gets ends it instead.
-        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, self._on_signal)
-
-    def _on_signal(self, *_: object) -> None:
-        self._signalled = True
 
     def register(self, poller: zmq.Poller) -> None:
         """Makes a poller return when the child is to end."""
-        poller.register(self._wake_read, zmq.POLLIN)
+        poller.register(self._request.fileno(), zmq.POLLIN)
         poller.register(self._parent, zmq.POLLIN)
 
     def ended(self) -> bool:
         """Whether the child is to end; cheap enough for every turn of a loop."""
-        if not self._signalled and (now := time.monotonic()) >= self._next_check:
+        if self._request.signum:
+            return True
+        if not self._ended and (now := time.monotonic()) >= self._next_check:
             self._next_check = now + CHECK_INTERVAL_S
-            self._signalled = bool(self._poll.poll(0))
-        return self._signalled
+            self._ended = bool(self._poll.poll(0))
+        return self._ended

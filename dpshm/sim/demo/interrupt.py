@@ -1,15 +1,10 @@
-"""Signals that ask for the end: a flag that is looked at, not an exception that may come anywhere.
-
-While processes are being started and ended, an exception out of a signal handler could leave one of them
-unrecorded. So the handlers here only set a flag, and whoever waits looks at it.
-"""
+"""Signals that ask the demo to end: each wait checks for one, and raises where nothing is half done."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+
+from dpshm.linux.signals import EndRequest
 
 
 class Interrupted(Exception):
@@ -20,28 +15,10 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-class StopFlag:
+class StopFlag(EndRequest):
     """Whether a signal has asked the demo to end, and which."""
-
-    signum = 0
 
     def check(self) -> None:
         """Raises `Interrupted` if one has."""
         if self.signum:
             raise Interrupted(self.signum)
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[StopFlag]:
-    """While it is open, SIGINT, SIGTERM and SIGHUP set the flag and do nothing else."""
-    flag = StopFlag()
-
-    def handle(signum: int, _: FrameType | None) -> None:
-        flag.signum = signum
-
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield flag
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

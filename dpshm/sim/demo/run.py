@@ -24,7 +24,7 @@ from dpshm.errors import DpshmError, StartupTimeout
 from dpshm.rules.waves import Phase
 from dpshm.sim.demo import lockstep
 from dpshm.sim.demo.children import Child, Children
-from dpshm.sim.demo.interrupt import StopFlag, stop_on_signals
+from dpshm.sim.demo.interrupt import StopFlag
 from dpshm.sim.demo.messages import (
     BroadcastSettings,
     CoordinatorSettings,
@@ -91,7 +91,7 @@ def run_demo(settings: DemoSettings, show: Show) -> Report:
         DemoFailed, StartupTimeout: the processes did not come up.
         Interrupted: a signal asked for the end.
     """
-    with stop_on_signals() as flag:
+    with StopFlag() as flag:
         workload = make_workload(settings)
         flag.check()
         sweep_dead_demos()

@@ -7,14 +7,14 @@ import signal
 
 import pytest
 
-from dpshm.sim.demo.interrupt import Interrupted, stop_on_signals
+from dpshm.sim.demo.interrupt import Interrupted, StopFlag
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_sets_the_flag_and_nothing_else(signum):
     """Guards against an exception in the middle of a start, and against handlers that stay."""
     before = signal.getsignal(signum)
-    with stop_on_signals() as flag:
+    with StopFlag() as flag:
         flag.check()
         os.kill(os.getpid(), signum)
         with pytest.raises(Interrupted, match=signum.name):

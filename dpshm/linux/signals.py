@@ -1,0 +1,65 @@
+"""Signals that ask this process to end, noted for a loop that asks, or handed to a function.
+
+A handler that raises may do so between any two instructions, for example when a process has been started and is
+not recorded yet. So `EndRequest` notes the signal and does nothing else. Its descriptor becomes readable, so that
+a wait on it ends at once: Python restarts a system call that a signal interrupts.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Self
+
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class EndRequest:
+    """Whether a signal has asked this process to end. One at a time, made and closed in the main thread.
+
+    Attributes:
+        signum: the first of the signals that came; 0 before.
+
+    Args:
+        signums: which signals count.
+    """
+
+    def __init__(self, signums: Sequence[int] = END_SIGNALS) -> None:
+        self.signum = 0
+        self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._handling = handling(self._note, signums)
+        self._handling.__enter__()
+
+    def _note(self, signum: int) -> None:
+        self.signum = self.signum or signum
+
+    def fileno(self) -> int:
+        """A descriptor that is readable from the first signal on; of any signal that has a handler in Python."""
+        return self._read
+
+    def close(self) -> None:
+        """Puts the handlers back that were there before."""
+        self._handling.__exit__(None, None, None)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._read)
+        os.close(self._write)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@contextmanager
+def handling(handle: Callable[[int], None], signums: Sequence[int] = END_SIGNALS) -> Iterator[None]:
+    """While it is open, these signals call a function, in the main thread."""
+    before = {signum: signal.signal(signum, lambda number, _: handle(number)) for signum in signums}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -214,7 +214,7 @@ _open_segments: weakref.WeakSet[Segment] = weakref.WeakSet()
 
 def _after_fork_in_child() -> None:
     for segment in list(_open_segments):
-        segment._after_fork_in_child()
+        segment._after_fork_in_child()  # noqa: SLF001 - its own module
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,88 +1,47 @@
-"""Request waves: the rules that keep lockstep ranks together, as pure functions of values.
+"""Request waves: the rules that keep lockstep ranks together, as two tables.
 
-Mixture-of-experts ranks exchange tokens in every layer, so while one of them has work all must step.
-When none has, all pause together, and the *wave* grows by one. The next request wakes all of them.
-Two small machines play this: one in the coordinator, one in each engine. Both are here, whole, without
-a socket, a clock or a memory map: ``handle_coordinator(state, event) -> (state, commands)`` and
-``handle_engine(state, event) -> (state, commands)``. A message is only a hint. A lost, doubled or late
-one does no harm, because the rows of the board say what is true and `RanksSplit` and `RanksIdle`
-bring the machine back to it.
+Mixture-of-experts ranks exchange tokens in every layer, so while one of them has work all must step. When none
+has, all pause together, and the *wave* grows by one. The next request wakes all of them. The coordinator has
+one small machine for this and each engine has one. Both are here, whole, without a socket, a clock or a memory
+map.
 
-Coordinator, state ``(wave, phase)``, starts ``(0, PAUSED)``; nothing ever lowers the wave:
+`COORDINATOR` and `ENGINE` are the rules, as data: of the rows for an event, the first whose conditions all hold
+applies, and if there is none, nothing happens. `handle_coordinator` and `handle_engine` run from them, and the
+tables of `dpshm/rules/README.md`, which says why each rule is there, are printed from them.
 
-    event                    when                          becomes              commands
-    -----------------------  ----------------------------  -------------------  --------------------------------
-    FirstRequest(e, w)       paused; if w < wave only      waking               StartWave(wave, nobody)
-                             with `repeat_start`
-                             waking, running               -                    -
-    WaveCompleted(w)         wave <= w                     w + 1, paused        PublishState
-                             w < wave                      -                    -
-    WaveStarted(e, w),       w > wave, or w == wave and    w, running           StartWave(w, exclude e),
-    SeenRunning(e, w)        paused                                             PublishState
-                             w == wave, waking             running              the same START if
-                                                                                `repeat_start`, PublishState
-                             otherwise, but for:           -                    -
-    WaveStarted(e, w)        w < wave, paused              waking               StartWave(wave, nobody)
-    WakeTimer(expired=no)    waking                        -                    StartWave(wave, nobody)
-    WakeTimer(expired=yes)   waking                        paused               WarnWakeFailed, PublishState
-    RanksSplit(w)            always                        max(wave, w),        StartWave(that, nobody),
-                                                           waking if paused     PublishState if the wave grew
-    RanksIdle(w)             running, or w > wave          max(wave, w), paused PublishState
+In words, for the coordinator, whose wave never falls:
 
-`FirstRequest` excludes nobody, although its sender names an engine: that engine may refuse the request
-or never get it, and then it would sleep while the others wait for it in a collective (a real vLLM 0.32
-server hung so). ``exclude_named=True`` brings the exclusion back for engines that take whatever they
-are sent. `WaveStarted` does exclude its sender, which is awake for certain.
+- A first request in a paused group starts a wake-up: START goes to all ranks. It names a rank, and that rank
+  gets START too, because it may refuse the request or never get it, and would then sleep while the others wait
+  for it.
+- An engine that says that it runs, or whose row shows it, ends the wake-up. In a newer wave it takes the group
+  there. The others get START. A message of an old wave wakes a paused group in the present wave; a row in an
+  old wave says nothing, because the row is about to change, and `RanksSplit` comes if it does not.
+- A wave that is complete, in the present wave or a newer one, pauses the group in the wave after it.
+- An unanswered wake-up repeats START, and ends with a warning.
+- Rows are the truth and messages are hints. `RanksSplit` sends START to all; `RanksIdle` pauses the group.
 
-The front-end sends START to the ranks itself when it sends `FirstRequest` (`dpshm.net.doorbell`), so a rank may
-hear it before the coordinator has heard anything, and again from the coordinator: the engine's table has both.
+And for an engine:
 
-``repeat_start=False`` leaves two STARTs out, in groups whose rows tell who sleeps (`RanksSplit`); a stock engine's
-row does not, and ``exclude_named`` has left one out. The one is sent when the first engine confirms a wake-up: all
-were told when it began, so it is for those who missed it, and costs every rank a message at the moment when all
-are busy waking. The other answers a `FirstRequest` of an old wave. The ranks may have run that wave, rung by its
-sender, and be through by the time that it arrives; and if its sender had merely not heard of the wave, the request
-itself wakes the rank that gets it.
+- A request wakes it, unless the user paused it, and it then always says so: the front-end's notice may be late
+  or lost.
+- START wakes it, unless it is excluded, paused by the user, or already past that wave. Rank 0 confirms.
+- An all-reduce that finds no work, or finds that the user paused every rank, ends the wave for all at the same
+  step. Rank 0 reports it.
 
-`SeenRunning` in a paused group starts the wave like `WaveStarted` does: the engine's own message may be
-the one that was lost, and if it is only late, the second start changes nothing. Seen in an old wave it
-says nothing: that row is about to change, and if it does not, `RanksSplit` comes. `RanksIdle` in the wave
-that is being woken says nothing either: there `WakeTimer` sends START again, and gives up in the end.
+Two options leave a START out or narrow it. ``exclude_named`` leaves the engine that a `FirstRequest` names out.
+``repeat_start=False`` suits groups whose rows tell who sleeps: no second START when the first engine confirms,
+and none for a first request of an old wave.
 
-Engine, state ``(wave, running, paused)``, where *paused* is by the user:
-
-    event                      when                              becomes           commands
-    -------------------------  --------------------------------  ----------------  ------------------
-    Attached(w)                always                            w, idle           -
-    RequestArrived(w)          running, or paused by the user    max(wave, w)      -
-                               idle                              max(wave, w),     SendWaveStarted(wave)
-                                                                 running
-    StartReceived(w, exclude)  not paused, not excluded, idle,   w, running        SendWaveStarted(w)
-                               w >= wave                                           if rank 0
-                               the same, already running         w                 -
-                               otherwise                         -                 -
-    AllIdle()                  running                           wave + 1, idle    SendWaveCompleted(wave)
-                                                                                   if rank 0
-                               idle                              -                 -
-    AllPaused()                running                           wave + 1, idle,   SendWaveCompleted(wave)
-                                                                 paused            if rank 0
-                               idle, not paused                  paused            -
-    Resumed(has_work)          paused                            running if any    SendWaveStarted(wave)
-                                                                 rank has work     if it runs
-
-An engine that a request wakes always says so, even though the front-end has sent its own notice: that
-notice may be late, lost, or never sent (its view of the wave was old). Rank 0 confirms a wake-up that it
-heard of, which is what ends `WAKING`. `AllIdle` and `AllPaused` come from an all-reduce, so every rank
-takes them at the same step; a pause that only some ranks asked for is work, and keeps all stepping.
-
-Source: the behaviour of vLLM's ``DPCoordinator`` (August 2025 and 0.32); `WAKING`, the two ``Ranks``
-events and the old-wave row of `WaveStarted` are dpshm's.
+Source: the behaviour of vLLM's ``DPCoordinator`` (August 2025 and 0.32); `WAKING`, the two ``Ranks`` events and
+the old-wave row of `WaveStarted` are dpshm's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from enum import IntEnum
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 MAX_WAVE = (1 << 31) - 1
 """Waves saturate here, in both machines as in the words of the board; at the limit the tables still hold."""
@@ -224,16 +183,129 @@ class SendWaveCompleted(NamedTuple):
     wave: int
 
 
-E = TypeVar("E", CoordinatorEvent, EngineEvent)
-
 CoordinatorCommand = StartWave | PublishState | WarnWakeFailed
 EngineCommand = SendWaveStarted | SendWaveCompleted
+
+
+class Row(NamedTuple):
+    """One row of a table. Its cells are words of `_CONDITIONS`, `_BECOMES` and `_COMMANDS`.
+
+    Attributes:
+        events: the kinds of events that it is about; ``w`` is the wave that the event names, ``e`` the engine.
+        when: all of these hold.
+        becomes: the machine's new state; what it does not name stays.
+        commands: what is sent, in this order. The wave that a command carries is the new one.
+    """
+
+    events: tuple[type, ...]
+    when: tuple[str, ...]
+    becomes: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
+
+
+_RUNS = (WaveStarted, SeenRunning)
+COORDINATOR: tuple[Row, ...] = (
+    Row((FirstRequest,), ("paused", "w >= wave"), ("waking",), ("StartWave, without e if exclude_named",)),
+    Row((FirstRequest,), ("paused", "repeat_start"), ("waking",), ("StartWave, without e if exclude_named",)),
+    Row((WaveCompleted,), ("w >= wave",), ("w + 1", "paused"), ("PublishState",)),
+    Row(_RUNS, ("w > wave",), ("w", "running"), ("StartWave, without e", "PublishState")),
+    Row(_RUNS, ("w == wave", "paused"), ("running",), ("StartWave, without e", "PublishState")),
+    Row(_RUNS, ("w == wave", "waking", "repeat_start"), ("running",), ("StartWave, without e", "PublishState")),
+    Row(_RUNS, ("w == wave", "waking"), ("running",), ("PublishState",)),
+    Row((WaveStarted,), ("w < wave", "paused"), ("waking",), ("StartWave",)),
+    Row((WakeTimer,), ("waking", "expired"), ("paused",), ("WarnWakeFailed", "PublishState")),
+    Row((WakeTimer,), ("waking",), (), ("StartWave",)),
+    Row((RanksSplit,), ("w > wave", "running"), ("w",), ("StartWave", "PublishState")),
+    Row((RanksSplit,), ("w > wave",), ("w", "waking"), ("StartWave", "PublishState")),
+    Row((RanksSplit,), ("running",), (), ("StartWave",)),
+    Row((RanksSplit,), (), ("waking",), ("StartWave",)),
+    Row((RanksIdle,), ("w > wave",), ("w", "paused"), ("PublishState",)),
+    Row((RanksIdle,), ("running",), ("paused",), ("PublishState",)),
+)
+ENGINE: tuple[Row, ...] = (
+    Row((Attached,), (), ("w", "idle")),
+    Row((RequestArrived,), ("idle",), ("max(wave, w)", "running"), ("SendWaveStarted",)),
+    Row((RequestArrived,), (), ("max(wave, w)",)),
+    Row(
+        (StartReceived,), ("idle", "not excluded", "w >= wave"), ("w", "running"), ("SendWaveStarted, if rank 0",)
+    ),
+    Row((StartReceived,), ("running", "not excluded", "w >= wave"), ("w",)),
+    Row((AllIdle,), ("running",), ("wave + 1", "idle"), ("SendWaveCompleted of the old wave, if rank 0",)),
+    Row((AllPaused,), ("running",), ("wave + 1", "by user"), ("SendWaveCompleted of the old wave, if rank 0",)),
+    Row((AllPaused,), ("idle",), ("by user",)),
+    Row((Resumed,), ("by user", "any rank has work"), ("running",), ("SendWaveStarted",)),
+    Row((Resumed,), ("by user",), ("idle",)),
+)
+
+
+class _Case(NamedTuple):
+    """What a row is applied to: a machine's state, the event, and the options of its side."""
+
+    state: Any
+    event: Any
+    options: Mapping[str, bool] = {}
+    dp_rank: int = -1
+    new_wave: int = 0
+
+    @property
+    def by(self) -> int:
+        """How far the event's wave is above the machine's."""
+        return self.event.wave - self.state.wave  # type: ignore[no-any-return]
+
+
+_Condition = Callable[[_Case], bool]
+_ANY_SIDE: dict[str, _Condition] = {
+    "w > wave": lambda c: c.by > 0,
+    "w == wave": lambda c: c.by == 0,
+    "w >= wave": lambda c: c.by >= 0,
+    "w < wave": lambda c: c.by < 0,
+}
+_COORDINATOR_CONDITIONS: dict[str, _Condition] = _ANY_SIDE | {
+    "paused": lambda c: c.state.phase is Phase.PAUSED,
+    "waking": lambda c: c.state.phase is Phase.WAKING,
+    "running": lambda c: c.state.phase is Phase.RUNNING,
+    "expired": lambda c: c.event.expired,
+    "repeat_start": lambda c: c.options["repeat_start"],
+}
+_ENGINE_CONDITIONS: dict[str, _Condition] = _ANY_SIDE | {
+    "idle": lambda c: not c.state.running and not c.state.paused,
+    "running": lambda c: c.state.running,
+    "by user": lambda c: c.state.paused,
+    "not excluded": lambda c: c.event.exclude != c.dp_rank,
+    "any rank has work": lambda c: c.event.has_work,
+}
+_WAVES: dict[str, Callable[[_Case], int]] = {
+    "w": lambda c: c.event.wave,
+    "w + 1": lambda c: min(c.event.wave + 1, MAX_WAVE),
+    "wave + 1": lambda c: min(c.state.wave + 1, MAX_WAVE),
+    "max(wave, w)": lambda c: max(c.state.wave, c.event.wave),
+}
+_PHASES: dict[str, dict[str, Any]] = {phase.name.lower(): {"phase": phase} for phase in Phase}
+_MODES: dict[str, dict[str, Any]] = {
+    "idle": {"running": False, "paused": False},
+    "running": {"running": True, "paused": False},
+    "by user": {"running": False, "paused": True},
+}
+_COMMANDS: dict[str, Callable[[_Case], Any]] = {  # None: nothing is sent
+    "StartWave": lambda c: StartWave(c.new_wave, None),
+    "StartWave, without e": lambda c: StartWave(c.new_wave, c.event.engine),
+    "StartWave, without e if exclude_named": lambda c: StartWave(
+        c.new_wave, c.event.engine if c.options["exclude_named"] else None
+    ),
+    "PublishState": lambda _: PublishState(),
+    "WarnWakeFailed": lambda c: WarnWakeFailed(c.new_wave),
+    "SendWaveStarted": lambda c: SendWaveStarted(c.new_wave),
+    "SendWaveStarted, if rank 0": lambda c: SendWaveStarted(c.new_wave) if c.dp_rank == 0 else None,
+    "SendWaveCompleted of the old wave, if rank 0": lambda c: (
+        SendWaveCompleted(c.state.wave) if c.dp_rank == 0 else None
+    ),
+}
 
 
 def handle_coordinator(
     state: CoordinatorState, event: CoordinatorEvent, *, exclude_named: bool = False, repeat_start: bool = True
 ) -> tuple[CoordinatorState, list[CoordinatorCommand]]:
-    """One step of the coordinator's machine: the first table above.
+    """One step of the coordinator's machine: the table `COORDINATOR`.
 
     Args:
         state: where it is.
@@ -241,61 +313,65 @@ def handle_coordinator(
         exclude_named: leave the engine that a `FirstRequest` names out of its START.
         repeat_start: send START again when the first engine confirms a wake-up, and for an old `FirstRequest`.
     """
-    wave, phase = state
-    event = _within_limits(event)
-    match event:
-        case FirstRequest(engine, w) if phase is Phase.PAUSED and (w >= wave or repeat_start):
-            exclude = engine if exclude_named else None
-            return CoordinatorState(wave, Phase.WAKING), [StartWave(wave, exclude)]
-        case WaveCompleted(w) if w >= wave:
-            return CoordinatorState(min(w + 1, MAX_WAVE), Phase.PAUSED), [PublishState()]
-        case WaveStarted(engine, w) | SeenRunning(engine, w) if w > wave or (w == wave and phase is Phase.PAUSED):
-            return CoordinatorState(w, Phase.RUNNING), [StartWave(w, engine), PublishState()]
-        case WaveStarted(engine, w) | SeenRunning(engine, w) if w == wave and phase is Phase.WAKING:
-            again: list[CoordinatorCommand] = [StartWave(w, engine)] if repeat_start else []
-            return CoordinatorState(wave, Phase.RUNNING), [*again, PublishState()]
-        case WaveStarted(_, w) if w < wave and phase is Phase.PAUSED:
-            return CoordinatorState(wave, Phase.WAKING), [StartWave(wave, None)]
-        case WakeTimer(expired) if phase is Phase.WAKING:
-            if not expired:
-                return state, [StartWave(wave, None)]
-            return CoordinatorState(wave, Phase.PAUSED), [WarnWakeFailed(wave), PublishState()]
-        case RanksSplit(w):
-            new = CoordinatorState(max(wave, w), Phase.WAKING if phase is Phase.PAUSED else phase)
-            publish: list[CoordinatorCommand] = [PublishState()] if new.wave != wave else []
-            return new, [StartWave(new.wave, None), *publish]
-        case RanksIdle(w) if phase is Phase.RUNNING or w > wave:
-            return CoordinatorState(max(wave, w), Phase.PAUSED), [PublishState()]
-    return state, []
+    options = {"exclude_named": exclude_named, "repeat_start": repeat_start}
+    return _apply(_COORDINATOR_ROWS, _Case(state, _within_limits(event), options))
 
 
 def handle_engine(state: EngineState, event: EngineEvent, dp_rank: int) -> tuple[EngineState, list[EngineCommand]]:
-    """One step of an engine's machine: the second table above."""
-    wave, running, paused = state
-    event = _within_limits(event)
-    match event:
-        case Attached(w):
-            return EngineState(w), []
-        case RequestArrived(w):
-            wave = max(wave, w)
-            if running or paused:
-                return state._replace(wave=wave), []
-            return EngineState(wave, running=True), [SendWaveStarted(wave)]
-        case StartReceived(w, exclude) if not paused and exclude != dp_rank and w >= wave:
-            confirm: list[EngineCommand] = [SendWaveStarted(w)] if dp_rank == 0 and not running else []
-            return EngineState(w, running=True), confirm
-        case AllIdle() if running:
-            complete: list[EngineCommand] = [SendWaveCompleted(wave)] if dp_rank == 0 else []
-            return EngineState(min(wave + 1, MAX_WAVE), running=False), complete
-        case AllPaused() if running:
-            end: list[EngineCommand] = [SendWaveCompleted(wave)] if dp_rank == 0 else []
-            return EngineState(min(wave + 1, MAX_WAVE), running=False, paused=True), end
-        case AllPaused():
-            return state._replace(paused=True), []
-        case Resumed(has_work) if paused:
-            start: list[EngineCommand] = [SendWaveStarted(wave)] if has_work else []
-            return EngineState(wave, running=has_work), start
+    """One step of an engine's machine: the table `ENGINE`."""
+    return _apply(_ENGINE_ROWS, _Case(state, _within_limits(event), dp_rank=dp_rank))
+
+
+class _Rule(NamedTuple):
+    """A row, its words looked up."""
+
+    when: list[_Condition]
+    wave: Callable[[_Case], int] | None
+    changes: dict[str, Any]
+    commands: list[Callable[[_Case], Any]]
+
+
+_Rules = dict[type, list[_Rule]]
+
+
+def _look_up(
+    table: tuple[Row, ...], conditions: dict[str, _Condition], modes: dict[str, dict[str, Any]]
+) -> _Rules:
+    """The rules by kind of event; a cell with a word that has no meaning raises KeyError."""
+    rules: _Rules = {}
+    for row in table:
+        waves, states = [w for w in row.becomes if w in _WAVES], [w for w in row.becomes if w not in _WAVES]
+        changes: dict[str, Any] = {}
+        for word in states:
+            changes |= modes[word]
+        rule = _Rule(
+            [conditions[word] for word in row.when],
+            _WAVES[waves[0]] if waves else None,
+            changes,
+            [_COMMANDS[word] for word in row.commands],
+        )
+        for kind in row.events:
+            rules.setdefault(kind, []).append(rule)
+    return rules
+
+
+_COORDINATOR_ROWS = _look_up(COORDINATOR, _COORDINATOR_CONDITIONS, _PHASES)
+_ENGINE_ROWS = _look_up(ENGINE, _ENGINE_CONDITIONS, _MODES)
+
+
+def _apply(rules: _Rules, case: _Case) -> tuple[Any, list[Any]]:
+    """The new state and the commands by the first rule that applies."""
+    state = case.state
+    for rule in rules[type(case.event)]:
+        if all(holds(case) for holds in rule.when):
+            wave = state.wave if rule.wave is None else rule.wave(case)
+            case = case._replace(new_wave=wave)
+            sent = [send(case) for send in rule.commands]
+            return state._replace(wave=wave, **rule.changes), [command for command in sent if command is not None]
     return state, []
+
+
+E = TypeVar("E", CoordinatorEvent, EngineEvent)
 
 
 def _within_limits(event: E) -> E:

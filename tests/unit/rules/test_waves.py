@@ -1,4 +1,4 @@
-"""The wave rules, every cell of both tables, written out as `dpshm.rules.waves` draws them.
+"""The wave rules, every cell of both tables, written out by hand.
 
 Each machine is in wave 5. An event speaks of an old wave (4), this one (5) or a later one (6).
 """

@@ -104,7 +104,7 @@ MODEL_WORDS = (
     "per_request_ns",
     "per_token_ns",
     "chunk_tokens",  # the most prompt tokens of a step; 0: no step was seen to be full
-    "places",  # requests that ran when some had to wait for room; 0: none ever had to
+    "max_running",  # requests that ran when some had to wait for room; 0: none ever had to
     "ending_ns",  # mean time from one request's end to the next
 )
 STEP_MODEL_WORDS = (*STEP_WORDS, *MODEL_WORDS)

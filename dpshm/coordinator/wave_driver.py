@@ -106,7 +106,7 @@ class WaveDriver:
             elif mark & VERDICT_MASK in (Verdict.ALIVE, Verdict.STALLED):
                 wave, running, _ = unpack_state(word)
                 rows.append(RowState(e, wave, running))
-        for event in self._reconciler.look(now_ns, self.state, rows, unobserved_ranks=stock):
+        for event in self._reconciler.events(now_ns, self.state, rows, unobserved_ranks=stock):
             self.handle(event)
         wave, phase = self.state
         idle = not stock and all(not row.running and row.wave <= wave for row in rows)

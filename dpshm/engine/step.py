@@ -79,7 +79,7 @@ class StepTimer:
     def report(self, waiting: int, running: int, prefill_backlog: int) -> None:
         """Tells the step model what the last step left: the load that the engine publishes first after it."""
         self.unreported = False
-        self._model.left(waiting, running, prefill_backlog)
+        self._model.after_step(waiting, running, prefill_backlog)
         self._store_model()
 
     def _store_model(self) -> None:

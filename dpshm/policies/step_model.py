@@ -9,9 +9,9 @@ was before. A direction of which nothing new is known keeps its last value inste
 fault of recursive least squares with forgetting (Astrom, Wittenmark, "Adaptive Control", 2nd ed., ch. 11.5).
 
 Three more things are learnt for who has to wait. `chunk_tokens`: the most prompt tokens that a step computed
-while more were left, so that a long backlog can be counted in steps. `places`: how many requests ran when some
-steps in a row left others waiting although they had tokens to spare: for want of places, or of KV cache.
-`ending_ns`: the mean time from one request's end to the next: how fast the queue moves once places are taken.
+while more were left, so that a long backlog can be counted in steps. `max_running`: how many requests ran when
+some steps in a row left others waiting although they had tokens to spare: the batch or the KV cache was full.
+`ending_ns`: the mean time from one request's end to the next: how fast the queue moves once an engine is full.
 
 Pure: no clock, no memory map. `Engine` stores the words (`dpshm.board.layout.STEP_MODEL_WORDS`) on the board; the
 simulator hands the same words to the same policies.
@@ -21,6 +21,14 @@ from __future__ import annotations
 
 from dpshm.board.layout import STEP_MODEL_WORDS
 
+# The words by name.
+STEP_END, STEP_TOKENS, BASE_NS, PER_REQUEST_NS, PER_TOKEN_NS, CHUNK_TOKENS, MAX_RUNNING, ENDING_NS = map(
+    STEP_MODEL_WORDS.index,
+    (
+        *("step_end", "step_tokens", "base_ns", "per_request_ns", "per_token_ns"),
+        *("chunk_tokens", "max_running", "ending_ns"),
+    ),
+)
 FORGETTING = 0.998
 """Half of the weight lies on the last 350 steps: some seconds of a busy engine."""
 MIN_STEPS = 16
@@ -34,7 +42,7 @@ OUTLIER_FACTOR = 4.0
 many times: a stray one does little, and an engine that has become slow is still followed."""
 BLOCKED_STEPS = 3
 """Steps in a row that leave requests waiting, before the engine counts as full."""
-_BATCH_UNIT, _TOKEN_UNIT = 16.0, 1024.0  # of the same order as base, so that one pull suits all three
+_BATCH_UNIT, _TOKEN_UNIT = 16.0, 1024.0  # of the same order as base, so that one ridge suits all three
 
 
 class StepModel:
@@ -42,7 +50,7 @@ class StepModel:
 
     Attributes:
         words: the values of `dpshm.board.layout.STEP_MODEL_WORDS`; the coefficients are 0 until they are learnt.
-        step_tokens: prompt tokens of the step that ended last, until `left` is told what it left; then None.
+        step_tokens: prompt tokens of the step that ended last, until `after_step` is told what it left; then None.
     """
 
     def __init__(self) -> None:
@@ -52,7 +60,7 @@ class StepModel:
         # Weighted sums: of 1, batch, tokens, their products, and of the duration with each.
         self._sums = (0.0,) * 9
         self._finished = 0  # since the last step ended
-        self._finished_told = 0  # of those, the ones that `left` has seen
+        self._finished_told = 0  # of those, the ones that `after_step` has seen
         self._finished_in_step = 0
         self._busy_ns = self._ended = 0.0  # weighted: time, and requests that ended in it
         self.step_tokens: int | None = None
@@ -67,8 +75,8 @@ class StepModel:
             batch: requests in it.
         """
         words = self.words
-        words[1] = prefill_tokens
-        words[0] = now_ns + int(self.expect(prefill_tokens, batch)) if words[2] else 0
+        words[STEP_TOKENS] = prefill_tokens
+        words[STEP_END] = now_ns + int(self.expect(prefill_tokens, batch)) if words[BASE_NS] else 0
 
     def finished(self, requests: int) -> None:
         """Requests ended; counted with the step that `end` ends next."""
@@ -86,19 +94,18 @@ class StepModel:
         self._finished = self._finished_told = 0
         self.step_tokens = prefill_tokens
         self._take(float(duration_ns), prefill_tokens, batch)
-        words[0] = words[1] = 0
-        words[7] = int(self._busy_ns / self._ended) if self._ended >= 1.0 else 0
+        words[STEP_END] = words[STEP_TOKENS] = 0
+        words[ENDING_NS] = int(self._busy_ns / self._ended) if self._ended >= 1.0 else 0
         if self._steps % SOLVE_EVERY == 0 or self._steps < SOLVE_EVERY * SOLVE_EVERY:
             self._solve()
             if self._steps >= MIN_STEPS and self._prompt_steps >= MIN_PROMPT_STEPS:
                 base, per_batch, tokens = self._theta
                 # Base is never published as 0, which means "not learnt".
-                words[2], words[3], words[4] = (
-                    *(int(base) or 1, int(per_batch / _BATCH_UNIT)),
-                    int(tokens / _TOKEN_UNIT),
-                )
+                words[BASE_NS] = int(base) or 1
+                words[PER_REQUEST_NS] = int(per_batch / _BATCH_UNIT)
+                words[PER_TOKEN_NS] = int(tokens / _TOKEN_UNIT)
 
-    def left(self, waiting: int, running: int, prefill_backlog: int) -> None:
+    def after_step(self, waiting: int, running: int, prefill_backlog: int) -> None:
         """What the step left, as the engine published it next. Later calls say nothing.
 
         Args:
@@ -112,14 +119,14 @@ class StepModel:
         self.step_tokens = None
         self._finished_told = self._finished
         running += self._finished_in_step + self._finished
-        if tokens > words[5] and (words[5] or prefill_backlog):
-            words[5] = tokens
-        # Whoever came in while it ran waits too, but not for long: three in a row are no newcomers.
-        if waiting and (tokens < words[5] or not tokens):
+        if tokens > words[CHUNK_TOKENS] and (words[CHUNK_TOKENS] or prefill_backlog):
+            words[CHUNK_TOKENS] = tokens
+        # A request that came in while the step ran waits too, but not for long: not for three steps in a row.
+        if waiting and (tokens < words[CHUNK_TOKENS] or not tokens):
             self._blocked += 1
             self._blocked_running = max(self._blocked_running, running)
             if self._blocked >= BLOCKED_STEPS:
-                words[6] = self._blocked_running
+                words[MAX_RUNNING] = self._blocked_running
         else:
             self._blocked = self._blocked_running = 0
 
@@ -140,14 +147,14 @@ class StepModel:
         )
 
     def _solve(self) -> None:
-        """The three by three system of least squares plus the pull, by Cramer's rule; never negative."""
+        """The three by three system of least squares with a ridge, by Cramer's rule; never negative."""
         n, sb, st, sbb, sbt, stt, sy, sby, sty = self._sums
         base, batch, tokens = self._theta
         n, sbb, stt = n + 1.0, sbb + 1.0, stt + 1.0
         sy, sby, sty = sy + base, sby + batch, sty + tokens
         c00, c01, c02 = sbb * stt - sbt * sbt, sbt * st - sb * stt, sb * sbt - sbb * st
         c11, c12, c22 = n * stt - st * st, sb * st - n * sbt, n * sbb - sb * sb
-        determinant = n * c00 + sb * c01 + st * c02  # at least 1: the pull adds one to each diagonal item
+        determinant = n * c00 + sb * c01 + st * c02  # at least 1: the ridge adds one to each diagonal item
         self._theta = (
             max(0.0, (c00 * sy + c01 * sby + c02 * sty) / determinant),
             max(0.0, (c01 * sy + c11 * sby + c12 * sty) / determinant),

@@ -5,14 +5,14 @@ What a new request waits for, at an engine that serves first come, first served 
     seconds = rest of the step that runs now
             + the longer of
                 steps * (base + per_request * (requests + 1)) + per_token * tokens
-                ending * (requests + 1 - places)
+                ending * (requests + 1 - max_running)
 
     tokens = sent and not computed - those of the running step + its own;   steps = ceil(tokens / chunk)
 
-The first is the work in front of it. The second is the wait for a place, if that many requests have to end first.
+The first is the work in front of it. The second is the wait for room, if that many requests have to end first.
 
 All of it stands on the board. The counts are reported plus in flight. ``base``, ``per_request``, ``per_token``,
-``chunk``, ``places`` and ``ending`` are what each engine has learnt of its own steps
+``chunk``, ``max_running`` and ``ending`` are what each engine has learnt of its own steps
 (`dpshm.policies.step_model`), so an engine that is slow, or of another kind, or slows down, is seen as what it
 is, and nothing has to be tuned. An engine that has learnt nothing yet, because it has just started or is a stock
 one, is taken to be like the mean of those that have. If none has, or the view has no tokens, requests are
@@ -70,15 +70,15 @@ def expected_of_few(columns: ListColumns, prompt: int) -> list[int]:
     # One item a rank in each; `strict` would cost a tenth of the decision.
     for requests, waiting, step, model in zip(columns.requests, work.tokens, work.steps, work.models):  # noqa: B905
         step_end, step_tokens = step
-        base, per_request, per_token, chunk, places, ending = model
+        base, per_request, per_token, chunk, max_running, ending = model
         requests += 1  # noqa: PLW2901
         tokens = waiting - step_tokens + prompt if waiting > step_tokens else prompt
         ns = base + per_request * requests
         if 0 < chunk < tokens:
             ns *= -(-tokens // chunk)
         ns += per_token * tokens
-        if requests > places:
-            ns = max(ns, ending * (requests - places))
+        if requests > max_running:
+            ns = max(ns, ending * (requests - max_running))
         if step_end > now:
             ns += step_end - now
         scores.append(ns)
@@ -92,12 +92,12 @@ def expected_of_many(columns: ArrayColumns, prompt: int) -> Words:
     if work is None or not work.models[0, 0]:
         return requests
     step_end, step_tokens = work.steps.T
-    base, per_request, per_token, chunk, places, ending = work.models.T
+    base, per_request, per_token, chunk, max_running, ending = work.models.T
     tokens = np.maximum(work.tokens - step_tokens, 0) + max(1, prompt)
     ns: Words = base + per_request * requests
     ns *= -(-tokens // chunk)
     ns += per_token * tokens
-    ns = np.maximum(ns, (requests - places) * ending)
+    ns = np.maximum(ns, (requests - max_running) * ending)
     ns += np.maximum(step_end - work.now_ns, 0)
     return ns
 
@@ -124,7 +124,7 @@ def comparable(models: list[list[int]], *, lockstep: bool = False) -> list[list[
         [
             *(mean if lockstep or base <= 0 else (base, per_request, per_token)),
             chunk if chunk > 0 else _NO_LIMIT,
-            *((places, ending) if places > 0 else (_NO_LIMIT, 0)),
+            *((max_running, ending) if max_running > 0 else (_NO_LIMIT, 0)),
         ]
-        for base, per_request, per_token, chunk, places, ending in models
+        for base, per_request, per_token, chunk, max_running, ending in models
     ]

@@ -1,9 +1,9 @@
-"""What the rows of the board say about the waves, whatever became of the messages.
+"""What the rows of the board say about the waves, also when messages were lost.
 
-Pure but for a memory: how long the rows have said the same. The wave thread calls `WaveReconciler.look` with what
-it read and the time, and feeds the events that come back to `dpshm.rules.waves.handle_coordinator`.
+The wave thread gives `WaveReconciler.events` what it read and the time, and gives the events that come back to
+`dpshm.rules.waves.handle_coordinator`. The reconciler remembers one thing: how long the rows have said the same.
 
-Only rows of dpshm's own engines are evidence; a stock engine's row shows its queues, not whether it steps.
+Only rows of dpshm's own engines count. A stock engine's row shows its queue, not whether it steps.
 """
 
 from __future__ import annotations
@@ -30,6 +30,33 @@ class RowState(NamedTuple):
     running: bool
 
 
+class Lasting:
+    """Tells when a condition has held without a break for an interval.
+
+    Args:
+        interval_ns: how long it has to hold.
+    """
+
+    def __init__(self, interval_ns: int) -> None:
+        self._interval_ns = interval_ns
+        self._since_ns: int | None = None
+
+    def holds(self, now_ns: int, condition: bool) -> bool:
+        """Whether the condition holds now and has held for the interval; the next interval then begins."""
+        if not condition:
+            self._since_ns = None
+        elif self._since_ns is None:
+            self._since_ns = now_ns
+        elif now_ns - self._since_ns >= self._interval_ns:
+            self._since_ns = now_ns
+            return True
+        return False
+
+    def restart(self) -> None:
+        """Forgets since when the condition holds."""
+        self._since_ns = None
+
+
 class WaveReconciler:
     """Turns what rows show, and for how long, into events; and keeps the timer of a wake-up.
 
@@ -41,61 +68,55 @@ class WaveReconciler:
     def __init__(self, resend_interval_ns: int, wake_timeout_ns: int) -> None:
         self._resend_ns = resend_interval_ns
         self._wake_timeout_ns = wake_timeout_ns
-        self._split_since_ns: int | None = None
-        self._idle_since_ns: int | None = None
+        self._split = Lasting(resend_interval_ns)
+        self._idle = Lasting(resend_interval_ns)
         self._waking_since_ns: int | None = None
         self._waking_wave = 0
         self._next_wake_ns = 0
 
-    def look(
+    def events(
         self, now_ns: int, state: CoordinatorState, rows: Iterable[RowState], *, unobserved_ranks: int = 0
     ) -> list[CoordinatorEvent]:
-        """The events that this look gives rise to, at most one of each kind.
+        """The events that follow from what the rows show now, at most one of each kind.
 
         Args:
             now_ns: the time.
             state: the coordinator's machine.
             rows: what the live engines' rows say.
             unobserved_ranks: live ranks that have no such row (stock engines). While there are any, idle rows do
-                not
-                prove that the wave is over, only that these ranks do not run in it: they are called again.
+                not prove that the wave is over, only that these ranks do not run in it: they are called again.
         """
         rows = list(rows)
         running = [row for row in rows if row.running]
         wave = max((row.wave for row in rows), default=0)
-        events: list[CoordinatorEvent] = []
-
-        if running:
-            newest = max(running, key=lambda row: row.wave)
-            # In an older wave it says nothing: the row is about to change, or the ranks are split.
-            if newest.wave > state.wave or (newest.wave == state.wave and state.phase is not Phase.RUNNING):
-                events.append(SeenRunning(newest.dp_rank, newest.wave))
-
+        events = _seen_running(state, running)
         split = bool(running) and (len(running) < len(rows) or any(row.wave != running[0].wave for row in running))
-        self._split_since_ns = _since(self._split_since_ns, now_ns, split)
-        if self._split_since_ns is not None and now_ns - self._split_since_ns >= self._resend_ns:
-            self._split_since_ns = now_ns
+        if self._split.holds(now_ns, split):
             events.append(RanksSplit(wave))
-
         idle = bool(rows) and not running and (state.phase is Phase.RUNNING or wave > state.wave)
-        self._idle_since_ns = _since(self._idle_since_ns, now_ns, idle)
-        if self._idle_since_ns is not None and now_ns - self._idle_since_ns >= self._resend_ns:
-            self._idle_since_ns = None
+        if self._idle.holds(now_ns, idle):
+            self._idle.restart()
             events.append(RanksSplit(wave) if unobserved_ranks else RanksIdle(wave))
+        return [*events, *self._wake_timer(now_ns, state, bool(running))]
 
+    def _wake_timer(self, now_ns: int, state: CoordinatorState, is_running: bool) -> list[CoordinatorEvent]:
+        """The event of a wake-up that no row has answered for long enough."""
         if state.phase is not Phase.WAKING:
             self._waking_since_ns = None
         elif self._waking_since_ns is None or self._waking_wave != state.wave:
             self._waking_since_ns, self._waking_wave = now_ns, state.wave
             self._next_wake_ns = now_ns + self._resend_ns
-        elif now_ns >= self._next_wake_ns and not running:
+        elif now_ns >= self._next_wake_ns and not is_running:
             self._next_wake_ns = now_ns + self._resend_ns
-            events.append(WakeTimer(expired=now_ns - self._waking_since_ns >= self._wake_timeout_ns))
-        return events
+            return [WakeTimer(expired=now_ns - self._waking_since_ns >= self._wake_timeout_ns)]
+        return []
 
 
-def _since(since_ns: int | None, now_ns: int, holds: bool) -> int | None:
-    """Since when something has held without a break; None while it does not."""
-    if not holds:
-        return None
-    return now_ns if since_ns is None else since_ns
+def _seen_running(state: CoordinatorState, running: list[RowState]) -> list[CoordinatorEvent]:
+    """The event of a row that runs in a wave of which the coordinator does not know that it runs."""
+    if not running:
+        return []
+    newest = max(running, key=lambda row: row.wave)
+    # A row in an older wave says nothing: it is about to change, or the ranks are split.
+    known = newest.wave < state.wave or (newest.wave == state.wave and state.phase is Phase.RUNNING)
+    return [] if known else [SeenRunning(newest.dp_rank, newest.wave)]

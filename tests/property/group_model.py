@@ -329,7 +329,7 @@ class Group(Ranks):
         watch = WaveReconciler(RESEND, TIMEOUT)
         state = CoordinatorState(BASE, Phase(self._heads[head_number].phase))
         shown = [RowState(at, BASE + wave, running) for at, (wave, running) in enumerate(rows)]
-        looks = [watch.look(now, state, shown) for now in range(0, TIMEOUT + RESEND + 1, LOOK)]
+        looks = [watch.events(now, state, shown) for now in range(0, TIMEOUT + RESEND + 1, LOOK)]
         return [[(self._event(event), getattr(event, "engine", 0)) for event in events] for events in looks]
 
     def _look_long(self, world: World, rows: tuple[tuple[int, bool], ...]) -> list[Move]:

@@ -267,7 +267,7 @@ class Group:
         self.now += 100
         words = [pack_state(e.wave, int(e.running)) for e in self.engines]
         rows = [RowState(i, *unpack_state(word)[:2]) for i, word in enumerate(words)]
-        for event in self.watch.look(self.now, self.state, rows):
+        for event in self.watch.events(self.now, self.state, rows):
             self.coordinate(event)
 
     def happens(self, what: str, k: int) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, TypeAlias
 
 from dpshm.board.words import pack_load
-from dpshm.policies.step_model import StepModel
+from dpshm.policies.step_model import BASE_NS, CHUNK_TOKENS, STEP_END, STEP_TOKENS, StepModel
 from dpshm.sim.batching import Batcher, SimRequest, Step, StepCost
 from dpshm.sim.lab.prefix_cache import PrefixCache
 
@@ -90,7 +90,7 @@ class SimRank:
         self.row: Row
         if coefficients == "true":
             words = self._model.words
-            words[2:6] = (
+            words[BASE_NS : CHUNK_TOKENS + 1] = (
                 *(int(x * 1e9) for x in (cost.base_s, cost.per_request_s, cost.per_prompt_token_s)),
                 cost.max_prompt_tokens,
             )
@@ -110,7 +110,8 @@ class SimRank:
         step = self.step = batcher.plan()
         if not self._learns:
             words = self._model.words
-            words[0], words[1] = int((now_s + step.seconds) * 1e9) if words[2] else 0, step.prompt_tokens
+            words[STEP_END] = int((now_s + step.seconds) * 1e9) if words[BASE_NS] else 0
+            words[STEP_TOKENS] = step.prompt_tokens
         else:
             self._model.begin(int(now_s * 1e9), step.prompt_tokens, step.batch)
         self.publish()
@@ -130,11 +131,11 @@ class SimRank:
             request.key.done_s = now_s
             completed.append(request.key)
         if not self._learns:
-            self._model.words[0] = self._model.words[1] = 0
+            self._model.words[STEP_END] = self._model.words[STEP_TOKENS] = 0
         else:
             self._model.finished(len(completed))
             self._model.end(int(seconds * 1e9), self.step.prompt_tokens, self.step.batch)
-            self._model.left(batcher.waiting, batcher.running, batcher.prefill_backlog)
+            self._model.after_step(batcher.waiting, batcher.running, batcher.prefill_backlog)
         return completed
 
     @property

@@ -259,7 +259,7 @@ def test_equal_input_gives_an_equal_choice(name: str, rng: random.Random):
 
 def test_least_work_waits_for_a_place():
     """Guards against engines that are filled to their last place, so that a burst waits for requests to end."""
-    full = {"places": 64, "ending_ns": 200_000_000}
+    full = {"max_running": 64, "ending_ns": 200_000_000}
     models = [learnt(**full), learnt(base_ns=20_000_000, **full)]
     for running, chosen in ((60, 0), (63, 0), (64, 1), (65, 1)):
         load = [pack_load(0, running, 0), pack_load(0, 10, 0)]

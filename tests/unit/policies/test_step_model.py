@@ -105,7 +105,7 @@ def test_it_learns_how_much_a_step_holds():
     model = StepModel()
     for prompt, backlog, chunk in ((900, 0, 0), (512, 2000, 512), (300, 900, 512), (600, 0, 600)):
         model.end(10_000_000, prompt, 9)
-        model.left(waiting=backlog > 0, running=9, prefill_backlog=backlog)
+        model.after_step(waiting=backlog > 0, running=9, prefill_backlog=backlog)
         assert words_of(model)["chunk_tokens"] == chunk
 
 
@@ -115,11 +115,11 @@ def test_it_learns_how_many_requests_have_room():
 
     def step(tokens: int, waiting: int, running: int) -> int:
         model.end(10_000_000, tokens, running)
-        model.left(waiting, running, prefill_backlog=800 * waiting)
+        model.after_step(waiting, running, prefill_backlog=800 * waiting)
         learnt = list(model.words)
-        model.left(50, 0, 0)  # a publish that no step came before says nothing of one
+        model.after_step(50, 0, 0)  # a publish that no step came before says nothing of one
         assert model.words == learnt
-        return words_of(model)["places"]
+        return words_of(model)["max_running"]
 
     assert [step(512, 3, 10) for _ in range(9)] == [0] * 9  # each step was full of tokens
     assert [step(100, i % 3 > 0, 12) for i in range(10)] == [0] * 10  # newcomers
@@ -138,8 +138,8 @@ def test_those_that_a_step_finished_had_room_in_it(before: bool):
         model.end(10_000_000, 0, 64)
         if not before:
             model.finished(3)
-        model.left(waiting=2, running=61, prefill_backlog=900)
-    assert words_of(model)["places"] == 64
+        model.after_step(waiting=2, running=61, prefill_backlog=900)
+    assert words_of(model)["max_running"] == 64
 
 
 def test_it_learns_how_fast_requests_end():

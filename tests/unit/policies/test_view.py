@@ -46,7 +46,6 @@ def test_a_policy_sees_the_same_types_at_every_size(size: int):
         "step_tokens": (work.step_tokens, [10 * e + 1 for e in every]),
     }
     for i, name in enumerate(MODEL_WORDS):
-        name = {"places": "max_running"}.get(name, name)  # noqa: PLW2901
         seen[name] = (getattr(work, name), [100 * e + i + 1 for e in every])
     for name, (got, expected) in seen.items():
         assert got == expected, name

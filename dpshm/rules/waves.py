@@ -19,7 +19,8 @@ In words, for the coordinator, whose wave never falls:
   old wave says nothing, because the row is about to change, and `RanksSplit` comes if it does not.
 - A wave that is complete, in the present wave or a newer one, pauses the group in the wave after it.
 - An unanswered wake-up repeats START, and ends with a warning.
-- Rows are the truth and messages are hints. `RanksSplit` sends START to all; `RanksIdle` pauses the group.
+- Rows are the truth and messages are hints (rule 4). `RanksSplit` sends START to all; `RanksIdle` pauses the
+  group.
 
 And for an engine:
 

@@ -21,7 +21,7 @@ import pytest
 
 from dpshm import Coordinator, Engine
 from dpshm.board import words
-from dpshm.board.layout import DEFAULT_ENGINES, DEFAULT_FRONTENDS, PAGE_BYTES, make_layout
+from dpshm.board.layout import DEFAULT_ENGINES, DEFAULT_FRONTENDS, PAGE_BYTES, STEP_MODEL_WORDS, make_layout
 from dpshm.cli import COMMANDS, load_command
 from dpshm.coordinator.settings import Settings, make_settings
 from dpshm.policies import NAMES, View
@@ -412,6 +412,13 @@ def test_the_memory_map_is_the_real_one() -> None:
     assert drawn.pop("unused, to the end of the page") > PAGE_BYTES
     assert drawn == {name: column.offset for name, column in layout.columns.items()}
     assert end == layout.size
+
+
+def test_the_step_models_words_are_the_real_ones() -> None:
+    """Guards against a drawn order of the eight words that a reader uses and that is wrong."""
+    found = re.search(r"`step_model` has eight words.*?\(what", text_of(BOARD), re.DOTALL)
+    assert found
+    assert tuple(re.findall(r"`(\w+)`", found.group())[1:]) == STEP_MODEL_WORDS
 
 
 def test_the_packed_words_are_the_real_ones() -> None:

@@ -58,7 +58,7 @@ def test_route_by_policy(benchmark: Any, using: Any, name: str, engines: int) ->
 @pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize("name", ["least_loaded", "least_work"])
 def test_route_exclusive(benchmark: Any, using: Any, name: str, exclusive: bool) -> None:
-    """Without the lock, and with it and nobody else asking for it."""
+    """Without the lock, and with the lock while no other process asks for it."""
     fixture = using(make_board(name))
     if exclusive:
         fixture.frontend._decision_lock = DecisionLock(fixture.board.segment)

@@ -1,12 +1,12 @@
 """Verdicts: what the coordinator says of an engine or a front-end, as a pure function (rule 5) of what it saw.
 
-- *dead*: the process is gone. Its lock says so, and only its lock: a held lock always means alive, a free
-  one under a row that somebody took always means dead. (A pid may be seen in another namespace, or reused;
-  a pidfd merely tells *when* to look at the lock.)
+- *dead*: the process is gone. Only its lock says so: a held lock always means alive, and a free lock under a row
+  that a process took always means dead. (A pid may belong to another namespace, or be reused; a pidfd only tells
+  *when* to test the lock.)
 - *stalled*: alive, not paused by the user, has work, and its beat has not moved for ``stall_timeout``. The
-  watcher times that by its own clock, so it does not matter whose clock the beat was taken from. The
+  watcher measures that by its own clock, so it does not matter which clock the beat was taken from. The
   timeout has to exceed the longest step.
-- *alive*: otherwise. *absent*: nobody ever took the row, or who had it left in good order.
+- *alive*: otherwise. *absent*: no process ever took the row, or its process left in good order.
 """
 
 from __future__ import annotations

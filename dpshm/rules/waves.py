@@ -167,7 +167,7 @@ class PublishState(NamedTuple):
 
 
 class WarnWakeFailed(NamedTuple):
-    """Coordinator: nobody woke up in time; tell the operator."""
+    """Coordinator: no engine woke up in time; tell the operator."""
 
     wave: int
 

@@ -1,7 +1,7 @@
 """The clairvoyant: tries a request on a copy of each rank and takes the one that gives it its first token soonest.
 
-It knows what nobody can: how many tokens every running request will still generate, and what each rank holds in
-its prefix cache. It is greedy, not optimal: it does nothing for the requests that come later. Ranks in lockstep
+It knows what no front-end can: how many tokens every running request will still generate, and what each rank has
+in its prefix cache. It is greedy, not optimal: it does nothing for the requests that come later. Ranks in lockstep
 wait for each other, which it leaves out.
 """
 

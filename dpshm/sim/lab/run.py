@@ -70,7 +70,7 @@ class Plant:
             if not 0 < factor < 1e6:
                 raise SettingError(f"rank {rank} cannot be {factor:g} times as slow: choose a number above 0")
         if self.restart and self.engines < 2:
-            raise SettingError("with one engine, nobody takes requests while it restarts: use two or more")
+            raise SettingError("with one engine, no engine takes requests while it restarts: use two or more")
 
     def cost_of(self, rank: int) -> StepCost:
         """The step cost of one rank."""

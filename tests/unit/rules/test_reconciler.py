@@ -138,7 +138,7 @@ def test_no_rows_are_no_evidence():
 
 @pytest.mark.parametrize("shown", [rows(-5, -5), rows()], ids=["idle", "stock engines"])
 def test_an_unanswered_wake_up_is_repeated_and_given_up(shown: list[RowState]):
-    """Guards against a lost START that nobody repeats, and one that is repeated for ever."""
+    """Guards against a lost START that is never repeated, and one that is repeated for ever."""
     rows_ = watch()
     seen = {at: rows_.events(T + at, WAKING, shown) for at in range(0, TIMEOUT + 1, 100)}
     again, gave_up = [WakeTimer(expired=False)], [WakeTimer(expired=True)]
@@ -169,7 +169,7 @@ def test_a_wake_up_of_another_wave_starts_a_new_timer():
 
 
 def test_while_a_rank_runs_the_wake_up_waits():
-    """Guards against a warning that nobody woke up while ranks are seen running."""
+    """Guards against a warning that no rank woke up while ranks are seen running."""
     rows_ = watch()
     for at in range(0, 3 * TIMEOUT, 100):
         events = rows_.events(T + at, WAKING, rows(4, 4))

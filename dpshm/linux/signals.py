@@ -11,13 +11,15 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Self
+from typing import Any, Self
 
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class EndRequest:
     """Whether a signal has asked this process to end. One at a time, made and closed in the main thread.
+
+    One that is never closed stays in force until the process ends: the garbage collector puts no handler back.
 
     Attributes:
         signum: the first of the signals that came; 0 before.
@@ -30,8 +32,7 @@ class EndRequest:
         self.signum = 0
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._handling = handling(self._note, signums)
-        self._handling.__enter__()
+        self._before = _handle(self._note, signums)
 
     def _note(self, signum: int) -> None:
         self.signum = self.signum or signum
@@ -42,7 +43,7 @@ class EndRequest:
 
     def close(self) -> None:
         """Puts the handlers back that were there before."""
-        self._handling.__exit__(None, None, None)
+        _restore(self._before)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._read)
         os.close(self._write)
@@ -57,9 +58,18 @@ class EndRequest:
 @contextmanager
 def handling(handle: Callable[[int], None], signums: Sequence[int] = END_SIGNALS) -> Iterator[None]:
     """While it is open, these signals call a function, in the main thread."""
-    before = {signum: signal.signal(signum, lambda number, _: handle(number)) for signum in signums}
+    before = _handle(handle, signums)
     try:
         yield
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        _restore(before)
+
+
+def _handle(handle: Callable[[int], None], signums: Sequence[int]) -> dict[int, Any]:
+    """Has these signals call a function; the handlers that were there before, by signal."""
+    return {signum: signal.signal(signum, lambda number, _: handle(number)) for signum in signums}
+
+
+def _restore(before: dict[int, Any]) -> None:
+    for signum, handler in before.items():
+        signal.signal(signum, handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -38,6 +39,23 @@ def test_only_the_signals_asked_for_are_handled():
     before = signal.getsignal(signal.SIGINT)
     with EndRequest((signal.SIGTERM,)):
         assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_garbage_collector_changes_no_handler():
+    """Guards against handlers put back when an unclosed request is collected, in whichever thread that is."""
+    before, wakeup_before = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
+    request = EndRequest((signal.SIGTERM,))
+    fds = request._read, request._write
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the handler no longer refers to the request
+        del request
+        gc.collect()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.set_wakeup_fd(wakeup_before)
+        signal.signal(signal.SIGTERM, before)
+        for fd in fds:
+            os.close(fd)
 
 
 def test_a_handler_may_raise():

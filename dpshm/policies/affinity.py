@@ -24,9 +24,9 @@ import numpy as np
 
 from dpshm.errors import SettingError
 from dpshm.policies.columns import ListColumns
-from dpshm.policies.hashing import mix, mix_array, mixed, mixed_array
 from dpshm.policies.view import Request, View
 from dpshm.policies.work import LeastWork, expected_of_few, expected_of_many
+from dpshm.rules.hashing import mix, mix_array, mixed, mixed_array
 
 _least_work = LeastWork()
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from dpshm.board.words import unpack_load
 from dpshm.policies.columns import ArrayColumns, Columns, ListColumns, Words
-from dpshm.policies.hashing import mix
 from dpshm.policies.view import Request, View
+from dpshm.rules.hashing import mix
 
 
 def least_loaded(view: View, request: Request) -> int:

@@ -17,7 +17,7 @@ from dpshm.board.words import pack_load
 from dpshm.errors import SettingError
 from dpshm.policies import Affinity, LeastWork, Policy, PowerOfTwo, Request, View
 from dpshm.policies.columns import ArrayColumns, ArrayWork, ListColumns, ListWork
-from dpshm.policies.hashing import mix, mix_array
+from dpshm.rules.hashing import mix, mix_array
 
 NOW = 1_000_000_000
 REQUEST = Request(100, key=7)

@@ -1,0 +1,210 @@
+"""The fingerprints of a prompt's blocks: what engines insert into the prefix index and front-ends look up.
+
+A prompt is cut into blocks of `block_tokens` tokens; a rest that fills no block has no fingerprint. A block's
+fingerprint is 64 bits that depend on every token from the prompt's start to the block's end, in order, and on the
+salt. Two prompts therefore share a fingerprint exactly where they share a prefix, up to collisions.
+
+The hash of block j, with secret 64-bit keys drawn from the group's key:
+
+    block_j       = mix(sum over k of token[k] * T[k])              T: one odd key a position in the block
+    chain_j       = sum over i <= j of block_i * K[i]               K: one odd key a block of the prompt
+    fingerprint_j = mix(chain_j + start),  0 becomes 1              start: from the salt
+
+All arithmetic is modulo 2**64, so numpy computes all blocks at once: a matrix product, a cumulative sum. Every
+block has a key of its own instead of a power of one number: sums of powers modulo 2**64 collide on Thue-Morse
+sequences whatever the number is.
+
+Collisions. For two given prompts that an author chose without the keys, a block differs with probability at least
+1 - 2**-(64 - z), where 2**z is the largest power of two that divides all differences of its tokens (z < 20 for a
+vocabulary below a million); the chain adds at most 2**-63 times the number of differing trailing zeros of a mixed
+word, which is 1 on average. A lookup of a fingerprint that is not there, among n fingerprints of a rank, is a
+false hit with probability n / 2**64: 4e-15 for a million tokens in blocks of 16. A false hit costs one computation
+of a prefix. It never changes an answer.
+
+Sources: the sum is the multilinear family of Carter and Wegman, "Universal classes of hash functions", JCSS 18(2),
+1979, in the form that Lemire and Kaser analyse, "Strongly universal string hashing is fast", Computer Journal
+57(11), 2014. `mix`: see `dpshm.rules.hashing`.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from operator import mul
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpshm.errors import SettingError
+from dpshm.rules.hashing import mix, mix_array
+
+Tokens: TypeAlias = Iterable[int] | NDArray[Any] | memoryview
+"""Token ids. Arrays and buffers of integers are read as they are; a list is converted, which costs as much as the
+hash: some 6 ns a token."""
+Fingerprints: TypeAlias = NDArray[np.uint64]
+
+MAX_TOKEN = (1 << 32) - 1
+_MASK = (1 << 64) - 1
+_CHUNK = 1024  # keys of blocks are derived in chunks of so many
+
+
+class PrefixHasher:
+    """Makes the fingerprints of one group's prompts; equal arguments make equal fingerprints in every process.
+
+    Attributes:
+        block_tokens: tokens a block.
+        identity: 63 bits that differ where block size, key or method differ. Fingerprints compare only between
+            hashers of one identity.
+    """
+
+    def __init__(self, block_tokens: int, key: int) -> None:
+        """Derives the keys.
+
+        Args:
+            block_tokens: tokens a block, from 1 to 4096.
+            key: the group's secret, 63 bits.
+
+        Raises:
+            SettingError: `block_tokens` is out of range.
+        """
+        if not 1 <= block_tokens <= 4096:
+            raise SettingError(f"block_tokens is {block_tokens}: choose 1 to 4096, the KV cache's block size")
+        self.block_tokens = block_tokens
+        self._secret = key.to_bytes(8, "little")
+        self._token_keys = self._keys(b"token", 0, block_tokens)
+        self._block_keys = self._keys(b"block", 0, _CHUNK)
+        name = f"dpshm-1:{block_tokens}".encode()
+        self.identity = _number(blake2b(name, key=self._secret, digest_size=8).digest()) >> 1
+
+    def start(self, *salts: str | bytes | int) -> int:
+        """The start value for prompts that differ beside their tokens: adapter, multimodal content, cache salt.
+
+        Returns:
+            64 bits; 0 without a salt.
+        """
+        if not salts:
+            return 0
+        digest = blake2b(key=self._secret, digest_size=8)
+        for salt in salts:
+            data = salt if isinstance(salt, bytes) else str(salt).encode()
+            digest.update(len(data).to_bytes(8, "little") + data)
+        return _number(digest.digest())
+
+    def fingerprints(self, tokens: Tokens, start: int = 0) -> Fingerprints:
+        """One fingerprint a whole block, of shape (number of tokens // block_tokens,) and dtype uint64, none 0.
+
+        Args:
+            tokens: token ids from 0 to 2**32 - 1.
+            start: from `start`.
+
+        Raises:
+            SettingError: the tokens are not integers of that range, or not one-dimensional.
+        """
+        ids = as_token_array(tokens)
+        size = self.block_tokens
+        blocks = len(ids) // size
+        if blocks == 0:
+            return np.empty(0, np.uint64)
+        while blocks > len(self._block_keys):
+            more = self._keys(b"block", len(self._block_keys), len(self._block_keys) + _CHUNK)
+            self._block_keys = np.concatenate((self._block_keys, more))
+        matrix = ids[: blocks * size].reshape(blocks, size).astype(np.uint64)
+        chain = mix_array(matrix @ self._token_keys)
+        chain *= self._block_keys[:blocks]
+        np.cumsum(chain, out=chain)
+        if start:
+            chain += np.uint64(start)
+        found = mix_array(chain)
+        if not found.all():
+            found[found == 0] = 1
+        return found
+
+    def _keys(self, purpose: bytes, first: int, end: int) -> NDArray[np.uint64]:
+        """Odd 64-bit keys number `first` to `end` for a purpose."""
+        data = b"".join(
+            blake2b(i.to_bytes(8, "little"), key=self._secret, person=purpose, digest_size=8).digest()
+            for i in range(first, end)
+        )
+        keys = np.frombuffer(data, "<u8").astype(np.uint64)
+        keys |= np.uint64(1)
+        return keys
+
+
+class DigestReducer:
+    """Makes fingerprints of block hashes that an engine has already, such as vLLM's: any bytes, 16 or more of
+    them.
+
+    A plain cut of a public hash could be made to collide by its author. The words of the digest are therefore
+    multiplied by secret keys: ``mix(added + sum of word[i] * key[i])``.
+    """
+
+    def __init__(self, key: int) -> None:
+        """Derives the keys from the group's secret, 63 bits."""
+        digest = blake2b(b"digest", key=key.to_bytes(8, "little"), digest_size=64).digest()
+        keys = np.frombuffer(digest, "<u8").astype(np.uint64)
+        keys |= np.uint64(1)
+        self._keys = keys
+        self._numbers: list[int] = keys.tolist()
+        self._added = np.uint64(_number(blake2b(digest, digest_size=8).digest()))
+        self._added_number = int(self._added)
+
+    def fingerprint(self, digest: bytes) -> int:
+        """The fingerprint of one digest; for an engine that inserts one block at a time.
+
+        Raises:
+            SettingError: the digest has fewer than 16 or more than 64 bytes, or no multiple of 8.
+        """
+        size = len(digest)
+        if not 16 <= size <= 64 or size % 8:
+            raise SettingError(f"block hashes have {size} bytes: they need 16 to 64, a multiple of 8")
+        words = memoryview(digest).cast("Q")
+        return mix(sum(map(mul, words, self._numbers), self._added_number) & _MASK) or 1
+
+    def fingerprints(self, digests: Sequence[bytes]) -> Fingerprints:
+        """One fingerprint a digest, of shape (len(digests),) and dtype uint64, none 0.
+
+        Raises:
+            SettingError: the digests differ in length, or have fewer than 16 or more than 64 bytes.
+        """
+        if not digests:
+            return np.empty(0, np.uint64)
+        size = len(digests[0])
+        data = b"".join(digests)
+        if not 16 <= size <= 64 or size % 8 or len(data) != size * len(digests):
+            raise SettingError(f"block hashes have {size} bytes: they need 16 to 64, a multiple of 8, all alike")
+        words = np.frombuffer(data, "<u8").reshape(len(digests), size // 8)
+        found = mix_array(words @ self._keys[: size // 8] + self._added)
+        if not found.all():
+            found[found == 0] = 1
+        return found
+
+
+def as_token_array(tokens: Tokens) -> NDArray[Any]:
+    """Token ids as a one-dimensional array of integers, without a copy where they are an array or a buffer.
+
+    Raises:
+        SettingError: they are not integers from 0 to 2**32 - 1, or not one-dimensional.
+    """
+    try:
+        ids = np.asarray(tokens if hasattr(tokens, "__array_interface__") else _as_buffer(tokens))
+    except (TypeError, ValueError, OverflowError) as e:
+        raise SettingError(f"token ids must be integers from 0 to {MAX_TOKEN}: {e}") from None
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise SettingError(f"token ids must be a one-dimensional array of integers, not {ids.dtype} {ids.shape}")
+    fits = ids.dtype.itemsize < 8 and ids.dtype.kind == "u"
+    if not fits and len(ids) and (int(ids.min()) < 0 or int(ids.max()) > MAX_TOKEN):
+        raise SettingError(f"token ids must be integers from 0 to {MAX_TOKEN}")
+    return ids
+
+
+def _as_buffer(tokens: Any) -> Any:
+    """The tokens themselves if they are a buffer, else an array of them."""
+    if isinstance(tokens, (bytes, str)):
+        raise TypeError(f"{type(tokens).__name__} holds no token ids")
+    return tokens if isinstance(tokens, (array, memoryview)) else array("I", tokens)
+
+
+def _number(digest: bytes) -> int:
+    return int.from_bytes(digest, "little")

@@ -55,15 +55,15 @@ class Affinity(msgspec.Struct, frozen=True):
         key = request.key
         if key is None:
             return _least_work(view, request)
-        columns, prompt = view.columns, request.prompt_tokens
+        columns = view.columns
         # The least loaded is never above the mean, so `within` is empty only where the board was scribbled upon.
         if isinstance(columns, ListColumns):
-            few, load = columns.free(), expected_of_few(columns, prompt)
+            few, load = columns.free(), expected_of_few(columns, request)
             bound = (1 + self.epsilon) * sum(load[r] for r in few) / len(few)
             order = mixed(len(load))
             within = [r for r in few if load[r] <= bound]
             return max(within or few, key=lambda r: mix(key ^ order[r]))
-        many, loads = columns.free(), expected_of_many(columns, prompt)
+        many, loads = columns.free(), expected_of_many(columns, request)
         order_of_all = mixed_array(len(loads))
         loads = loads[many]
         light = many[loads <= (1 + self.epsilon) * int(loads.sum()) / len(many)]

@@ -12,16 +12,23 @@ from dpshm.policies.columns import ArrayColumns, Columns, ListColumns, Words
 from dpshm.policies.view import Request, View
 from dpshm.rules.hashing import mix
 
+_TOKEN_BITS = 32  # a prompt has fewer tokens than one request more weighs
+
 
 def least_loaded(view: View, request: Request) -> int:
     """Join the shortest queue: the least requests, reported plus in flight.
 
     For engines that report neither tokens nor steps; `dpshm.policies.LeastWork` is as good there, and dearer.
 
-    Formula: ``argmin(waiting + running + in flight)``.
+    Formula: ``argmin(waiting + running + in flight)``; of equal ranks the one that has most of the prompt cached.
     """
     columns: Any = view.columns  # its requests and what its `least` takes are both lists, or both arrays
-    return columns.least(columns.requests)  # type: ignore[no-any-return]
+    if request.cached is None:
+        return columns.least(columns.requests)  # type: ignore[no-any-return]
+    if isinstance(columns, ListColumns):
+        by_rank = zip(columns.requests, request.cached, strict=False)
+        return columns.least([(requests << _TOKEN_BITS) - cached for requests, cached in by_rank])
+    return columns.least((columns.requests << _TOKEN_BITS) - np.array(request.cached))  # type: ignore[no-any-return]
 
 
 def vllm(view: View, request: Request) -> int:

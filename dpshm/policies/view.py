@@ -25,10 +25,13 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     Attributes:
         prompt_tokens: as booked.
         key: what `affinity` keeps together, as a number (`dpshm.policies.key_of`); None: nothing.
+        cached: by rank, how many of the prompt's tokens its cache holds (the prefix index), 0 where that is not
+            known; None if no prompt was given.
     """
 
     prompt_tokens: int = 0
     key: int | None = None
+    cached: list[int] | None = None
 
 
 class Work(msgspec.Struct, frozen=True, eq=False, dict=True):

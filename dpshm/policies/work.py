@@ -7,7 +7,8 @@ What a new request waits for, at an engine that serves first come, first served 
                 steps * (base + per_request * (requests + 1)) + per_token * tokens
                 ending * (requests + 1 - max_running)
 
-    tokens = sent and not computed - those of the running step + its own;   steps = ceil(tokens / chunk)
+    tokens = sent and not computed - those of the running step + its own that are not cached
+    steps = ceil(tokens / chunk)
 
 The first is the work in front of it. The second is the wait for room, if that many requests have to end first.
 
@@ -25,6 +26,7 @@ JPDC 59(2), 1999 (least work remaining). The estimate of that work is ours.
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import ClassVar
 
 import msgspec
@@ -32,6 +34,7 @@ import numpy as np
 
 from dpshm.board.layout import MODEL_WORDS
 from dpshm.policies.columns import ArrayColumns, ListColumns, Words
+from dpshm.policies.counts import least_loaded
 from dpshm.policies.view import Request, View
 
 _NO_LIMIT = 1 << 40
@@ -45,30 +48,37 @@ class LeastWork(msgspec.Struct, frozen=True):
 
     def __call__(self, view: View, request: Request) -> int:
         """See `dpshm.policies.Policy`."""
-        columns, prompt = view.columns, request.prompt_tokens
+        columns = view.columns
         if isinstance(columns, ListColumns):
-            return columns.least(expected_of_few(columns, prompt))
-        return columns.least(expected_of_many(columns, prompt))
+            if columns.work is None or not columns.work.models[0][0]:
+                return least_loaded(view, request)
+            return columns.least(expected_of_few(columns, request))
+        if columns.work is None or not columns.work.models[0, 0]:
+            return least_loaded(view, request)
+        return columns.least(expected_of_many(columns, request))
 
     def expected_ns(self, view: View, request: Request) -> list[int]:
         """By rank, nanoseconds from now to this request's first token; if none has learnt, a count of requests."""
-        columns, prompt = view.columns, request.prompt_tokens
+        columns = view.columns
         if isinstance(columns, ListColumns):
-            return expected_of_few(columns, prompt)
-        expected: list[int] = expected_of_many(columns, prompt).tolist()
+            return expected_of_few(columns, request)
+        expected: list[int] = expected_of_many(columns, request).tolist()
         return expected
 
 
-def expected_of_few(columns: ListColumns, prompt: int) -> list[int]:
-    """`LeastWork.expected_ns` of few ranks; `prompt` is the request's own tokens."""
+def expected_of_few(columns: ListColumns, request: Request) -> list[int]:
+    """`LeastWork.expected_ns` of few ranks."""
     work = columns.work
     # A view of vLLM's broadcast has no tokens, and at first no engine has learnt anything: see `comparable`.
     if work is None or not work.models[0][0]:
         return [n + 1 for n in columns.requests]
-    now, prompt = work.now_ns, prompt if prompt > 1 else 1
+    now, own = work.now_ns, request.prompt_tokens
+    # At least one token of a prompt is computed, whatever is cached.
+    prompts = repeat(max(1, own)) if request.cached is None else [max(1, own - n) for n in request.cached]
     scores = []
     # One item a rank in each; `strict` would cost a tenth of the decision.
-    for requests, waiting, step, model in zip(columns.requests, work.tokens, work.steps, work.models):  # noqa: B905
+    by_rank = zip(columns.requests, work.tokens, work.steps, work.models, prompts)  # noqa: B905
+    for requests, waiting, step, model, prompt in by_rank:
         step_end, step_tokens = step
         base, per_request, per_token, chunk, max_running, ending = model
         requests += 1  # noqa: PLW2901
@@ -85,7 +95,7 @@ def expected_of_few(columns: ListColumns, prompt: int) -> list[int]:
     return scores
 
 
-def expected_of_many(columns: ArrayColumns, prompt: int) -> Words:
+def expected_of_many(columns: ArrayColumns, request: Request) -> Words:
     """The same for arrays."""
     work = columns.work
     requests = columns.requests + 1
@@ -93,7 +103,10 @@ def expected_of_many(columns: ArrayColumns, prompt: int) -> Words:
         return requests
     step_end, step_tokens = work.steps.T
     base, per_request, per_token, chunk, max_running, ending = work.models.T
-    tokens = np.maximum(work.tokens - step_tokens, 0) + max(1, prompt)
+    own: int | Words = max(1, request.prompt_tokens)
+    if request.cached is not None:
+        own = np.maximum(own - np.array(request.cached), 1)
+    tokens = np.maximum(work.tokens - step_tokens, 0) + own
     ns: Words = base + per_request * requests
     ns *= -(-tokens // chunk)
     ns += per_token * tokens

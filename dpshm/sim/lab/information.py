@@ -3,13 +3,15 @@
 | name | what a front-end sees |
 |---|---|
 | `live` | the board: every rank's row as it is, and what any front-end has sent and is on its way |
+| `live-index` | the same, and which blocks of prompts each rank's cache holds: the prefix index |
 | `live-unbooked` | the rows as they are, and nothing of what is on its way |
 | `broadcast` | all rows as they were at the last broadcast, every 100 ms; what it sent since counts once for each front-end, as vLLM's API servers count it, until the next broadcast overwrites it |
 | `broadcast-keep` | the same rows; what it sent counts once, until a broadcast shows it as received |
 | `immediate` | each row as it was 1 ms ago, sent at every change; what it sent counts until such a row has it |
 | `scrape` | all rows as they were at the last scrape, every second, and nothing else: a gateway's |
 
-A number after a colon is another interval or delay in milliseconds: ``broadcast:10``.
+A number after a colon is another interval or delay in milliseconds: ``broadcast:10``. For `live-index` it is how
+late changes of the caches are known, as by a router that is fed with events; without a number, at once.
 All give the same `View`, so each policy runs on each of them.
 """  # noqa: E501 - a table
 
@@ -24,6 +26,7 @@ from dpshm.board.words import queued
 from dpshm.errors import SettingError
 from dpshm.policies import View, comparable
 from dpshm.policies.columns import ListColumns, ListWork
+from dpshm.sim.lab.prefix_cache import DelayedCache
 from dpshm.sim.lab.rank import Job, Row, SimRank
 
 NEVER_S = float("inf")
@@ -48,6 +51,10 @@ class Information(ABC):
     @abstractmethod
     def view(self, frontend: int, order: list[int], now_s: float) -> View:
         """What a front-end sees now."""
+
+    def cached(self, job: Job, now_s: float) -> list[int] | None:
+        """By rank, the tokens of a prompt that its cache holds; None where that is not known."""
+        return None
 
     def tick(self, now_s: float) -> None:
         """Its time has come."""
@@ -96,6 +103,33 @@ class Live(Information):
         )
 
 
+class LiveIndex(Live):
+    """The board and the prefix index."""
+
+    def __init__(self, ranks: list[SimRank], own: list[list[int]], delay_s: float) -> None:
+        super().__init__(ranks, own)
+        self._delay_s = delay_s
+        self._delayed = [DelayedCache(delay_s) for _ in ranks] if delay_s else []
+        self._followed: list[SimRank | None] = [None] * len(ranks)
+
+    def published(self, rank: int, now_s: float) -> None:
+        if self._delayed and self.ranks[rank] is not self._followed[rank]:
+            self._follow(rank)
+
+    def cached(self, job: Job, now_s: float) -> list[int] | None:
+        if not job.blocks:
+            return None
+        if self._delayed:
+            return [d.hit_tokens(now_s, job.blocks, job.prompt_tokens) for d in self._delayed]
+        return [r.cache.hit_tokens(job.blocks, job.prompt_tokens) for r in self.ranks]
+
+    def _follow(self, rank: int) -> None:
+        """Hears of the changes of a rank that has just begun."""
+        sim, delayed = self.ranks[rank], DelayedCache(self._delay_s)
+        self._followed[rank], self._delayed[rank] = sim, delayed
+        sim.cache.changed = delayed.note
+
+
 class LiveUnbooked(Information):
     """The board without bookings."""
 
@@ -124,7 +158,7 @@ class Broadcast(Information):
 
     def sent(self, job: Job) -> None:
         self._bumps[job.frontend][job.rank] += self._times
-        self._bumped_tokens[job.frontend][job.rank] += self._times * job.prompt_tokens
+        self._bumped_tokens[job.frontend][job.rank] += self._times * job.booked_tokens
 
     def view(self, frontend: int, order: list[int], now_s: float) -> View:
         bumps, tokens = self._bumps[frontend], self._bumped_tokens[frontend]
@@ -141,7 +175,7 @@ class _Counting(Information):
 
     def sent(self, job: Job) -> None:
         self._sent[job.frontend][job.rank] += 1
-        self._sent_tokens[job.frontend][job.rank] += job.prompt_tokens
+        self._sent_tokens[job.frontend][job.rank] += job.booked_tokens
 
     def _counted(self, frontend: int, order: list[int], now_s: float, rows: Sequence[Row]) -> View:
         sent, tokens = self._sent[frontend], self._sent_tokens[frontend]
@@ -187,7 +221,7 @@ class Immediate(_Counting):
         return self._counted(frontend, order, now_s, self._rows)
 
 
-DEFAULT_MS = {"broadcast": 100.0, "broadcast-keep": 100.0, "immediate": 1.0, "scrape": 1000.0}
+DEFAULT_MS = {"live-index": 0.0, "broadcast": 100.0, "broadcast-keep": 100.0, "immediate": 1.0, "scrape": 1000.0}
 NAMES = ("live", "live-unbooked", *DEFAULT_MS)
 
 
@@ -215,6 +249,7 @@ def make_information(name: str, ranks: list[SimRank], own: list[list[int]]) -> I
     kind, seconds = check_information(name)
     made: dict[str, Any] = {
         "live": lambda: Live(ranks, own),
+        "live-index": lambda: LiveIndex(ranks, own, seconds),
         "live-unbooked": lambda: LiveUnbooked(ranks, own),
         "broadcast": lambda: Broadcast(ranks, own, seconds, times=len(own)),
         "broadcast-keep": lambda: BroadcastKeep(ranks, own, seconds),

@@ -7,36 +7,72 @@ what running requests leave free of the KV cache.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Container, Sequence
 
 BLOCK_TOKENS = 512
 """As in the Mooncake traces."""
 
 
 class PrefixCache:
-    """The blocks of one rank."""
+    """The blocks of one rank.
+
+    Attributes:
+        changed: called with the time, a block, and whether it is held now; for routers that are fed with events.
+        now_s: the time, for `changed`.
+    """
 
     def __init__(self) -> None:
         self._held: OrderedDict[int, None] = OrderedDict()
+        self.changed: Callable[[float, int, bool], None] | None = None
+        self.now_s = 0.0
 
     def __len__(self) -> int:
         return len(self._held)
 
     def hit_tokens(self, blocks: Sequence[int], prompt_tokens: int) -> int:
         """Tokens of a prompt that need not be computed; at least one always must be."""
-        count = 0
-        for block in blocks:
-            if block not in self._held:
-                break
-            count += 1
-        return min(count * BLOCK_TOKENS, prompt_tokens - 1)
+        return hit_tokens(self._held, blocks, prompt_tokens)
 
     def insert(self, blocks: Sequence[int], free_tokens: int) -> None:
         """Holds a prompt's blocks as the most recently used, and no more blocks than fit `free_tokens`."""
-        held = self._held
+        held, changed = self._held, self.changed
         for block in reversed(blocks):  # the first last: what many prompts share stays longest
+            if changed and block not in held:
+                changed(self.now_s, block, True)
             held[block] = None
             held.move_to_end(block)
         while len(held) > max(0, free_tokens) // BLOCK_TOKENS:
-            held.popitem(last=False)
+            block, _ = held.popitem(last=False)
+            if changed:
+                changed(self.now_s, block, False)
+
+
+class DelayedCache:
+    """A rank's blocks as a router knows them that is fed with events: each change arrives `delay_s` later."""
+
+    def __init__(self, delay_s: float) -> None:
+        self._delay_s = delay_s
+        self._held: set[int] = set()
+        self._under_way: deque[tuple[float, int, bool]] = deque()
+
+    def note(self, now_s: float, block: int, held: bool) -> None:
+        """A change is sent."""
+        self._under_way.append((now_s + self._delay_s, block, held))
+
+    def hit_tokens(self, now_s: float, blocks: Sequence[int], prompt_tokens: int) -> int:
+        """As `PrefixCache.hit_tokens`, by the changes that have arrived."""
+        while self._under_way and self._under_way[0][0] <= now_s:
+            _, block, held = self._under_way.popleft()
+            (self._held.add if held else self._held.discard)(block)
+        return hit_tokens(self._held, blocks, prompt_tokens)
+
+
+def hit_tokens(held: Container[int], blocks: Sequence[int], prompt_tokens: int) -> int:
+    """Tokens of a prompt's longest leading run of held blocks, less than the whole prompt."""
+    count = 0
+    for block in blocks:
+        if block not in held:
+            break
+        count += 1
+    return min(count * BLOCK_TOKENS, prompt_tokens - 1)

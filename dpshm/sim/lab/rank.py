@@ -22,7 +22,7 @@ class Job:
     """One request on its way through the laboratory; times in seconds, -1 until they are known."""
 
     __slots__ = (
-        *("blocks", "done_s", "due_s", "first_s", "frontend", "hit_tokens"),
+        *("blocks", "booked_tokens", "done_s", "due_s", "first_s", "frontend", "hit_tokens"),
         *("key", "output_tokens", "prompt_tokens", "rank"),
     )
 
@@ -42,6 +42,7 @@ class Job:
         self.key = key
         self.blocks = blocks
         self.rank = -1
+        self.booked_tokens = prompt_tokens  # of its prompt, what its front-end expects to be computed
         self.hit_tokens = 0
         self.first_s = -1.0
         self.done_s = -1.0
@@ -55,7 +56,7 @@ class Row(NamedTuple):
         backlog: prompt tokens taken in and not computed.
         model: the words of `dpshm.board.layout.STEP_MODEL_WORDS`.
         received: requests taken in, by front-end.
-        received_tokens: their prompt tokens, by front-end.
+        received_tokens: their prompt tokens as booked, by front-end.
     """
 
     load: int
@@ -71,7 +72,7 @@ class SimRank:
     Attributes:
         row: what it published last.
         inbox: requests sent to it and not taken in.
-        inbox_tokens: their prompt tokens.
+        inbox_tokens: their prompt tokens, as booked.
         busy_until_s: when its step ends; -1 while it has none.
     """
 
@@ -100,7 +101,7 @@ class SimRank:
     def send(self, job: Job) -> None:
         """A front-end sends it a request."""
         self.inbox.append(job)
-        self.inbox_tokens += job.prompt_tokens
+        self.inbox_tokens += job.booked_tokens
 
     def begin(self, now_s: float) -> Step:
         """Takes in what has come, and plans the next step."""
@@ -120,6 +121,7 @@ class SimRank:
     def end(self, now_s: float, seconds: float) -> list[Job]:
         """Its step took so long and is over; the requests that are complete."""
         batcher = self.batcher
+        self.cache.now_s = now_s
         finished = batcher.finish(self.step)
         for request in finished.first_tokens:
             job = request.key
@@ -146,7 +148,7 @@ class SimRank:
     def _admit_arrived(self) -> None:
         for job in self.inbox:
             self._received[job.frontend] += 1
-            self._received_tokens[job.frontend] += job.prompt_tokens
+            self._received_tokens[job.frontend] += job.booked_tokens
             job.hit_tokens = self.cache.hit_tokens(job.blocks, job.prompt_tokens) if job.blocks else 0
             self.batcher.add(SimRequest(job, job.prompt_tokens - job.hit_tokens, job.output_tokens))
         self.inbox.clear()

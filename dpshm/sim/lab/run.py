@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 
 from dpshm.errors import SettingError
 from dpshm.frontend.view_reader import TURN_STRIDE
-from dpshm.policies import Request, by_name
+from dpshm.policies import Request
 from dpshm.sim.batching import Batcher, StepCost
 from dpshm.sim.demo.lockstep import AGREEMENT_INTERVAL
 from dpshm.sim.lab.information import check_information, make_information
 from dpshm.sim.lab.oracle import soonest
 from dpshm.sim.lab.rank import Coefficients, Job, SimRank
+from dpshm.sim.lab.rivals import rival_or_policy
 
 ORACLE = "oracle"
 COST = StepCost(kv_tokens=1_000_000)
@@ -133,7 +134,7 @@ class _Run:
     def __init__(self, plant: Plant, jobs: Sequence[Job], policy: str, information: str) -> None:
         check_information(information)
         self._plant = plant
-        self._policy = None if policy == ORACLE else by_name(policy)
+        self._policy = None if policy == ORACLE else rival_or_policy(policy)
         holds = Batcher(plant.cost)
         self._jobs = [job for job in jobs if holds.fits(job.prompt_tokens, job.output_tokens)]
         self._refused = len(jobs) - len(self._jobs)
@@ -201,7 +202,9 @@ class _Run:
             rank = soonest(self._ranks, order, job, now_s)
         else:
             view = self._information.view(f, order, now_s)
-            rank = self._policy(view, Request(job.prompt_tokens, job.key))
+            cached = self._information.cached(job, now_s)
+            rank = self._policy(view, Request(job.prompt_tokens, job.key, cached))
+            job.booked_tokens = job.prompt_tokens - (cached[rank] if cached else 0)
         job.rank = rank
         self._own[f][rank] += 1
         self._unfinished[rank] += 1

@@ -18,10 +18,11 @@ from random import Random
 from typing import Any
 
 from dpshm.errors import SettingError
-from dpshm.policies import by_name, key_of
+from dpshm.policies import key_of
 from dpshm.sim.lab.figures import Combination, Comparison, Figures, figures_of, result_of
 from dpshm.sim.lab.information import check_information
 from dpshm.sim.lab.rank import Job
+from dpshm.sim.lab.rivals import RIVALS, rival_or_policy
 from dpshm.sim.lab.run import ORACLE, Plant, run
 from dpshm.sim.workloads.chat import chat_arrivals
 from dpshm.sim.workloads.traces import Arrival, read_trace
@@ -83,7 +84,7 @@ class SimulationSettings:
             raise SettingError("there is nothing to compare: name at least one policy")
         for policy in self.policies:
             if policy != ORACLE:
-                by_name(policy)
+                rival_or_policy(policy)
         for information in self.information:
             check_information(information)
 
@@ -229,4 +230,6 @@ def _put_together(
 
 
 def _information_of(policy: str) -> str:
-    return "broadcast" if policy in _BROADCAST_BY_DEFAULT else "live"
+    if policy in _BROADCAST_BY_DEFAULT:
+        return "broadcast"
+    return "live-index" if policy in RIVALS else "live"

@@ -1,0 +1,93 @@
+"""Rules of the field beside our policies, as published, for the laboratory alone.
+
+They run on the same views as the policies of `dpshm.policies`; what they need to know of caches comes from
+`dpshm.sim.lab.information`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from dpshm.policies import Policy, Request, View, by_name
+from dpshm.rules.hashing import mix
+
+
+def lmetric(view: View, request: Request) -> int:
+    """New prefill tokens times batch size, the least product.
+
+    Formula: ``argmin((prompt tokens to compute there, this prompt's uncached ones among them) * (requests + 1))``.
+    Source: Zhang et al., "LMetric: Simple is Better - Multiplication May Be All You Need for LLM Request
+    Scheduling", arXiv 2603.15202, 2026. One is added to the batch size, which counts this request: a product
+    with an empty rank would be 0 whatever has to be computed there.
+    """
+    work = view.work
+    tokens = work.tokens if work is not None else [0] * len(view.requests)
+    cached = request.cached or [0] * len(tokens)
+    own = request.prompt_tokens
+    scores = [
+        (waiting + max(1, own - hit)) * (requests + 1)
+        for waiting, hit, requests in zip(tokens, cached, view.requests, strict=True)
+    ]
+    return min(view.ranks, key=scores.__getitem__)
+
+
+lmetric.sees_work = True  # type: ignore[attr-defined]
+
+
+def bounded_hashing(view: View, request: Request) -> int:
+    """Consistent hashing of the key with bounded loads: the next rank on a ring that has room.
+
+    Formula: the first rank clockwise from the key with ``requests < 1.25 * (mean requests + 1)``.
+    Source: Mirrokni, Thorup, Zadimoghaddam, "Consistent Hashing with Bounded Loads", SODA 2018; load is counted in
+    requests and the bound is 1.25, as the routers of the field do. `dpshm.policies.Affinity` differs in both.
+    """
+    ranks, requests = view.ranks, view.requests
+    bound = 1.25 * (sum(requests[r] for r in ranks) / len(ranks) + 1)
+    if request.key is None:
+        return min(ranks, key=requests.__getitem__)
+    allowed = set(ranks)
+    order = [r for r in _ring_order(len(requests), request.key) if r in allowed]
+    return next((r for r in order if requests[r] < bound), order[0])
+
+
+def sticky(view: View, request: Request) -> int:
+    """Where most of the prompt is cached, if that is half of it and the rank has room; else the least loaded.
+
+    Formula: ``argmax(cached)`` if ``cached >= prompt / 2`` and ``requests <= 1.5 * least + 32``, else the least
+    requests.
+    Source: the cache-aware policy of the SGLang router, whose documentation gives a cache threshold of 0.5 and a
+    relative and an absolute balance threshold of 1.5 and 32.
+    """
+    requests, ranks = view.requests, view.ranks
+    least = min(ranks, key=requests.__getitem__)
+    if request.cached is None:
+        return least
+    best = max(ranks, key=request.cached.__getitem__)
+    fits = requests[best] <= 1.5 * requests[least] + 32
+    return best if fits and 2 * request.cached[best] >= request.prompt_tokens else least
+
+
+RIVALS: dict[str, Policy] = {"lmetric": lmetric, "bounded_hashing": bounded_hashing, "sticky": sticky}
+
+
+def rival_or_policy(name: str) -> Policy:
+    """The rule of that name: a rival, or one that `dpshm.policies.by_name` knows.
+
+    Raises:
+        SettingError: there is none.
+    """
+    return RIVALS.get(name) or by_name(name)
+
+
+@lru_cache(maxsize=65536)
+def _ring_order(count: int, key: int) -> Sequence[int]:
+    """Ranks in the order in which a ring with 64 points a rank meets them from the key on."""
+    ring = _ring(count)
+    later = [rank for point, rank in ring if point >= key] + [rank for point, rank in ring if point < key]
+    return list(dict.fromkeys(later))
+
+
+@lru_cache(maxsize=4)
+def _ring(count: int) -> list[tuple[int, int]]:
+    return sorted((mix(rank << 16 | i) >> 1, rank) for rank in range(count) for i in range(64))

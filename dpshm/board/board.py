@@ -94,6 +94,7 @@ class Board:
     request_offset: Words
     token_offset: Words
     step_model: Words
+    cache_state: Words  # [engine, item of layout.CACHE_WORDS]
     received_requests: Words
     received_tokens: Words
     # A front-end's row: [front-end], and [front-end, word of its name].

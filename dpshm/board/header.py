@@ -16,6 +16,7 @@ import msgspec
 
 from dpshm.board import layout
 from dpshm.board.layout import Column
+from dpshm.board.words import MAX_WORD
 from dpshm.errors import SegmentError, SegmentInvalid
 from dpshm.linux import processes
 
@@ -44,6 +45,12 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     pid_namespace: int
     time_namespace: int
     columns: dict[str, Column]
+
+    @property
+    def prefix_key(self) -> int:
+        """The secret of the group's prefix index, 63 bits."""
+        key = self.settings.get("prefix_key", 0)
+        return key & MAX_WORD if isinstance(key, int) else 0
 
     @property
     def waves(self) -> bool:

@@ -19,6 +19,7 @@
                     +------------------------------------------------------------------+
                     | changes: the newest `CHANGES` of marks, dp_size and coordinator  |
                     | wake buckets: how long wake-ups took                             |
+                    | cache states   [engine]              128 bytes each              |
                     +------------------------------------------------------------------+
 
 Everything is little-endian and every word is an int64 on an 8-byte boundary. Rows are padded to 128
@@ -108,6 +109,15 @@ MODEL_WORDS = (
     "ending_ns",  # mean time from one request's end to the next
 )
 STEP_MODEL_WORDS = (*STEP_WORDS, *MODEL_WORDS)
+# The items of an engine's row in `cache_state`: its KV cache and its prefix index (`dpshm.board.prefix_index`).
+CACHE_WORDS = (
+    "index_incarnation",  # of the engine that made the prefix index; 0: there is none
+    "block_tokens",  # tokens a block
+    "num_blocks",  # blocks of the KV cache
+    "blocks_in_use",  # of those, held by requests
+    "held_tokens",  # tokens of KV cache that running requests hold
+    "cached_tokens",  # prompt tokens that were found in the cache; only grows within an incarnation
+)
 # What a front-end stores in its row, its name (`owner`, OWNER_BYTES) after them.
 FRONTEND_WORDS = (
     "frontend_beat",
@@ -182,4 +192,7 @@ def make_layout(engines: int, frontends: int) -> Layout:
         ("wake_bucket", len(WAKE_LIMITS_MS) + 1),
     ):
         columns[name] = Column(reserve(count * WORD_BYTES), (count,), (WORD_BYTES,))
+    columns["cache_state"] = Column(
+        reserve(engines * ROW_BYTES), (engines, len(CACHE_WORDS)), (ROW_BYTES, WORD_BYTES)
+    )
     return Layout(engines, frontends, columns, _padded(end, PAGE_BYTES))

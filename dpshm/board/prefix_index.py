@@ -106,7 +106,7 @@ class PrefixIndexWriter:
             num_blocks: blocks of the engine's KV cache.
             block_tokens: tokens a block.
             identity: of the hash, 63 bits.
-            incarnation: of the engine; readers map the file anew when the board shows another.
+            incarnation: of the index; readers map the file anew when the board shows another.
 
         Raises:
             SettingError: `num_blocks` is out of range.
@@ -231,7 +231,7 @@ class PrefixIndexReader:
     """The reading end, of one rank's index.
 
     Attributes:
-        incarnation: of the engine that made it.
+        incarnation: which index it is; the board shows the same.
         block_tokens: tokens a block.
         identity: of the hash.
         buckets: of the table.

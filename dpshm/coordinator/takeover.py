@@ -9,6 +9,7 @@ from __future__ import annotations
 import grp
 import logging
 import os
+import secrets
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -139,6 +140,7 @@ def _create(settings: Settings, sockets: Sockets) -> Segment:
     # The header names the ports, and a port is known once it is bound. So tcp is bound before the group is ours,
     # which takes nothing from another coordinator, and ipc afterwards.
     addresses = sockets.bind_ports(wanted)
+    fixed = {name: getattr(settings, name) for name in IMMUTABLE}
     header = make_header(
         settings.group,
         settings.engine_capacity,
@@ -146,7 +148,7 @@ def _create(settings: Settings, sockets: Sockets) -> Segment:
         stats_address=addresses[0],
         engine_input_address=addresses[1],
         engine_output_address=addresses[2],
-        settings={name: getattr(settings, name) for name in IMMUTABLE} | _public_key(sockets.keys),
+        settings=fixed | _public_key(sockets.keys) | {"prefix_key": secrets.randbits(63)},
     )
     try:
         return Segment.create(header, file_mode=settings.file_mode, file_gid=_gid(settings.file_group))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import time
 from math import floor
+from operator import index
 from threading import get_ident
 from typing import Any, Self
 
@@ -38,6 +39,7 @@ from dpshm.board.words import (
     queued,
     saturate,
 )
+from dpshm.engine.cache import EngineCache
 from dpshm.engine.step import StepOffsets, StepTimer
 from dpshm.errors import CapacityExceeded, RowInUse, SettingError, WrongThread
 from dpshm.linux import processes
@@ -57,6 +59,7 @@ class EngineRow:
     Attributes:
         dp_rank: the rank.
         board: the board, to read more of it.
+        cache: what `open_cache` made; None before.
     """
 
     def __init__(self, board: Board, dp_rank: int) -> None:
@@ -82,6 +85,8 @@ class EngineRow:
         self._finished = 0
         self._wave = self._progress = 0
         places = ("step_start", "steps", "step_model")
+        self.cache: EngineCache | None = None
+        self._caches_opened = 0
         self._step = StepTimer(words, StepOffsets(*(board.index(name, dp_rank) for name in places)))
 
     @classmethod
@@ -132,6 +137,32 @@ class EngineRow:
             board.close()
             raise
         return engine
+
+    def open_cache(self, num_blocks: int, block_tokens: int = 16, *, identity: int | None = None) -> EngineCache:
+        """Shows front-ends what this engine has cached: makes its prefix index. A second call makes it anew.
+
+        Args:
+            num_blocks: blocks of the KV cache. The index takes 32 to 64 bytes for each.
+            block_tokens: tokens a block.
+            identity: of the hash, if the fingerprints are not those of `EngineCache.hasher`; 63 bits.
+
+        Returns:
+            `cache`. If there is no room for an index, a warning is logged and `cache.has_index` is false.
+
+        Raises:
+            SettingError: an argument is out of range.
+        """
+        self._check()
+        made = EngineCache(
+            *(self.board, self.dp_rank, index(num_blocks), index(block_tokens)),
+            identity=identity,
+            number=self._caches_opened,
+        )
+        if self.cache is not None:
+            self.cache.release()
+        self._caches_opened += 1
+        self.cache = made
+        return made
 
     def show(self, wave: int, *, running: bool, paused: bool = False) -> None:
         """Stores what this rank's own wave machine says.
@@ -243,6 +274,8 @@ class EngineRow:
         if not self._segment.usable:
             return
         self._check()
+        if self.cache is not None:
+            self.cache.close()
         words = self._words
         words[self._at_load] = words[self._at_backlog] = 0
         self._step.forget()
@@ -277,8 +310,9 @@ def _initialise(board: Board, dp_rank: int) -> None:
     for name in ("load", *layout.ENGINE_WORDS):
         if name != "engine_incarnation":
             words[board.index(name, dp_rank)] = 0
-    for i in range(len(layout.STEP_MODEL_WORDS)):
-        words[board.index("step_model", dp_rank, i)] = 0
+    for name, items in (("step_model", layout.STEP_MODEL_WORDS), ("cache_state", layout.CACHE_WORDS)):
+        for i in range(len(items)):
+            words[board.index(name, dp_rank, i)] = 0
     for f in range(board.frontends):
         words[board.index("received_tokens", dp_rank, f)] = (
             words[board.index("sent_tokens", f, dp_rank)] & COUNT_MASK

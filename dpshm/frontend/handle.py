@@ -25,6 +25,7 @@ from dpshm.board.segment import Segment
 from dpshm.board.words import AWAKE, MAX_PROMPT_TOKENS, PHASE_MASK, WAVE_SHIFT
 from dpshm.errors import NoEngineAvailable, SettingError
 from dpshm.frontend.decision_lock import DecisionLock
+from dpshm.frontend.prefix_reader import PrefixReader
 from dpshm.frontend.recorder import Recorder, default_path
 from dpshm.frontend.route import Bookings, Route
 from dpshm.frontend.row import FrontendRow, lock_row
@@ -34,6 +35,7 @@ from dpshm.linux.descriptors import explained
 from dpshm.net.keys import ClientKeys, Folder, keys_for
 from dpshm.policies import Policy, Request, by_name, key_of
 from dpshm.rules.liveness import Verdict
+from dpshm.rules.prefix_hash import Prompt, Tokens
 from dpshm.rules.waves import MAX_WAVE
 
 logger = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ class Frontend:
             *(board, index, self._row.own, None if ranks is None else frozenset(ranks)),
             sees_work=bool(getattr(policy, "sees_work", False)),
         )
+        self._prefixes = PrefixReader(board)
         self._wakeup = Wakeup(board.segment, keys)
         self._decision_lock = DecisionLock(board.segment) if exclusive else None
         self._recorder: Recorder | None = None
@@ -145,16 +148,20 @@ class Frontend:
         self,
         prompt_tokens: int = 0,
         *,
+        prompt: Prompt | Tokens | None = None,
         dp_rank: int | None = None,
         key: int | str | bytes | None = None,
         wake: bool = True,
     ) -> Route:
         """Chooses an engine, books the request on it, and wakes the group if it is paused.
 
-        Keep the Route until the request ends, or use it as a context (`dpshm.Route`).
+        Keep the Route until the request ends, or use it as a context (`dpshm.Route`). Send `Route.prompt_tokens`
+        with the request: the engine gives them to its `receive`.
 
         Args:
-            prompt_tokens: as the engine will count them in its `receive`.
+            prompt_tokens: of the prompt; with `prompt` its length is the default.
+            prompt: the prompt's token ids. The tokens that a rank has cached of it (`dpshm.Engine.open_cache`) are
+                neither expected to be computed there nor booked. Arrays are read as they are, lists are converted.
             dp_rank: the engine that it has to go to; drained and stalled ones may be named, dead ones not.
             key: what the policy `affinity` keeps on one rank: a conversation's id, or a prompt's first bytes.
             wake: False leaves paused ranks asleep; call `wake` once the request is sent. For engines that go back
@@ -162,9 +169,13 @@ class Frontend:
 
         Raises:
             NoEngineAvailable: there is no engine to take it. Nothing was booked.
-            SettingError: `dp_rank`, or the policy's choice, is not one that this front-end may choose.
+            SettingError: `dp_rank`, or the policy's choice, is not one that this front-end may choose; or the
+                prompt holds no token ids. Nothing was booked.
         """
         prompt_tokens = min(operator.index(prompt_tokens), MAX_PROMPT_TOKENS)
+        if prompt is not None:
+            prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
+            prompt_tokens = prompt_tokens or len(prompt)
         if not self._segment.usable:  # tested here too: in a forked child the lock may be held for ever
             raise self._segment.why_unusable()
         with self._lock:
@@ -173,11 +184,13 @@ class Frontend:
             if exclusive is not None and not exclusive.enter():
                 exclusive = None
             try:
+                cached = None if prompt is None else self._prefixes.cached(prompt, prompt_tokens)
                 if dp_rank is None:
-                    dp_rank = self._choose(prompt_tokens, key, now_ns)
+                    dp_rank = self._choose(Request(prompt_tokens, _key(key), cached), now_ns)
                 else:
                     self._reader.check_pinned(dp_rank)
-                self._row.book(dp_rank, prompt_tokens, now_ns)
+                hit = 0 if cached is None else cached[dp_rank]
+                self._row.book(dp_rank, prompt_tokens - hit, now_ns)
             finally:
                 if exclusive is not None:
                     exclusive.leave()
@@ -187,12 +200,18 @@ class Frontend:
             wave = control >> WAVE_SHIFT & MAX_WAVE
             if wake and control & PHASE_MASK not in AWAKE:
                 self._wakeup.wake(wave, self._reader.dp_size, receiver=dp_rank)
-        route = Route(self._bookings, dp_rank, wave, prompt_tokens)
+        route = Route(self._bookings, dp_rank, wave, prompt_tokens - hit, hit)
         if self._bookings.lost:
             self._bookings.heal()
         return route
 
-    def choose(self, prompt_tokens: int = 0, *, key: int | str | bytes | None = None) -> int:
+    def choose(
+        self,
+        prompt_tokens: int = 0,
+        *,
+        prompt: Prompt | Tokens | None = None,
+        key: int | str | bytes | None = None,
+    ) -> int:
         """The engine that `route` would choose now. Books nothing and wakes no rank.
 
         Raises:
@@ -200,9 +219,14 @@ class Frontend:
         """
         if not self._segment.usable:
             raise self._segment.why_unusable()
+        prompt_tokens = min(operator.index(prompt_tokens), MAX_PROMPT_TOKENS)
+        if prompt is not None:
+            prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
+            prompt_tokens = prompt_tokens or len(prompt)
         with self._lock:
             now_ns = self._begin()
-            dp_rank = self._choose(min(operator.index(prompt_tokens), MAX_PROMPT_TOKENS), key, now_ns)
+            cached = None if prompt is None else self._prefixes.cached(prompt, prompt_tokens)
+            dp_rank = self._choose(Request(prompt_tokens, _key(key), cached), now_ns)
         if self._bookings.lost:
             self._bookings.heal()
         return dp_rank
@@ -269,14 +293,14 @@ class Frontend:
                 self._segment.path.parent,
             )
         self._reader.refresh()
+        self._prefixes.refresh()
         self._wakeup.expect(self._reader.dp_size)
 
-    def _choose(self, prompt_tokens: int, key: int | str | bytes | None, now_ns: int) -> int:
+    def _choose(self, request: Request, now_ns: int) -> int:
         reader, recorder = self._reader, self._recorder
         eligible = reader.eligible
         if not eligible:
             raise NoEngineAvailable(reader.why_none())
-        request = Request(prompt_tokens, None if key is None else key_of(key))
         beats = reader.read_beats() if recorder is not None else []  # before the view, so that ages err upwards
         view = reader.read(now_ns)
         rank = self._policy(view, request)
@@ -285,3 +309,7 @@ class Frontend:
         if recorder is not None:
             recorder.record(now_ns, view, request, int(rank), beats)
         return int(rank)
+
+
+def _key(key: int | str | bytes | None) -> int | None:
+    return None if key is None else key_of(key)

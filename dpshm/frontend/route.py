@@ -106,7 +106,8 @@ class Route(msgspec.Struct, eq=False):
     Attributes:
         dp_rank: the engine that takes the request.
         wave: the wave to stamp the request with.
-        prompt_tokens: the tokens that were booked.
+        prompt_tokens: the prompt tokens that were booked: those that are expected to be computed.
+        cached_tokens: the prompt tokens that the engine is expected to find in its cache.
         open: whether the booking counts: neither `done` nor `cancel` was called.
     """
 
@@ -114,6 +115,7 @@ class Route(msgspec.Struct, eq=False):
     dp_rank: int
     wave: int
     prompt_tokens: int
+    cached_tokens: int = 0
     open: bool = True
     _was_sent: bool = False
 

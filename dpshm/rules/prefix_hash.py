@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from operator import mul
 from typing import Any, TypeAlias
@@ -132,6 +133,51 @@ class PrefixHasher:
         return keys
 
 
+class Prompt:
+    """A prompt whose fingerprints are made once, however often it is routed.
+
+    Pass it to `dpshm.Frontend.route` in the place of its tokens if the request may be routed again, or if prompts
+    differ beside their tokens.
+    """
+
+    def __init__(self, tokens: Tokens, *salts: str | bytes | int) -> None:
+        """Keeps the tokens; arrays and buffers are not copied, so do not change them until the request is routed.
+
+        Args:
+            tokens: token ids from 0 to 2**32 - 1.
+            salts: what else the computed blocks depend on: an adapter's name, the hash of an image, a cache salt.
+                Engines give the same to `PrefixHasher.start`.
+
+        Raises:
+            SettingError: the tokens are not integers of that range.
+        """
+        self._tokens = as_token_array(tokens)
+        self._salts = salts
+        self._made: dict[int, Fingerprints | None] = {}
+
+    def __len__(self) -> int:
+        """How many tokens it has."""
+        return len(self._tokens)
+
+    def fingerprints(self, block_tokens: int, identity: int, key: int) -> Fingerprints | None:
+        """The fingerprints for an index; None if the index is of another hash.
+
+        Args:
+            block_tokens: tokens a block, as the index says.
+            identity: of the index's hash.
+            key: the group's.
+        """
+        try:
+            return self._made[identity]
+        except KeyError:
+            made = None
+            hasher = hasher_for(block_tokens, key)
+            if hasher.identity == identity:
+                made = hasher.fingerprints(self._tokens, hasher.start(*self._salts))
+            self._made[identity] = made
+            return made
+
+
 class DigestReducer:
     """Makes fingerprints of block hashes that an engine has already, such as vLLM's: any bytes, 16 or more of
     them.
@@ -179,6 +225,12 @@ class DigestReducer:
         if not found.all():
             found[found == 0] = 1
         return found
+
+
+@lru_cache(maxsize=8)
+def hasher_for(block_tokens: int, key: int) -> PrefixHasher:
+    """The hasher of a group for one block size; one is kept for the next call."""
+    return PrefixHasher(block_tokens, key)
 
 
 def as_token_array(tokens: Tokens) -> NDArray[Any]:

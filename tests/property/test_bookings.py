@@ -50,6 +50,7 @@ class Bookings(RuleBasedStateMachine):
         super().__init__()
         self.group = f"test{os.getpid()}-bookings-{next(_numbers)}"
         self.board = LoneBoard(self.group, engines=RANKS, frontends=ROWS, waves=False)
+        self.board.segment.sockets_path.mkdir(0o700)  # for the prefix indexes
         self.watch = HandWatch(self.board)
         self.engines = [None] * RANKS
         self.frontends = []
@@ -101,17 +102,20 @@ class Bookings(RuleBasedStateMachine):
     # Requests.
 
     @precondition(lambda self: self.frontends)
-    @rule(which=indexes, pick=indexes, tokens=st.integers(0, 50), pinned=st.booleans())
-    def route(self, which, pick, tokens, pinned):
+    @rule(which=indexes, pick=indexes, tokens=st.integers(0, 50), pinned=st.booleans(), prompt=st.booleans())
+    def route(self, which, pick, tokens, pinned, prompt):
         frontend = self.frontends[which % len(self.frontends)]
         self.pick = pick
         if self.ghosts:  # what nobody can count right at once is right at the next look, within 100 ms
             frontend._next_refresh_ns = 0
         try:
-            route = frontend.route(tokens, dp_rank=pick % RANKS if pinned else None)
+            dp_rank = pick % RANKS if pinned else None
+            route = frontend.route(tokens, dp_rank=dp_rank, prompt=range(tokens) if prompt else None)
         except NoEngineAvailable:
             assert self.engines[pick % RANKS] is None if pinned else self.engines == [None] * RANKS
             return
+        assert route.prompt_tokens + route.cached_tokens == tokens
+        assert route.prompt_tokens >= min(1, tokens)
         request = Request(route, frontend)
         self.open.append(request)
         self.inbox[request.dp_rank].append(request)
@@ -155,6 +159,13 @@ class Bookings(RuleBasedStateMachine):
             engine.receive(request.row, request.tokens)
             self.received[dp_rank].append(request)
 
+    @rule(dp_rank=st.integers(0, RANKS - 1), blocks=st.integers(0, 12))
+    def change_cache(self, dp_rank, blocks):
+        if self.engines[dp_rank] is not None:
+            cache = self.engines[dp_rank].cache
+            cache.clear()
+            cache.insert(cache.hasher.fingerprints(range(4 * blocks)))
+
     @rule(dp_rank=st.integers(0, RANKS - 1))
     def publish(self, dp_rank):
         if self.engines[dp_rank] is not None:
@@ -181,6 +192,7 @@ class Bookings(RuleBasedStateMachine):
         if self.engines[dp_rank] is not None:
             return
         self.engines[dp_rank] = Engine.attach(self.group, dp_rank)
+        assert self.engines[dp_rank].open_cache(64, block_tokens=4).has_index
         self.watch.after(0.05)
         self.received[dp_rank].clear()
         self.holding[dp_rank] = 0

@@ -1,0 +1,152 @@
+"""An engine's KV cache as front-ends see it: the prefix index, and the words of `cache_state`.
+
+An engine that does prefix caching opens it once it knows how many blocks its KV cache has, and tells it of every
+block that enters or leaves the cache. Front-ends then know what each rank would find cached of a prompt. Without
+an index, because there is no room for it or the engine opens none, front-ends choose by load alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpshm.board.board import Board
+from dpshm.board.layout import CACHE_WORDS
+from dpshm.board.prefix_index import PrefixIndexWriter, index_path
+from dpshm.board.words import saturate
+from dpshm.errors import SegmentError
+from dpshm.rules.prefix_hash import PrefixHasher
+
+logger = logging.getLogger(__name__)
+
+_NUMBER_BITS = 12
+
+
+class EngineCache:
+    """The KV cache of one engine; `dpshm.Engine.open_cache` makes it. Belongs to the engine's thread.
+
+    Attributes:
+        hasher: makes the fingerprints of prompts, equal to those that front-ends look up.
+        has_index: whether there is an index. Without one, `insert`, `evict` and `clear` do nothing.
+    """
+
+    def __init__(
+        self,
+        board: Board,
+        dp_rank: int,
+        num_blocks: int,
+        block_tokens: int,
+        *,
+        identity: int | None = None,
+        number: int = 0,
+    ) -> None:
+        """Makes the index and shows it on the board.
+
+        Args:
+            board: the board.
+            dp_rank: the rank.
+            num_blocks: blocks of the KV cache.
+            block_tokens: tokens a block.
+            identity: of the hash, if the fingerprints are not `hasher`'s; 63 bits.
+            number: which index of this engine it is, so that readers tell it from the one before.
+
+        Raises:
+            SettingError: `num_blocks` or `block_tokens` is out of range.
+        """
+        self.hasher = PrefixHasher(block_tokens, board.segment.header.prefix_key)
+        self._segment = board.segment
+        self._words = board.words
+        self._at = {name: board.index("cache_state", dp_rank, i) for i, name in enumerate(CACHE_WORDS)}
+        self._at_cached = self._at["cached_tokens"]
+        self._at_in_use, self._at_held = self._at["blocks_in_use"], self._at["held_tokens"]
+        self._cached_tokens = 0
+        self._index: PrefixIndexWriter | None = None
+        incarnation = int(board.engine_incarnation[dp_rank]) << _NUMBER_BITS | number & (1 << _NUMBER_BITS) - 1
+        try:
+            self._index = PrefixIndexWriter.create(
+                index_path(board.segment.sockets_path, dp_rank),
+                num_blocks=num_blocks,
+                block_tokens=block_tokens,
+                identity=self.hasher.identity if identity is None else identity,
+                incarnation=incarnation,
+            )
+        except SegmentError as e:
+            logger.warning(
+                "rank %d has no prefix index, and requests are routed to it by load alone: %s", dp_rank, e
+            )
+        words = self._words
+        words[self._at["block_tokens"]] = block_tokens
+        words[self._at["num_blocks"]] = num_blocks
+        # SYNC: publication. The file is complete before its incarnation is stored; a reader that sees the
+        # incarnation opens the file by its name, a system call, and finds that incarnation in it or none.
+        words[self._at["index_incarnation"]] = incarnation if self._index is not None else 0
+
+    @property
+    def has_index(self) -> bool:
+        """Whether there is an index."""
+        return self._index is not None
+
+    def insert(self, fingerprints: Iterable[int] | NDArray[np.uint64]) -> None:
+        """Blocks have been computed and are in the cache.
+
+        Args:
+            fingerprints: from `hasher.fingerprints`, of these blocks.
+
+        Raises:
+            SettingError: a fingerprint is not an integer from 1 to 2**64 - 1. None was inserted.
+        """
+        self._check()
+        if self._index is not None:
+            self._index.insert(fingerprints)
+
+    def evict(self, fingerprints: Iterable[int] | NDArray[np.uint64]) -> None:
+        """Blocks have left the cache. A block that several requests hold counts once for each.
+
+        Raises:
+            SettingError: a fingerprint is not an integer from 1 to 2**64 - 1. None was evicted.
+        """
+        self._check()
+        if self._index is not None:
+            self._index.evict(fingerprints)
+
+    def clear(self) -> None:
+        """The cache was reset: it holds no block."""
+        self._check()
+        if self._index is not None:
+            self._index.clear()
+
+    def found(self, cached_tokens: int) -> None:
+        """Counts prompt tokens of a request that were found in the cache and are not computed."""
+        self._check()
+        self._cached_tokens = saturate(self._cached_tokens + cached_tokens)
+        self._words[self._at_cached] = self._cached_tokens
+
+    def show(self, *, blocks_in_use: int, held_tokens: int) -> None:
+        """Stores how full the cache is.
+
+        Args:
+            blocks_in_use: blocks that requests hold.
+            held_tokens: tokens of KV cache that running requests hold.
+        """
+        self._check()
+        self._words[self._at_in_use] = saturate(blocks_in_use)
+        self._words[self._at_held] = saturate(held_tokens)
+
+    def close(self) -> None:
+        """Takes the index away from front-ends. `dpshm.Engine.close` calls it."""
+        if self._segment.usable:
+            self._words[self._at["index_incarnation"]] = 0
+        self.release()
+
+    def release(self) -> None:
+        """Lets go of the index; another one of this engine has taken its place."""
+        if self._index is not None:
+            self._index.close()
+            self._index = None
+
+    def _check(self) -> None:
+        if not self._segment.usable:
+            raise self._segment.why_unusable()

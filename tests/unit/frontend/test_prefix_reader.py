@@ -1,0 +1,233 @@
+"""What front-ends know of caches, with real engines: matches, bookings, and ranks without an index."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+import numpy as np
+import pytest
+
+from dpshm import Coordinator, Engine, Frontend, NoEngineAvailable, SettingError
+from dpshm.board.prefix_index import index_path
+from dpshm.rules.prefix_hash import Prompt
+from tests.support import LoneBoard, Remote, wait_until
+
+PROMPT = np.arange(1000, 1100)
+BLOCK = 16
+
+
+@pytest.fixture
+def board(group, using):
+    """A board with a folder for sockets, and two ranks."""
+    board = using(LoneBoard(group, dp_size=2, waves=False))
+    board.segment.sockets_path.mkdir(0o700)
+    return board
+
+
+@pytest.fixture
+def engines(board, group, using):
+    """Two engines with an index each."""
+    found = [using(Engine.attach(group, rank)) for rank in range(2)]
+    for engine in found:
+        assert engine.open_cache(100, block_tokens=BLOCK).has_index
+    return found
+
+
+def insert(engine: Engine, tokens: object) -> None:
+    """The engine has computed these tokens."""
+    engine.cache.insert(engine.cache.hasher.fingerprints(tokens))
+
+
+def test_a_request_goes_where_its_prefix_is(engines, group, using):
+    """Guards against ties that rotate: a prompt would be computed on every rank in turn."""
+    frontend = using(Frontend.attach(group))
+    insert(engines[1], PROMPT)
+    for _ in range(3):
+        route = frontend.route(prompt=PROMPT)
+        assert (route.dp_rank, route.prompt_tokens, route.cached_tokens) == (1, 100 - 96, 96)
+        route.done()
+    assert frontend.choose(prompt=PROMPT) == 1
+    engines[1].cache.clear()
+    assert {frontend.choose(prompt=PROMPT) for _ in range(2)} == {0, 1}
+
+
+def test_what_is_cached_is_not_booked(engines, group, board, using):
+    """Guards against a hit that stays in the sums, because the two sides count other numbers."""
+    frontend = using(Frontend.attach(group))
+    insert(engines[0], PROMPT[:32])
+    route = frontend.route(prompt=PROMPT, dp_rank=0)
+    assert (route.prompt_tokens, route.cached_tokens) == (68, 32)
+    assert board.snapshot()["in_flight_tokens"].tolist() == [68, 0]
+    engines[0].receive(frontend.index, route.prompt_tokens)
+    engines[0].publish(waiting=1, running=0, prefill_backlog=68)
+    assert board.snapshot()[["in_flight_tokens", "prefill_backlog"]].tolist() == [(0, 68), (0, 0)]
+    engines[0].publish(waiting=0, running=1)
+    engines[0].publish(waiting=0, running=0)
+    route.done()
+    assert board.snapshot()[["requests", "prefill_backlog"]].tolist() == [(0, 0), (0, 0)]
+
+
+def test_a_whole_prompt_in_the_cache_costs_one_token(engines, group, using):
+    """Guards against a booking of nothing: an engine computes at least the last token."""
+    frontend = using(Frontend.attach(group))
+    insert(engines[0], PROMPT[:64])
+    route = frontend.route(prompt=PROMPT[:64], dp_rank=0)
+    assert (route.prompt_tokens, route.cached_tokens) == (1, 63)
+    empty = frontend.route(prompt=[], dp_rank=0)
+    assert (empty.prompt_tokens, empty.cached_tokens) == (0, 0)
+
+
+def test_policies_see_what_each_rank_has(engines, group, using):
+    """Guards against a policy that is told of one rank what is true of another."""
+    seen = []
+
+    def policy(view, request):
+        seen.append((request.prompt_tokens, request.cached))
+        return 0
+
+    frontend = using(Frontend.attach(group, policy=policy))
+    insert(engines[0], PROMPT[:16])
+    insert(engines[1], PROMPT[:80])
+    routes = [frontend.route(prompt=PROMPT), frontend.route(150, prompt=PROMPT), frontend.route(100)]
+    assert seen == [(100, [16, 80]), (150, [16, 80]), (100, None)]
+    assert len(routes) == 3
+
+
+def test_least_work_counts_what_has_to_be_computed(engines, group, board, using):
+    """Guards against a long queue that is chosen for a short prefix, and a long prefix that is given away."""
+    board.step_model[:2, 2:5] = (8_000_000, 200_000, 40_000)  # as both have learnt it
+    frontend = using(Frontend.attach(group, policy="least_work"))
+    insert(engines[0], PROMPT)
+    assert frontend.choose(prompt=PROMPT) == 0
+    engines[0].publish(waiting=1, running=0, prefill_backlog=100_000)
+    assert frontend.choose(prompt=PROMPT) == 1
+
+
+def test_salts_keep_prompts_apart(engines, group, using):
+    """Guards against a hit on blocks that another adapter computed."""
+    frontend = using(Frontend.attach(group))
+    hasher = engines[0].cache.hasher
+    engines[0].cache.insert(hasher.fingerprints(PROMPT, hasher.start("lora-a")))
+    assert frontend.route(prompt=Prompt(PROMPT, "lora-a"), dp_rank=0).cached_tokens == 96
+    assert frontend.route(prompt=Prompt(PROMPT, "lora-b"), dp_rank=0).cached_tokens == 0
+    assert frontend.route(prompt=PROMPT, dp_rank=0).cached_tokens == 0
+
+
+def test_ranks_with_other_block_sizes(group, board, using):
+    """Guards against fingerprints of one block size that are looked up in an index of another."""
+    engines = [using(Engine.attach(group, rank)) for rank in range(2)]
+    engines[0].open_cache(100, block_tokens=8)
+    engines[1].open_cache(100, block_tokens=32)
+    for engine in engines:
+        insert(engine, PROMPT)
+    frontend = using(Frontend.attach(group))
+    assert [frontend.route(prompt=PROMPT, dp_rank=rank).cached_tokens for rank in (0, 1)] == [96, 96]
+
+
+def test_an_index_of_another_hash_is_left_alone(group, board, using):
+    """Guards against fingerprints of unlike hashes that are compared."""
+    engine = using(Engine.attach(group, 0))
+    cache = engine.open_cache(100, block_tokens=16, identity=7)
+    cache.insert(cache.hasher.fingerprints(PROMPT))
+    frontend = using(Frontend.attach(group))
+    assert frontend.route(prompt=PROMPT, dp_rank=0).cached_tokens == 0
+
+
+def test_a_new_index_is_found(engines, group, using):
+    """Guards against a front-end that reads the index of a rank's last life for ever."""
+    frontend = using(Frontend.attach(group))
+    insert(engines[0], PROMPT)
+    assert frontend.route(prompt=PROMPT, dp_rank=0).cached_tokens == 96
+    engines[0].open_cache(200, block_tokens=BLOCK)
+    frontend._next_refresh_ns = 0  # instead of a tenth of a second
+    assert frontend.route(prompt=PROMPT, dp_rank=0).cached_tokens == 0
+    insert(engines[0], PROMPT[:48])
+    assert frontend.route(prompt=PROMPT, dp_rank=0).cached_tokens == 48
+
+
+def test_a_rank_that_leaves_takes_its_index_along(engines, group, board, using):
+    """Guards against hits on a rank that has just started, with an empty cache."""
+    frontend = using(Frontend.attach(group))
+    insert(engines[0], PROMPT)
+    engines[0].close()
+    assert board.cache_state[0].tolist()[0] == 0
+    again = using(Engine.attach(group, 0))
+    frontend._next_refresh_ns = 0
+    assert frontend.route(prompt=PROMPT, dp_rank=0).cached_tokens == 0
+    again.open_cache(100)
+    insert(again, PROMPT[:16])
+    frontend._next_refresh_ns = 0
+    assert frontend.route(prompt=PROMPT, dp_rank=0).cached_tokens == 16
+
+
+@pytest.mark.parametrize("prompt", [[1, -1], ["a"], "text", np.array([0.5]), [[1]], 7])
+def test_a_prompt_of_something_else_is_refused(engines, group, board, using, prompt):
+    """Guards against a request that is booked and raises."""
+    frontend = using(Frontend.attach(group))
+    with pytest.raises(SettingError, match="token ids"):
+        frontend.route(prompt=prompt)
+    assert board.snapshot()["requests"].tolist() == [0, 0]
+
+
+def test_without_room_there_is_no_index(group, using, caplog, monkeypatch):
+    """Guards against an engine that does not start because its index does not fit."""
+    board = using(LoneBoard(group, dp_size=1, waves=False))  # has no folder of sockets
+    engine = using(Engine.attach(group, 0))
+    with caplog.at_level(logging.WARNING):
+        cache = engine.open_cache(100)
+    assert not cache.has_index
+    assert "rank 0 has no prefix index" in caplog.text
+    cache.insert([1])
+    cache.evict([1])
+    cache.clear()
+    cache.show(blocks_in_use=5, held_tokens=70)
+    cache.found(3)
+    assert board.cache_state[0].tolist() == [0, 16, 100, 5, 70, 3]
+    frontend = using(Frontend.attach(group))
+    assert frontend.route(prompt=PROMPT).cached_tokens == 0
+
+
+def test_a_lost_index_is_no_index(engines, group, board, using, caplog):
+    """Guards against front-ends that fail when the folder of the sockets is removed."""
+    shutil.rmtree(board.segment.sockets_path)
+    with caplog.at_level(logging.WARNING):
+        frontend = using(Frontend.attach(group))
+        assert frontend.route(prompt=PROMPT).cached_tokens == 0
+    assert "the prefix index of rank 0 is not used" in caplog.text
+
+
+def test_a_damaged_index_is_no_index(engines, group, board, using, caplog):
+    """Guards against an index that ends a front-end."""
+    insert(engines[0], PROMPT)
+    path = index_path(board.segment.sockets_path, 0)
+    path.write_bytes(path.read_bytes()[:5000])
+    frontend = using(Frontend.attach(group))
+    assert frontend.route(prompt=PROMPT, dp_rank=0).cached_tokens == 0
+
+
+def test_no_engine_books_nothing(group, board, using):
+    """Guards against a prompt that is counted although there is no rank for it."""
+    frontend = using(Frontend.attach(group, policy="least_work"))
+    with pytest.raises(NoEngineAvailable):
+        frontend.route(prompt=PROMPT)
+    assert board.snapshot()["requests"].tolist() == [0, 0]
+
+
+def test_across_processes_and_a_killed_engine(group, using):
+    """Guards against an index that only its own process can read, or that outlives the engine's caches."""
+    using(Coordinator(group=group, dp_size=1, waves=False))
+    remote = using(Remote())
+    code = (
+        "import numpy as np\nengine = Engine.attach(group, 0); engine.open_cache(100)\n"
+        "engine.cache.insert(engine.cache.hasher.fingerprints(np.arange(1000, 1100)))"
+    )
+    remote.run(code, group=group)
+    frontend = using(Frontend.attach(group))
+    assert frontend.route(prompt=PROMPT).cached_tokens == 96
+    remote.kill()
+    wait_until(lambda: frontend.snapshot()[0]["verdict"] == "dead")
+    again = using(Remote())
+    again.run("engine = Engine.attach(group, 0); engine.open_cache(100)", group=group)
+    wait_until(lambda: frontend.snapshot()[0]["verdict"] == "alive")
+    wait_until(lambda: frontend.route(prompt=PROMPT).cached_tokens == 0)

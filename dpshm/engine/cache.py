@@ -26,7 +26,7 @@ _NUMBER_BITS = 12
 
 
 class EngineCache:
-    """The KV cache of one engine; `dpshm.Engine.open_cache` makes it. Belongs to the engine's thread.
+    """The KV cache of one engine; `open_cache` of `dpshm.Engine` makes it. Belongs to the engine's thread.
 
     Attributes:
         hasher: makes the fingerprints of prompts, equal to those that front-ends look up.

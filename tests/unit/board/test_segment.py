@@ -448,6 +448,7 @@ def column(name: str, **changes: Any) -> Callable[[Path], None]:
     return lambda path: rewrite(path, change)
 
 
+SIZE = layout.make_layout(4, 4).size
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "magic": (overwrite(0, b"DPSHMBRX"), "the magic is b'DPSHMBRX', expected b'DPSHMBRD'"),
     "major version": (overwrite(8, b"\x02\x00"), "the layout version is 2.0, expected 1.0"),
@@ -458,9 +459,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty file": (lambda p: os.truncate(p, 0), "has 0 bytes, a board has a multiple of 4096"),
     "part of a page": (lambda p: os.truncate(p, 4095), "has 4095 bytes"),
     "torn page": (lambda p: os.truncate(p, 8191), "has 8191 bytes"),
-    "header alone": (lambda p: os.truncate(p, 4096), "the file's size is 4096, expected 12288"),
-    "longer": (lambda p: os.truncate(p, 16384), "the file's size is 16384, expected 12288"),
-    "monstrous": (lambda p: os.truncate(p, 1 << 60), "the file's size is 1152921504606846976, expected 12288"),
+    "header alone": (lambda p: os.truncate(p, 4096), f"the file's size is 4096, expected {SIZE}"),
+    "longer": (lambda p: os.truncate(p, SIZE + 4096), f"the file's size is {SIZE + 4096}, expected {SIZE}"),
+    "monstrous": (lambda p: os.truncate(p, 1 << 60), f"the file's size is {1 << 60}, expected {SIZE}"),
     "another group": (
         lambda p: rewrite(p, lambda f: f.update(group="h")),
         "the group's name is 'h', expected 'g'",
@@ -478,8 +479,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "not UTF-8": (lambda p: put(p, b'{"group":"\xff\xfe"}'), "the header is"),
     "nested": (lambda p: put(p, b'{"x":' + b"[" * 4000), "the header is"),
     "a column is missing": (lambda p: rewrite(p, lambda f: f["columns"].pop("load")), "column"),
-    "offset beyond the end": (column("load", offset=12288), "column"),
-    "last word beyond the end": (column("load", offset=12288 - 24), "column"),
+    "offset beyond the end": (column("load", offset=SIZE), "column"),
+    "last word beyond the end": (column("load", offset=SIZE - 24), "column"),
     "offset before the start": (column("load", offset=-8), "column"),
     "offset between words": (column("load", offset=4225), "column"),
     "offset too large to add": (column("load", offset=(1 << 64) - 8), "column"),

@@ -10,6 +10,7 @@ import pytest
 
 from dpshm import Coordinator, Engine, Frontend, NoEngineAvailable, SettingError
 from dpshm.board.prefix_index import index_path
+from dpshm.rules.liveness import Verdict
 from dpshm.rules.prefix_hash import Prompt
 from tests.support import LoneBoard, Remote, wait_until
 
@@ -208,6 +209,7 @@ def test_a_damaged_index_is_no_index(engines, group, board, using, caplog):
 
 def test_no_engine_books_nothing(group, board, using):
     """Guards against a prompt that is counted although there is no rank for it."""
+    board.mark(range(2), Verdict.DEAD)
     frontend = using(Frontend.attach(group, policy="least_work"))
     with pytest.raises(NoEngineAvailable):
         frontend.route(prompt=PROMPT)

@@ -160,8 +160,8 @@ class Frontend:
 
         Args:
             prompt_tokens: of the prompt; with `prompt` its length is the default.
-            prompt: the prompt's token ids. What a rank has cached of it (`open_cache` of `dpshm.Engine`) is neither
-                expected to be computed there nor booked. Arrays are read as they are, lists are converted.
+            prompt: the prompt's token ids. What a rank has cached of it (`open_cache` of `dpshm.Engine`) is not
+                booked: it need not be computed there. Arrays are read as they are, lists are converted.
             dp_rank: the engine that it has to go to; drained and stalled ones may be named, dead ones not.
             key: what the policy `affinity` keeps on one rank: a conversation's id, or a prompt's first bytes.
             wake: False leaves paused ranks asleep; call `wake` once the request is sent. For engines that go back

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,10 +15,9 @@ import msgspec
 import numpy as np
 import pytest
 
-import dpshm
 from dpshm.board import files, layout
 from dpshm.board.board import Board
-from dpshm.board.header import PREAMBLE, make_header
+from dpshm.board.header import PREAMBLE
 from dpshm.board.locks import coordinator_byte
 from dpshm.board.segment import Segment
 from dpshm.board.snapshot import SNAPSHOT_DTYPE
@@ -37,25 +34,14 @@ from dpshm.board.words import (
 from dpshm.errors import SegmentNotFound
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
-
-ENV = {**os.environ, "PYTHONPATH": str(Path(dpshm.__file__).parents[1])}
-ADDRESSES = dict.fromkeys(("stats_address", "engine_input_address", "engine_output_address"), "ipc://x")
-
-
-@pytest.fixture
-def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of our own on the tmpfs, in which all segments of a test lie."""
-    path = Path(tempfile.mkdtemp(prefix="dpt-", dir="/dev/shm"))
-    monkeypatch.setenv("DPSHM_DIR", str(path))
-    yield path
-    shutil.rmtree(path)
+from tests.unit.board.headers import ENV, header
 
 
 @pytest.fixture
 def board(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Board]:
     """A new board with 4 rows for engines and 3 for front-ends; 3 ranks take part, and somebody watches."""
     monkeypatch.setattr("dpshm.board.board.COORDINATOR_SILENCE_NS", MINUTE_NS)  # however slow this machine is
-    with closing(Board(Segment.create(make_header("g", 4, 3, **ADDRESSES, settings={})))) as made:
+    with closing(Board(Segment.create(header()))) as made:
         made.words[made.index("dp_size")] = 3
         made.coordinator_beat[0] = time.monotonic_ns()
         yield made

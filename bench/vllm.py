@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         print(reason, file=sys.stderr)
         return 2
     environment.install_dpshm(environment.folder())
-    arrivals, too_long = cut(read_trace(options.trace), options)
+    arrivals, too_long = cut(read_trace(options.trace).arrivals, options)
     result: dict[str, Any] = {
         "trace": options.trace.name,
         "requests": len(arrivals),

@@ -10,11 +10,13 @@ import msgspec
 import typer
 
 from dpshm.cli.live import make_display
+from dpshm.cli.options import TimeUnitOption
 from dpshm.policies import NAMES
 from dpshm.sim.demo.interrupt import Interrupted
 from dpshm.sim.demo.report import Report
 from dpshm.sim.demo.run import run_demo
 from dpshm.sim.demo.workload import DemoSettings
+from dpshm.sim.workloads.formats import KNOWN
 
 
 class EngineKind(StrEnum):
@@ -39,10 +41,11 @@ def demo(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Arrivals to replay: an Azure LLM trace (CSV) or a Mooncake trace (JSON lines). Without it, "
+            help=f"Arrivals to replay. Known: {KNOWN}. Without it, "
             "a built-in bursty workload of about 30 requests a second.",
         ),
     ] = None,
+    time_unit: TimeUnitOption = "",
     rate: Annotated[float, typer.Option(help="How many times the recorded speed.")] = 1.0,
     policy: Annotated[str, typer.Option(help=f"How an engine is chosen: {', '.join(NAMES)}.")] = "least_loaded",
     stats: Annotated[
@@ -79,6 +82,7 @@ def demo(
         seconds=seconds,
         rate=rate,
         trace=trace,
+        time_unit=time_unit,
         stats=stats.value,
         policy=policy,
         seed=seed,

@@ -28,6 +28,12 @@ GroupOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 AsciiOption = Annotated[bool, typer.Option("--ascii", help="No blocks and signs, for terminals without them.")]
+TimeUnitOption = Annotated[
+    str,
+    typer.Option(
+        metavar="UNIT", help="The unit of the trace's times, where its fields do not tell: s, ms, us or ns."
+    ),
+]
 
 
 def glyphs(ascii_only: bool, encoding: str | None) -> Glyphs:

@@ -12,6 +12,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from dpshm.cli.options import TimeUnitOption
 from dpshm.errors import SettingError
 from dpshm.linux.signals import handling
 from dpshm.policies import NAMES
@@ -20,6 +21,7 @@ from dpshm.sim.lab.figures import Comparison, Estimate, Result
 from dpshm.sim.lab.information import NAMES as INFORMATION
 from dpshm.sim.lab.run import Plant
 from dpshm.sim.lab.study import SimulationSettings, compare
+from dpshm.sim.workloads.formats import KNOWN
 
 PROGRESS_S = 2.0
 BAR_COLUMNS = 40
@@ -49,10 +51,14 @@ def simulate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Arrivals to replay: an Azure LLM trace (CSV) or a Mooncake trace (JSON lines). Without it, a "
-            "built-in chat workload of 5 requests a second.",
+            help=f"Arrivals to replay. Known: {KNOWN}. Without it, "
+            "a built-in chat workload of 5 requests a second.",
         ),
     ] = None,
+    time_unit: TimeUnitOption = "",
+    block_tokens: Annotated[
+        int, typer.Option(help="Prompt tokens that a hash of the trace is for. Default: as its prompts tell.")
+    ] = 0,
     rate: Annotated[float, typer.Option(help="How many times the recorded speed.")] = 1.0,
     requests: Annotated[
         int | None, typer.Option(help="At most so many in each run. Default: the whole trace, or 12000.")
@@ -114,6 +120,8 @@ def simulate(
         policies=_names(policies),
         information=_names(information),
         trace=trace,
+        time_unit=time_unit,
+        block_tokens=block_tokens,
         rate=rate,
         requests=requests,
         skew=skew,
@@ -122,7 +130,8 @@ def simulate(
     )
     try:
         with handling(_raise_ended):  # the pool ends its processes on the way out
-            comparison = compare(settings, processes or os.cpu_count() or 1, _Progress().show)
+            progress = _Progress()
+            comparison = compare(settings, processes or os.cpu_count() or 1, progress.show, progress.show_reading)
     except _EndedError as e:
         sys.stderr.write(f"dpshm: ended by {signal.Signals(e.signum).name}; nothing is left behind\n")
         raise typer.Exit(128 + e.signum) from None
@@ -153,10 +162,16 @@ class _Progress:
         self._next_s = time.monotonic() + PROGRESS_S
 
     def show(self, done: int, of: int) -> None:
+        self._say(f"{done} of {of} runs")
+
+    def show_reading(self, count: int) -> None:
+        self._say(f"reading the trace: {count} requests")
+
+    def _say(self, text: str) -> None:
         now_s = time.monotonic()
         if now_s >= self._next_s:
             self._next_s = now_s + PROGRESS_S
-            sys.stderr.write(f"dpshm simulate: {done} of {of} runs\n")
+            sys.stderr.write(f"dpshm simulate: {text}\n")
             sys.stderr.flush()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import secrets
@@ -18,6 +19,7 @@ import pytest
 
 from tests.e2e.load import CommandLine
 from tests.support import wait_until
+from tests.unit.sim.workloads.samples import SAMPLES
 
 PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -104,14 +106,14 @@ def test_report(shell, stats):
 
 
 @pytest.mark.slow
-def test_trace_and_text_report(shell, tmp_path):
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_trace_of_each_format(shell, tmp_path, name):
     """Guards against a trace that is read and not played, and a report that only machines get."""
-    trace = tmp_path / "trace.jsonl"
-    lines = [{"timestamp": 100 * i, "input_length": 50, "output_length": 5} for i in range(12)]
-    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    code, out, err = shell.run("demo", "--engines", "2", "--frontends", "1", "--trace", str(trace), "--rate", "2")
+    trace = tmp_path / "trace.gz"
+    trace.write_bytes(gzip.compress(SAMPLES[name]))
+    code, out, err = shell.run("demo", "--engines", "2", "--frontends", "1", "--trace", str(trace), "--rate", "4")
     assert code == 0, err
-    assert "12 sent, 12 completed, 0 refused, 0 lost" in out
+    assert "4 sent, 4 completed, 0 refused, 0 lost" in out
     shell.check_gone()
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from dpshm import Engine, Frontend
 from tests.support import LoneBoard, wait_until
+from tests.unit.sim.workloads.samples import SAMPLES
 
 PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 SMALL = ("--rate", "9", "--requests", "150", "--seeds", "2")
@@ -75,6 +76,37 @@ def test_simulate_for_people():
         assert name in out
 
 
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_trace_of_each_format(tmp_path, name):
+    """Guards against times and block sizes that the reader knows and the simulation does not get."""
+    trace = tmp_path / "trace"
+    trace.write_bytes(SAMPLES[name])
+    arguments = ("--trace", str(trace), "--policies", "affinity", "--engines", "1", "--seeds", "1", "--no-oracle")
+    status, out, err = ran("simulate", *arguments, "--json")
+    assert status == 0, err
+    found = json.loads(out.splitlines()[-1])
+    assert found["requests_per_s"] == pytest.approx(2.0)
+    assert name.partition(" ")[0] in found["workload"]
+    hit_rate = found["results"][0]["prefix_hit_rate"]
+    if name in ("Mooncake", "Qwen-Bailian", "vLLM timed"):
+        # Of four prompts with 5,248 tokens, the second and third find 1,024 tokens of the first.
+        assert hit_rate == pytest.approx(2048 / 5248)
+    else:
+        assert hit_rate is None
+
+
+def test_hashes_of_no_known_size_are_refused(tmp_path):
+    """Guards against a prefix cache that is simulated with blocks of a size that was guessed."""
+    trace = tmp_path / "trace"
+    head = b'{"chat_id": 1, "parent_chat_id": -1, "timestamp": '
+    trace.write_bytes(head + b'61.114, "input_length": 521, "output_length": 13, "hash_ids": [1, 2, 3, 4, 5]}')
+    few = ("simulate", "--trace", str(trace), "--seeds", "1", "--policies", "affinity")
+    status, out, err = ran(*few)
+    assert (status, out) == (2, "")
+    assert "say so with --block-tokens" in err
+    assert ran(*few, "--block-tokens", "128")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -83,6 +115,8 @@ def test_simulate_for_people():
         (("--slow", "3"), "--slow '3' is not RANK:FACTOR, such as 3:2"),
         (("--restart", "3:1"), "--restart '3:1' is not RANK:AT:FOR"),
         (("--trace", "/none"), "cannot read the trace /none"),
+        (("--time-unit", "min"), "there is no time unit 'min': choose s, ms, us, ns"),
+        (("--block-tokens", "-1"), "a hash cannot be for -1 tokens"),
         (("--engines", "0"), "engines is 0: choose 1 to 4096"),
     ],
 )

@@ -85,7 +85,7 @@ def _trace_reader() -> Callable[[bytes], None]:
 
     def read_trace(data: bytes) -> None:
         try:
-            arrivals = list(traces._arrivals("trace", BytesIO(data)))
+            arrivals = traces.read_open("trace", BytesIO(data)).arrivals
         except traces.TraceError:
             return
         assert all(a.prompt_tokens >= 1 and a.output_tokens >= 1 and a.time_s >= 0 for a in arrivals)

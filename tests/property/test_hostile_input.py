@@ -139,7 +139,7 @@ def test_any_trace(tmp_path: Path):
     def read(lines, end):
         path.write_bytes(b"\n".join(lines) + end)
         try:
-            arrivals = read_trace(path)
+            arrivals = read_trace(path).arrivals
         except TraceError as e:
             assert str(path) in str(e)  # noqa: PT017
             assert "\n" not in str(e)  # noqa: PT017

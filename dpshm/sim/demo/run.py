@@ -92,7 +92,12 @@ def run_demo(settings: DemoSettings, show: Show) -> Report:
         Interrupted: a signal asked for the end.
     """
     with StopFlag() as flag:
-        workload = make_workload(settings)
+
+        def show_reading(count: int) -> None:
+            flag.check()
+            show(Sample(f"reading the trace: {count} requests", -1.0, settings.seconds, -1, "", None, [], []))
+
+        workload = make_workload(settings, show_reading)
         flag.check()
         sweep_dead_demos()
         with ExitStack() as stack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import isfinite
@@ -13,7 +14,7 @@ from dpshm import policies
 from dpshm.errors import SettingError
 from dpshm.sim.demo.messages import EngineKind, Stats
 from dpshm.sim.workloads.synthetic import MEAN_RATE_PER_S, synthetic_arrivals
-from dpshm.sim.workloads.traces import read_trace
+from dpshm.sim.workloads.traces import Units, check_units, read_trace
 
 MAX_PROCESSES = 64
 """Engines, and front-ends: the room of a board of default size. Each is a process."""
@@ -32,6 +33,7 @@ class DemoSettings:
         seconds: how long requests are sent.
         rate: how many times the recorded speed.
         trace: a file to replay; None is the built-in workload.
+        time_unit: of the trace's times; empty: as its format says.
         stats: "board", or "pub" for the PUB path.
         seed: of the built-in workload and of which front-end gets which request.
         engine: "sim", whose model is a sleep, or "torch", which computes one.
@@ -45,6 +47,7 @@ class DemoSettings:
     seconds: float = 20.0
     rate: float = 1.0
     trace: Path | None = None
+    time_unit: str = ""
     stats: Stats = "board"
     policy: str = "least_loaded"
     seed: int = 0
@@ -57,6 +60,7 @@ class DemoSettings:
         for name, value in (("seconds", self.seconds), ("rate", self.rate)):
             if not (isfinite(value) and value > 0):
                 raise SettingError(f"{name} is {value}: choose a number above 0")
+        check_units(Units(self.time_unit))
         policies.by_name(self.policy)
         if self.engine == "torch" and find_spec("torch") is None:
             raise SettingError("--engine torch needs PyTorch, which is not installed: pip install 'dpshm[torch]'")
@@ -74,11 +78,15 @@ class Workload(NamedTuple):
     seconds: float
 
 
-def make_workload(settings: DemoSettings) -> Workload:
+def make_workload(settings: DemoSettings, show: Callable[[int], None] = lambda _: None) -> Workload:
     """The arrivals of the time that is played, dealt out.
 
     Which front-end gets a request is drawn at random, as the kernel or a balancer in front of API servers
     deals out connections.
+
+    Args:
+        settings: what to run.
+        show: called now and then with how many arrivals of the trace have been read; may raise, to end it.
 
     Raises:
         TraceError: the trace cannot be read.
@@ -86,7 +94,9 @@ def make_workload(settings: DemoSettings) -> Workload:
     """
     recorded_seconds = settings.seconds * settings.rate
     if settings.trace:
-        arrivals = read_trace(settings.trace)
+        units = Units(settings.time_unit)
+        trace = read_trace(settings.trace, units, until_s=recorded_seconds, most=MAX_REQUESTS + 1, show=show)
+        arrivals = trace.arrivals
     elif recorded_seconds * MEAN_RATE_PER_S > 2 * MAX_REQUESTS:
         raise _too_many(f"about {recorded_seconds * MEAN_RATE_PER_S:.0f}")
     else:
@@ -101,7 +111,7 @@ def make_workload(settings: DemoSettings) -> Workload:
         share = shares[random.randrange(settings.frontends)]
         share.append((arrival.time_s / settings.rate, arrival.prompt_tokens, arrival.output_tokens))
     if count > MAX_REQUESTS:
-        raise _too_many(str(count))
+        raise _too_many(f"more than {MAX_REQUESTS}")
     cut_short = settings.trace and arrivals[-1].time_s < recorded_seconds
     return Workload(shares, arrivals[-1].time_s / settings.rate if cut_short else settings.seconds)
 

@@ -109,7 +109,7 @@ class LiveIndex(Live):
     def __init__(self, ranks: list[SimRank], own: list[list[int]], delay_s: float) -> None:
         super().__init__(ranks, own)
         self._delay_s = delay_s
-        self._delayed = [DelayedCache(delay_s) for _ in ranks] if delay_s else []
+        self._delayed = [DelayedCache(delay_s, rank.cache.block_tokens) for rank in ranks] if delay_s else []
         self._followed: list[SimRank | None] = [None] * len(ranks)
 
     def published(self, rank: int, now_s: float) -> None:
@@ -125,7 +125,7 @@ class LiveIndex(Live):
 
     def _follow(self, rank: int) -> None:
         """Hears of the changes of a rank that has just begun."""
-        sim, delayed = self.ranks[rank], DelayedCache(self._delay_s)
+        sim, delayed = self.ranks[rank], DelayedCache(self._delay_s, self.ranks[rank].cache.block_tokens)
         self._followed[rank], self._delayed[rank] = sim, delayed
         sim.cache.changed = delayed.note
 

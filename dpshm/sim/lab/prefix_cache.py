@@ -1,6 +1,6 @@
 """A rank's prefix cache: which blocks of prompts it still holds, least recently used first to go.
 
-As in vLLM, a prompt is cut into blocks of `BLOCK_TOKENS`; a block is known by a hash that covers all before it,
+As in vLLM, a prompt is cut into blocks of equal size; a block is known by a hash that covers all before it,
 so a prompt finds its longest leading run of blocks that are held and computes the rest. The cache lives in
 what running requests leave free of the KV cache.
 """
@@ -10,19 +10,18 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Sequence
 
-BLOCK_TOKENS = 512
-"""As in the Mooncake traces."""
-
 
 class PrefixCache:
     """The blocks of one rank.
 
     Attributes:
+        block_tokens: prompt tokens in a block.
         changed: called with the time, a block, and whether it is held now; for routers that are fed with events.
         now_s: the time, for `changed`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, block_tokens: int) -> None:
+        self.block_tokens = block_tokens
         self._held: OrderedDict[int, None] = OrderedDict()
         self.changed: Callable[[float, int, bool], None] | None = None
         self.now_s = 0.0
@@ -32,7 +31,7 @@ class PrefixCache:
 
     def hit_tokens(self, blocks: Sequence[int], prompt_tokens: int) -> int:
         """Tokens of a prompt that need not be computed; at least one always must be."""
-        return hit_tokens(self._held, blocks, prompt_tokens)
+        return hit_tokens(self._held, blocks, prompt_tokens, self.block_tokens)
 
     def insert(self, blocks: Sequence[int], free_tokens: int) -> None:
         """Holds a prompt's blocks as the most recently used, and no more blocks than fit `free_tokens`."""
@@ -42,7 +41,7 @@ class PrefixCache:
                 changed(self.now_s, block, True)
             held[block] = None
             held.move_to_end(block)
-        while len(held) > max(0, free_tokens) // BLOCK_TOKENS:
+        while len(held) > max(0, free_tokens) // self.block_tokens:
             block, _ = held.popitem(last=False)
             if changed:
                 changed(self.now_s, block, False)
@@ -51,8 +50,9 @@ class PrefixCache:
 class DelayedCache:
     """A rank's blocks as a router knows them that is fed with events: each change arrives `delay_s` later."""
 
-    def __init__(self, delay_s: float) -> None:
+    def __init__(self, delay_s: float, block_tokens: int) -> None:
         self._delay_s = delay_s
+        self._block_tokens = block_tokens
         self._held: set[int] = set()
         self._under_way: deque[tuple[float, int, bool]] = deque()
 
@@ -65,14 +65,14 @@ class DelayedCache:
         while self._under_way and self._under_way[0][0] <= now_s:
             _, block, held = self._under_way.popleft()
             (self._held.add if held else self._held.discard)(block)
-        return hit_tokens(self._held, blocks, prompt_tokens)
+        return hit_tokens(self._held, blocks, prompt_tokens, self._block_tokens)
 
 
-def hit_tokens(held: Container[int], blocks: Sequence[int], prompt_tokens: int) -> int:
+def hit_tokens(held: Container[int], blocks: Sequence[int], prompt_tokens: int, block_tokens: int) -> int:
     """Tokens of a prompt's longest leading run of held blocks, less than the whole prompt."""
     count = 0
     for block in blocks:
         if block not in held:
             break
         count += 1
-    return min(count * BLOCK_TOKENS, prompt_tokens - 1)
+    return min(count * block_tokens, prompt_tokens - 1)

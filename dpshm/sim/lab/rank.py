@@ -76,9 +76,11 @@ class SimRank:
         busy_until_s: when its step ends; -1 while it has none.
     """
 
-    def __init__(self, cost: StepCost, num_frontends: int, coefficients: Coefficients = "learnt") -> None:
+    def __init__(
+        self, cost: StepCost, num_frontends: int, coefficients: Coefficients = "learnt", block_tokens: int = 512
+    ) -> None:
         self.batcher = Batcher(cost)
-        self.cache = PrefixCache()
+        self.cache = PrefixCache(block_tokens)
         self.inbox: list[Job] = []
         self.inbox_tokens = 0
         self.busy_until_s = -1.0

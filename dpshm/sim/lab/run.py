@@ -51,6 +51,7 @@ class Plant:
         coefficients: what policies get for step times: what engines have learnt, the truth, or nothing.
         clients: closed loop: so many clients, each of whom sends a request when its last one is complete; 0 is
             open loop, requests at their own times.
+        block_tokens: prompt tokens in a block of the prefix caches.
     """
 
     engines: int = 8
@@ -61,6 +62,7 @@ class Plant:
     restart: tuple[int, float, float] | None = None
     coefficients: Coefficients = "learnt"
     clients: int = 0
+    block_tokens: int = 512
 
     def __post_init__(self) -> None:
         ranks = [rank for rank, _ in self.slow] + ([self.restart[0]] if self.restart else [])
@@ -154,7 +156,8 @@ class _Run:
         self._preemptions = 0
 
     def _new_rank(self, rank: int) -> SimRank:
-        return SimRank(self._plant.cost_of(rank), self._plant.frontends, self._plant.coefficients)
+        plant = self._plant
+        return SimRank(plant.cost_of(rank), plant.frontends, plant.coefficients, plant.block_tokens)
 
     def play(self) -> Outcome:
         plant, information, steps = self._plant, self._information, self._steps

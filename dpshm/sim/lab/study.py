@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,7 +25,8 @@ from dpshm.sim.lab.rank import Job
 from dpshm.sim.lab.rivals import RIVALS, rival_or_policy
 from dpshm.sim.lab.run import ORACLE, Plant, run
 from dpshm.sim.workloads.chat import chat_arrivals
-from dpshm.sim.workloads.traces import Arrival, read_trace
+from dpshm.sim.workloads.formats import MAX_TOKENS
+from dpshm.sim.workloads.traces import Arrival, Trace, TraceError, Units, check_units, read_trace
 
 DEFAULT_REQUESTS = 12_000
 MAX_REQUESTS = 1_000_000
@@ -42,12 +43,15 @@ class SimulationSettings:
         policies: names; `dpshm.sim.lab.run.ORACLE` is one.
         information: names; empty: `vllm` and `round_robin` get the broadcast, the others the live board.
         trace: a file to replay; None is the built-in chat workload.
+        time_unit: of the trace's times; empty: as its format says.
+        block_tokens: prompt tokens that a hash of the trace is for; 0: as its format and its lines say.
         rate: how many times the recorded speed.
         requests: at most so many; None: all of a trace, `DEFAULT_REQUESTS` of the built-in workload.
         skew: front-end i gets a share proportional to ``1 / (i + 1) ** skew``; 0 is even.
         seeds: how many runs of each combination.
         first_seed: the seed of the first.
-        key_blocks: the key of a request, for `affinity`, is the hash of so many leading blocks of its prompt.
+        key_tokens: the key of a request, for `affinity`, is the hash of the leading blocks of its prompt that have
+            so many tokens together; of one block at least.
         oracle: run the oracle too, for the regret.
 
     Raises:
@@ -58,12 +62,14 @@ class SimulationSettings:
     policies: tuple[str, ...] = ("vllm", "round_robin", "least_loaded", "power_of_two", "least_work")
     information: tuple[str, ...] = ()
     trace: Path | None = None
+    time_unit: str = ""
+    block_tokens: int = 0
     rate: float = 1.0
     requests: int | None = None
     skew: float = 0.0
     seeds: int = 3
     first_seed: int = 0
-    key_blocks: int = 2
+    key_tokens: int = 1024
     oracle: bool = True
 
     def __post_init__(self) -> None:
@@ -72,7 +78,7 @@ class SimulationSettings:
             ("frontends", self.plant.frontends, 4096),
             ("seeds", self.seeds, 1000),
             ("requests", 1 if self.requests is None else self.requests, MAX_REQUESTS),
-            ("key_blocks", self.key_blocks, 1_000_000),
+            ("key_tokens", self.key_tokens, MAX_TOKENS),
         ):
             if not 1 <= number <= most:
                 raise SettingError(f"{name} is {number}: choose 1 to {most}")
@@ -80,6 +86,7 @@ class SimulationSettings:
             raise SettingError(f"rate is {self.rate}: choose a number above 0")
         if not (isfinite(self.skew) and self.skew >= 0):
             raise SettingError(f"skew is {self.skew}: choose 0 (even) or more")
+        check_units(Units(self.time_unit, self.block_tokens))
         if not self.policies:
             raise SettingError("there is nothing to compare: name at least one policy")
         for policy in self.policies:
@@ -97,7 +104,7 @@ class SimulationSettings:
         return list(dict.fromkeys(pairs))
 
 
-def make_jobs(settings: SimulationSettings, seed: int, trace: Sequence[Arrival] | None = None) -> list[Job]:
+def make_jobs(settings: SimulationSettings, seed: int, trace: Trace | None = None) -> list[Job]:
     """The requests of one run, dealt out to the front-ends.
 
     Args:
@@ -109,13 +116,15 @@ def make_jobs(settings: SimulationSettings, seed: int, trace: Sequence[Arrival] 
         TraceError: it cannot be read.
     """
     random = Random(seed)
-    if settings.trace is None:
-        arrivals: Sequence[Arrival] = chat_arrivals(settings.requests or DEFAULT_REQUESTS, seed)
-    else:
-        recorded = read_trace(settings.trace) if trace is None else trace
+    key_blocks = 0
+    if trace := trace or read_for(settings):
+        recorded = trace.arrivals
         # Seed 0 replays it as it was recorded.
         start = random.randrange(len(recorded)) if seed else 0
         arrivals = _turned(recorded, start)[: settings.requests]
+        key_blocks = max(1, settings.key_tokens // max(1, trace.block_tokens))
+    else:
+        arrivals = chat_arrivals(settings.requests or DEFAULT_REQUESTS, seed)
     shares = [1 / (f + 1) ** settings.skew for f in range(settings.plant.frontends)]
     frontends = random.choices(range(len(shares)), shares, k=len(arrivals))
     return [
@@ -124,11 +133,35 @@ def make_jobs(settings: SimulationSettings, seed: int, trace: Sequence[Arrival] 
             frontend,
             arrival.prompt_tokens,
             arrival.output_tokens,
-            key_of(repr(arrival.block_hashes[: settings.key_blocks])) if arrival.block_hashes else None,
+            key_of(repr(arrival.block_hashes[:key_blocks])) if arrival.block_hashes else None,
             arrival.block_hashes,
         )
         for arrival, frontend in zip(arrivals, frontends, strict=True)
     ]
+
+
+def read_for(settings: SimulationSettings, show: Callable[[int], None] = lambda _: None) -> Trace | None:
+    """The trace of a comparison; as much of it as is replayed. None is the built-in workload.
+
+    Args:
+        settings: what is compared.
+        show: called now and then with how many arrivals have been read.
+
+    Raises:
+        TraceError: it cannot be read, or nothing tells how many tokens a hash is for.
+    """
+    if settings.trace is None:
+        return None
+    # Each seed but 0 begins somewhere in the whole of it.
+    most = settings.requests if settings.seeds == 1 and settings.first_seed == 0 else None
+    units = Units(settings.time_unit, settings.block_tokens)
+    trace = read_trace(settings.trace, units, most=most, show=show)
+    if not trace.block_tokens and any(arrival.block_hashes for arrival in trace.arrivals):
+        raise TraceError(
+            f"the trace {settings.trace} has hashes whose number does not tell how many prompt tokens one is for: "
+            "say so with --block-tokens, such as --block-tokens 16"
+        )
+    return trace
 
 
 def _turned(arrivals: Sequence[Arrival], start: int) -> list[Arrival]:
@@ -143,7 +176,10 @@ def _turned(arrivals: Sequence[Arrival], start: int) -> list[Arrival]:
 
 
 def compare(
-    settings: SimulationSettings, processes: int = 1, show: Callable[[int, int], None] = lambda *_: None
+    settings: SimulationSettings,
+    processes: int = 1,
+    show: Callable[[int, int], None] = lambda *_: None,
+    show_reading: Callable[[int], None] = lambda _: None,
 ) -> Comparison:
     """Runs every combination on every seed.
 
@@ -151,12 +187,13 @@ def compare(
         settings: what to compare.
         processes: how many runs at a time; more than 1 uses processes of their own.
         show: called with how many runs are done, and of how many.
+        show_reading: called now and then with how many arrivals of the trace have been read.
 
     Raises:
         TraceError: the trace cannot be read.
         SettingError: the workload has no requests that fit.
     """
-    trace = read_trace(settings.trace) if settings.trace else None
+    trace = read_for(settings, show_reading)
     combinations = settings.combinations
     seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
     tasks = [(combination, seed) for seed in seeds for combination in combinations]
@@ -166,13 +203,14 @@ def compare(
         for task, figures in mapper(_run_task, tasks):
             found[task] = figures
             show(len(found), len(tasks))
-    return _put_together(settings, combinations, [[found[c, s] for s in seeds] for c in combinations])
+    workload = f"{settings.trace} ({trace.described})" if trace else "built-in chat"
+    return _put_together(settings, workload, combinations, [[found[c, s] for s in seeds] for c in combinations])
 
 
-_given: tuple[SimulationSettings, Sequence[Arrival] | None]
+_given: tuple[SimulationSettings, Trace | None]
 
 
-def _prepare(given: tuple[SimulationSettings, Sequence[Arrival] | None], *, alone: bool) -> None:
+def _prepare(given: tuple[SimulationSettings, Trace | None], *, alone: bool) -> None:
     global _given  # noqa: PLW0603 - a pool's way to hand the trace over once
     _given = given
     if alone:
@@ -185,11 +223,16 @@ def _run_task(task: tuple[Combination, int]) -> tuple[tuple[Combination, int], F
     jobs = make_jobs(settings, seed, trace)
     if not jobs:
         raise SettingError("the workload has no requests")
-    return task, figures_of(run(settings.plant, jobs, policy, information))
+    plant = (
+        replace(settings.plant, block_tokens=trace.block_tokens)
+        if trace and trace.block_tokens
+        else settings.plant
+    )
+    return task, figures_of(run(plant, jobs, policy, information))
 
 
 @contextmanager
-def _mapper(processes: int, given: tuple[SimulationSettings, Sequence[Arrival] | None]) -> Iterator[Any]:
+def _mapper(processes: int, given: tuple[SimulationSettings, Trace | None]) -> Iterator[Any]:
     if processes <= 1:
         _prepare(given, alone=False)
         yield map
@@ -199,12 +242,12 @@ def _mapper(processes: int, given: tuple[SimulationSettings, Sequence[Arrival] |
         yield pool.imap_unordered
 
 
-def _prepare_alone(given: tuple[SimulationSettings, Sequence[Arrival] | None]) -> None:
+def _prepare_alone(given: tuple[SimulationSettings, Trace | None]) -> None:
     _prepare(given, alone=True)
 
 
 def _put_together(
-    settings: SimulationSettings, combinations: list[Combination], runs: list[list[Figures]]
+    settings: SimulationSettings, workload: str, combinations: list[Combination], runs: list[list[Figures]]
 ) -> Comparison:
     by_combination = dict(zip(combinations, runs, strict=True))
     baseline = BASELINE if BASELINE in by_combination else combinations[0] if len(combinations) > 1 else None
@@ -217,7 +260,7 @@ def _put_together(
     ]
     first = runs[0]
     return Comparison(
-        workload=str(settings.trace) if settings.trace else "built-in chat",
+        workload=workload,
         engines=settings.plant.engines,
         frontends=settings.plant.frontends,
         rate=settings.rate,

@@ -1,41 +1,47 @@
 """Recorded request arrivals, read from a file: when each request came and how many tokens it had.
 
-Two formats are known, and told apart by the first line that is not blank:
+`dpshm.sim.workloads.formats` has the formats that are known, and how their units are told. A file whose units
+cannot be told is refused, and so is a line that is not what its format says: `TraceError` names the file, the
+line and what is wrong.
 
-- the Azure LLM inference traces (Azure Public Dataset, 2023; Patel et al., "Splitwise", ISCA 2024): CSV
-  with a header, ``TIMESTAMP,ContextTokens,GeneratedTokens``;
-- the Mooncake traces (kvcache-ai, FAST '25; Qin et al., "Mooncake", FAST 2025): JSON lines with
-  ``timestamp`` in ms, ``input_length``, ``output_length`` and ``hash_ids``, one id for each block of 512
-  prompt tokens, where equal leading ids mean a shared prefix. Its times come in steps of 3 s, about ten
-  requests at each; they are kept as they are.
+What comes out is in order of time, the first request at 0 s, with at least one prompt token and one output
+token each. A recorded output of no tokens counts as one, because the step that ends a prefill always yields a
+token. Times are kept as they are: those of Mooncake come in steps of 3 s, about ten requests at each.
 
-A trace is read as a whole or not at all: a line that is not what its format says raises `TraceError`,
-which names the file, the line and what is wrong. What comes out is in order of time, the first request at
-0 s, with at least one prompt token and one output token each. A recorded output of no tokens counts as
-one, because the step that ends a prefill always yields a token.
+Reading stops where the replay does, so a demo of five seconds reads the first seconds of a file of a month.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
-import msgspec
-
-from dpshm.errors import DpshmError
-
-MAX_TOKENS = 10_000_000
-"""More in one request is taken for damage: it is ten times the longest context sold today."""
-MAX_LINE_BYTES = 1 << 20
-"""No honest line comes near: a prompt of MAX_TOKENS has 20,000 block ids, about 200 KB."""
-
-FORMATS = (
-    "the Azure CSV (first line 'TIMESTAMP,ContextTokens,GeneratedTokens') and the Mooncake JSON lines "
-    "('timestamp', 'input_length', 'output_length', 'hash_ids')"
+from dpshm.errors import DpshmError, SettingError
+from dpshm.sim.workloads.compressed import DamagedError, open_plain
+from dpshm.sim.workloads.formats import (
+    KNOWN,
+    MAX_TOKENS,
+    TIME_UNITS,
+    Format,
+    Line,
+    UnknownFormat,
+    UnknownUnits,
+    csv_format,
+    json_format,
+    other_json,
+    told,
 )
-_AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+
+MAX_LINE_BYTES = 8 << 20
+"""No honest line comes near: a prompt of MAX_TOKENS has 625,000 block ids of 16 tokens, about 5 MB."""
+HEAD_BYTES = 1 << 16
+"""So much of a JSON file that is no trace is looked at to say what it is."""
+SAMPLE_LINES = 1000
+"""So many lines tell the units of a file."""
+SHOW_INTERVAL_S = 0.1
 
 
 class TraceError(DpshmError):
@@ -49,7 +55,7 @@ class Arrival(NamedTuple):
         time_s: seconds since the first request of the trace.
         prompt_tokens: at least 1.
         output_tokens: at least 1.
-        block_hashes: one id for each 512 tokens of the prompt, where the trace has them; else empty.
+        block_hashes: one id for each `Trace.block_tokens` tokens of the prompt; empty where the trace has none.
     """
 
     time_s: float
@@ -58,31 +64,70 @@ class Arrival(NamedTuple):
     block_hashes: tuple[int, ...] = ()
 
 
-_Tokens = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
-_TokensOrNone = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
+class Trace(NamedTuple):
+    """What was read.
+
+    Attributes:
+        arrivals: in order of time.
+        block_tokens: prompt tokens that a block hash is for; 0 if there are none, or if that cannot be told.
+        described: the format and its units, for people.
+    """
+
+    arrivals: list[Arrival]
+    block_tokens: int
+    described: str
 
 
-class _MooncakeLine(msgspec.Struct, frozen=True):
-    """What a line of a Mooncake trace must hold; other keys are skipped."""
+class Units(NamedTuple):
+    """What the user says of a trace's units.
 
-    timestamp: Annotated[float, msgspec.Meta(ge=0)]
-    input_length: _Tokens
-    output_length: _TokensOrNone
-    hash_ids: tuple[int, ...] = ()
+    Attributes:
+        time_unit: of its times, a key of `TIME_UNITS`; empty: as its format says.
+        block_tokens: prompt tokens that a block hash is for; 0: as its format and its lines say.
+    """
+
+    time_unit: str = ""
+    block_tokens: int = 0
 
 
-_mooncake_decoder = msgspec.json.Decoder(_MooncakeLine)
+AS_TOLD = Units()
+"""By the trace's fields and lines."""
 
 
-def read_trace(path: str | Path) -> list[Arrival]:
-    """All arrivals of a trace, in order of time.
+def check_units(units: Units) -> None:
+    """Raises `SettingError` if these cannot be units."""
+    if units.time_unit not in ("", *TIME_UNITS):
+        raise SettingError(f"there is no time unit {units.time_unit!r}: choose {', '.join(TIME_UNITS)}")
+    if not 0 <= units.block_tokens <= MAX_TOKENS:
+        raise SettingError(f"a hash cannot be for {units.block_tokens} tokens: choose 1 to {MAX_TOKENS}")
+
+
+def read_trace(
+    path: str | Path,
+    units: Units = AS_TOLD,
+    *,
+    until_s: float = float("inf"),
+    most: int | None = None,
+    show: Callable[[int], None] = lambda _: None,
+) -> Trace:
+    """Reads a trace, up to the end or to where the replay ends.
+
+    Args:
+        path: of the file.
+        units: what the user says of them.
+        until_s: the first arrival at or after this time is the last that is read.
+        most: so many arrivals at most.
+        show: called now and then with how many have been read; may raise, to end it.
 
     Raises:
-        TraceError: the file cannot be read, is empty, or has a line that is not what its format says.
+        TraceError: the file cannot be read, is empty, is no trace that is known, has units that cannot be told, or
+            has a line that is not what its format says.
     """
     try:
-        with open(path, "rb") as file:
-            return list(_arrivals(path, file))
+        with open_plain(path) as file:
+            return read_open(path, file, units, until_s=until_s, most=most, show=show)
+    except DamagedError as e:
+        raise TraceError(f"the trace {path} {e}") from None
     except OSError as e:
         raise TraceError(
             f"cannot read the trace {path}: {e.strerror}. Name a file with --trace, or leave the option out "
@@ -90,36 +135,98 @@ def read_trace(path: str | Path) -> list[Arrival]:
         ) from e
 
 
-def _arrivals(path: str | Path, file: BinaryIO) -> Iterator[Arrival]:
+def read_open(
+    path: str | Path,
+    file: BinaryIO,
+    units: Units = AS_TOLD,
+    *,
+    until_s: float = float("inf"),
+    most: int | None = None,
+    show: Callable[[int], None] = lambda _: None,
+) -> Trace:
+    """Reads an open file that is not compressed; else as `read_trace`."""
+    check_units(units)
+    try:
+        found, lines = _recognised(path, file)
+        parsed = _parsed(path, found, lines)
+        sample = list(islice(parsed, SAMPLE_LINES))
+        if not sample:
+            raise TraceError(f"the trace {path} has a header and no requests: it looks cut off. Fetch it again")
+        found = told(found, [line for _, line in sample], *units)
+        arrivals = []
+        next_s = time.monotonic() + SHOW_INTERVAL_S
+        for arrival in _in_order(path, chain(sample, parsed), TIME_UNITS.get(found.time_unit, 1.0)):
+            arrivals.append(arrival)
+            if arrival.time_s >= until_s or len(arrivals) == most:
+                break
+            if not len(arrivals) % 256 and time.monotonic() >= next_s:
+                next_s = time.monotonic() + SHOW_INTERVAL_S
+                show(len(arrivals))
+    except UnknownUnits as e:
+        raise TraceError(f"the trace {path} {e}") from None
+    except UnknownFormat as e:
+        raise TraceError(f"{path} {e}. Traces that are known: {KNOWN}") from None
+    return Trace(arrivals, found.block_tokens, _described(found))
+
+
+def _in_order(path: str | Path, lines: Iterable[tuple[int, Line]], second: float) -> Iterator[Arrival]:
+    """The arrivals, the first at 0 s; `second` is how long the file's unit of time is, in seconds."""
+    began = previous = None
+    for number, line in lines:
+        if began is None or previous is None:
+            began = previous = line.time
+        if line.time < previous:
+            raise TraceError(
+                f"{path}, line {number}: is {(previous - line.time) * second:g} s earlier than the line before "
+                "it. Sort the file by time"
+            )
+        previous = line.time
+        yield Arrival((line.time - began) * second, line.prompt_tokens, max(line.output_tokens, 1), line.hashes)
+
+
+def _described(found: Format) -> str:
+    parts = [found.name or "trace", "dates" if found.dated else f"times in {found.time_unit}"]
+    if found.block_tokens:
+        parts.append(f"{found.block_tokens} tokens a hash")
+    return ", ".join(parts)
+
+
+def _recognised(path: str | Path, file: BinaryIO) -> tuple[Format, Iterator[tuple[int, bytes]]]:
+    """The format, and the lines with requests.
+
+    Raises:
+        TraceError: the file is empty, or its first line is no line.
+        UnknownFormat: it is no trace that is known.
+    """
     lines = _lines(path, file)
     number, first = next(lines, (0, b""))
     if not number:
-        raise TraceError(f"the trace {path} is empty. Known formats: {FORMATS}")
-    parse: Callable[[bytes], Arrival]
+        raise TraceError(f"the trace {path} is empty. Traces that are known: {KNOWN}")
+    if first.startswith((b"[", b"{")) and not (first.startswith(b"{") and first.endswith(b"}")):
+        # One JSON value over the whole file, or a first line that was cut off.
+        head = first[:HEAD_BYTES]
+        for _, line in lines:
+            if len(head) >= HEAD_BYTES:
+                break
+            head += line
+        if known := other_json(head):
+            raise UnknownFormat(known)
+        if first.startswith(b"[") or len(head) > len(first):
+            raise UnknownFormat("is one JSON value over several lines; a trace has one object a line")
     if first.startswith(b"{"):
-        parse = _parse_mooncake
-        lines = _chain(number, first, lines)
-    elif first.startswith(b"\x1f\x8b"):
-        raise TraceError(f"the trace {path} is gzip-compressed: unpack it first (gunzip)")
-    else:
-        parse = _azure_parser(path, first)
-    began = previous = None
+        return json_format(first), chain([(number, first)], lines)
+    try:
+        return csv_format(first), lines
+    except UnknownFormat as e:
+        raise UnknownFormat(f"{e}. {_shown(first)}") from None
+
+
+def _parsed(path: str | Path, found: Format, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, Line]]:
     for number, line in lines:
         try:
-            time_s, prompt_tokens, output_tokens, block_hashes = parse(line)
+            yield number, found.parse(line)
         except ValueError as e:
             raise TraceError(f"{path}, line {number}: {e}. {_shown(line)}") from None
-        if began is None or previous is None:
-            began = previous = time_s
-        if time_s < previous:
-            raise TraceError(
-                f"{path}, line {number}: is {previous - time_s:g} s earlier than the line before it. Sort the "
-                "file by time"
-            )
-        previous = time_s
-        yield Arrival(time_s - began, prompt_tokens, max(output_tokens, 1), block_hashes)
-    if began is None:
-        raise TraceError(f"the trace {path} has a header and no requests: it looks cut off. Fetch it again")
 
 
 def _lines(path: str | Path, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -128,67 +235,17 @@ def _lines(path: str | Path, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     while line := file.readline(MAX_LINE_BYTES):
         number += 1
         if len(line) == MAX_LINE_BYTES:
+            if number == 1 and (known := other_json(line[:HEAD_BYTES])):
+                raise UnknownFormat(known)
             raise TraceError(
-                f"{path}, line {number}: is longer than {MAX_LINE_BYTES} bytes, so this is not a trace. Known "
-                f"formats: {FORMATS}"
+                f"{path}, line {number}: is longer than {MAX_LINE_BYTES} bytes, so this is not a trace. Known are "
+                f"{KNOWN}"
             )
         if stripped := line.removeprefix(b"\xef\xbb\xbf").strip():
             yield number, stripped
-
-
-def _chain(number: int, line: bytes, rest: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-    yield number, line
-    yield from rest
 
 
 def _shown(line: bytes) -> str:
     """The start of a bad line, as one printable line."""
     text = ascii(line[:40].decode("utf-8", "replace"))
     return f"The line is {text}" if len(line) <= 40 else f"The line begins {text}"
-
-
-def _parse_mooncake(line: bytes) -> Arrival:
-    try:
-        found = _mooncake_decoder.decode(line)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as e:
-        raise ValueError(f"not a Mooncake request ({e}); a file that was cut off ends so") from None
-    return Arrival(found.timestamp / 1000, found.input_length, found.output_length, found.hash_ids)
-
-
-def _azure_parser(path: str | Path, header: bytes) -> Callable[[bytes], Arrival]:
-    """What reads the lines under that header, wherever its three columns stand."""
-    names = [name.strip() for name in header.decode("utf-8", "replace").split(",")]
-    if not set(_AZURE_COLUMNS) <= set(names):
-        raise TraceError(f"the trace {path} has neither known format. Known are {FORMATS}. {_shown(header)}")
-    at_time, at_prompt, at_output = (names.index(name) for name in _AZURE_COLUMNS)
-
-    def parse(line: bytes) -> Arrival:
-        fields = line.decode("utf-8", "replace").split(",")
-        if len(fields) != len(names):
-            raise ValueError(
-                f"{len(fields)} column(s) where the header has {len(names)}; a file that was cut off ends so"
-            )
-        return Arrival(
-            _seconds(fields[at_time]),
-            _tokens("ContextTokens", fields[at_prompt], 1),
-            _tokens("GeneratedTokens", fields[at_output], 0),
-        )
-
-    return parse
-
-
-def _seconds(text: str) -> float:
-    try:
-        # Digits past the microsecond are dropped; a time without a zone is taken as UTC.
-        moment = datetime.fromisoformat(text.strip())
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, OverflowError):
-        raise ValueError(f"TIMESTAMP {text[:40]!r} is no time like 2023-11-16 18:17:03.9799600") from None
-
-
-def _tokens(name: str, text: str, least: int) -> int:
-    digits = text.strip()
-    # At most 8 digits: int() of a very long number is slow, or an error of its own.
-    if not (digits.isascii() and digits.isdigit() and len(digits) <= 8) or not least <= int(digits) <= MAX_TOKENS:
-        raise ValueError(f"{name} {text[:40]!r} is no whole number from {least} to {MAX_TOKENS}")
-    return int(digits)

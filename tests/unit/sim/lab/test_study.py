@@ -132,7 +132,7 @@ def test_intervals():
         ({"policies": ()}, "there is nothing to compare"),
         ({"policies": ("best",)}, "no policy 'best'"),
         ({"information": ("none",)}, "no information model 'none'"),
-        ({"key_blocks": 0}, "key_blocks is 0"),
+        ({"key_tokens": 0}, "key_tokens is 0"),
     ],
 )
 def test_settings_that_cannot_be(wrong, message):

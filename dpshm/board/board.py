@@ -125,14 +125,20 @@ class Board:
 
     @classmethod
     @explained()
-    def attach(cls, group: str, *, readonly: bool = True) -> Board:
+    def attach(cls, group: str, *, readonly: bool = True, any_owner: bool = False) -> Board:
         """Opens the board of a group, read-only unless told otherwise.
+
+        Args:
+            group: the group's name.
+            readonly: never to write to it.
+            any_owner: read it also if another user owns it. Only for tools: that user decides what is in it, and
+                can end this process by truncating the file.
 
         Raises:
             SegmentNotFound: there is no such group.
-            SegmentInvalid: its segment is not one that this version can use.
+            SegmentInvalid: its segment is another user's, or not one that this version can use.
         """
-        return cls(Segment.attach(group, readonly=readonly))
+        return cls(Segment.attach(group, readonly=readonly, any_owner=any_owner))
 
     def close(self) -> None:
         """Gives the locks back. Views that are still referenced stay valid."""

@@ -96,8 +96,13 @@ def open_segment(path: Path, *, readonly: bool) -> int:
         raise SegmentError(f"cannot open {path}: {e.strerror}") from e
 
 
-def check_owner(path: Path, fd: int, *, readonly: bool) -> None:
-    """Checks that a file is a regular one and, for a writer, that only this user can change it.
+def check_owner(path: Path, fd: int, *, any_owner: bool = False) -> None:
+    """Checks that a file is a regular one that only this user can change.
+
+    Args:
+        path: the file, for the error's text.
+        fd: a descriptor of it.
+        any_owner: another user's file will do, for a tool that was told to read it.
 
     Raises:
         SegmentInvalid: it is not.
@@ -105,11 +110,13 @@ def check_owner(path: Path, fd: int, *, readonly: bool) -> None:
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):
         raise SegmentInvalid(f"{path} is not a regular file; remove it")
-    if not readonly and info.st_mode & 0o022:
+    if any_owner:
+        return
+    if info.st_mode & 0o022:
         raise SegmentInvalid(
             f"{path} may be written by others ({stat.filemode(info.st_mode)}): end its group, remove it"
         )
-    if not readonly and info.st_uid != os.geteuid():
+    if info.st_uid != os.geteuid():
         raise SegmentInvalid(
             f"{path} belongs to uid {info.st_uid} and this process is uid {os.geteuid()}: "
             "run as that user, or use another group name"

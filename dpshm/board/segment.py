@@ -89,8 +89,14 @@ class Segment:
         return segment
 
     @classmethod
-    def attach(cls, group: str, *, readonly: bool = False) -> Segment:
-        """Opens the segment of a group and checks its header.
+    def attach(cls, group: str, *, readonly: bool = False, any_owner: bool = False) -> Segment:
+        """Opens the segment of a group, and checks its owner and its header.
+
+        Args:
+            group: the group's name.
+            readonly: never to write to it.
+            any_owner: read it also if it is another user's. That user can store any number in it, and ends the
+                reader with SIGBUS by truncating it. So only tools may ask for this, and `readonly` with it.
 
         Raises:
             SegmentNotFound: there is none.
@@ -108,7 +114,7 @@ class Segment:
             ) from None
         segment = cls(group, path, fd, readonly=readonly)
         try:
-            files.check_owner(path, fd, readonly=readonly)
+            files.check_owner(path, fd, any_owner=any_owner and readonly)
             segment._map_and_check()
         except BaseException:
             segment.close()
@@ -232,7 +238,7 @@ def sweep(group: str) -> bool:
         return False
     segment = Segment(group, path, fd, readonly=False)
     try:
-        files.check_owner(path, fd, readonly=False)
+        files.check_owner(path, fd)
         if not segment.locks.lock_all():
             return False
         segment.unlink()

@@ -251,7 +251,7 @@ class EventReader:
             self._ended = True
             return [Happened("group_ended", None, None, "the group has ended, or its segment was unlinked")]
         try:
-            new = Board.attach(self.board.segment.group)
+            new = Board.attach(self.board.segment.group, any_owner=True)
         except SegmentError:
             return []
         self.board.close()

@@ -34,7 +34,7 @@ def find_groups() -> list[Found]:
 
 def _describe(group: str) -> Found:
     try:
-        with Board.attach(group) as board:
+        with Board.attach(group, any_owner=True) as board:
             ranks = f"{board.dp_size} ranks"
             if board.coordinator_alive():
                 return Found(group, "alive", f"{ranks}, coordinator pid {int(board.coordinator_pid[0])}")
@@ -54,11 +54,11 @@ def open_group(group: str | None) -> Board:
         SegmentError: it cannot be opened.
     """
     if group is not None:
-        return Board.attach(group)
+        return Board.attach(group, any_owner=True)
     found = find_groups()
     live = [f for f in found if f.state in ("alive", "orphaned")]
     if len(live) == 1:
-        return Board.attach(live[0].group)
+        return Board.attach(live[0].group, any_owner=True)
     others = "".join(f"\n  {f.group:<24} {f.state}: {f.detail}" for f in live or found)
     if not live:
         raise SegmentNotFound(

@@ -45,7 +45,7 @@ class Watcher:
 
     def _follow(self) -> None:
         try:
-            new = Board.attach(self.board.segment.group)
+            new = Board.attach(self.board.segment.group, any_owner=True)
         except SegmentError:
             return  # the group has ended; its last state is still mapped
         self.board.close()

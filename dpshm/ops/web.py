@@ -81,8 +81,8 @@ class Looker(threading.Thread):
     def __init__(self, group: str, interval_s: float) -> None:
         super().__init__(name="dpshm-look", daemon=True)
         self._interval_s = interval_s
-        self._watcher = Watcher(Board.attach(group))
-        self._reader = EventReader(Board.attach(group))
+        self._watcher = Watcher(Board.attach(group, any_owner=True))
+        self._reader = EventReader(Board.attach(group, any_owner=True))
         self._points: deque[Point] = deque(maxlen=PAST_POINTS)
         self._events: deque[Event] = deque(maxlen=PAST_EVENTS)
         self._changed = threading.Condition()

@@ -194,3 +194,9 @@ def test_nothing_is_ever_unpickled():
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle"
     }
     assert keywords == set()
+
+
+def test_only_tools_read_another_users_board():
+    """Guards against a server, an engine or the plugin that believes what another user wrote."""
+    asking = {name.split(".")[1] for name, path in FILES.items() if "any_owner=True" in path.read_text()}
+    assert asking == {"ops", "cli"}

@@ -135,5 +135,20 @@ def test_another_users_file_is_not_written_to(folder: Path):
     for act in (Segment.attach, sweep):
         with pytest.raises(SegmentInvalid, match=r"belongs to uid 12345 and this process is uid 0"):
             act("g")
-    Segment.attach("g", readonly=True).close()
     assert (folder / "dpshm-g").exists()
+
+
+@as_root
+def test_another_users_board_is_read_by_tools_alone(folder: Path):
+    """Guards against a stranger's board that a server believes, and that ends it by SIGBUS when it shrinks."""
+    Segment.create(header()).close()
+    os.chown(folder / "dpshm-g", 12345, 12345)
+    with pytest.raises(SegmentInvalid, match=r"belongs to uid 12345 and this process is uid 0"):
+        Segment.attach("g", readonly=True)
+    with pytest.raises(SegmentInvalid, match=r"belongs to uid 12345 and this process is uid 0"):
+        Segment.attach("g", any_owner=True)  # a writer has to be the owner, whatever it asks for
+    Segment.attach("g", readonly=True, any_owner=True).close()
+    os.chown(folder / "dpshm-g", 0, 0)
+    (folder / "dpshm-g").chmod(0o602)
+    with pytest.raises(SegmentInvalid, match="may be written by others"):
+        Segment.attach("g", readonly=True)

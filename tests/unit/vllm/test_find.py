@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
+import pytest
+
 from dpshm import Coordinator, Frontend
 from dpshm.board import files, layout
+from dpshm.board.header import make_header
+from dpshm.board.segment import Segment
 from dpshm.vllm.find import group_at, owner_name
-from tests.support import LoneBoard
+from tests.support import NOWHERE, LoneBoard
 
 
 def test_the_address_leads_to_the_board(group, using):
@@ -39,6 +45,24 @@ def test_a_damaged_board_is_passed_over(group, using):
     finally:
         broken.segment.unlink()
         broken.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_a_strangers_board_is_passed_over(group, using):
+    """Guards against a board that another user puts under a name that sorts first, with a server's address in it."""
+    mine = using(Coordinator(group=group, dp_size=1))
+    stranger = f"{group[:-1]}-"  # sorts before the group
+    assert stranger < group
+    settings = {"balancing": "external", "waves": True, "counts_with_kv": True}
+    addresses = dict.fromkeys(("engine_input_address", "engine_output_address"), NOWHERE)
+    header = make_header(stranger, 4, 4, stats_address=mine.stats_publish_address, settings=settings, **addresses)
+    segment = using(Segment.create(header))
+    try:
+        assert group_at(mine.stats_publish_address) == stranger  # its owner is this user, and it lives
+        os.chown(segment.path, 65534, 65534)
+        assert group_at(mine.stats_publish_address) == group
+    finally:
+        segment.unlink()
 
 
 def test_owner_names_fit_and_differ():

@@ -49,7 +49,7 @@ def test_a_damaged_board_is_passed_over(group, using):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
 def test_a_strangers_board_is_passed_over(group, using):
-    """Guards against a board that another user puts under a name that sorts first, with a server's address in it."""
+    """Guards against a board of another user, whose name sorts first and which names a server's address."""
     mine = using(Coordinator(group=group, dp_size=1))
     stranger = f"{group[:-1]}-"  # sorts before the group
     assert stranger < group

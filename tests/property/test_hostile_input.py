@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import io
 import itertools
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 
 from dpshm import Coordinator, Engine, Frontend
 from dpshm.board import layout
-from dpshm.cli import COMMANDS, main
+from dpshm.cli import COMMANDS, load_command, main
 from dpshm.coordinator.settings import Settings, make_settings
 from dpshm.errors import SettingError
 from dpshm.frontend import recorder
@@ -44,7 +43,7 @@ ENDLESS = {"coordinator", "demo", "simulate"}
 
 def options(name: str) -> list[str]:
     """A command's options, by the names of its function's parameters, and some that it has not."""
-    command = getattr(importlib.import_module(f"dpshm.cli.{name}"), name)
+    command = load_command(name)
     names = [f"--{p.replace('_', '-')}" for p in inspect.signature(command).parameters]
     return [*names, "--json", "-g", "-i", "--no-wait", "--force", "--help", "--no-such"]
 

@@ -7,6 +7,7 @@ board's revision changed, and every 100 ms.
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,20 @@ from dpshm.policies import View, comparable
 from dpshm.policies.columns import VECTOR_FROM, ArrayColumns, ArrayWork, ListColumns, ListWork
 from dpshm.rules.liveness import Verdict
 
-TURN_STRIDE = 5
-"""Distance between the ranks from which neighbouring front-ends begin; coprime to the usual numbers of ranks."""
+GOLDEN_RATIO = (5**0.5 + 1) / 2
+
+
+def first_turn(number: int, count: int) -> int:
+    """Where the front-end of that number begins among so many ranks.
+
+    Of any `count` numbers in a row, each has another place. Neighbours begin far apart: the distance is the one
+    nearest to the golden section that has no divisor in common with the number of ranks.
+    """
+    apart = min(
+        (distance for distance in range(1, count + 1) if gcd(distance, count) == 1),
+        key=lambda distance: abs(distance - count / GOLDEN_RATIO),
+    )
+    return number * apart % count
 
 
 class ViewReader:
@@ -53,8 +66,11 @@ class ViewReader:
         self._own = own
         self._only = only
         self._sees_work = sees_work
+        self.eligible = frozenset()
         self._at_revision = board.index("revision")
-        self._turn = index * TURN_STRIDE  # so that equal loads do not send all front-ends to one engine
+        # Equal loads must not send all front-ends to one engine, nor all that have the same row one after another.
+        self._number = index + int(board.frontend_incarnation[index])
+        self._turn = 0
         self.refresh()
 
     def refresh(self) -> None:
@@ -85,6 +101,8 @@ class ViewReader:
             for e, verdict in enumerate(self._verdicts)
             if verdict is Verdict.ALIVE and not drained[e] and (self._only is None or e in self._only)
         ]
+        if eligible and len(eligible) != len(self.eligible):
+            self._turn = first_turn(self._number, len(eligible))
         self.eligible = frozenset(eligible)
         # Twice over: each slice of half its length is one rotation.
         self._twice: Any = np.array(eligible * 2) if n >= VECTOR_FROM else eligible * 2

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpshm.errors import SettingError
-from dpshm.frontend.view_reader import TURN_STRIDE
+from dpshm.frontend.view_reader import first_turn
 from dpshm.policies import Request
 from dpshm.sim.batching import Batcher, StepCost
 from dpshm.sim.demo.lockstep import AGREEMENT_INTERVAL
@@ -145,7 +145,7 @@ class _Run:
         self._own = [[0] * n for _ in range(plant.frontends)]
         self._information = make_information(information, self._ranks, self._own)
         self._information.lockstep = plant.lockstep
-        self._turns = [f * TURN_STRIDE for f in range(plant.frontends)]
+        self._turns = [first_turn(f, plant.engines) for f in range(plant.frontends)]
         self._chosen = list(range(n))  # the ranks that may be chosen
         self._unfinished = [0] * n
         self._steps: list[tuple[float, int]] = []  # a heap: when a rank's step ends; in lockstep, rank 0 alone

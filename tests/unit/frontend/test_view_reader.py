@@ -1,0 +1,66 @@
+"""Where front-ends begin among ranks of equal load."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from dpshm import Frontend
+from dpshm.frontend.view_reader import first_turn
+from dpshm.rules.liveness import Verdict
+from tests.support import LoneBoard
+
+
+@pytest.mark.parametrize("count", [*range(1, 41), 64, 100, 1024])
+def test_first_turns_are_even(count):
+    """Guards against numbers of ranks where many front-ends begin at the same rank."""
+    for start in (0, 3, 1000):
+        assert sorted(first_turn(start + i, count) for i in range(count)) == list(range(count))
+
+
+def test_neighbours_begin_apart():
+    """Guards against front-ends that send their first requests to the same few ranks."""
+    for count in (8, 16, 64):
+        first, second = first_turn(0, count), first_turn(1, count)
+        assert min((second - first) % count, (first - second) % count) >= count // 4
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_short_lived_frontends_spread(group, using, count):
+    """Guards against a group of scripts, one after another in the same row, that all send to the same rank."""
+    using(LoneBoard(group, engines=count, dp_size=count))
+    chosen = Counter()
+    for _ in range(4 * count):
+        with Frontend.attach(group) as frontend, frontend.route(10) as route:
+            chosen[route.dp_rank] += 1
+            route.cancel()
+    assert chosen == dict.fromkeys(range(count), 4)
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_frontends_at_the_same_time_spread(group, using, count):
+    """Guards against front-ends that begin at the same rank while no load tells the ranks apart."""
+    using(LoneBoard(group, engines=count, frontends=2 * count, dp_size=count))
+    chosen = Counter()
+    for _ in range(2 * count):
+        with using(Frontend.attach(group)).route(10) as route:
+            chosen[route.dp_rank] += 1
+            route.cancel()
+    assert chosen == dict.fromkeys(range(count), 2)
+
+
+def test_frontends_that_saw_one_rank_first_spread(group, using):
+    """Guards against a start among the ranks that is lost when the first of them is there before the others."""
+    board = using(LoneBoard(group, engines=5, frontends=10, dp_size=5))
+    board.mark(range(1, 5), Verdict.ABSENT)
+    frontends = [using(Frontend.attach(group)) for _ in range(10)]
+    for frontend in frontends:
+        frontend.route(10).cancel()
+    board.mark(range(1, 5), Verdict.ALIVE)
+    chosen = Counter()
+    for frontend in frontends:
+        with frontend.route(10) as route:
+            chosen[route.dp_rank] += 1
+            route.cancel()
+    assert chosen == dict.fromkeys(range(5), 2)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from dpshm.cli.options import GroupOption, interrupted
-from dpshm.net.loopback import is_loopback
+from dpshm.net.addresses import is_loopback
 from dpshm.ops.groups import open_group
 from dpshm.ops.web import Server
 

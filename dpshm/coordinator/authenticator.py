@@ -18,6 +18,7 @@ from functools import partial
 import zmq
 from zmq.utils import z85
 
+from dpshm.net.addresses import joined
 from dpshm.net.context import Socket
 from dpshm.net.keys import ServerKeys
 
@@ -128,4 +129,4 @@ def _peer_name(fd: int) -> str:
         return "a peer that has left"
     finally:
         borrowed.detach()
-    return f"{host}:{port}"
+    return joined(host, port)

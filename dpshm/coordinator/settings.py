@@ -12,7 +12,7 @@ import msgspec
 from dpshm.board import layout
 from dpshm.board.files import segment_path
 from dpshm.errors import SettingError
-from dpshm.net.loopback import is_loopback
+from dpshm.net.addresses import is_loopback
 
 Balancing = Literal["internal", "hybrid", "external"]
 _HINTS = {

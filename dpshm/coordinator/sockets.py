@@ -16,6 +16,7 @@ the addresses can be bound again. And there is one ZAP address in a context (`dp
 
 from __future__ import annotations
 
+import errno
 from typing import TypeAlias
 
 import zmq
@@ -24,6 +25,7 @@ from dpshm.coordinator.authenticator import Authenticator
 from dpshm.errors import SettingError
 from dpshm.linux.descriptors import check_spare
 from dpshm.net import wire
+from dpshm.net.addresses import allow_ipv6
 from dpshm.net.context import Socket
 from dpshm.net.keys import ServerKeys
 
@@ -127,9 +129,11 @@ class Sockets:
     def _bind(self, s: Socket, address: str) -> str:
         if self.authenticator is not None and address.startswith("tcp:"):
             self.authenticator.guard(s)
+        allow_ipv6(s, address)
         try:
             s.bind(address)
         except zmq.ZMQError as e:
-            raise SettingError(f"cannot bind {address}: {e.strerror}") from e
+            unknown = "; no address, name or interface of this machine is called so" * (e.errno == errno.ENODEV)
+            raise SettingError(f"cannot bind {address}: {e.strerror}{unknown}") from e
         self._bound[s] = s.getsockopt_string(zmq.LAST_ENDPOINT)
         return self._bound[s]

@@ -23,6 +23,7 @@ from dpshm.coordinator.row import CoordinatorRow
 from dpshm.coordinator.settings import IMMUTABLE, Settings
 from dpshm.coordinator.sockets import Sockets
 from dpshm.errors import GroupInUse, SegmentError, SegmentInvalid, SegmentNotFound, SettingError
+from dpshm.net.addresses import joined
 from dpshm.net.keys import HEADER_SETTING, ServerKeys
 
 logger = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ def _public_key(keys: ServerKeys | None) -> dict[str, str]:
 def _endpoint(local: bool, folder: Path, name: str, host: str) -> str:
     """The address to bind a socket to: a path in the group's folder, or any port of the host."""
     if not local:
-        return f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*"
+        return f"tcp://{joined(host, '*')}"
     path = os.fsencode(folder / name)
     if len(path) > MAX_IPC_PATH_BYTES:
         raise SettingError(

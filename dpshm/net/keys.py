@@ -20,6 +20,7 @@ import zmq
 
 from dpshm.board.header import Header
 from dpshm.errors import SettingError
+from dpshm.net.addresses import allow_ipv6
 from dpshm.net.context import Socket
 
 ENVIRONMENT = "DPSHM_CURVE_DIR"
@@ -129,9 +130,10 @@ def keys_for(header: Header, folder: Folder | None = None) -> ClientKeys | None:
 
 
 def connect(s: Socket, address: str, keys: ClientKeys | None) -> None:
-    """Connects a socket, with keys if there are any and the address is not a path."""
+    """Connects a socket, with keys if there are any and the address is not a path; over IPv6 if it must be."""
     if keys is not None and address.startswith("tcp:"):
         keys.secure(s)
+    allow_ipv6(s, address)
     s.connect(address)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from dpshm.board.board import Board
 from dpshm.errors import SettingError
+from dpshm.net.addresses import bare, joined
 from dpshm.ops.frame import Coordinator, Frame, Frontend, Rank
 from dpshm.ops.read_frame import read_frame
 from dpshm.version import __version__
@@ -186,12 +187,14 @@ class MetricsServer:
         self._board = Board.attach(group)
         registry = CollectorRegistry(auto_describe=False)
         registry.register(BoardCollector(self._board, dropped))
+        host = bare(host)
         try:
             self._server, self._thread = start_http_server(port, host, registry)
         except OSError as e:
             self._board.close()
+            where = joined(host, port)
             raise SettingError(
-                f"cannot serve metrics on {host}:{port}: {e.strerror or e}. Choose another metrics_port (0: any)"
+                f"cannot serve metrics on {where}: {e.strerror or e}. Choose another metrics_port (0: any)"
             ) from e
         self._thread.name = "dpshm-metrics"
         self.address: tuple[str, int] = (host, self._server.server_port)

@@ -28,7 +28,7 @@ import msgspec
 
 from dpshm.board.board import Board
 from dpshm.errors import SettingError
-from dpshm.net.loopback import is_loopback
+from dpshm.net.addresses import bare, is_ipv6, is_loopback, joined
 from dpshm.ops.events import Event, EventReader
 from dpshm.ops.frame import Frame
 from dpshm.ops.watcher import Watcher
@@ -161,10 +161,11 @@ class Server(ThreadingHTTPServer):
         token: str | None = None,
         interval_s: float = 1.0,
     ) -> None:
+        host = bare(host)
         self.local = is_loopback(host)
         if not self.local and not token:
             raise SettingError(f"{host} can be reached from outside: give a token, or listen on 127.0.0.1")
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.address_family = socket.AF_INET6 if is_ipv6(host) else socket.AF_INET
         self.token = token
         self.group = group
         self.page = PAGE.read_bytes().replace(b"{{group}}", _escape(group))
@@ -173,7 +174,8 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__((host, port), Handler)
         except OSError as e:
-            raise SettingError(f"cannot listen on {host}:{port}: {e.strerror or e}. Choose another --port") from e
+            where = joined(host, port)
+            raise SettingError(f"cannot listen on {where}: {e.strerror or e}. Choose another --port") from e
         try:
             self.looker = Looker(group, interval_s)
         except BaseException:
@@ -184,10 +186,9 @@ class Server(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """Where the page is."""
-        host = (
-            f"[{self.server_address[0]!s}]" if self.address_family == socket.AF_INET6 else self.server_address[0]
+        return f"http://{joined(str(self.server_address[0]), self.server_port)}/" + (
+            f"?token={self.token}" if self.token else ""
         )
-        return f"http://{host!s}:{self.server_port}/" + (f"?token={self.token}" if self.token else "")
 
     def close(self) -> None:
         """Ends every stream and lets go of the port."""

@@ -22,6 +22,7 @@ from dpshm.coordinator.settings import IMMUTABLE
 from dpshm.errors import SegmentError, SettingError
 from dpshm.linux import descriptors, processes
 from dpshm.linux.signals import EndRequest
+from dpshm.net.addresses import joined
 from dpshm.service.coordinator import Coordinator
 from dpshm.service.systemd import notify, watchdog_interval_s
 
@@ -104,7 +105,7 @@ def _announce(coordinator: Coordinator) -> None:
         *coordinator.engine_addresses,
     )
     if coordinator.metrics_address:
-        logger.info("metrics on http://%s:%d/metrics", *coordinator.metrics_address)
+        logger.info("metrics on http://%s/metrics", joined(*coordinator.metrics_address))
     notify("READY=1", f"STATUS=group {settings.group}: waiting for {board.dp_size} ranks")
 
 

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dpshm.errors import SegmentError, SegmentInvalid, SegmentNoSpace, SettingError
+from dpshm.linux.forks import PrivateFd
 
 FILE_PREFIX = "dpshm-"
 SOCKETS_SUFFIX = ".sockets"
@@ -192,11 +193,11 @@ def set_access(path: Path, fd: int, mode: int, gid: int) -> None:
 # The folder of the ipc sockets.
 
 
-def lock_sockets_folder(folder: Path) -> int | None:
+def lock_sockets_folder(folder: Path) -> PrivateFd | None:
     """Makes the folder if it is missing, and locks it.
 
     Returns:
-        A descriptor that holds the lock; None if another process holds it.
+        A descriptor that holds the lock, and which forked children close; None if another process holds it.
 
     Raises:
         SegmentError: the folder cannot be made.
@@ -223,9 +224,9 @@ def lock_sockets_folder(folder: Path) -> int | None:
                 with suppress(OSError):
                     folder.rmdir()
             raise
-        if fd is None or os.fstat(fd).st_nlink:
+        if fd is None or os.fstat(fd.fd).st_nlink:
             return fd
-        os.close(fd)  # it was removed before it was locked
+        fd.close()  # it was removed before it was locked
 
 
 def remove_sockets_folder(folder: Path) -> None:
@@ -234,7 +235,7 @@ def remove_sockets_folder(folder: Path) -> None:
         fd = _try_flock(folder)
         if fd is not None:
             clear_sockets_folder(folder)
-            os.close(fd)
+            fd.close()
 
 
 def clear_sockets_folder(folder: Path) -> None:
@@ -257,11 +258,11 @@ def _check_sockets_folder(folder: Path) -> None:
         )
 
 
-def _try_flock(folder: Path) -> int | None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+def _try_flock(folder: Path) -> PrivateFd | None:
+    fd = PrivateFd(lambda: os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(fd)
+        fd.close()
         return None
     return fd

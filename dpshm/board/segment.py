@@ -4,7 +4,7 @@ The segment is filled and locked as a file without a name and linked into place 
 finds half a segment, and a creator that is killed on the way leaves nothing.
 
 Two rules keep the lifetime of the locks equal to the lifetime of the process (`dpshm.board.locks`): a forked child
-closes its copy of the descriptor, and the memory map stands on a descriptor of its own (``mmap`` keeps a
+closes its copy of the descriptor (`dpshm.linux.forks`), and the memory map stands on a descriptor of its own (``mmap`` keeps a
 duplicate, and a duplicate would keep the lock).
 
 ``multiprocessing.shared_memory`` is not used: its resource tracker unlinks segments under living users (cpython
@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import weakref
-from contextlib import suppress
 from pathlib import Path
 
 from dpshm.board import files, layout
@@ -26,6 +24,7 @@ from dpshm.board.header import Header, encode_header, read_header
 from dpshm.board.layout import Layout
 from dpshm.board.locks import Locks, coordinator_byte
 from dpshm.errors import HandleClosed, HandleError, HandleForked, SegmentInvalid, SegmentNotFound
+from dpshm.linux.forks import PrivateFd, give_up, give_up_sockets
 
 
 class Segment:
@@ -38,20 +37,19 @@ class Segment:
         usable: false once closed, and in a child of the process that opened it.
     """
 
-    def __init__(self, group: str, path: Path, fd: int, *, readonly: bool) -> None:
+    def __init__(self, group: str, path: Path, file: PrivateFd, *, readonly: bool) -> None:
         self.group = group
         self.path = path
         self.readonly = readonly
         self.usable = True
         self._forked = False
-        self._open_fds = [fd]
-        self._locks = Locks(fd)
-        # A handle that is dropped without a close gives its locks back too.
-        self._finalizer = weakref.finalize(self, _close_all, self._open_fds)
-        self._fd = fd
+        # A handle that is dropped without a close gives its locks back too: these close themselves.
+        self._file = file
+        self._folder: PrivateFd | None = None
+        self._locks = Locks(file.fd)
         self.words: memoryview = memoryview(b"")
         self.header: Header
-        _open_segments.add(self)
+        give_up(self, Segment._close_in_child)
 
     @classmethod
     def create(cls, header: Header, *, file_mode: int = 0o600, file_gid: int = -1) -> Segment:
@@ -71,7 +69,8 @@ class Segment:
         first_page = encode_header(header)
         folder = files.open_directory(path.parent)
         try:
-            segment = cls(header.group, path, files.reserve(folder, path.parent, header.size), readonly=False)
+            file = PrivateFd(lambda: files.reserve(folder, path.parent, header.size))
+            segment = cls(header.group, path, file, readonly=False)
             try:
                 os.pwrite(segment.fileno(), first_page, 0)
                 files.set_access(path, segment.fileno(), file_mode, file_gid)
@@ -105,16 +104,16 @@ class Segment:
         """
         path = files.segment_path(group)
         try:
-            fd = files.open_segment(path, readonly=readonly)
+            file = PrivateFd(lambda: files.open_segment(path, readonly=readonly))
         except FileNotFoundError:
             known = ", ".join(files.groups()) or "none"
             raise SegmentNotFound(
                 f"no group {group!r} on this node (looked for {path}; groups here: {known}). Start its "
                 "coordinator first; in a container, share the host's or the coordinator's /dev/shm"
             ) from None
-        segment = cls(group, path, fd, readonly=readonly)
+        segment = cls(group, path, file, readonly=readonly)
         try:
-            files.check_owner(path, fd, any_owner=any_owner and readonly)
+            files.check_owner(path, file.fd, any_owner=any_owner and readonly)
             segment._map_and_check()
         except BaseException:
             segment.close()
@@ -122,7 +121,7 @@ class Segment:
         return segment
 
     def _map_and_check(self) -> None:
-        size = os.fstat(self._fd).st_size
+        size = os.fstat(self.fileno()).st_size
         if size < layout.PAGE_BYTES or size % layout.PAGE_BYTES:
             raise SegmentInvalid(
                 f"{self.path} has {size} bytes, a board has a multiple of {layout.PAGE_BYTES}: it was "
@@ -130,11 +129,18 @@ class Segment:
             )
         # A second open, so that the duplicate which mmap keeps carries no lock of ours.
         access = mmap.ACCESS_READ if self.readonly else mmap.ACCESS_WRITE
-        map_fd = os.open(f"/proc/self/fd/{self._fd}", (os.O_RDONLY if self.readonly else os.O_RDWR) | os.O_CLOEXEC)
+        map_fd = os.open(
+            f"/proc/self/fd/{self.fileno()}", (os.O_RDONLY if self.readonly else os.O_RDWR) | os.O_CLOEXEC
+        )
         try:
             page = os.pread(map_fd, layout.PAGE_BYTES, 0)
             self.header = read_header(self.path, page, size, self.group, self.readonly)
             self.words = memoryview(mmap.mmap(map_fd, size, access=access)).cast("q")
+            if (
+                not self.readonly
+            ):  # this process speaks in the group, and its children must not keep its connections
+                h = self.header
+                give_up_sockets(self, (h.stats_address, h.engine_input_address, h.engine_output_address))
         finally:
             os.close(map_fd)
 
@@ -157,33 +163,32 @@ class Segment:
     @property
     def locks(self) -> Locks:
         """The locks of this handle. Raises `HandleError` if the segment is closed."""
-        if self._fd < 0:
-            raise self.why_unusable()
+        self.fileno()
         return self._locks
 
-    def keep_sockets(self, fd: int) -> None:
-        """Holds the lock on the sockets' folder for as long as this segment is open, and not in forked children.
+    def keep_sockets(self, folder: PrivateFd) -> None:
+        """Holds the lock on the sockets' folder for as long as this segment is open.
 
         Args:
-            fd: from `dpshm.board.files.lock_sockets_folder`; closed with the segment.
+            folder: from `dpshm.board.files.lock_sockets_folder`; closed with the segment.
         """
-        self._open_fds.append(fd)
+        self._folder = folder
 
     def fileno(self) -> int:
         """The descriptor that carries the locks. Raises `HandleError` if the segment is closed."""
-        if self._fd < 0:
+        if self._file.fd < 0:
             raise self.why_unusable()
-        return self._fd
+        return self._file.fd
 
     def unlink(self) -> None:
         """Removes the file, if its name still names this segment, and the folder of its sockets."""
         try:
-            same = os.path.samestat(os.stat(self.path, follow_symlinks=False), os.fstat(self._fd))
+            same = os.path.samestat(os.stat(self.path, follow_symlinks=False), os.fstat(self.fileno()))
         except FileNotFoundError:
             return
         if same:
             # The folder first: while the name is there, no other process can create the group.
-            if len(self._open_fds) > 1:  # this handle holds the folder's lock
+            if self._folder is not None:
                 files.clear_sockets_folder(self.sockets_path)
             else:
                 files.remove_sockets_folder(self.sockets_path)
@@ -195,10 +200,8 @@ class Segment:
         It is not unmapped here: numpy releases its hold on a buffer as soon as it has the address, so an array, or
         another thread, may still read it.
         """
-        _open_segments.discard(self)
         self.usable = False
-        self._finalizer()
-        self._fd = -1
+        self._close()
 
     def why_unusable(self) -> HandleError:
         """The error to raise when a handle on this segment is used although it is not usable."""
@@ -208,22 +211,15 @@ class Segment:
             )
         return HandleClosed(f"this handle on group {self.group!r} is closed")
 
-    def _after_fork_in_child(self) -> None:
-        # The child's copy of the descriptor would keep the lock, and a dead parent would look alive.
-        self.usable, self._forked = False, True
-        self._finalizer()
-        self._fd = -1
+    def _close(self) -> None:
+        give_up_sockets(self, ())
+        self._file.close()
+        if self._folder is not None:
+            self._folder.close()
 
-
-_open_segments: weakref.WeakSet[Segment] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for segment in list(_open_segments):
-        segment._after_fork_in_child()  # noqa: SLF001 - its own module
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
+    def _close_in_child(self) -> None:
+        if self.usable:
+            self.usable, self._forked = False, True
 
 
 def sweep(group: str) -> bool:
@@ -233,21 +229,15 @@ def sweep(group: str) -> bool:
     """
     path = files.segment_path(group)
     try:
-        fd = files.open_segment(path, readonly=False)
+        file = PrivateFd(lambda: files.open_segment(path, readonly=False))
     except FileNotFoundError:
         return False
-    segment = Segment(group, path, fd, readonly=False)
+    segment = Segment(group, path, file, readonly=False)
     try:
-        files.check_owner(path, fd)
+        files.check_owner(path, file.fd)
         if not segment.locks.lock_all():
             return False
         segment.unlink()
         return True
     finally:
         segment.close()
-
-
-def _close_all(fds: list[int]) -> None:
-    while fds:
-        with suppress(OSError):
-            os.close(fds.pop())

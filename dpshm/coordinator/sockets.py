@@ -24,6 +24,7 @@ import zmq
 from dpshm.coordinator.authenticator import Authenticator
 from dpshm.errors import SettingError
 from dpshm.linux.descriptors import check_spare
+from dpshm.linux.forks import give_up_sockets, no_fork
 from dpshm.net import wire
 from dpshm.net.addresses import allow_ipv6
 from dpshm.net.context import Socket
@@ -125,15 +126,22 @@ class Sockets:
             s.close()
         self._bound.clear()
         self._context.term()
+        self._give_up()
 
     def _bind(self, s: Socket, address: str) -> str:
         if self.authenticator is not None and address.startswith("tcp:"):
             self.authenticator.guard(s)
         allow_ipv6(s, address)
         try:
-            s.bind(address)
+            with no_fork():  # a child that does not know the address yet would keep it
+                s.bind(address)
+                self._bound[s] = s.getsockopt_string(zmq.LAST_ENDPOINT)
+                self._give_up()
         except zmq.ZMQError as e:
             unknown = "; no address, name or interface of this machine is called so" * (e.errno == errno.ENODEV)
             raise SettingError(f"cannot bind {address}: {e.strerror}{unknown}") from e
-        self._bound[s] = s.getsockopt_string(zmq.LAST_ENDPOINT)
         return self._bound[s]
+
+    def _give_up(self) -> None:
+        """Has forked children close what is bound here, and its connections."""
+        give_up_sockets(self, self._bound.values())

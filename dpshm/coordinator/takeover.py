@@ -23,6 +23,7 @@ from dpshm.coordinator.row import CoordinatorRow
 from dpshm.coordinator.settings import IMMUTABLE, Settings
 from dpshm.coordinator.sockets import Sockets
 from dpshm.errors import GroupInUse, SegmentError, SegmentInvalid, SegmentNotFound, SettingError
+from dpshm.linux.forks import PrivateFd
 from dpshm.net.addresses import joined
 from dpshm.net.keys import HEADER_SETTING, ServerKeys
 
@@ -47,7 +48,7 @@ def open_board(settings: Settings, sockets: Sockets) -> tuple[Segment, Board, Co
     except BaseException:
         with suppress(OSError):
             sockets_path(settings.group).rmdir()  # fails if there is anything in it
-        os.close(folder)
+        folder.close()
         raise
     segment.keep_sockets(folder)
     try:
@@ -69,7 +70,7 @@ def leave_board(segment: Segment) -> None:
     segment.close()
 
 
-def _lock_folder(group: str) -> int:
+def _lock_folder(group: str) -> PrivateFd:
     deadline = time.monotonic() + OPEN_TIMEOUT_S
     while (folder := files.lock_sockets_folder(sockets_path(group))) is None:
         if time.monotonic() > deadline:

@@ -21,6 +21,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
+from dpshm.linux.forks import give_up, no_fork
 from dpshm.net import wire
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,9 @@ class Doorbell:
         self._path = _path(folder, dp_rank)
         with suppress(FileNotFoundError):
             Path(self._path).unlink()
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        with no_fork():
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            give_up(self.socket, socket.socket.close)
         try:
             self.socket.bind(self._path)
             self._file = Path(self._path).stat()

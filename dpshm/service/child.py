@@ -177,13 +177,17 @@ def _read_report(fd: int, proc: Process, timeout_s: float) -> Report:
     data = b""
     readable = select.poll()  # select(2) refuses descriptors above 1023
     readable.register(fd, select.POLLIN)
-    while True:
-        if not readable.poll(max(0.0, deadline - time.monotonic()) * 1000):
+    readable.register(proc.sentinel, select.POLLIN)
+    while not data.endswith(
+        b"\n"
+    ):  # not until the end of the pipe: a forked child of this process may hold it open
+        ready = dict(readable.poll(max(0.0, deadline - time.monotonic()) * 1000))
+        if not ready:
             raise StartupTimeout(
                 f"{proc.name} (pid {proc.pid}) did not report its addresses within {timeout_s:g} s: "
                 "is the machine overloaded? See its log above"
             )
-        chunk = os.read(fd, 65536)
+        chunk = os.read(fd, 65536) if fd in ready else b""
         if not chunk:
             break
         data += chunk
@@ -227,10 +231,10 @@ def main(argv: list[str]) -> int:
         try:
             coordinator = Coordinator(own_process=True, **settings)
         except DpshmError as e:
-            report.write(msgspec.json.encode(Report(error=str(e), error_type=type(e).__name__)))
+            report.write(msgspec.json.encode(Report(error=str(e), error_type=type(e).__name__)) + b"\n")
             return 1
         addresses = (coordinator.stats_publish_address, *coordinator.engine_addresses, coordinator.metrics_address)
-        report.write(msgspec.json.encode(Report(*addresses)))
+        report.write(msgspec.json.encode(Report(*addresses)) + b"\n")
     with coordinator:
         ended = select.poll()
         ended.register(parent, select.POLLIN)

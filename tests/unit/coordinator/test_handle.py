@@ -203,7 +203,7 @@ def test_a_folder_of_sockets_that_comes_and_goes(group):
         for _ in range(15_000):
             fd = files.lock_sockets_folder(folder)
             assert fd is not None
-            os.close(fd)
+            fd.close()
     finally:
         ended.set()
         other.join()

@@ -4,8 +4,8 @@ The segment is filled and locked as a file without a name and linked into place 
 finds half a segment, and a creator that is killed on the way leaves nothing.
 
 Two rules keep the lifetime of the locks equal to the lifetime of the process (`dpshm.board.locks`): a forked child
-closes its copy of the descriptor (`dpshm.linux.forks`), and the memory map stands on a descriptor of its own (``mmap`` keeps a
-duplicate, and a duplicate would keep the lock).
+closes its copy of the descriptor (`dpshm.linux.forks`), and the memory map stands on a descriptor of its own
+(``mmap`` keeps a duplicate, and a duplicate would keep the lock).
 
 ``multiprocessing.shared_memory`` is not used: its resource tracker unlinks segments under living users (cpython
 gh-82300) or within a second of its creator's death, and a board has to outlive its coordinator.

@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 
 from dpshm.board.layout import PAGE_BYTES, WORD_BYTES
 from dpshm.errors import SegmentError, SegmentInvalid, SegmentNoSpace, SettingError
+from dpshm.rules.prefix_hash import FingerprintList
 
 MAGIC = int.from_bytes(b"DPSHMPFX", "little") & ((1 << 63) - 1)
 VERSION = 1
@@ -287,7 +288,7 @@ class PrefixIndexReader:
         at = _TABLE + ((fingerprint & self._mask) << _SHIFT)
         return fingerprint in self._words[at : at + BUCKET_WORDS].tolist()
 
-    def match(self, fingerprints: NDArray[np.uint64]) -> int:
+    def match(self, fingerprints: FingerprintList, growth: int = 4) -> int:
         """How many leading blocks of a prompt are held.
 
         It looks at ever farther blocks until one is missing, then bisects: a cache loses the ends of prompts
@@ -295,7 +296,9 @@ class PrefixIndexReader:
         number of blocks whose last is held and whose next is not.
 
         Args:
-            fingerprints: of the prompt's blocks, of shape (blocks,) and dtype uint64.
+            fingerprints: of the prompt's blocks, such as an array of shape (blocks,) and dtype uint64.
+            growth: by what factor each stride is longer than the one before. Fingerprints that are made on demand
+                are made up to the last stride's end: with 2, up to twice as many as match.
         """
         words, mask, fingerprint_at = self._words, self._mask, fingerprints.item
         low, high, stride = 0, len(fingerprints), 1
@@ -307,7 +310,7 @@ class PrefixIndexReader:
             bucket = _TABLE + ((fingerprint & mask) << _SHIFT)
             if fingerprint in words[bucket : bucket + BUCKET_WORDS].tolist():
                 low = at + 1
-                stride *= 4
+                stride *= growth
             else:
                 high = at
                 stride = 0

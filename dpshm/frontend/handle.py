@@ -231,6 +231,22 @@ class Frontend:
             self._bookings.heal()
         return dp_rank
 
+    def cached(self, prompt: Prompt | Tokens) -> list[int]:
+        """By rank, how many of a prompt's tokens the rank would find cached now; 0 for a rank without an index.
+
+        Raises:
+            SettingError: the prompt holds no token ids.
+        """
+        prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
+        if not self._segment.usable:
+            raise self._segment.why_unusable()
+        with self._lock:
+            self._begin()
+            found = self._prefixes.cached(prompt, len(prompt))
+        if self._bookings.lost:
+            self._bookings.heal()
+        return found
+
     def wake(self) -> None:
         """Wakes the ranks if they are paused: for a request that is sent without `route`."""
         if not self._segment.usable:

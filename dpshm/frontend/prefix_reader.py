@@ -48,7 +48,7 @@ class PrefixReader:
         for dp_rank, reader in self._readers.items():
             fingerprints = prompt.fingerprints(reader.block_tokens, reader.identity, self._key)
             if fingerprints is not None and dp_rank < len(found):
-                found[dp_rank] = min(most, reader.match(fingerprints) * reader.block_tokens)
+                found[dp_rank] = min(most, reader.match(fingerprints, prompt.growth) * reader.block_tokens)
         return found
 
     def _open(self, dp_rank: int, incarnation: int) -> None:

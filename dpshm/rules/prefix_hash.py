@@ -29,25 +29,36 @@ Sources: the sum is the multilinear family of Carter and Wegman, "Universal clas
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from hashlib import blake2b
-from operator import mul
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpshm.errors import SettingError
-from dpshm.rules.hashing import mix, mix_array
+from dpshm.rules.hashing import mix_array
 
 Tokens: TypeAlias = Iterable[int] | NDArray[Any] | memoryview
 """Token ids. Arrays and buffers of integers are read as they are; a list is converted, which costs as much as the
 hash: some 6 ns a token."""
 Fingerprints: TypeAlias = NDArray[np.uint64]
 
+
+class FingerprintList(Protocol):
+    """Fingerprints of a prompt's blocks, to look up: an array, or a list that makes them as far as it is asked."""
+
+    def __len__(self) -> int:
+        """How many blocks the prompt has."""
+
+    def item(self, index: int, /) -> int:
+        """The fingerprint of a block."""
+
+
 MAX_TOKEN = (1 << 32) - 1
 _MASK = (1 << 64) - 1
+_PRIME = (1 << 256) + 297  # the least above 2**256
 _CHUNK = 1024  # keys of blocks are derived in chunks of so many
 
 
@@ -138,7 +149,12 @@ class Prompt:
 
     Pass it to `dpshm.Frontend.route` in the place of its tokens if the request may be routed again, or if prompts
     differ beside their tokens.
+
+    Attributes:
+        growth: by what factor a lookup's strides grow (`dpshm.board.prefix_index.PrefixIndexReader.match`).
     """
+
+    growth = 4
 
     def __init__(self, tokens: Tokens, *salts: str | bytes | int) -> None:
         """Keeps the tokens; arrays and buffers are not copied, so do not change them until the request is routed.
@@ -159,8 +175,10 @@ class Prompt:
         """How many tokens it has."""
         return len(self._tokens)
 
-    def fingerprints(self, block_tokens: int, identity: int, key: int) -> Fingerprints | None:
+    def fingerprints(self, block_tokens: int, identity: int, key: int) -> FingerprintList | None:
         """The fingerprints for an index; None if the index is of another hash.
+
+        A subclass may make them by another hash, and only as far as a lookup asks for them.
 
         Args:
             block_tokens: tokens a block, as the index says.
@@ -179,52 +197,30 @@ class Prompt:
 
 
 class DigestReducer:
-    """Makes fingerprints of block hashes that an engine has already, such as vLLM's: any bytes, 16 or more of
-    them.
+    """Makes fingerprints of block hashes that an engine has already, such as vLLM's: any bytes, 16 to 32 of them.
 
-    A plain cut of a public hash could be made to collide by its author. The words of the digest are therefore
-    multiplied by secret keys: ``mix(added + sum of word[i] * key[i])``.
+    A plain cut of a public hash could be made to collide by its author. The digest is therefore hashed once more
+    with secret numbers a and b below a prime p: ``(a * digest + b) mod p mod 2**64``. For two given digests it
+    collides with probability 2**-63 at most (Carter and Wegman, see above).
     """
 
     def __init__(self, key: int) -> None:
-        """Derives the keys from the group's secret, 63 bits."""
-        digest = blake2b(b"digest", key=key.to_bytes(8, "little"), digest_size=64).digest()
-        keys = np.frombuffer(digest, "<u8").astype(np.uint64)
-        keys |= np.uint64(1)
-        self._keys = keys
-        self._numbers: list[int] = keys.tolist()
-        self._added = np.uint64(_number(blake2b(digest, digest_size=8).digest()))
-        self._added_number = int(self._added)
+        """Derives the numbers from the group's secret, 63 bits."""
+        secret = key.to_bytes(8, "little")
+        a, b = (
+            _number(blake2b(name, key=secret, person=b"digest", digest_size=64).digest()) for name in (b"a", b"b")
+        )
+        self._a, self._b = 1 + a % (_PRIME - 1), b % _PRIME
 
     def fingerprint(self, digest: bytes) -> int:
-        """The fingerprint of one digest; for an engine that inserts one block at a time.
+        """The fingerprint of one digest, from 1 to 2**64 - 1. Digests of one engine have one length.
 
         Raises:
-            SettingError: the digest has fewer than 16 or more than 64 bytes, or no multiple of 8.
+            SettingError: the digest has fewer than 16 or more than 32 bytes.
         """
-        size = len(digest)
-        if not 16 <= size <= 64 or size % 8:
-            raise SettingError(f"block hashes have {size} bytes: they need 16 to 64, a multiple of 8")
-        words = memoryview(digest).cast("Q")
-        return mix(sum(map(mul, words, self._numbers), self._added_number) & _MASK) or 1
-
-    def fingerprints(self, digests: Sequence[bytes]) -> Fingerprints:
-        """One fingerprint a digest, of shape (len(digests),) and dtype uint64, none 0.
-
-        Raises:
-            SettingError: the digests differ in length, or have fewer than 16 or more than 64 bytes.
-        """
-        if not digests:
-            return np.empty(0, np.uint64)
-        size = len(digests[0])
-        data = b"".join(digests)
-        if not 16 <= size <= 64 or size % 8 or len(data) != size * len(digests):
-            raise SettingError(f"block hashes have {size} bytes: they need 16 to 64, a multiple of 8, all alike")
-        words = np.frombuffer(data, "<u8").reshape(len(digests), size // 8)
-        found = mix_array(words @ self._keys[: size // 8] + self._added)
-        if not found.all():
-            found[found == 0] = 1
-        return found
+        if not 16 <= len(digest) <= 32:
+            raise SettingError(f"block hashes have {len(digest)} bytes: they need 16 to 32")
+        return (int.from_bytes(digest, "little") * self._a + self._b) % _PRIME & _MASK or 1
 
 
 @lru_cache(maxsize=8)

@@ -110,6 +110,34 @@ def test_a_match_is_the_longest_leading_run(tmp_path_factory: pytest.TempPathFac
     assert reader.match(prompt[:0]) == 0
 
 
+class _OnDemand:
+    """Fingerprints that are made as far as a lookup asks."""
+
+    def __init__(self, fingerprints: np.ndarray) -> None:
+        self._fingerprints = fingerprints
+        self.made = 0
+
+    def __len__(self) -> int:
+        return len(self._fingerprints)
+
+    def item(self, index: int, /) -> int:
+        """Makes all up to this one."""
+        self.made = max(self.made, index + 1)
+        return int(self._fingerprints[index])
+
+
+@pytest.mark.parametrize("cached", [0, 1, 2, 3, 30, 63, 64, 200, 255, 256])
+def test_a_lookup_asks_for_little_more_than_it_matches(folder: Path, cached: int):
+    """Guards against a front-end that hashes the whole of a long prompt of which no rank has anything."""
+    prompt = np.random.default_rng(3).integers(1, MAX, 256, np.uint64)
+    writer = make(folder, 300)
+    writer.insert(prompt[:cached])
+    reader = PrefixIndexReader.open(index_path(folder, 0))
+    on_demand = _OnDemand(prompt)
+    assert reader.match(on_demand, 2) == cached
+    assert on_demand.made <= min(256, 2 * cached + 1)
+
+
 def test_a_match_across_a_gap_ends_at_a_held_block(folder: Path):
     """Guards against a match that counts a missing block as cached at its very end."""
     rng = np.random.default_rng(2)

@@ -53,6 +53,18 @@ def test_a_request_goes_where_its_prefix_is(engines, group, using):
     assert {frontend.choose(prompt=PROMPT) for _ in range(2)} == {0, 1}
 
 
+def test_a_front_end_tells_what_each_rank_has(engines, group, board, using):
+    """Guards against a question that books, or that counts the last token, which is always computed."""
+    frontend = using(Frontend.attach(group))
+    insert(engines[0], PROMPT[:32])
+    insert(engines[1], PROMPT[:96])
+    assert frontend.cached(PROMPT) == [32, 96]
+    assert frontend.cached(Prompt(PROMPT[:96])) == [32, 95]
+    assert not board.snapshot()["requests"].any()
+    with pytest.raises(SettingError, match="token ids"):
+        frontend.cached("text")
+
+
 def test_what_is_cached_is_not_booked(engines, group, board, using):
     """Guards against a hit that stays in the sums, because the two sides count other numbers."""
     frontend = using(Frontend.attach(group))

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpshm import SettingError
+from dpshm.rules import prefix_hash
 from dpshm.rules.prefix_hash import DigestReducer, PrefixHasher
 
 KEY = 0x1234_5678_9ABC_DEF0
@@ -136,18 +137,36 @@ def test_a_block_size_out_of_range_is_refused(size: int):
 @given(st.lists(st.binary(min_size=32, max_size=32), max_size=20, unique=True))
 @settings(deadline=None)
 def test_digests_keep_apart(digests: list[bytes]):
-    """Guards against a reduction that loses what tells an engine's block hashes apart."""
-    words = DigestReducer(KEY).fingerprints(digests)
-    assert len(set(words.tolist())) == len(digests)
-    assert 0 not in words.tolist()
-    assert DigestReducer(KEY).fingerprints(digests).tolist() == words.tolist()
+    """Guards against a reduction that loses what tells an engine's block hashes apart, or that has no secret."""
+    words = [DigestReducer(KEY).fingerprint(digest) for digest in digests]
+    assert len(set(words)) == len(digests)
+    assert all(0 < word < 1 << 64 for word in words)
+    assert [DigestReducer(KEY).fingerprint(digest) for digest in digests] == words
     if digests:
-        assert DigestReducer(KEY + 1).fingerprints(digests).tolist() != words.tolist()
-        assert DigestReducer(KEY).fingerprint(digests[0]) == words[0]
+        assert [DigestReducer(KEY + 1).fingerprint(digest) for digest in digests] != words
 
 
-@pytest.mark.parametrize("digests", [[b"short"], [b"x" * 32, b"x" * 40], [b"x" * 20], [b"x" * 72]])
-def test_digests_of_other_lengths_are_refused(digests: list[bytes]):
-    """Guards against block hashes of unlike kinds in one index."""
+def test_every_bit_of_a_digest_counts():
+    """Guards against a reduction that reads a part of the digest."""
+    reducer, zero = DigestReducer(KEY), bytes(32)
+    flipped = [(1 << bit).to_bytes(32, "little") for bit in range(256)]
+    assert len({reducer.fingerprint(digest) for digest in (zero, *flipped)}) == 257
+
+
+def test_the_modulus_of_digests_is_prime():
+    """Guards against a modulus that a digest shares a factor with: its fingerprints would collide more often."""
+    n = (1 << 256) + 297
+    assert n == prefix_hash._PRIME
+    odd, twos = n - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    for base in (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37):  # Miller and Rabin
+        x = pow(base, odd, n)
+        assert x in (1, n - 1) or any(pow(x, 1 << i, n) == n - 1 for i in range(1, twos))
+
+
+@pytest.mark.parametrize("digest", [b"", b"short", b"x" * 15, b"x" * 33])
+def test_digests_of_other_lengths_are_refused(digest: bytes):
+    """Guards against hashes too short to tell blocks apart, and against ones above the modulus."""
     with pytest.raises(SettingError, match="block hashes have"):
-        DigestReducer(KEY).fingerprints(digests)
+        DigestReducer(KEY).fingerprint(digest)

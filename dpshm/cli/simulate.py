@@ -20,7 +20,7 @@ from dpshm.sim.batching import StepCost
 from dpshm.sim.lab.figures import Comparison, Estimate, Result
 from dpshm.sim.lab.information import NAMES as INFORMATION
 from dpshm.sim.lab.run import Plant
-from dpshm.sim.lab.study import SimulationSettings, compare
+from dpshm.sim.lab.study import WORKLOADS, SimulationSettings, compare
 from dpshm.sim.workloads.formats import KNOWN
 
 PROGRESS_S = 2.0
@@ -51,14 +51,17 @@ def simulate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help=f"Arrivals to replay. Known: {KNOWN}. Without it, "
-            "a built-in chat workload of 5 requests a second.",
+            help=f"Arrivals to replay. Known: {KNOWN}. Without it, a built-in workload of 5 requests a second.",
         ),
     ] = None,
     time_unit: TimeUnitOption = "",
     block_tokens: Annotated[
         int, typer.Option(help="Prompt tokens that a hash of the trace is for. Default: as its prompts tell.")
     ] = 0,
+    workload: Annotated[
+        str,
+        typer.Option(help=f"Without a trace, which built-in one: {', '.join(WORKLOADS)}."),
+    ] = "chat",
     rate: Annotated[float, typer.Option(help="How many times the recorded speed.")] = 1.0,
     requests: Annotated[
         int | None, typer.Option(help="At most so many in each run. Default: the whole trace, or 12000.")
@@ -122,6 +125,7 @@ def simulate(
         trace=trace,
         time_unit=time_unit,
         block_tokens=block_tokens,
+        workload=workload,
         rate=rate,
         requests=requests,
         skew=skew,

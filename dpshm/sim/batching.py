@@ -9,10 +9,12 @@ What always holds:
 
 - a request that was added is waiting or running until it completes: none is ever lost or doubled;
 - at most ``max_running`` requests run, and ``kv_used`` never exceeds ``kv_tokens``;
-- a request is admitted when its whole prompt fits the free KV cache, and takes that room at once; each
-  decoded token takes one more. When the cache is full, the request that was admitted last is preempted:
-  it gives all its room back, goes to the head of the queue, and computes its prompt and what it had
-  generated anew. The oldest request is never preempted for a younger one, so the queue always moves.
+- a request is admitted when what it has to compute of its prompt fits the free KV cache, and takes that room at
+  once; each decoded token takes one more. What it need not compute is decided when it is admitted, not when it
+  comes (`PrefixSource`), so a request that waits finds what a step before it has computed, as in vLLM;
+- when the cache is full, the request that was admitted last is preempted: it gives all its room back, goes to the
+  head of the queue, and computes its prompt and what it had generated anew. The oldest request is never preempted
+  for a younger one, so the queue always moves.
 
 The cost of a step (`StepCost`), for an 8-billion-parameter model in bf16 (32 layers, 8 KV heads of 128; the
 shape of Llama 3.1 8B) on one H100 SXM (3.35 TB/s, 989 TFLOP/s dense in bf16, from its data sheet):
@@ -29,7 +31,7 @@ shape of Llama 3.1 8B) on one H100 SXM (3.35 TB/s, 989 TFLOP/s dense in bf16, fr
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from dpshm.errors import SettingError
 
@@ -78,23 +80,40 @@ class Work(NamedTuple):
     chunks: list[tuple[SimRequest, int]]
 
 
+class PrefixSource(Protocol):
+    """The prefix cache that a `Batcher` asks."""
+
+    def cached(self, request: SimRequest) -> int:
+        """How many leading tokens of its prompt are cached now: less than all."""
+
+    def computed(self, request: SimRequest, tokens: int) -> None:
+        """The next step ends with so many leading tokens of its prompt computed; later requests find them."""
+
+
 class SimRequest:
-    """One request on a rank. The caller keeps `key` for itself, to know the request again."""
+    """One request on a rank. The caller keeps `key` for itself, to know the request again.
 
-    __slots__ = ("base_step", "generated", "key", "output_tokens", "prompt_left", "prompt_tokens", "started")
+    Attributes:
+        cached: leading tokens of the prompt that are not computed; until it is admitted, those expected.
+    """
 
-    def __init__(self, key: Any, prompt_tokens: int, output_tokens: int) -> None:
+    __slots__ = (
+        *("base_step", "cached", "generated", "key", "output_tokens", "prompt_left", "prompt_tokens", "started"),
+    )
+
+    def __init__(self, key: Any, prompt_tokens: int, output_tokens: int, cached: int = 0) -> None:
         self.key = key
         self.prompt_tokens = prompt_tokens
         self.output_tokens = output_tokens
+        self.cached = cached
         self.generated = 0  # up to when it was last admitted, or its prefill last ended
-        self.prompt_left = prompt_tokens  # to compute before it decodes
+        self.prompt_left = prompt_tokens - cached  # to compute before it decodes
         self.base_step = -1  # the step that ended its prefill; -1 while it does not decode
         self.started = False  # its first token is out
 
     def copy(self) -> SimRequest:
         """A copy with the same key."""
-        other = SimRequest(self.key, self.prompt_tokens, self.output_tokens)
+        other = SimRequest(self.key, self.prompt_tokens, self.output_tokens, self.cached)
         other.generated, other.prompt_left = self.generated, self.prompt_left
         other.base_step, other.started = self.base_step, self.started
         return other
@@ -112,13 +131,15 @@ class Batcher:
 
     Attributes:
         cost: limits and step times.
+        prefixes: the prefix cache; None: there is none, and requests compute what they say.
         kv_used: tokens of KV cache taken.
         prefill_backlog: prompt tokens of all its requests that are not computed yet.
         preemptions: how many times a request lost its room.
     """
 
-    def __init__(self, cost: StepCost | None = None) -> None:
+    def __init__(self, cost: StepCost | None = None, prefixes: PrefixSource | None = None) -> None:
         self.cost = cost or StepCost()
+        self.prefixes = prefixes
         self.kv_used = 0
         self.prefill_backlog = 0
         self.preemptions = 0
@@ -174,9 +195,9 @@ class Batcher:
         self._waiting.append(request)
         self.prefill_backlog += request.prompt_left
 
-    def copy(self) -> Batcher:
-        """A copy that can be driven on by itself; its requests have the same keys."""
-        other = Batcher(self.cost)
+    def copy(self, prefixes: PrefixSource | None = None) -> Batcher:
+        """A copy that can be driven on by itself, with that prefix cache; its requests have the same keys."""
+        other = Batcher(self.cost, prefixes)
         other.kv_used, other.prefill_backlog = self.kv_used, self.prefill_backlog
         other.preemptions, other._steps = self.preemptions, self._steps
         copies = {r: r.copy() for r in (*self._waiting, *self._prefilling, *self._decoding)}
@@ -196,6 +217,9 @@ class Batcher:
             budget -= computed
             batch += 1
             output_tokens += computed == request.prompt_left
+            if self.prefixes is not None:
+                left = request.prompt_left - computed
+                self.prefixes.computed(request, request.prompt_tokens + request.generated - left)
         prompt_tokens = self.cost.max_prompt_tokens - budget
         return Step(prompt_tokens, batch, output_tokens, self.cost.seconds(prompt_tokens, batch))
 
@@ -255,8 +279,8 @@ class Batcher:
     def _held(self, request: SimRequest) -> int:
         """The KV cache that a running request has taken. The newest token's is written in the next step."""
         if request.base_step < 0:
-            return request.prompt_tokens + request.generated
-        return request.prompt_tokens + request.generated - 1 + self._steps - request.base_step
+            return request.prompt_tokens - request.cached + request.generated
+        return request.prompt_tokens - request.cached + request.generated - 1 + self._steps - request.base_step
 
     def _make_room(self) -> int:
         """Preempts until each decoding request has room for one more token; how many are left."""
@@ -278,6 +302,7 @@ class Batcher:
             self._ends[ends].remove(request)
             request.generated += self._steps - request.base_step
             request.base_step = -1
+        request.cached = 0
         request.prompt_left = request.prompt_tokens + request.generated
         self.prefill_backlog += request.prompt_left
         self._waiting.appendleft(request)
@@ -286,6 +311,12 @@ class Batcher:
         if not self._waiting or self.running >= self.cost.max_running:
             return None
         request = self._waiting[0]
+        if self.prefixes is not None:
+            found = self.prefixes.cached(request)
+            gained = found - request.cached
+            request.cached = found
+            request.prompt_left -= gained
+            self.prefill_backlog -= gained
         # Room for what decodes in this very step stays free, or the newcomer would be preempted next.
         if self.kv_used + len(self._decoding) + request.prompt_left > self.cost.kv_tokens:
             return None

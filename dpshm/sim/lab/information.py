@@ -4,6 +4,8 @@
 |---|---|
 | `live` | the board: every rank's row as it is, and what any front-end has sent and is on its way |
 | `live-index` | the same, and which blocks of prompts each rank's cache holds: the prefix index |
+| `live-index-ahead` | the same, and what is about to be cached: blocks of requests that any front-end sent to a rank in the last second |
+| `live-index-own` | the same of what this front-end sent itself |
 | `live-unbooked` | the rows as they are, and nothing of what is on its way |
 | `broadcast` | all rows as they were at the last broadcast, every 100 ms; what it sent since counts once for each front-end, as vLLM's API servers count it, until the next broadcast overwrites it |
 | `broadcast-keep` | the same rows; what it sent counts once, until a broadcast shows it as received |
@@ -11,7 +13,8 @@
 | `scrape` | all rows as they were at the last scrape, every second, and nothing else: a gateway's |
 
 A number after a colon is another interval or delay in milliseconds: ``broadcast:10``. For `live-index` it is how
-late changes of the caches are known, as by a router that is fed with events; without a number, at once.
+late changes of the caches are known, as by a router that is fed with events; without a number, at once. For the two
+below it, it is how long what was sent is remembered.
 All give the same `View`, so each policy runs on each of them.
 """  # noqa: E501 - a table
 
@@ -19,14 +22,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Container, Sequence
+from typing import Any, Self
 
 from dpshm.board.words import queued
 from dpshm.errors import SettingError
 from dpshm.policies import View, comparable
 from dpshm.policies.columns import ListColumns, ListWork
-from dpshm.sim.lab.prefix_cache import DelayedCache
+from dpshm.sim.lab.prefix_cache import DelayedCache, hit_tokens
 from dpshm.sim.lab.rank import Job, Row, SimRank
 
 NEVER_S = float("inf")
@@ -130,6 +133,52 @@ class LiveIndex(Live):
         sim.cache.changed = delayed.note
 
 
+class LiveIndexAhead(LiveIndex):
+    """The board, the prefix index, and the blocks of what was sent a moment ago."""
+
+    def __init__(self, ranks: list[SimRank], own: list[list[int]], remembered_s: float, *, own_only: bool) -> None:
+        super().__init__(ranks, own, 0.0)
+        self._remembered_s = remembered_s
+        memories = [[_Sent() for _ in ranks] for _ in (own if own_only else own[:1])]
+        self._sent = memories if own_only else memories * len(own)  # by front-end, then by rank
+
+    def sent(self, job: Job) -> None:
+        self._sent[job.frontend][job.rank].add(job.blocks, self._now_s + self._remembered_s)
+
+    def cached(self, job: Job, now_s: float) -> list[int] | None:
+        self._now_s = now_s
+        if not job.blocks:
+            return None
+        return [
+            hit_tokens(memory.beside(rank.cache, now_s), job.blocks, job.prompt_tokens, rank.cache.block_tokens)
+            for rank, memory in zip(self.ranks, self._sent[job.frontend], strict=True)
+        ]
+
+    _now_s = 0.0
+
+
+class _Sent:
+    """Blocks that were sent to a rank, each until a time."""
+
+    def __init__(self) -> None:
+        self._until_s: dict[object, float] = {}
+        self._cache: Container[int] = ()
+        self._now_s = 0.0
+
+    def add(self, blocks: Sequence[int], until_s: float) -> None:
+        """They are on their way."""
+        for block in blocks:
+            self._until_s[block] = until_s
+
+    def beside(self, cache: Container[int], now_s: float) -> Self:
+        """Itself and what the rank's cache holds."""
+        self._cache, self._now_s = cache, now_s
+        return self
+
+    def __contains__(self, block: object) -> bool:
+        return block in self._cache or self._until_s.get(block, 0.0) > self._now_s
+
+
 class LiveUnbooked(Information):
     """The board without bookings."""
 
@@ -221,7 +270,15 @@ class Immediate(_Counting):
         return self._counted(frontend, order, now_s, self._rows)
 
 
-DEFAULT_MS = {"live-index": 0.0, "broadcast": 100.0, "broadcast-keep": 100.0, "immediate": 1.0, "scrape": 1000.0}
+DEFAULT_MS = {
+    "live-index": 0.0,
+    "live-index-ahead": 1000.0,
+    "live-index-own": 1000.0,
+    "broadcast": 100.0,
+    "broadcast-keep": 100.0,
+    "immediate": 1.0,
+    "scrape": 1000.0,
+}
 NAMES = ("live", "live-unbooked", *DEFAULT_MS)
 
 
@@ -250,6 +307,8 @@ def make_information(name: str, ranks: list[SimRank], own: list[list[int]]) -> I
     made: dict[str, Any] = {
         "live": lambda: Live(ranks, own),
         "live-index": lambda: LiveIndex(ranks, own, seconds),
+        "live-index-ahead": lambda: LiveIndexAhead(ranks, own, seconds, own_only=False),
+        "live-index-own": lambda: LiveIndexAhead(ranks, own, seconds, own_only=True),
         "live-unbooked": lambda: LiveUnbooked(ranks, own),
         "broadcast": lambda: Broadcast(ranks, own, seconds, times=len(own)),
         "broadcast-keep": lambda: BroadcastKeep(ranks, own, seconds),

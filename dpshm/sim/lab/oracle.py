@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dpshm.sim.batching import SimRequest
+from dpshm.sim.lab.prefix_cache import hit_tokens
 from dpshm.sim.lab.rank import Job, SimRank
 
 
@@ -28,15 +29,15 @@ def soonest(ranks: Sequence[SimRank], order: Sequence[int], job: Job, now_s: flo
 
 def first_token(rank: SimRank, job: Job, now_s: float, give_up_s: float = float("inf")) -> float:
     """When a request sent to this rank now would have its first token; infinite if later than `give_up_s`."""
-    batcher = rank.batcher.copy()
+    prefixes = _Foreseen(rank)
+    batcher = rank.batcher.copy(prefixes)
     time_s = now_s
     if rank.busy_until_s >= 0:
         time_s = rank.busy_until_s
         batcher.finish(rank.step)
     for other in rank.inbox:
-        hit = rank.cache.hit_tokens(other.blocks, other.prompt_tokens)
-        batcher.add(SimRequest(None, other.prompt_tokens - hit, other.output_tokens))
-    mine = SimRequest(job, _to_compute(rank, job), job.output_tokens)
+        batcher.add(SimRequest(other, other.prompt_tokens, other.output_tokens))
+    mine = SimRequest(job, job.prompt_tokens, job.output_tokens)
     batcher.add(mine)
     while not mine.started:
         step = batcher.plan()
@@ -47,17 +48,40 @@ def first_token(rank: SimRank, job: Job, now_s: float, give_up_s: float = float(
     return time_s
 
 
-def _to_compute(rank: SimRank, job: Job) -> int:
-    return job.prompt_tokens - rank.cache.hit_tokens(job.blocks, job.prompt_tokens)
+class _Foreseen:
+    """A rank's cache, and what the copy of its batcher computes; the rank's own is left as it is."""
+
+    def __init__(self, rank: SimRank) -> None:
+        self._held = rank.cache
+        self._added: set[int] = set()
+
+    def __contains__(self, block: object) -> bool:
+        return block in self._added or block in self._held
+
+    def cached(self, request: SimRequest) -> int:
+        """See `dpshm.sim.batching.PrefixSource`."""
+        job = request.key
+        return hit_tokens(self, job.blocks, job.prompt_tokens, self._held.block_tokens) if job.blocks else 0
+
+    def computed(self, request: SimRequest, tokens: int) -> None:
+        """See `dpshm.sim.batching.PrefixSource`."""
+        if blocks := request.key.blocks:
+            whole = tokens >= request.prompt_tokens
+            self._added.update(blocks if whole else blocks[: tokens // self._held.block_tokens])
 
 
 def _lower_bound(rank: SimRank, job: Job, now_s: float) -> float:
-    """It cannot be sooner: all prompt tokens before its own, and its own, have to be computed."""
+    """It cannot be sooner: the running step has to end, and one token at least to be computed.
+
+    Without shared prefixes all prompt tokens before its own, and its own, have to be computed. Of prompts with
+    blocks the requests before it may leave any part cached.
+    """
     cost = rank.batcher.cost
-    left = rank.batcher.prefill_backlog + _to_compute(rank, job)
-    start_s = now_s
+    start_s = now_s if rank.busy_until_s < 0 else rank.busy_until_s
+    if job.blocks:
+        return start_s + cost.base_s + cost.per_prompt_token_s
+    left = rank.batcher.prefill_backlog + job.prompt_tokens
     if rank.busy_until_s >= 0:
-        start_s = rank.busy_until_s
         left -= rank.step.prompt_tokens
     steps = -(-left // cost.max_prompt_tokens)
     return start_s + steps * cost.base_s + left * cost.per_prompt_token_s

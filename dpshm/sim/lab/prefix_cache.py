@@ -1,8 +1,9 @@
 """A rank's prefix cache: which blocks of prompts it still holds, least recently used first to go.
 
 As in vLLM, a prompt is cut into blocks of equal size; a block is known by a hash that covers all before it,
-so a prompt finds its longest leading run of blocks that are held and computes the rest. The cache lives in
-what running requests leave free of the KV cache.
+so a prompt finds its longest leading run of blocks that are held and computes the rest. A block is held from when
+the step that computes it is planned: the next request that is admitted finds it. The cache lives in what running
+requests leave free of the KV cache.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ class PrefixCache:
 
     def __len__(self) -> int:
         return len(self._held)
+
+    def __contains__(self, block: object) -> bool:
+        return block in self._held
 
     def hit_tokens(self, blocks: Sequence[int], prompt_tokens: int) -> int:
         """Tokens of a prompt that need not be computed; at least one always must be."""

@@ -3,7 +3,8 @@
 It does what `dpshm.sim.demo.engine` does in a process of its own: before each step it takes in what has come, and
 it publishes when a step begins and when the last one ends. What has come since then is on its way, in flight. Its
 row is what an engine's row on the board would hold at that moment, learnt step times (`dpshm.policies.step_model`)
-among it.
+among it. What of a prompt is cached is looked up twice, as in vLLM: when the request is taken in, for the backlog
+that the row shows, and when it is admitted, for what is computed.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ class SimRank:
     def __init__(
         self, cost: StepCost, num_frontends: int, coefficients: Coefficients = "learnt", block_tokens: int = 512
     ) -> None:
-        self.batcher = Batcher(cost)
         self.cache = PrefixCache(block_tokens)
+        self.batcher = Batcher(cost, self)
         self.inbox: list[Job] = []
         self.inbox_tokens = 0
         self.busy_until_s = -1.0
@@ -107,8 +108,9 @@ class SimRank:
 
     def begin(self, now_s: float) -> Step:
         """Takes in what has come, and plans the next step."""
+        self.cache.now_s = now_s
         if self.inbox:
-            self._admit_arrived()
+            self._take_in()
         batcher = self.batcher
         step = self.step = batcher.plan()
         if not self._learns:
@@ -123,13 +125,10 @@ class SimRank:
     def end(self, now_s: float, seconds: float) -> list[Job]:
         """Its step took so long and is over; the requests that are complete."""
         batcher = self.batcher
-        self.cache.now_s = now_s
         finished = batcher.finish(self.step)
         for request in finished.first_tokens:
             job = request.key
             job.first_s = now_s
-            if job.blocks:
-                self.cache.insert(job.blocks, self._cost.kv_tokens - batcher.kv_used)
         completed = []
         for request in finished.completed:
             request.key.done_s = now_s
@@ -147,12 +146,29 @@ class SimRank:
         """Requests that it has and that are on their way to it."""
         return self.batcher.unfinished + len(self.inbox)
 
-    def _admit_arrived(self) -> None:
+    def cached(self, request: SimRequest) -> int:
+        """See `dpshm.sim.batching.PrefixSource`."""
+        job = request.key
+        if not job.blocks:
+            return 0
+        hit: int = self.cache.hit_tokens(job.blocks, job.prompt_tokens)
+        if not request.started and not request.generated:
+            job.hit_tokens = hit
+        return hit
+
+    def computed(self, request: SimRequest, tokens: int) -> None:
+        """See `dpshm.sim.batching.PrefixSource`."""
+        if blocks := request.key.blocks:
+            whole = tokens >= request.prompt_tokens
+            done = blocks if whole else blocks[: tokens // self.cache.block_tokens]
+            self.cache.insert(done, self._cost.kv_tokens - self.batcher.kv_used)
+
+    def _take_in(self) -> None:
         for job in self.inbox:
             self._received[job.frontend] += 1
             self._received_tokens[job.frontend] += job.booked_tokens
-            job.hit_tokens = self.cache.hit_tokens(job.blocks, job.prompt_tokens) if job.blocks else 0
-            self.batcher.add(SimRequest(job, job.prompt_tokens - job.hit_tokens, job.output_tokens))
+            expected = self.cache.hit_tokens(job.blocks, job.prompt_tokens) if job.blocks else 0
+            self.batcher.add(SimRequest(job, job.prompt_tokens, job.output_tokens, expected))
         self.inbox.clear()
         self.inbox_tokens = 0
         self._frozen = (tuple(self._received), tuple(self._received_tokens))

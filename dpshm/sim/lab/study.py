@@ -24,6 +24,7 @@ from dpshm.sim.lab.information import check_information
 from dpshm.sim.lab.rank import Job
 from dpshm.sim.lab.rivals import RIVALS, rival_or_policy
 from dpshm.sim.lab.run import ORACLE, Plant, run
+from dpshm.sim.workloads.agents import agents_arrivals, fan_out_arrivals
 from dpshm.sim.workloads.chat import chat_arrivals
 from dpshm.sim.workloads.formats import MAX_TOKENS
 from dpshm.sim.workloads.traces import Arrival, Trace, TraceError, Units, check_units, read_trace
@@ -31,6 +32,8 @@ from dpshm.sim.workloads.traces import Arrival, Trace, TraceError, Units, check_
 DEFAULT_REQUESTS = 12_000
 MAX_REQUESTS = 1_000_000
 BASELINE = ("vllm", "broadcast")
+WORKLOADS = {"chat": chat_arrivals, "agents": agents_arrivals, "fan-out": fan_out_arrivals}
+"""The built-in ones by name: how many requests, and a seed, to arrivals."""
 _BROADCAST_BY_DEFAULT = ("vllm", "round_robin")
 
 
@@ -42,9 +45,10 @@ class SimulationSettings:
         plant: engines and front-ends.
         policies: names; `dpshm.sim.lab.run.ORACLE` is one.
         information: names; empty: `vllm` and `round_robin` get the broadcast, the others the live board.
-        trace: a file to replay; None is the built-in chat workload.
+        trace: a file to replay; None is a built-in workload.
         time_unit: of the trace's times; empty: as its format says.
         block_tokens: prompt tokens that a hash of the trace is for; 0: as its format and its lines say.
+        workload: which of `WORKLOADS`, without a trace.
         rate: how many times the recorded speed.
         requests: at most so many; None: all of a trace, `DEFAULT_REQUESTS` of the built-in workload.
         skew: front-end i gets a share proportional to ``1 / (i + 1) ** skew``; 0 is even.
@@ -64,6 +68,7 @@ class SimulationSettings:
     trace: Path | None = None
     time_unit: str = ""
     block_tokens: int = 0
+    workload: str = "chat"
     rate: float = 1.0
     requests: int | None = None
     skew: float = 0.0
@@ -87,6 +92,8 @@ class SimulationSettings:
         if not (isfinite(self.skew) and self.skew >= 0):
             raise SettingError(f"skew is {self.skew}: choose 0 (even) or more")
         check_units(Units(self.time_unit, self.block_tokens))
+        if self.workload not in WORKLOADS:
+            raise SettingError(f"no workload {self.workload!r}: choose one of {', '.join(WORKLOADS)}")
         if not self.policies:
             raise SettingError("there is nothing to compare: name at least one policy")
         for policy in self.policies:
@@ -116,15 +123,16 @@ def make_jobs(settings: SimulationSettings, seed: int, trace: Trace | None = Non
         TraceError: it cannot be read.
     """
     random = Random(seed)
-    key_blocks = 0
+    block_tokens = settings.plant.block_tokens
     if trace := trace or read_for(settings):
         recorded = trace.arrivals
         # Seed 0 replays it as it was recorded.
         start = random.randrange(len(recorded)) if seed else 0
         arrivals = _turned(recorded, start)[: settings.requests]
-        key_blocks = max(1, settings.key_tokens // max(1, trace.block_tokens))
+        block_tokens = trace.block_tokens
     else:
-        arrivals = chat_arrivals(settings.requests or DEFAULT_REQUESTS, seed)
+        arrivals = WORKLOADS[settings.workload](settings.requests or DEFAULT_REQUESTS, seed)
+    key_blocks = max(1, settings.key_tokens // max(1, block_tokens))
     shares = [1 / (f + 1) ** settings.skew for f in range(settings.plant.frontends)]
     frontends = random.choices(range(len(shares)), shares, k=len(arrivals))
     return [
@@ -203,7 +211,7 @@ def compare(
         for task, figures in mapper(_run_task, tasks):
             found[task] = figures
             show(len(found), len(tasks))
-    workload = f"{settings.trace} ({trace.described})" if trace else "built-in chat"
+    workload = f"{settings.trace} ({trace.described})" if trace else f"built-in {settings.workload}"
     return _put_together(settings, workload, combinations, [[found[c, s] for s in seeds] for c in combinations])
 
 

@@ -329,3 +329,54 @@ def test_policies_are_found_by_name():
     }.items():
         with pytest.raises(SettingError, match=message):
             policies.by_name(name)
+
+
+@pytest.mark.parametrize("name", ["least_work", "least_loaded"])
+@deterministic
+@given(rng=SEEDED)
+def test_equal_ranks_differ_by_what_they_have_cached(name: str, rng: random.Random):
+    """Guards against rotation among equal ranks that takes a prefix apart, and against lists and arrays that
+    disagree once a prompt is known.
+    """
+    n = rng.randint(2, 12)
+    cached = rng.sample(range(0, 40_000, 16), n)
+    order = rng.sample(range(n), n)
+    # So much waits that all would compute as many tokens until this request has its first one.
+    tokens = cached if name == "least_work" else [0] * n
+    request = Request(50_000, cached=cached)
+    chosen = choose(policies.by_name(name), order, [pack_load(0, 3, 0)] * n, tokens=tokens, request=request)
+    assert cached[chosen] == max(cached)
+
+
+@pytest.mark.parametrize("name", policies.NAMES)
+@deterministic
+@given(rng=SEEDED)
+def test_a_choice_with_a_known_prompt(name: str, rng: random.Random):
+    """Guards against lists and arrays that disagree on cached tokens."""
+    view = group(rng)
+    cached = [rng.choice([0, 0, 64, 80, 100, 5000]) for _ in view["load"]]
+    request = Request(100, rng.choice([None, 7]), cached)
+    assert choose(policies.by_name(name), **view, request=request) in view["ranks"]
+
+
+def test_least_work_counts_uncached_tokens():
+    """Guards against a rank that is passed over although its cache saves more than its queue costs."""
+    two = {"ranks": [0, 1], "load": [pack_load(0, 3, 0), pack_load(0, 2, 0)]}
+    request = Request(10_000, cached=[9000, 0])
+    assert choose(LeastWork(), **two, tokens=[0, 0], request=request) == 0
+    assert choose(LeastWork(), **two, tokens=[8000, 0], request=request) == 0
+    assert choose(LeastWork(), **two, tokens=[10_000, 0], request=request) == 1
+    # A prompt that is cached as a whole still computes one token.
+    whole = LeastWork().expected_ns(seen(False, **two), Request(100, cached=[100, 99]))
+    assert whole[0] == 10_000_000 + 4 * 100_000 + 50_000
+    assert LeastWork().expected_ns(seen(True, **two), Request(100, cached=[100, 99])) == whole
+
+
+@pytest.mark.parametrize("size", [3, 40])
+@pytest.mark.parametrize("name", ["least_work", "least_loaded"])
+def test_a_made_view_takes_cached_tokens(name: str, size: int):
+    """Guards against `View.of`, with which users test their policies, that fails on or ignores a known prompt."""
+    view = View.of([0] * size, [2] * size)
+    cached = [0] * size
+    cached[size - 2] = 64
+    assert policies.by_name(name)(view, Request(100, cached=cached)) == size - 2

@@ -201,3 +201,63 @@ def test_a_request_longer_than_a_row_is_refused():
     batcher.add(SimRequest("fits", 30, 10))
     with pytest.raises(SettingError, match="max_context 40"):
         batcher.add(SimRequest("does not", 30, 11))
+
+
+class Blocks:
+    """A prefix cache of one prompt, which all requests share: so many leading tokens of it are cached."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def cached(self, request: SimRequest) -> int:
+        return min(self.tokens, request.prompt_tokens - 1)
+
+    def computed(self, request: SimRequest, tokens: int) -> None:
+        self.tokens = max(self.tokens, min(tokens, request.prompt_tokens))
+
+
+def test_what_is_cached_is_decided_when_a_request_is_admitted():
+    """Guards against a burst on one prompt that computes it once for each request: the later ones wait, and when
+    they are admitted the first has computed it.
+    """
+    blocks = Blocks()
+    batcher = Batcher(StepCost(max_prompt_tokens=1000), blocks)
+    for i in range(4):
+        batcher.add(SimRequest(i, 1500, 3))
+    assert batcher.prefill_backlog == 6000
+    steps = []
+    while batcher.unfinished:
+        steps.append(batcher.plan())
+        batcher.finish(steps[-1])
+    assert [step.prompt_tokens for step in steps[:3]] == [1000, 503, 0]
+    assert [step.batch for step in steps[:3]] == [1, 4, 4]
+    assert (batcher.prefill_backlog, batcher.kv_used) == (0, 0)
+
+
+def test_an_expectation_that_was_wrong_is_put_right():
+    """Guards against a backlog that keeps what was expected at a request's arrival, and against a prompt that is
+    not computed although its blocks have left the cache.
+    """
+    blocks = Blocks()
+    batcher = Batcher(StepCost(max_prompt_tokens=1000), blocks)
+    batcher.add(SimRequest(0, 800, 2, cached=600))
+    assert batcher.prefill_backlog == 200
+    step = batcher.plan()
+    assert (step.prompt_tokens, batcher.prefill_backlog, batcher.kv_used) == (800, 800, 800)
+    batcher.finish(step)
+    batcher.finish(batcher.plan())
+    assert (batcher.prefill_backlog, batcher.kv_used, batcher.unfinished) == (0, 0, 0)
+
+
+def test_preempted_requests_look_again():
+    """Guards against room or backlog that is lost where requests with cached prefixes are preempted."""
+    blocks = Blocks()
+    batcher = Batcher(StepCost(max_prompt_tokens=256, kv_tokens=700), blocks)
+    for i in range(6):
+        batcher.add(SimRequest(i, 300, 200))
+    while batcher.unfinished:
+        batcher.finish(batcher.plan())
+        assert 0 <= batcher.kv_used <= 700
+        blocks.tokens = blocks.tokens // 2  # what was cached is evicted in part
+    assert batcher.preemptions > 0
+    assert (batcher.prefill_backlog, batcher.kv_used) == (0, 0)

@@ -87,6 +87,78 @@ def test_an_interval_can_be_named():
     assert world.seen(1, 0.051)[0] == [1, 0]
 
 
+PROMPT = Job(0.0, 0, 2000, 5, blocks=(1, 2, 3))
+
+
+def cached(world: World, now_s: float, frontend: int = 0) -> list[int] | None:
+    """What a front-end knows of the caches, for a prompt of three blocks."""
+    return world.information.cached(Job(now_s, frontend, 2000, 5, blocks=PROMPT.blocks), now_s)
+
+
+def send_prompt(world: World, frontend: int, rank: int, now_s: float) -> None:
+    """A front-end looks up its prompt's blocks and sends it."""
+    job = Job(now_s, frontend, 2000, 5, blocks=PROMPT.blocks)
+    job.rank = rank
+    world.information.cached(job, now_s)
+    world.ranks[rank].send(job)
+    world.information.sent(job)
+
+
+@pytest.mark.parametrize(
+    ("name", "at_once", "sent", "others"),
+    [
+        ("live-index", 1536, 0, 0),
+        ("live-index:100", 0, 0, 0),
+        ("live-index-own", 1536, 1536, 0),
+        ("live-index-ahead", 1536, 1536, 1536),
+    ],
+)
+def test_when_cached_blocks_are_known(name: str, at_once: int, sent: int, others: int):
+    """Guards against an index that is older or newer than its name says."""
+    world = World(name)
+    world.information.published(0, 0.0)
+    world.information.published(1, 0.0)
+    send_prompt(world, 0, 1, 0.0)
+    assert cached(world, 0.001) == [0, sent]
+    assert cached(world, 0.001, frontend=1) == [0, others]
+    world.step(1, 0.01)  # the step that computes it is planned
+    assert cached(world, 0.011, frontend=1) == [0, at_once]
+    assert cached(world, 0.111, frontend=1) == [0, 1536]
+
+
+def test_other_views_know_no_caches():
+    """Guards against a baseline that is given what it cannot have."""
+    for name in ("live", "broadcast", "scrape"):
+        assert cached(World(name), 0.0) is None
+    world = World("live-index")
+    assert world.information.cached(Job(0.0, 0, 2000, 5), 0.0) is None
+
+
+@pytest.mark.parametrize("name", ["live-index-own:50", "live-index-ahead:50"])
+def test_what_was_sent_is_forgotten(name: str):
+    """Guards against a memory of what was sent that outlives its use: the rank may have lost it."""
+    world = World(name)
+    send_prompt(world, 0, 1, 0.0)
+    assert cached(world, 0.049) == [0, 1536]
+    assert cached(world, 0.051) == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["live-index", "live-index:10"])
+def test_a_restarted_rank_has_nothing_cached(name: str):
+    """Guards against entries of a process that is gone, and against an index that never hears of the new one."""
+    world = World(name)
+    world.information.published(1, 0.0)
+    send_prompt(world, 0, 1, 0.0)
+    world.step(1, 0.0)
+    assert cached(world, 0.02) == [0, 1536]
+    world.ranks[1] = SimRank(StepCost(), 2)
+    world.information.published(1, 0.03)
+    assert cached(world, 0.05) == [0, 0]
+    send_prompt(world, 0, 1, 0.06)
+    world.step(1, 0.06)
+    assert cached(world, 0.08) == [0, 1536]
+
+
 @pytest.mark.parametrize(
     "name", ["", "lively", "live:10", "broadcast:", "broadcast:0", "broadcast:-1", "scrape:nan"]
 )

@@ -9,7 +9,7 @@
      +-- RowInUse                  a live process holds that engine's or front-end's row
      +-- CapacityExceeded          a rank or an index beyond what the segment was created for
      +-- StartupTimeout            ranks or a child process did not come up in time
-     +-- NoEngineAvailable         every engine is absent, dead, stalled or drained
+     +-- NoEngineAvailable         every engine is absent, dead, stalled, stuck or drained
      +-- HandleError               a handle used where it must not be
      |    +-- HandleClosed
      |    +-- HandleForked         used in a child of the process that made it
@@ -61,7 +61,7 @@ class StartupTimeout(DpshmError):
 
 
 class NoEngineAvailable(DpshmError):
-    """No engine may be chosen: each is absent, dead, stalled or drained."""
+    """No engine may be chosen: each is absent, dead, stalled, stuck or drained."""
 
 
 class HandleError(DpshmError):

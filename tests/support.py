@@ -26,6 +26,7 @@ from dpshm.board.board import Board
 from dpshm.board.header import make_header
 from dpshm.board.locks import coordinator_byte
 from dpshm.board.segment import Segment
+from dpshm.board.words import VERDICT_MASK
 from dpshm.coordinator.row import CoordinatorRow
 from dpshm.coordinator.watch_thread import WatchThread
 from dpshm.net import wire
@@ -162,7 +163,7 @@ def leftovers(group_prefix: str) -> list[str]:
 
 def verdict(board: Board, dp_rank: int) -> Verdict:
     """An engine's verdict."""
-    return Verdict(int(board.engine_mark[dp_rank]) & 3)
+    return Verdict(int(board.engine_mark[dp_rank]) & VERDICT_MASK)
 
 
 def frontend_verdict(board: Board, index: int) -> Verdict:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,10 @@ from dpshm.board.locks import coordinator_byte, engine_byte, frontend_byte
 from dpshm.board.outstanding import Outstanding, Words
 from dpshm.board.segment import Segment
 from dpshm.board.snapshot import take_snapshot
-from dpshm.board.words import ON_BEHALF, VERDICT_MASK, unpack_control
+from dpshm.board.words import ON_BEHALF, VERDICT_MASK, unpack_control, unpack_load, unpack_state
+from dpshm.linux import processes
 from dpshm.linux.descriptors import explained
-from dpshm.rules.liveness import Observation, Verdict, judge
+from dpshm.rules.liveness import HANGING, EngineSigns, Observation, Verdict, judge, still_holds
 from dpshm.rules.waves import Phase
 
 COORDINATOR_TIMEOUT_S = 2.0
@@ -72,6 +74,8 @@ class Board:
     change: Words
     change_time: Words
     wake_bucket: Words
+    evidence: Words
+    kept_settings: Words
     # An engine's row: [engine].
     engine_state: Words
     progress: Words
@@ -89,6 +93,7 @@ class Board:
     generation_tokens: Words
     requests_finished: Words
     engine_version: Words
+    engine_time_namespace: Words
     # Written by the engine too: [engine], [engine, item of layout.STEP_MODEL_WORDS], [engine, front-end].
     load: Words
     request_offset: Words
@@ -235,17 +240,50 @@ class Board:
         """Whether a coordinator keeps the marks up to date: its beat is fresh."""
         return abs(time.monotonic_ns() - int(self.coordinator_beat[0])) < COORDINATOR_SILENCE_NS
 
-    def engine_verdicts(self) -> list[Verdict]:
-        """By rank, the coordinator's verdicts. While none watches, the locks tell; stock engines stay alive."""
+    def engine_verdicts(self, *, watched: bool | None = None) -> list[Verdict]:
+        """By rank, the coordinator's verdicts.
+
+        While none watches, the locks tell who lives, and a verdict of stalled or stuck stays until the row shows
+        another sign than the one from which it followed. Stock engines stay alive.
+
+        Args:
+            watched: whether a coordinator keeps the marks; default `is_watched`.
+        """
         marks = self.engine_mark[: self.dp_size].tolist()
-        if self.is_watched():
+        if self.is_watched() if watched is None else watched:
             return [Verdict(mark & VERDICT_MASK) for mark in marks]
         return [
-            Verdict.ALIVE
-            if mark & ON_BEHALF
-            else judge(Observation(bool(self.engine_pid[e]), self.engine_alive(e)), 0)
+            Verdict.ALIVE if mark & ON_BEHALF else self._unwatched_verdict(e, Verdict(mark & VERDICT_MASK))
             for e, mark in enumerate(marks)
         ]
+
+    def _unwatched_verdict(self, e: int, marked: Verdict) -> Verdict:
+        verdict = judge(Observation(bool(self.engine_pid[e]), self.engine_alive(e)), 0)
+        holds = (
+            verdict is Verdict.ALIVE
+            and marked in HANGING
+            and still_holds(marked, int(self.evidence[e]), self.engine_signs(e))
+        )
+        return marked if holds else verdict
+
+    def engine_signs(self, e: int) -> EngineSigns:
+        """What an engine's row shows of its life and work."""
+        words, at = self.words, self.index
+        waiting, running, _ = unpack_load(words[at("load", e)])
+        return EngineSigns(
+            incarnation=words[at("engine_incarnation", e)],
+            beat=words[at("beat", e)],
+            step_start=words[at("step_start", e)],
+            waiting=waiting,
+            running=running,
+            paused=unpack_state(words[at("engine_state", e)])[2],
+            tokens=words[at("prompt_tokens", e)] + words[at("generation_tokens", e)],
+            finished=words[at("requests_finished", e)],
+        )
+
+    def engine_clock_agrees(self, e: int) -> bool:
+        """Whether an engine's times can be compared with this process's clock: both have one time namespace."""
+        return int(self.engine_time_namespace[e]) == _time_namespace()
 
     def counted_frontends(self) -> list[int]:
         """The rows whose bookings count: taken, and not those of a front-end that died."""
@@ -272,17 +310,21 @@ class Board:
         table = np.ndarray((1 + used, n), np.int64, self.words.cast("B"), at, strides)
         return Outstanding(table, received[:n, :used], counted)
 
-    def snapshot(self, now_ns: int | None = None, counted: Sequence[int] | None = None) -> NDArray[Any]:
+    def snapshot(
+        self, now_ns: int | None = None, counted: Sequence[int] | None = None, *, watched: bool | None = None
+    ) -> NDArray[Any]:
         """What each rank does, according to the board.
 
         Args:
             now_ns: CLOCK_MONOTONIC; ages are counted up to it. Without it they are -1.
             counted: the front-ends whose bookings count; default `counted_frontends`.
+            watched: whether a coordinator keeps the marks; default `is_watched`.
 
         Returns:
             An array of shape (dp_size,) and dtype `dpshm.board.snapshot.SNAPSHOT_DTYPE`, a copy.
         """
-        return take_snapshot(self, now_ns, self.counted_frontends() if counted is None else counted)
+        return take_snapshot(self, now_ns, self.counted_frontends() if counted is None else counted, watched)
 
 
+_time_namespace = cache(lambda: processes.namespace_inode("time"))
 _VIEWS = tuple(name for name in layout.make_layout(1, 1).columns if name != "dp_size")

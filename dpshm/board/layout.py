@@ -20,6 +20,7 @@
                     | changes: the newest `CHANGES` of marks, dp_size and coordinator  |
                     | wake buckets: how long wake-ups took                             |
                     | cache states   [engine]              128 bytes each              |
+                    | evidence of verdicts [engine], and the coordinator's settings    |
                     +------------------------------------------------------------------+
 
 Everything is little-endian and every word is an int64 on an 8-byte boundary. Rows are padded to 128
@@ -54,6 +55,9 @@ MAX_FRONTENDS = 4096
 CHANGES = 256
 """How many of the newest changes the board keeps; change number n, the board's n-th revision, is in slot
 n % CHANGES."""
+
+SETTINGS_WORDS = 192
+"""Room for the settings that a coordinator keeps on the board for its successor."""
 
 
 # What the coordinator stores in its row, word by word.
@@ -172,8 +176,10 @@ def make_layout(engines: int, frontends: int) -> Layout:
     for name, count in (("load", engines), ("engine_mark", engines), ("frontend_mark", frontends)):
         columns[name] = Column(reserve(count * WORD_BYTES), (count,), (WORD_BYTES,))
     rows(engines, ENGINE_WORDS)
-    columns["step_model"] = Column(
-        reserve(engines * ROW_BYTES), (engines, len(STEP_MODEL_WORDS)), (ROW_BYTES, WORD_BYTES)
+    steps = reserve(engines * ROW_BYTES)
+    columns["step_model"] = Column(steps, (engines, len(STEP_MODEL_WORDS)), (ROW_BYTES, WORD_BYTES))
+    columns["engine_time_namespace"] = Column(  # inode: of which clock the engine's times are
+        steps + len(STEP_MODEL_WORDS) * WORD_BYTES, (engines,), (ROW_BYTES,)
     )
     owners = rows(frontends, FRONTEND_WORDS) + OWNER_OFFSET
     owner_words = OWNER_BYTES // WORD_BYTES
@@ -195,4 +201,7 @@ def make_layout(engines: int, frontends: int) -> Layout:
     columns["cache_state"] = Column(
         reserve(engines * ROW_BYTES), (engines, len(CACHE_WORDS)), (ROW_BYTES, WORD_BYTES)
     )
+    # From what a verdict of stalled or stuck followed (`dpshm.rules.liveness.evidence_of`).
+    columns["evidence"] = Column(reserve(engines * WORD_BYTES), (engines,), (WORD_BYTES,))
+    columns["kept_settings"] = Column(reserve(SETTINGS_WORDS * WORD_BYTES), (SETTINGS_WORDS,), (WORD_BYTES,))
     return Layout(engines, frontends, columns, _padded(end, PAGE_BYTES))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpshm.board.words import DRAINED, ON_BEHALF, unpack_load, unpack_progress, unpack_state
-from dpshm.rules.liveness import Verdict
+from dpshm.rules.liveness import is_silent, state_of
 from dpshm.rules.waves import Phase
 
 if TYPE_CHECKING:
@@ -53,16 +53,17 @@ _SANE = 1 << 61
 _COUNTERS = ("steps", "dummy_steps", "busy_ns", "prompt_tokens", "generation_tokens", "requests_finished")
 
 
-def take_snapshot(board: Board, now_ns: int | None, counted: Sequence[int]) -> NDArray[Any]:
+def take_snapshot(board: Board, now_ns: int | None, counted: Sequence[int], watched: bool | None) -> NDArray[Any]:
     """See `dpshm.board.board.Board.snapshot`."""
     n = board.dp_size
-    verdicts = board.engine_verdicts()
+    watched = board.is_watched() if watched is None else watched
+    verdicts = board.engine_verdicts(watched=watched)
     requests = board.outstanding_requests(counted).count().tolist()
     tokens = board.outstanding_tokens(counted).count().tolist()
     load = board.load[:n].tolist()
     backlog = board.prefill_backlog[:n].tolist()
     out = np.zeros(n, SNAPSHOT_DTYPE)
-    waking = board.phase is Phase.WAKING
+    waking, waves = watched and board.phase is Phase.WAKING, board.segment.header.waves
     for e in range(n):
         row = out[e]
         row["dp_rank"] = e
@@ -72,17 +73,27 @@ def take_snapshot(board: Board, now_ns: int | None, counted: Sequence[int]) -> N
         row["prefill_backlog"] = max(_sane(tokens[e]), _sane(backlog[e]))
         row["in_flight"] = row["requests"] - row["waiting"] - row["running"]
         row["in_flight_tokens"] = row["prefill_backlog"] - _sane(backlog[e])
-        row["wave"], running, paused = unpack_state(int(board.engine_state[e]))
+        row["wave"], running, _ = unpack_state(int(board.engine_state[e]))
         row["step"] = unpack_progress(int(board.progress[e]))[1]
         mark = int(board.engine_mark[e])
         verdict = verdicts[e]
         row["verdict"] = verdict.name.lower()
         row["drained"] = bool(mark & DRAINED)
         row["stock"] = bool(mark & ON_BEHALF)
-        row["state"] = _state(verdict, bool(row["drained"]), paused, running, waking)
-        beat, step_start = int(board.beat[e]), int(board.step_start[e])
-        row["age_ns"] = _sane(now_ns - beat) if now_ns is not None and beat else -1
-        row["step_age_ns"] = _sane(now_ns - step_start) if now_ns is not None and step_start else -1
+        signs = board.engine_signs(e)
+        clock_ns = now_ns if row["stock"] or board.engine_clock_agrees(e) else None
+        row["age_ns"] = _sane(clock_ns - signs.beat) if clock_ns is not None and signs.beat else -1
+        row["step_age_ns"] = (
+            _sane(clock_ns - signs.step_start) if clock_ns is not None and signs.step_start else -1
+        )
+        still_ns = 0 if clock_ns is None else clock_ns - max(signs.beat, signs.step_start)
+        row["state"] = state_of(
+            *(verdict, signs),
+            drained=bool(row["drained"]),
+            silent=not row["stock"] and is_silent(signs, still_ns, int(board.steps[e]), int(board.busy_ns[e])),
+            steps=running if waves else None,
+            waking=waking,
+        )
         row["incarnation"], row["pid"] = board.engine_incarnation[e], board.engine_pid[e]
         for name in _COUNTERS:
             row[name] = getattr(board, name)[e]
@@ -92,13 +103,3 @@ def take_snapshot(board: Board, now_ns: int | None, counted: Sequence[int]) -> N
 def _sane(value: int) -> int:
     """A number that may have been scribbled, so that sums with it still fit their column."""
     return max(0, min(value, _SANE))
-
-
-def _state(verdict: Verdict, drained: bool, paused: bool, running: bool, waking: bool) -> str:
-    if verdict is not Verdict.ALIVE:
-        return verdict.name.lower()
-    if drained:
-        return "drained"
-    if paused:
-        return "paused"
-    return "running" if running else "waking" if waking else "idle"

@@ -33,8 +33,9 @@ PAUSED_BY_USER = 2
 PROGRESS_WAVE_SHIFT = 32
 MAX_STEP = (1 << 32) - 1
 
-# A mark: the verdict (`dpshm.rules.liveness.Verdict`) in the low two bits, then flags.
-VERDICT_MASK = 3
+# A mark: the verdict (`dpshm.rules.liveness.Verdict`) in the low two bits and in `STUCK`, and flags between them.
+STUCK = 16
+VERDICT_MASK = 3 | STUCK
 DRAINED = 4
 ON_BEHALF = 8
 

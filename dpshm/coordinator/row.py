@@ -48,6 +48,7 @@ class CoordinatorRow:
         self._words = board.words
         self._at_control = board.index("control")
         self._at_engine = board.index("engine_mark")
+        self._at_evidence = board.index("evidence")
         self._at_frontend = board.index("frontend_mark")
         self._at_dp_size = board.index("dp_size")
         self._at_revision = board.index("revision")
@@ -132,13 +133,23 @@ class CoordinatorRow:
         dp_rank: int,
         *,
         verdict: Verdict | None = None,
+        evidence: int = 0,
         on_behalf: bool | None = None,
         drained: bool | None = None,
     ) -> None:
-        """Changes the given parts of an engine's mark."""
+        """Changes the given parts of an engine's mark.
+
+        Args:
+            dp_rank: the engine.
+            verdict: on it.
+            evidence: from what the verdict followed (`dpshm.rules.liveness.evidence_of`).
+            on_behalf: whether the coordinator writes its row.
+            drained: whether an operator drained it.
+        """
         with self._lock:
             mark = self.engine(dp_rank)
             if verdict is not None:
+                self._words[self._at_evidence + dp_rank] = evidence
                 mark = mark & ~VERDICT_MASK | verdict
             if on_behalf is not None:
                 mark = mark & ~ON_BEHALF | (ON_BEHALF if on_behalf else 0)

@@ -16,11 +16,21 @@ from typing import NamedTuple
 
 from dpshm.board.board import Board
 from dpshm.board.locks import engine_byte, frontend_byte
-from dpshm.board.words import MAX_RUNNING, ON_BEHALF, RUNNING_SHIFT, unpack_state
+from dpshm.board.words import ON_BEHALF
 from dpshm.coordinator.mailbox import Mailbox
 from dpshm.coordinator.row import CoordinatorRow
 from dpshm.linux import processes
-from dpshm.rules.liveness import Observation, Verdict, judge
+from dpshm.rules.liveness import (
+    HANGING,
+    EngineSigns,
+    Observation,
+    Stillness,
+    Verdict,
+    evidence_of,
+    has_work,
+    judge,
+    still_holds,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +74,7 @@ class WatchThread(threading.Thread):
         self._epoll = select.epoll()
         self._epoll.register(self.mailbox.fd, select.EPOLLIN)
         self._occupants: dict[tuple[str, int], Occupant] = {}
-        self._moved: dict[int, tuple[tuple[int, int], int]] = {}
+        self._still: dict[int, Stillness] = {}
         self._pid_namespace = processes.namespace_inode("pid")
         self._judged: object = None  # the sample that the last verdicts followed from
         self._next_judging_ns = 0
@@ -132,13 +142,12 @@ class WatchThread(threading.Thread):
     def _judge(self, now_ns: int) -> None:
         board = self._board
         n = board.dp_size
-        has_work = self._find_work(n)
         for e in range(n):
-            self._judge_engine(e, has_work[e], now_ns)
+            self._judge_engine(e, now_ns)
         for f in range(board.frontends_used()):
             self._judge_frontend(f)
         blind = any(o.pidfd is None and self._holds(*key) for key, o in self._occupants.items())
-        if blind or any(has_work):
+        if blind or any(has_work(board.engine_signs(e)) for e in range(n)):
             self._quiet_from_ns = now_ns + QUIET_AFTER_NS
         if not self._warned_unlinked and not board.segment.linked:
             self._warned_unlinked = True
@@ -149,7 +158,7 @@ class WatchThread(threading.Thread):
                 board.segment.group,
             )
 
-    def _judge_engine(self, e: int, has_work: bool, now_ns: int) -> None:
+    def _judge_engine(self, e: int, now_ns: int) -> None:
         board, row = self._board, self._row
         locked = board.engine_alive(e)
         stock = bool(row.engine(e) & ON_BEHALF)
@@ -157,19 +166,40 @@ class WatchThread(threading.Thread):
             return
         incarnation = int(board.engine_incarnation[e])
         self._follow(("engine", e), incarnation, int(board.engine_pid[e]), int(board.engine_start_time[e]))
-        paused = unpack_state(int(board.engine_state[e]))[2]
-        beat_age_ns = self._beat_age_ns(e, incarnation, now_ns)
-        if not has_work:
-            self._moved.pop(e, None)  # the timeout counts from when it has work
-            beat_age_ns = 0
-        seen = Observation(bool(board.engine_pid[e]), locked, has_work, paused, beat_age_ns)
-        verdict = judge(seen, self._stall_timeout_ns)
-        if verdict is Verdict.STALLED:
-            self._next_judging_ns = 0  # the next round sees whether it moves again
+        signs = board.engine_signs(e)
+        still = self._still.get(e) or self._begin_with(e, signs, now_ns)
+        beat_age_ns, progress_age_ns = still.look(signs, now_ns)
         before = row.engine_verdict(e)
+        if before is Verdict.STALLED and beat_age_ns < self._stall_timeout_ns:
+            progress_age_ns = still.move_again(now_ns)
+        ages = beat_age_ns, progress_age_ns
+        seen = Observation(bool(board.engine_pid[e]), locked, has_work(signs), signs.paused, *ages)
+        verdict = judge(seen, self._stall_timeout_ns)
+        if verdict in HANGING:
+            self._next_judging_ns = 0  # the next round sees whether it moves again
         if verdict is not before or stock:
-            row.set_engine(e, verdict=verdict, on_behalf=False if locked else None)
-            self._report("engine", e, int(board.engine_pid[e]), before, verdict)
+            evidence = evidence_of(verdict, signs)
+            row.set_engine(e, verdict=verdict, evidence=evidence, on_behalf=False if locked else None)
+            self._report(("engine", e), int(board.engine_pid[e]), before, verdict, self._saw(verdict, signs))
+
+    def _begin_with(self, e: int, signs: EngineSigns, now_ns: int) -> Stillness:
+        """What is known of a rank that this thread sees for the first time: what an earlier coordinator saw."""
+        still = self._still[e] = Stillness()
+        before = self._row.engine_verdict(e)
+        if before in HANGING and still_holds(before, int(self._board.evidence[e]), signs):
+            still.keep(before, signs, now_ns - self._stall_timeout_ns, now_ns)
+        return still
+
+    def _saw(self, verdict: Verdict, signs: EngineSigns) -> str:
+        timeout = f"for {self._stall_timeout_ns / _S:g} s"
+        queue = f": {signs.waiting} waiting, {signs.running} running, and {timeout}"
+        match verdict:
+            case Verdict.STALLED:
+                return f"{queue} no sign of life{' within a step' if signs.step_start else ''}"
+            case Verdict.STUCK:
+                return f"{queue} it admitted, computed and finished nothing, although it goes on publishing"
+            case _:
+                return ""
 
     def _judge_frontend(self, f: int) -> None:
         board, row = self._board, self._row
@@ -179,28 +209,11 @@ class WatchThread(threading.Thread):
         before = row.frontend_verdict(f)
         if verdict is not before:
             row.set_frontend(f, verdict)
-            self._report("front-end", f, int(board.frontend_pid[f]), before, verdict)
+            self._report(("front-end", f), int(board.frontend_pid[f]), before, verdict)
 
     def _holds(self, kind: str, row: int) -> bool:
         board = self._board
         return board.engine_alive(row) if kind == "engine" else board.frontend_alive(row)
-
-    def _find_work(self, n: int) -> list[bool]:
-        """By rank, whether it is in a step, or has requests waiting or in flight."""
-        board = self._board
-        requests = board.outstanding_requests(board.counted_frontends()).count()
-        not_running = requests > (board.load[:n] >> RUNNING_SHIFT & MAX_RUNNING)
-        busy: list[bool] = ((board.step_start[:n] != 0) | not_running).tolist()
-        return busy
-
-    def _beat_age_ns(self, e: int, incarnation: int, now_ns: int) -> int:
-        """For how long the beat of this incarnation has not changed, by the watch's clock."""
-        beat = (incarnation, int(self._board.beat[e]))
-        last, since_ns = self._moved.get(e, (None, now_ns))
-        if beat != last:
-            self._moved[e] = (beat, now_ns)
-            return 0
-        return now_ns - since_ns
 
     def _follow(self, key: tuple[str, int], incarnation: int, pid: int, started: int) -> None:
         """Opens a pidfd on the row's present process, if this pid namespace can see it."""
@@ -226,14 +239,10 @@ class WatchThread(threading.Thread):
                 return
 
     @staticmethod
-    def _report(kind: str, row: int, pid: int, before: Verdict, verdict: Verdict) -> None:
-        bad = verdict in (Verdict.DEAD, Verdict.STALLED)
+    def _report(who: tuple[str, int], pid: int, before: Verdict, verdict: Verdict, saw: str = "") -> None:
+        bad = verdict is Verdict.DEAD or verdict in HANGING
         logger.log(
-            logging.WARNING if bad and kind == "engine" else logging.INFO,
-            "%s %d (pid %d) is %s, was %s",
-            kind,
-            row,
-            pid,
-            verdict.name.lower(),
-            before.name.lower(),
+            logging.WARNING if bad and who[0] == "engine" else logging.INFO,
+            "%s %d (pid %d) is %s, was %s%s",
+            *(*who, pid, verdict.name.lower(), before.name.lower(), saw),
         )

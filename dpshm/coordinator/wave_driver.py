@@ -15,7 +15,7 @@ from dpshm.coordinator.publisher import Publisher
 from dpshm.coordinator.settings import Settings
 from dpshm.coordinator.sockets import Sockets
 from dpshm.net import wire
-from dpshm.rules.liveness import Verdict
+from dpshm.rules.liveness import HANGING, Verdict
 from dpshm.rules.reconciler import RowState, WaveReconciler
 from dpshm.rules.waves import (
     CoordinatorCommand,
@@ -103,7 +103,7 @@ class WaveDriver:
             mark = self._row.engine(e)
             if mark & ON_BEHALF:
                 stock += 1
-            elif mark & VERDICT_MASK in (Verdict.ALIVE, Verdict.STALLED):
+            elif mark & VERDICT_MASK in (Verdict.ALIVE, *HANGING):
                 wave, running, _ = unpack_state(word)
                 rows.append(RowState(e, wave, running))
         for event in self._reconciler.events(now_ns, self.state, rows, unobserved_ranks=stock):

@@ -325,6 +325,7 @@ def _initialise(board: Board, dp_rank: int) -> None:
     words[board.index("engine_pid", dp_rank)] = pid
     words[board.index("engine_start_time", dp_rank)] = processes.start_time(pid)
     words[board.index("engine_pid_namespace", dp_rank)] = processes.namespace_inode("pid")
+    words[board.index("engine_time_namespace", dp_rank)] = processes.namespace_inode("time")
     words[board.index("engine_version", dp_rank)] = version_word()
     words[board.index("beat", dp_rank)] = time.monotonic_ns()
     # SYNC: publication: the incarnation last, so that the watcher, who judges a row once it sees a new one,

@@ -18,7 +18,7 @@ from dpshm.board.words import DRAINED
 from dpshm.errors import NoEngineAvailable, SettingError
 from dpshm.policies import View, comparable
 from dpshm.policies.columns import VECTOR_FROM, ArrayColumns, ArrayWork, ListColumns, ListWork
-from dpshm.rules.liveness import Verdict
+from dpshm.rules.liveness import HANGING, Verdict
 
 GOLDEN_RATIO = (5**0.5 + 1) / 2
 
@@ -138,7 +138,7 @@ class ViewReader:
             allowed = sorted(self._only) if self._only is not None else f"0 to {self.dp_size - 1}"
             raise SettingError(f"dp_rank {dp_rank} is not one that this front-end may choose: {allowed}")
         verdict = self._verdicts[dp_rank]
-        if verdict not in (Verdict.ALIVE, Verdict.STALLED):
+        if verdict not in (Verdict.ALIVE, *HANGING):
             raise NoEngineAvailable(
                 f"engine {dp_rank} of group {self._board.segment.group!r}, to which the request is pinned, is "
                 f"{verdict.name.lower()}"

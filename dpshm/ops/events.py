@@ -18,7 +18,7 @@ from dpshm.board.board import Board
 from dpshm.board.words import DRAINED, ON_BEHALF, VERDICT_MASK, Change, ChangeKind, unpack_change, unpack_control
 from dpshm.errors import SegmentError
 from dpshm.ops.read_frame import SILENT_AFTER_S, clocks_agree
-from dpshm.rules.liveness import Verdict
+from dpshm.rules.liveness import HANGING, Verdict
 from dpshm.rules.waves import Phase
 
 
@@ -44,7 +44,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 
 KINDS = (
-    *("rank_joined", "rank_left", "rank_died", "rank_stalled", "rank_recovered", "rank_drained", "rank_undrained"),
+    *("rank_joined", "rank_left", "rank_died", "rank_stalled", "rank_stuck", "rank_recovered"),
+    *("rank_drained", "rank_undrained"),
     *("frontend_joined", "frontend_left", "frontend_died"),
     *("coordinator_started", "coordinator_gone", "coordinator_silent", "coordinator_back"),
     *("wave_waking", "wave_started", "wave_ended", "waves_unseen", "scaled", "changes_lost", "group_ended"),
@@ -97,8 +98,10 @@ def _verdict(who: str, name: str, change: Change) -> list[Happened]:
         case _, Verdict.ABSENT:
             kind, words = "left", "left in good order"
         case _, Verdict.STALLED:
-            kind, words = "stalled", "stalled: it has work, and its beat does not move"
-        case Verdict.STALLED, _:
+            kind, words = "stalled", "stalled: it has work, and shows no sign of life"
+        case _, Verdict.STUCK:
+            kind, words = "stuck", "is stuck: it has work and shows signs of life, and finishes nothing"
+        case ((Verdict.STALLED | Verdict.STUCK), _):
             kind, words = "recovered", "moves again"
         case Verdict.DEAD, _:
             kind, words = "joined", "is back in a new process"
@@ -237,7 +240,7 @@ class EventReader:
         board, found = self.board, []
         for e, mark in enumerate(board.engine_mark[: board.dp_size].tolist()):
             verdict = Verdict(mark & VERDICT_MASK)
-            dead = verdict in (Verdict.ALIVE, Verdict.STALLED) and not mark & ON_BEHALF
+            dead = verdict in (Verdict.ALIVE, *HANGING) and not mark & ON_BEHALF
             if dead and e not in self._noticed_dead and not board.engine_alive(e):
                 self._noticed_dead.add(e)
                 found.append(Happened("rank_died", e, None, f"rank {e} died: its process is gone"))

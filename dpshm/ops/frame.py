@@ -46,7 +46,8 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
     """One engine.
 
     Attributes:
-        state: running, idle, waking, paused (by the user), drained, stalled, dead, absent.
+        state: running, idle, waking, paused (by the user), silent (it has work and showed no sign of life for many
+            of its steps), drained, stalled, stuck (it has work and makes no progress), dead, absent.
         routable: front-ends may choose it.
         stock: it has no row of its own; the coordinator writes its load on its behalf.
         waiting: requests in its queue.

@@ -40,7 +40,12 @@ PANELS = (
     Panel(
         "Ranks out of routing",
         "short",
-        [(f'sum by (state) (dpshm_rank_state{{{_G}, state=~"dead|stalled|drained|absent"}})', "{{state}}")],
+        [
+            (
+                f'sum by (state) (dpshm_rank_state{{{_G}, state=~"dead|stalled|stuck|silent|drained|absent"}})',
+                "{{state}}",
+            )
+        ],
         "stat",
         4,
     ),

@@ -30,7 +30,9 @@ try:
 except ImportError as e:
     raise SettingError(f"metrics need prometheus-client ({e}): pip install 'dpshm[metrics]'") from None
 
-RANK_STATES = ("running", "idle", "waking", "paused", "drained", "stalled", "dead", "absent")
+RANK_STATES = (
+    *("running", "idle", "waking", "paused", "silent", "drained", "stalled", "stuck", "dead", "absent"),
+)
 _RANK_GAUGES: tuple[tuple[str, str, Callable[[Rank], float | None]], ...] = (
     ("waiting_requests", "Requests in the engine's queue.", lambda r: r.waiting),
     ("running_requests", "Requests in the engine's batch.", lambda r: r.running),

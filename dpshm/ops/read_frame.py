@@ -7,12 +7,11 @@ silent, marks are old, and the locks tell who lives: front-ends without a coordi
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import numpy as np
 
 from dpshm.board.board import Board
-from dpshm.board.words import VERDICT_MASK, WAKE_LIMITS_MS, unpack_state
+from dpshm.board.words import VERDICT_MASK, WAKE_LIMITS_MS
 from dpshm.linux import processes
 from dpshm.ops.frame import SCHEMA_VERSION, Coordinator, Frame, Frontend, Rank
 from dpshm.rules.liveness import Verdict
@@ -101,21 +100,16 @@ def _coordinator(board: Board, now_ns: int | None) -> Coordinator:
 def _ranks(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Rank]:
     # Nobody has marked those who died since nobody watches.
     counted = None if marks_fresh else [f for f in range(board.frontends_used()) if board.frontend_alive(f)]
-    rows = board.snapshot(now_ns, counted)
-    waves = board.segment.header.waves
+    rows = board.snapshot(now_ns, counted, watched=marks_fresh)
     names = rows.dtype.names or ()
     ranks = []
     for values in rows.tolist():
         row = dict(zip(names, values, strict=True))
         e = row["dp_rank"]
-        if not (marks_fresh or row["stock"]):
-            row["state"] = _state_by_lock(board, e, row)
-        if not waves and row["state"] in ("running", "idle", "waking"):
-            row["state"] = "running" if row["running"] or row["waiting"] else "idle"  # no wave says so
         ranks.append(
             Rank(
                 state=row["state"],
-                routable=not row["drained"] and row["state"] not in ("stalled", "dead", "absent"),
+                routable=not row["drained"] and row["verdict"] == "alive",
                 age_s=row["age_ns"] / 1e9 if row["age_ns"] >= 0 else None,
                 step_age_s=row["step_age_ns"] / 1e9 if row["step_age_ns"] >= 0 else None,
                 busy_s=row["busy_ns"] / 1e9,
@@ -131,15 +125,6 @@ _SAME = (
     *("kv_cache_usage", "wave", "step", "pid", "incarnation", "steps", "dummy_steps", "prompt_tokens"),
     *("generation_tokens", "requests_finished"),
 )
-
-
-def _state_by_lock(board: Board, e: int, row: dict[str, Any]) -> str:
-    if not board.engine_alive(e):
-        return "dead" if row["pid"] else "absent"
-    if row["drained"]:
-        return "drained"
-    _, running, paused = unpack_state(int(board.engine_state[e]))
-    return "paused" if paused else "running" if running else "idle"
 
 
 def _frontends(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Frontend]:

@@ -130,7 +130,8 @@ def _status(coordinator: Coordinator) -> str:
     board = coordinator.board
     states = board.snapshot()["state"].tolist()
     there = sum(state not in ("dead", "absent") for state in states)
-    bad = {state: states.count(state) for state in ("dead", "stalled", "drained") if state in states}
+    worth_telling = ("dead", "stalled", "stuck", "silent", "drained")
+    bad = {state: states.count(state) for state in worth_telling if state in states}
     return f"group {coordinator.settings.group}: {there} of {len(states)} ranks are there" + "".join(
         f", {number} {state}" for state, number in bad.items()
     )

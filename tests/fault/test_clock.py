@@ -36,7 +36,7 @@ def test_the_day_changes(group, using):
     keeper.run("coordinator = Coordinator(group=group, dp_size=2, stall_timeout_s=1.0)")
     for e, remote in enumerate(engines):
         remote.run("engine = Engine.attach(group, e)", e=e)
-        publish_forever(remote, waiting=1)
+        publish_forever(remote, running=1)
     api.run("frontend = Frontend.attach(group)\nroutes = [frontend.route(5) for _ in range(20)]")
     assert {api.eval(f"routes[{i}].dp_rank") for i in range(20)} == {0, 1}
     board = using(Frontend.attach(group)).board

@@ -103,7 +103,7 @@ def test_a_coordinator_that_runs_out_of_descriptors(group, using):
         engines[e].run("engine = Engine.attach(group, e)", group=group, e=e)
     frontend = using(Frontend.attach(group))
     board = frontend.board
-    publish_forever(engines[0], waiting=1)
+    publish_forever(engines[0], running=1)
     _booked = frontend.route(dp_rank=0)
     wait_until(lambda: board.phase is Phase.RUNNING)
 

@@ -77,8 +77,8 @@ def test_a_stopped_engine_is_skipped_until_it_moves(coordinator, group, using):
     remotes = [attach(using, group, dp_rank) for dp_rank in range(2)]
     frontend = using(Frontend.attach(group))
     for remote in remotes:
-        publish_forever(remote, waiting=1)
-    wait_until(lambda: coordinator.board.snapshot()["waiting"].tolist()[:2] == [1, 1])
+        publish_forever(remote, running=1)
+    wait_until(lambda: coordinator.board.snapshot()["running"].tolist()[:2] == [1, 1])
     remotes[0].signal(signal.SIGSTOP)
     wait_until(lambda: verdict(coordinator.board, 0) is Verdict.STALLED)
     wait_until(lambda: verdict(coordinator.board, 1) is Verdict.ALIVE)
@@ -131,27 +131,49 @@ def test_a_pid_that_is_used_again_is_not_the_engine(coordinator, group, using):
 
 
 def test_a_stopped_engine_without_work_is_alive(coordinator, group, using):
-    """Guards against idle engines being taken out; one that is stopped shows when it gets work."""
+    """Guards against idle engines being taken out, also while a request for it is in flight, or lost."""
     remote = attach(using, group, 0)
     frontend = using(Frontend.attach(group))
     remote.run("engine.publish(waiting=0, running=0)")
     remote.signal(signal.SIGSTOP)
     with pytest.raises(AssertionError, match="in vain"):
         wait_until(lambda: verdict(coordinator.board, 0) is not Verdict.ALIVE, 0.6)
-    _booked = frontend.route()
-    wait_until(lambda: verdict(coordinator.board, 0) is Verdict.STALLED)
-    with pytest.raises(NoEngineAvailable, match="0 stalled"):
-        frontend.route()
+    booked = frontend.route()
+    with pytest.raises(AssertionError, match="in vain"):
+        wait_until(lambda: verdict(coordinator.board, 0) is not Verdict.ALIVE, 0.6)
+    assert chosen(frontend) == {0}
+    booked.done()
     remote.signal(signal.SIGCONT)
-    remote.run("engine.receive(0)\nengine.publish(waiting=0, running=1)")
-    wait_until(lambda: verdict(coordinator.board, 0) is Verdict.ALIVE)
+
+
+def test_a_verdict_outlives_its_coordinator(group, using):
+    """Guards against a takeover that sends requests to a hung rank again until the timeout is over once more."""
+    keeper = using(Remote())
+    keeper.run("coordinator = Coordinator(group=group, dp_size=2, stall_timeout_s=0.3)", group=group)
+    remotes = [attach(using, group, dp_rank) for dp_rank in range(2)]
+    frontend = using(Frontend.attach(group))
+    for remote in remotes:
+        publish_forever(remote, running=1)
+    wait_until(lambda: frontend.snapshot()["running"].tolist() == [1, 1])
+    remotes[0].signal(signal.SIGSTOP)
+    wait_until(lambda: verdict(frontend.board, 0) is Verdict.STALLED)
+    keeper.kill()
+    wait_until(lambda: not frontend.board.is_watched())
+    assert chosen(frontend) == {1}
+    again = using(Coordinator(group=group, dp_size=2, stall_timeout_s=3600))
+    wait_until(again.board.is_watched)
+    assert [verdict(again.board, e) for e in range(2)] == [Verdict.STALLED, Verdict.ALIVE]
+    assert chosen(frontend) == {1}
+    remotes[0].signal(signal.SIGCONT)
+    wait_until(lambda: verdict(again.board, 0) is Verdict.ALIVE)
+    wait_until(lambda: 0 in chosen(frontend))
 
 
 def test_a_stopped_engine_that_is_killed_is_dead(coordinator, group, using):
     """Guards against a stalled engine whose death nobody notices, so that its rank cannot be restarted."""
     remote = attach(using, group, 0)
-    publish_forever(remote, waiting=1)
-    wait_until(lambda: coordinator.board.snapshot()[0]["waiting"] == 1)
+    publish_forever(remote, running=1)
+    wait_until(lambda: coordinator.board.snapshot()[0]["running"] == 1)
     remote.signal(signal.SIGSTOP)
     wait_until(lambda: verdict(coordinator.board, 0) is Verdict.STALLED)
     remote.kill()

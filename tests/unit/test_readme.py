@@ -388,6 +388,7 @@ BOARD = ROOT / "dpshm/board/README.md"
 ROW_SECTIONS = {
     "coordinator row": "Coordinator row",
     "engine rows": "Engine row",
+    "step rows": "Step row",
     "front-end rows": "Front-end row",
 }
 
@@ -435,6 +436,7 @@ def test_the_packed_words_are_the_real_ones() -> None:
         "change": lambda word: words.unpack_change(word)._asdict(),
         "mark": lambda word: {
             "verdict": Verdict(word & words.VERDICT_MASK),
+            "stuck": word & words.STUCK,
             "drained": word & words.DRAINED,
             "on_behalf": word & words.ON_BEHALF,
         },

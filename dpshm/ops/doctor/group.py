@@ -132,9 +132,21 @@ def _ranks(frame: Frame) -> Iterator[Finding]:
             why="it gets no new requests, and those that it has wait",
             fix=f"kill -CONT {rank.pid} if it was stopped; else py-spy dump --pid {rank.pid}",
         )
+    for rank in by_state["stuck"]:
+        yield Finding(
+            severity="error",
+            check="stuck ranks",
+            group=frame.group,
+            what=(
+                f"rank {rank.dp_rank} (pid {rank.pid}) has {rank.waiting} waiting and {rank.running} running, and "
+                "admits, computes and finishes nothing, although it goes on publishing"
+            ),
+            why="it gets no new requests, and those that it has wait",
+            fix=f"see its log; py-spy dump --pid {rank.pid}; restart the rank if it does not come back by itself",
+        )
     for rank in frame.ranks:
         stale = rank.age_s is not None and rank.age_s > STALE_S
-        if stale and rank.requests and rank.state in ("running", "idle", "waking"):
+        if stale and rank.requests and rank.state in ("running", "idle", "waking", "silent"):
             yield Finding(
                 severity="warning",
                 check="stale beats",

@@ -25,12 +25,14 @@ STATES = {  # sign, the same in ASCII, style
     "waking": ("↑", "^", "#F0E442"),
     "paused": ("‖", "=", "#CC79A7"),
     "drained": ("◌", "o", "#CC79A7"),
+    "silent": ("?", "?", "#E69F00"),
     "stalled": ("!", "!", "bold #E69F00"),
+    "stuck": ("!", "!", "bold #E69F00"),
     "dead": ("✕", "x", "bold #D55E00"),
     "absent": ("-", "-", "dim"),
     "alive": ("▶", ">", "#56B4E9"),
 }
-_BAD = ("dead", "stalled", "absent", "waking", "paused", "drained", "running", "idle")
+_BAD = ("dead", "stalled", "stuck", "silent", "absent", "waking", "paused", "drained", "running", "idle")
 
 T = TypeVar("T", Rank, Frontend)
 
@@ -78,6 +80,11 @@ def state_cell(state: str, glyphs: Glyphs) -> Text:
     return Text(f"{sign if glyphs.unicode else plain} {state}", style)
 
 
+def age_cell(rank: Rank) -> Text:
+    """How old the newest report is; in colour if the rank has work and should have published since."""
+    return Text(duration(rank.age_s), STATES[rank.state][2] if rank.state in ("silent", "stalled") else "")
+
+
 def kv_cell(usage: float, glyphs: Glyphs, width: int) -> Text:
     """A bar and its percentage."""
     style = "#D55E00" if usage >= 0.95 else "#E69F00" if usage >= 0.8 else "#56B4E9"
@@ -101,7 +108,7 @@ def rank_columns(glyphs: Glyphs, *, wide: bool = False) -> list[Column[Rank]]:
         Column("req/s", 5, 5, lambda r: count(r.requests_per_s), lambda r: -_or_less(r.requests_per_s)),
         Column("tok/s", 5, 4, lambda r: count(r.generation_tokens_per_s), lambda r: -_or_less(_tokens(r))),
         Column("step", 5, 6, lambda r: duration(_step_s(r)), lambda r: -_or_less(_step_s(r))),
-        Column("age", 5, 3, lambda r: duration(r.age_s), lambda r: -_or_less(r.age_s)),
+        Column("age", 5, 3, age_cell, lambda r: -_or_less(r.age_s)),
         Column("pid", 7, 8, lambda r: str(r.pid or "-")),
     ]
 
@@ -174,7 +181,7 @@ def warnings(frame: Frame) -> list[str]:
         found.append("no coordinator: routing goes on; start one: dpshm coordinator --group " + frame.group)
     elif frame.coordinator.state == "silent":
         found.append(f"coordinator pid {frame.coordinator.pid} hangs or is stopped: verdicts are old")
-    bad = [f"{r.dp_rank} {r.state}" for r in frame.ranks if r.state in ("dead", "stalled")]
+    bad = [f"{r.dp_rank} {r.state}" for r in frame.ranks if r.state in ("dead", "stalled", "stuck")]
     if bad:
         found.append(f"out of routing: rank {', '.join(bad[:6])}{' ...' if len(bad) > 6 else ''}: dpshm doctor")
     return found[:2]

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from dpshm import Engine, Frontend
 from dpshm.board import files, layout
 from dpshm.board.board import Board
 from dpshm.board.header import PREAMBLE
@@ -32,8 +33,10 @@ from dpshm.board.words import (
     pack_state,
 )
 from dpshm.errors import SegmentNotFound
+from dpshm.ops.read_frame import read_frame
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
+from tests.support import LoneBoard
 from tests.unit.board.headers import ENV, header
 
 
@@ -282,6 +285,44 @@ def test_states_in_a_snapshot(board: Board, mark: int, flags: int, phase: Phase,
     board.engine_state[0] = pack_state(3, flags)
     board.control[0] = pack_control(3, phase)
     assert board.snapshot()[0]["state"] == state
+
+
+def test_a_rank_that_stands_still_is_silent(group, using):
+    """Guards against a rank that is stopped between two steps and looks healthy until its stall time is up."""
+    board = using(LoneBoard(group))
+    engine = using(Engine.attach(group, 0))
+    for _ in range(3):
+        with engine.step(batch=5):
+            pass
+    engine.publish(waiting=0, running=5)
+    now_ns = time.monotonic_ns()
+    late_ns = now_ns + 20 * int(board.busy_ns[0]) // 3 + 3_000_000_000
+    assert board.snapshot(now_ns)[0]["state"] != "silent"
+    assert board.snapshot(late_ns)[0]["state"] == "silent"
+    board.engine_time_namespace[0] += 1  # its clock tells nothing here
+    assert board.snapshot(late_ns)[0]["state"] != "silent"
+    assert board.snapshot(late_ns)[0]["age_ns"] == -1
+    board.engine_time_namespace[0] -= 1
+    engine.publish(waiting=0, running=0)
+    assert board.snapshot(late_ns)[0]["state"] != "silent"
+
+
+@pytest.mark.parametrize("waves", [False, True])
+def test_a_state_is_read_in_one_way(group, using, waves):
+    """Guards against a front-end and tools that disagree: an idle dense engine was running for ever in one."""
+    board = using(LoneBoard(group, waves=waves, dp_size=1))
+    engine, frontend = using(Engine.attach(group, 0)), using(Frontend.attach(group))
+    seen = []
+    for running in (0, 1, 0):
+        if running:
+            engine.receive(None)
+        engine.publish(waiting=0, running=running)
+        states = {str(frontend.snapshot()[0]["state"]), read_frame(board).ranks[0].state}
+        seen.append(states)
+    if waves:
+        assert seen == [{"idle"}, {"running"}, {"running"}]  # it steps until the wave ends
+    else:
+        assert seen == [{"idle"}, {"running"}, {"idle"}]
 
 
 @pytest.mark.parametrize("seed", range(20))

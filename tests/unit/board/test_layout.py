@@ -47,7 +47,11 @@ def test_no_two_words_are_the_same(engines: int, frontends: int):
 
 def writer(name: str) -> str:
     """Who writes a column; all engines together write the dense ones, on purpose."""
-    if name in layout.ENGINE_WORDS or name in ("step_model", "cache_state") or name.startswith("received_"):
+    if (
+        name in layout.ENGINE_WORDS
+        or name in ("step_model", "engine_time_namespace", "cache_state")
+        or name.startswith("received_")
+    ):
         return "engine"
     if name in layout.FRONTEND_WORDS or name.startswith("sent_") or name == "owner":
         return "front-end"

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from dpshm import Board, Coordinator, Engine, Frontend
+from dpshm import Board, Coordinator, Engine, Frontend, NoEngineAvailable
 from dpshm.board import files
 from dpshm.rules.liveness import Verdict
 from tests.support import HandWatch, LoneBoard, Remote, count_fds, frontend_verdict, verdict, wait_until
@@ -76,13 +76,11 @@ def test_an_engine_with_work_that_does_not_move_is_stalled(watch, engine):
     assert watch.after(59) is Verdict.ALIVE
 
 
-@pytest.mark.parametrize("work", ["waiting", "step", "in_flight"])
-def test_what_counts_as_work(watch, engine, using, work):
-    """Guards against an engine that hangs in a step, or does not take its messages, and is not noticed."""
-    if work == "in_flight":
-        frontend = using(Frontend.attach(watch.board.segment.group))
-        watch.after(0)
-        _booked = frontend.route(dp_rank=0)
+@pytest.mark.parametrize("work", ["waiting", "step", "running"])
+def test_what_counts_as_work(watch, engine, work):
+    """Guards against an engine that hangs in a step, or between two steps, and is not noticed."""
+    if work == "running":
+        engine.publish(waiting=0, running=5)
     elif work == "step":
         engine.step().__enter__()
         engine.publish(waiting=0, running=0)
@@ -101,34 +99,117 @@ def test_an_idle_engine_is_not_stalled(watch, engine):
         assert watch.after(600) is Verdict.ALIVE
 
 
-def test_an_engine_is_not_stalled_the_moment_it_gets_work(watch, engine, group, using):
+def test_a_lost_request_excludes_no_rank(watch, engine, group, using):
+    """Guards against an idle rank that is out of routing until the Route of a lost request is ended."""
+    frontend = using(Frontend.attach(group))
+    engine.publish(waiting=0, running=0)
+    watch.after(0)
+    _lost = frontend.route(dp_rank=0)
+    for _ in range(5):
+        assert watch.after(600) is Verdict.ALIVE
+
+
+def test_an_engine_is_not_stalled_the_moment_it_gets_work(watch, engine):
     """Guards against every engine of a quiet group being taken out by its first request.
 
-    Its beat is old then, because it was idle; it has to have *had work* for the timeout, and not moved.
+    Its beat is old when a step begins, because it was idle. It has to have had work for the timeout.
     """
-    frontend = using(Frontend.attach(group))
     engine.publish(waiting=0, running=0)
     for _ in range(10):
         watch.after(60)
-    _booked = frontend.route(dp_rank=0)
+    engine.step().__enter__()
     assert watch.after(0.05) is Verdict.ALIVE
+    watch.after(1)
     assert watch.after(30) is Verdict.ALIVE
     for _ in range(3):
         watch.after(59)
     assert watch.after(0.05) is Verdict.STALLED
 
 
-def test_the_timeout_counts_from_the_work(watch, engine, group, using):
+def test_the_timeout_counts_from_the_work(watch, engine):
     """Guards against an engine that was idle for almost the timeout, and is stalled within its first request."""
-    frontend = using(Frontend.attach(group))
     engine.publish(waiting=0, running=0)
     watch.after(0)
     watch.after(59.97)
-    _booked = frontend.route(dp_rank=0)
+    engine.step().__enter__()
     assert watch.after(0.05) is Verdict.ALIVE
     assert watch.after(1) is Verdict.ALIVE  # work is looked for once a second
     assert watch.after(59) is Verdict.ALIVE
     assert watch.after(1.05) is Verdict.STALLED
+
+
+def test_an_engine_that_makes_no_progress_is_stuck(watch, board, engine, caplog):
+    """Guards against requests that are sent to an engine whose loop turns and which admits none of them."""
+    watch.after(0)
+    for second in range(59):
+        engine.publish(waiting=26 + second, running=0)  # requests go on coming
+        assert watch.after(1) is Verdict.ALIVE
+    for _ in range(2):
+        engine.publish(waiting=90, running=0)
+        watch.after(1)
+    assert verdict(board, 0) is Verdict.STUCK
+    assert board.snapshot()[0]["state"] == "stuck"
+    assert [m for m in caplog.messages if "stuck" in m and "90 waiting, 0 running" in m]
+    engine.publish(waiting=89, running=1)
+    assert watch.after(0.05) is Verdict.ALIVE
+
+
+def test_an_engine_that_computes_is_not_stuck(watch, engine):
+    """Guards against a verdict on a full engine: nothing ends and nothing is admitted while it generates."""
+    for _ in range(100):
+        with engine.step(batch=8):
+            pass
+        engine.publish(waiting=5, running=8)
+        assert watch.after(10) is Verdict.ALIVE
+
+
+def test_an_engine_that_counts_nothing_is_not_stuck_with_a_batch(watch, engine):
+    """Guards against a verdict on an engine whose row cannot show that it computes."""
+    for _ in range(100):
+        engine.publish(waiting=5, running=8)
+        assert watch.after(10) is Verdict.ALIVE
+
+
+def test_an_engine_that_moves_again_has_its_time(watch, engine):
+    """Guards against an engine that was stopped, and is stuck at the moment in which it goes on."""
+    engine.publish(waiting=1, running=0)
+    watch.after(0)
+    assert watch.after(120) is Verdict.STALLED
+    for _ in range(59):
+        engine.publish(waiting=1, running=0)
+        assert watch.after(1) is Verdict.ALIVE
+
+
+@pytest.mark.parametrize("found", [Verdict.STALLED, Verdict.STUCK])
+def test_a_verdict_outlives_the_watch_that_gave_it(board, watch, engine, group, using, found):
+    """Guards against a restart of the coordinator that sends requests to a hung rank for a minute."""
+    frontend = using(Frontend.attach(group))
+    engine.publish(waiting=3, running=0)
+    watch.after(0)
+    for _ in range(2):
+        if found is Verdict.STUCK:
+            engine.publish(waiting=3, running=0)
+        watch.after(60)
+    assert verdict(board, 0) is found
+    assert frontend.snapshot()["verdict"].tolist() == [found.name.lower(), "absent"]  # no coordinator lives
+    with pytest.raises(NoEngineAvailable, match=f"0 {found.name.lower()}"):
+        frontend.route()
+    second = using(HandWatch(board))
+    assert second.after(0) is found
+    engine.publish(waiting=0, running=3)
+    assert board.engine_verdicts(watched=False) == [Verdict.ALIVE, Verdict.ABSENT]
+    assert second.after(0.05) is Verdict.ALIVE
+
+
+def test_a_successor_that_started_while_no_watch_was_there_is_alive(board, watch, group, using):
+    """Guards against a verdict that a new process inherits from the one that hung."""
+    first = Engine.attach(group, 0)
+    first.publish(waiting=3, running=0)
+    watch.after(0)
+    assert watch.after(120) is Verdict.STALLED
+    first.close()
+    using(Engine.attach(group, 0)).publish(waiting=3, running=0)
+    assert using(HandWatch(board)).after(0) is Verdict.ALIVE
 
 
 def test_a_paused_engine_is_not_stalled(watch, engine):

@@ -16,7 +16,7 @@ from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
 from tests.support import LoneBoard, Remote, wait_until
 
-ABSENT, ALIVE, STALLED, DEAD = Verdict
+ABSENT, ALIVE, STALLED, DEAD, STUCK = Verdict
 PAUSED, WAKING, RUNNING = Phase
 
 
@@ -29,6 +29,11 @@ PAUSED, WAKING, RUNNING = Phase
         (ChangeKind.ENGINE, DEAD, ALIVE, ["rank_joined"]),
         (ChangeKind.ENGINE, ALIVE, STALLED, ["rank_stalled"]),
         (ChangeKind.ENGINE, STALLED, ALIVE, ["rank_recovered"]),
+        (ChangeKind.ENGINE, ALIVE, STUCK, ["rank_stuck"]),
+        (ChangeKind.ENGINE, STALLED, STUCK, ["rank_stuck"]),
+        (ChangeKind.ENGINE, STUCK, STALLED, ["rank_stalled"]),
+        (ChangeKind.ENGINE, STUCK, ALIVE, ["rank_recovered"]),
+        (ChangeKind.ENGINE, STUCK | DRAINED, STUCK, ["rank_undrained"]),
         (ChangeKind.ENGINE, ALIVE, ABSENT, ["rank_left"]),
         (ChangeKind.ENGINE, ALIVE, ALIVE | DRAINED, ["rank_drained"]),
         (ChangeKind.ENGINE, DEAD | DRAINED, DEAD, ["rank_undrained"]),

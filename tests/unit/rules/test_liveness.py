@@ -6,15 +6,29 @@ import itertools
 
 import pytest
 
-from dpshm.rules.liveness import Observation, Verdict, judge
+from dpshm.rules.liveness import (
+    EngineSigns,
+    Observation,
+    Stillness,
+    Verdict,
+    evidence_of,
+    has_work,
+    is_silent,
+    judge,
+    still_holds,
+)
 
-ABSENT, ALIVE, STALLED, DEAD = Verdict.ABSENT, Verdict.ALIVE, Verdict.STALLED, Verdict.DEAD
+ABSENT, ALIVE, STALLED, DEAD, STUCK = Verdict
 REST = list(itertools.product((False, True), (False, True), (0, 59, 60, 61, 1 << 62), (0, 60)))
 
 
 def test_the_values_are_those_of_marks_on_a_board():
     """Guards against a renumbering that makes zeroed memory, or another process's marks, mean something else."""
-    assert {v.name: v.value for v in Verdict} == {"ABSENT": 0, "ALIVE": 1, "STALLED": 2, "DEAD": 3}
+    values = {"ABSENT": 0, "ALIVE": 1, "STALLED": 2, "DEAD": 3, "STUCK": 18}
+    assert {v.name: v.value for v in Verdict} == values
+    assert Verdict.STUCK & 3 == Verdict.STALLED  # to a reader that does not know it
+    for damaged in (16, 17, 19, -1, 1 << 62):
+        assert Verdict(damaged) is Verdict(damaged & 3)
 
 
 @pytest.mark.parametrize(("has_work", "paused", "beat_age_ns", "timeout_ns"), REST)
@@ -55,6 +69,97 @@ def test_who_holds_its_row_is_alive_or_stalled(
 ):
     """Guards against calling idle or paused engines stalled, and against an engine wedged in a step."""
     assert judge(Observation(True, True, has_work, paused, beat_age_ns), timeout_ns) is verdict
+
+
+WAITS = EngineSigns(incarnation=1, beat=5, waiting=26)
+COUNTS = WAITS._replace(running=3, tokens=700, finished=9)
+
+
+@pytest.mark.parametrize(
+    ("signs", "works"),
+    [
+        (EngineSigns(), False),
+        (EngineSigns(incarnation=3, beat=9, tokens=7, finished=1), False),  # idle
+        (EngineSigns(step_start=1), True),
+        (EngineSigns(waiting=1), True),
+        (EngineSigns(running=5), True),  # between two steps
+    ],
+)
+def test_what_work_is(signs: EngineSigns, works: bool):
+    """Guards against a rank that hangs between two steps, and an idle one that a lost request excludes."""
+    assert has_work(signs) is works
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "moved"),
+    [
+        (WAITS, WAITS, False),
+        (WAITS, WAITS._replace(beat=9, waiting=40), False),  # it publishes, and more wait
+        (WAITS, WAITS._replace(waiting=25), True),  # it counts no tokens: its queue is all that shows
+        (WAITS, WAITS._replace(running=1), True),
+        (WAITS, WAITS._replace(finished=1), True),
+        (WAITS._replace(running=1), WAITS._replace(running=1, beat=9), True),  # it may compute and not count
+        (COUNTS, COUNTS._replace(waiting=25, beat=9), False),  # clients give up
+        (COUNTS, COUNTS._replace(tokens=701), True),
+        (COUNTS, COUNTS._replace(finished=10), True),
+        (COUNTS, COUNTS._replace(running=4), True),
+        (COUNTS, COUNTS._replace(incarnation=2), True),
+        (WAITS, EngineSigns(incarnation=1, beat=5), True),
+    ],
+)
+def test_what_progress_is(before: EngineSigns, after: EngineSigns, moved: bool):
+    """Guards against an engine whose loop turns in vain for ever, and a verdict on one that works."""
+    still = Stillness()
+    still.look(before, 100)
+    assert still.look(after, 160)[1] == (0 if moved else 60)
+
+
+@pytest.mark.parametrize(("verdict", "signs"), [(STALLED, COUNTS), (STUCK, COUNTS), (STUCK, WAITS)])
+def test_a_verdict_holds_until_its_evidence_changes(verdict: Verdict, signs: EngineSigns):
+    """Guards against a verdict that ends with the coordinator that gave it, and one that never ends."""
+    evidence = evidence_of(verdict, signs)
+    assert still_holds(verdict, evidence, signs)
+    assert still_holds(verdict, evidence, signs._replace(beat=6)) is (verdict is STUCK)
+    for other in (signs._replace(tokens=999), signs._replace(incarnation=2), signs._replace(paused=True)):
+        assert not still_holds(verdict, evidence, other._replace(beat=7))
+    assert not still_holds(verdict, evidence, EngineSigns())
+    assert not still_holds(ALIVE, evidence, signs)
+
+
+def test_a_kept_verdict_is_judged_again_at_once():
+    """Guards against a coordinator that starts and calls a rank healthy until the timeout is over again."""
+    for verdict in (STALLED, STUCK):
+        still = Stillness()
+        still.keep(verdict, COUNTS, 40, 100)
+        ages = still.look(COUNTS, 100)
+        assert judge(Observation(True, True, True, False, *ages), 60) is verdict
+
+
+def test_no_progress_is_stuck():
+    """Guards against an engine that beats and finishes nothing, called alive; and no beat is worse."""
+    assert judge(Observation(True, True, True, False, 0, 60), 60) is STUCK
+    assert judge(Observation(True, True, True, False, 60, 60), 60) is STALLED
+    assert judge(Observation(True, True, True, False, 0, 59), 60) is ALIVE
+    assert judge(Observation(True, True, True, True, 0, 60), 60) is ALIVE
+    assert judge(Observation(True, True, True, False, 0, 60), 0) is ALIVE
+
+
+@pytest.mark.parametrize(
+    ("signs", "age_s", "steps", "busy_s", "silent"),
+    [
+        (COUNTS, 1.9, 1000, 10, False),
+        (COUNTS, 2.1, 1000, 10, True),
+        (COUNTS, 19, 10, 10, False),  # steps of a second
+        (COUNTS, 21, 10, 10, True),
+        (COUNTS, 9, 0, 0, False),
+        (COUNTS, 11, 0, 0, True),
+        (EngineSigns(), 600, 10, 1, False),
+        (COUNTS._replace(paused=True), 600, 10, 1, False),
+    ],
+)
+def test_silent_is_many_steps(signs: EngineSigns, age_s: float, steps: int, busy_s: float, silent: bool):
+    """Guards against a stopped rank that looks healthy for a minute, and an idle one that looks ill."""
+    assert is_silent(signs, round(age_s * 1e9), steps, round(busy_s * 1e9)) is silent
 
 
 def test_what_is_not_known_is_not_held_against_anybody():

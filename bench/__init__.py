@@ -1,1 +1,1 @@
-"""Side by side: what dpshm's board costs and how fresh it is, against what it replaces. See bench/README.md."""
+"""Compares cost and freshness of dpshm's board with those of other designs. See bench/README.md."""

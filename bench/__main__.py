@@ -1,7 +1,7 @@
 """``python -m bench``: the comparison. ``python -m bench vllm``, ``routing``, ``gpu`` and ``faults``: the studies.
 
-The comparison runs without any argument, for some minutes; ``--quick`` shows in less than one that all of it
-works, with figures that are only rough.
+The comparison needs no argument and takes some minutes. ``--quick`` takes less than one, shows that every part
+works, and gives rough figures.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ STUDIES = ("vllm", "routing", "gpu", "faults")
 
 
 def main(argv: list[str]) -> int:
-    """Runs what the command line says; gives the exit status."""
+    """Runs the command line; returns the exit status."""
     if argv and argv[0] in STUDIES:
         return int(import_module(f"bench.{argv[0]}").main(argv[1:]) or 0)
     parser = argparse.ArgumentParser("python -m bench", description="dpshm's board side by side with its peers.")
-    parser.add_argument("--quick", action="store_true", help="small sizes: does it run? under a minute")
-    parser.add_argument("--json", action="store_true", help="print the result for machines, and no table")
-    parser.add_argument("--markdown", action="store_true", help="print what was to be reached and was, as a table")
+    parser.add_argument(
+        "--quick", action="store_true", help="run small sizes in under a minute, to see that it works"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, and no table")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print a table of the aims and the figures that were measured"
+    )
     parser.add_argument("--plot", metavar="DIR", type=Path, help="draw the charts into this folder")
     parser.add_argument("--vllm-python", metavar="PATH", type=Path, help="an interpreter that has vLLM 0.32")
     parser.add_argument("--rounds", metavar="N", type=int, help="measure everything so many times")

@@ -1,7 +1,7 @@
 """The whole comparison: every figure, every peer, in rounds.
 
-One run, one machine, pairs interleaved: a round measures each peer once, in an order that turns, and ratios
-are taken within rounds (`bench.distribution`). What is measured and how, each file of `bench.measures` says.
+All peers run on one machine in one run. A round measures each peer once, in a rotating order, and ratios are taken
+within rounds (`bench.distribution`). Each file of `bench.measures` describes its measurement.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Record = dict[str, float]
 
 
 class Sizes(NamedTuple):
-    """How much is measured."""
+    """The sizes of the measurements."""
 
     rounds: int
     freshness_s: float
@@ -63,9 +63,9 @@ def run(sizes: Sizes, vllm_python: Path | None, say: Callable[[str], None]) -> R
     """Measures everything.
 
     Args:
-        sizes: how much.
-        vllm_python: an interpreter with vLLM, if there is one.
-        say: takes a line of progress.
+        sizes: the sizes of the measurements.
+        vllm_python: an interpreter with vLLM, or None.
+        say: called with each line of progress.
     """
     result: Result = {"machine": machine(sizes)}
     with ExitStack() as stack:
@@ -80,12 +80,12 @@ def run(sizes: Sizes, vllm_python: Path | None, say: Callable[[str], None]) -> R
 
 
 def machine(sizes: Sizes) -> Result:
-    """What it runs on, and how much was measured."""
+    """The machine, and the sizes of the measurements."""
     return machine_facts() | {"sizes": sizes._asdict()}
 
 
 def machine_facts() -> Result:
-    """What it runs on."""
+    """The machine and its software."""
     model = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "cpu": model[0] if model else platform.machine(),
@@ -105,7 +105,7 @@ def _lines(path: str) -> list[str]:
 
 
 class Peers:
-    """Who takes part: by name how to start each; vLLM where there is one."""
+    """The peers: the function that starts each, by name; vLLM's only if it is installed."""
 
     def __init__(self, stack: ExitStack, vllm_python: Path | None, say: Callable[[str], None]) -> None:
         self.starts: dict[str, Start] = {
@@ -145,7 +145,7 @@ class Peers:
 
 
 def in_rounds(rounds: int, measures: Mapping[str, Callable[[], Record]]) -> dict[str, list[Record]]:
-    """Calls each once a round, beginning with another one each round."""
+    """Calls each function once in a round; each round begins with another one."""
     records: dict[str, list[Record]] = {name: [] for name in measures}
     names = list(measures)
     for r in range(rounds):
@@ -303,7 +303,7 @@ SECTIONS: dict[str, Callable[[Result, Sizes, Peers], None]] = {
 
 
 class reader_core_apart:
-    """While open, everything that is started keeps off the core of the front-end that is timed."""
+    """While open, new processes keep off the core of the timed front-end."""
 
     def __enter__(self) -> None:
         leave_reader_core()
@@ -313,7 +313,7 @@ class reader_core_apart:
 
 
 def progress(stream: Any = sys.stderr) -> Callable[[str], None]:
-    """Says how far it is, with the time since the start."""
+    """Prints a line of progress with the time since the start."""
     began = time.monotonic()
 
     def say(line: str) -> None:

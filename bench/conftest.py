@@ -1,4 +1,4 @@
-"""Fixtures of the suites: what runs beside them keeps off the timed core, and nothing outlives them."""
+"""Fixtures of the benchmarks: other processes keep off the timed core, and end with the benchmark."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Figures: a distribution's quantiles, and the ratio of two peers measured in pairs.
 
-A comparison is made of rounds. In each, every peer is measured once, one after the other, so that whatever the
-machine does beside us falls on all of them; a ratio is taken within a round, and reported with its smallest,
-median and largest value over the rounds.
+A comparison consists of rounds. Each round measures every peer once, one after the other, so that other load on
+the machine affects all of them. A ratio is taken within a round, and reported with its smallest, median and
+largest value over the rounds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def quantiles(values: Any) -> dict[str, float]:
     """The median, the tail and the count of a sample, in the unit of its values."""
     array = np.asarray(values, dtype=float)
     if not len(array):
-        raise ValueError("a distribution of nothing: the measurement saw no event at all")
+        raise ValueError("the measurement has no sample: it saw no event")
     p50, p99, p999 = np.quantile(array, (0.5, 0.99, 0.999))
     return {"p50": float(p50), "p99": float(p99), "p99.9": float(p999), "count": len(array)}
 
@@ -30,11 +30,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def compare(rounds: dict[str, list[dict[str, float]]], key: str) -> dict[str, Any]:
-    """What each peer showed in its rounds, and the others' `key` in units of the board's.
+    """The figures of each peer over its rounds, and the ratios of their `key` to the board's.
 
     Args:
-        rounds: by peer, one record of numbers a round.
-        key: the number that the ratios are of.
+        rounds: by peer, one record of numbers for each round.
+        key: the name of the number whose ratios are taken.
 
     Returns:
         By peer a record of medians over the rounds, with all rounds' `key` under ``"rounds"``; under

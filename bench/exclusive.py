@@ -1,12 +1,13 @@
-"""What exclusive mode gains: how often front-ends that decide at the same moment decide from the same state.
+"""Measures exclusive mode: how often front-ends that decide at the same moment use the same state.
 
     python bench/exclusive.py [--frontends 8] [--rounds 1000]
 
-As many front-ends as engines, each a process, route one request at the same instant of the clock, round after
-round; the requests of a round are done before the next. Each notes how many decisions had been booked by then.
-Two that note the same number decided from the same state: neither saw the other's booking. The table says how
-many decisions that were, with exclusive mode off and on. (More front-ends than processors cannot decide at the
-same moment. The number is read just after the board, so the figure without the lock is a lower bound.)
+There are as many front-ends as engines, each a process. In each round all of them route one request at the same
+instant of the clock; the requests of a round are done before the next. Each front-end notes how many decisions had
+been booked by then. If two note the same number, neither saw the other's booking: they decided from the same
+state. The table gives the share of such decisions, with exclusive mode off and on. (More front-ends than
+processors cannot decide at the same moment. The number is read just after the board, so the figure without the
+lock is a lower bound.)
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from dpshm import Coordinator, Engine, Frontend
 from dpshm.policies import Request, View, least_loaded
 
 GAP_S = 0.004
-"""From one round to the next."""
+"""Time from one round to the next."""
 
 
 def decide(group: str, exclusive: bool, rounds: int, start_s: float, out: Connection) -> None:
-    """One front-end: a decision at each round's instant."""
+    """Runs one front-end, which decides at each round's instant."""
     chosen = []
     seen = 0
 
@@ -50,7 +51,7 @@ def decide(group: str, exclusive: bool, rounds: int, start_s: float, out: Connec
 
 
 def measure(size: int, rounds: int, exclusive: bool) -> tuple[float, float, int]:
-    """Share of decisions from a state used before, median time of one in us, and rounds with all there."""
+    """Share of decisions from a state used before, median decision time in us, and number of complete rounds."""
     group = f"bench-exclusive-{os.getpid()}"
     with Coordinator(group=group, dp_size=size) as _:
         engines = [Engine.attach(group, rank) for rank in range(size)]
@@ -72,7 +73,7 @@ def measure(size: int, rounds: int, exclusive: bool) -> tuple[float, float, int]
     durations: list[float] = []
     for decisions in zip(*found, strict=True):
         if max(late for _, late, _ in decisions) > GAP_S / 4:
-            continue  # somebody was set aside by the kernel: that was no instant
+            continue  # the kernel suspended a front-end, so the decisions were not simultaneous
         together += 1
         met += size - len({state for state, _, _ in decisions})
         durations += [duration for _, _, duration in decisions]
@@ -82,8 +83,8 @@ def measure(size: int, rounds: int, exclusive: bool) -> tuple[float, float, int]
 
 
 def main() -> None:
-    """Measures and prints."""
-    parser = argparse.ArgumentParser(description="What exclusive mode gains.")
+    """Measures both modes and prints the table."""
+    parser = argparse.ArgumentParser(description="Measures what exclusive mode gains.")
     parser.add_argument("--frontends", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1000)
     given = parser.parse_args()

@@ -1,9 +1,8 @@
 """``python -m bench faults``: how soon processes that die or stop are left out of routing.
 
-A coordinator process, engines and front-ends each a process; this process is the front-end that looks, and it
-looks by deciding: its policy prefers the victim for as long as it may be chosen, so what is timed is what a
-request meets.
-Milliseconds, from just before the signal is sent until the first decision that
+The coordinator and each engine and front-end is a process. This process is the front-end that observes: it makes
+decisions, and its policy prefers the victim for as long as it may be chosen. So the times are those that a request
+would see. Times are in milliseconds, from just before the signal is sent until the first decision that
 
 - *dead_engine*: no longer may choose an engine that was killed (SIGKILL);
 - *dead_frontend*: no longer counts what a killed front-end had booked and never sent;
@@ -42,7 +41,7 @@ ENGINES = 8
 BOOKINGS = 5
 STALL_TIMEOUT_S = 0.5
 LOOK_S = 0.0002
-"""Between two decisions: a front-end that did nothing else would take the core that the coordinator needs."""
+"""Pause between two decisions, which leaves the core to the coordinator."""
 TIMEOUT_S = 30.0
 AIM_MS = 100.0
 AIMS = {"dead_engine": AIM_MS, "dead_frontend": AIM_MS}
@@ -64,7 +63,7 @@ def be_engine(line: Line, group: str, dp_rank: int, ballast_mb: int) -> None:
 
 
 def be_frontend(line: Line, group: str) -> None:
-    """A front-end with bookings for rank 0 out."""
+    """A front-end with bookings for rank 0 that it never sends."""
     with Frontend.attach(group, owner="victim") as frontend:
         routes = [frontend.route(100, dp_rank=0) for _ in range(BOOKINGS)]
         line.ready()
@@ -73,7 +72,7 @@ def be_frontend(line: Line, group: str) -> None:
 
 
 class Observer:
-    """The front-end that looks."""
+    """The front-end that observes."""
 
     def __init__(self, group: str) -> None:
         self._wanted = 0
@@ -104,10 +103,10 @@ class Observer:
 
 
 def time_until(condition: Callable[[], bool]) -> float:
-    """Milliseconds until it holds.
+    """Milliseconds until the condition holds.
 
     Raises:
-        TimeoutError: it did not.
+        TimeoutError: the condition did not hold in time.
     """
     began = time.monotonic_ns()
     while not condition():
@@ -118,13 +117,13 @@ def time_until(condition: Callable[[], bool]) -> float:
 
 
 class Group:
-    """The group under test, and what is done to it."""
+    """The group under test, and the faults that are done to it."""
 
     def __init__(self, stack: ExitStack, ballast_mb: int) -> None:
         self._ballast_mb = ballast_mb
         self._name = f"faults-{os.getpid()}"
         stack.callback(sweep, self._name)  # whose coordinator was killed leaves its board
-        with tempfile.TemporaryFile() as log, stderr_to(log):  # what it says of each death is none of the report
+        with tempfile.TemporaryFile() as log, stderr_to(log):  # its log of each death is not part of the report
             self._coordinator = CoordinatorProcess(
                 group=self._name, dp_size=ENGINES, waves=False, stall_timeout_s=STALL_TIMEOUT_S
             )
@@ -154,11 +153,11 @@ class Group:
             worker.close()
 
     def _settle(self) -> None:
-        """Any moment is as good as another: the rounds of the watch must not meet ours in step."""
+        """Waits for a random time, so that the watch's rounds do not fall into step with these."""
         time.sleep(float(self._rng.uniform(0.02, 0.12)))
 
     def kill_engine(self, number: int) -> float:
-        """One more dead engine."""
+        """Kills an engine and times it."""
         dp_rank = number % ENGINES
         time_until(lambda: self._observer.may_choose(dp_rank))
         self._settle()
@@ -169,7 +168,7 @@ class Group:
         return ms
 
     def kill_frontend(self, _: int) -> float:
-        """One more dead front-end."""
+        """Kills a front-end and times it."""
         before = self._observer.requests()
         with Worker(be_frontend, self._name) as victim:
             victim.wait_ready()
@@ -179,7 +178,7 @@ class Group:
             return time_until(lambda: self._observer.requests() == before)
 
     def stop_engine(self, number: int) -> tuple[float, float]:
-        """One more stopped engine: until it is skipped, less the timeout; until it is back."""
+        """Stops and continues an engine: the time until it is skipped, less the timeout, and until it is back."""
         dp_rank = number % ENGINES
         time_until(lambda: self._observer.may_choose(dp_rank))
         self._settle()
@@ -189,7 +188,7 @@ class Group:
         return skipped - STALL_TIMEOUT_S * 1e3, time_until(lambda: self._observer.may_choose(dp_rank))
 
     def kill_coordinator(self) -> None:
-        """From now on nobody keeps the marks."""
+        """Kills the coordinator: from now on no process updates the marks."""
         self._coordinator.proc.kill()
         self._coordinator.proc.join()
 
@@ -230,14 +229,14 @@ def run(kills: int, stalls: int, ballast_mb: int, say: Say) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    """Runs what the command line says; gives the exit status."""
+    """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         "python -m bench faults", description=__doc__.splitlines()[0] if __doc__ else ""
     )
     parser.add_argument("--kills", type=int, default=200, help="engines, and front-ends, to kill (200)")
     parser.add_argument("--stalls", type=int, default=25, help="engines to stop (25)")
     parser.add_argument("--ballast-mb", type=int, default=0, help="memory that each engine holds (0)")
-    parser.add_argument("--json", action="store_true", help="print the result for machines")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args(argv)
     result = run(max(1, options.kills), max(1, options.stalls), max(0, options.ballast_mb), progress())
     if options.json:

@@ -1,8 +1,8 @@
 """A fixture board: a real segment with real handles on it, which no other process changes.
 
-For timing what one process does. There is no coordinator thread beside the timed one, and the handles find a
-board as it is in the middle of the day: all ranks alive, running and loaded, other front-ends there, and as
-many requests on their way as asked for.
+It serves to time the work of one process. No coordinator thread runs beside the timed one. The board looks like
+that of a busy group: all ranks are alive, running and loaded, other front-ends are attached, and a chosen number
+of requests is in flight.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
 
 OnTheirWay = Literal["none", "one each", "all"]
-"""Which requests are on their way: none; from each front-end one; from each front-end one to every rank."""
+"""The requests in flight: none; one from each front-end; one from each front-end to every rank."""
 SITUATIONS = cast("tuple[OnTheirWay, ...]", ("none", "one each", "all"))
 
 _numbers = itertools.count()
 
 
 class FixtureBoard:
-    """A board of so many engines and front-ends.
+    """A board with the given numbers of engines and front-ends.
 
     Attributes:
         board: the board.
@@ -83,10 +83,10 @@ class FixtureBoard:
                     self._routes.append(self.frontend.route(dp_rank=f % engines))
             self.close = stack.pop_all().close
         self.beat()
-        self.frontend.choose()  # what is only done once is done
+        self.frontend.choose()  # work that is done only once is over now
 
     def beat(self) -> None:
-        """Stands in for the coordinator's sign of life, without which handles test locks by themselves."""
+        """Stores the coordinator's beat, without which handles test locks themselves."""
         self.board.words[self._at_beat] = time.monotonic_ns()
 
     def __enter__(self) -> FixtureBoard:

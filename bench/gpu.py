@@ -1,19 +1,20 @@
-"""``python -m bench gpu``: lockstep ranks that compute, and what reporting, freshness and waking cost them.
+"""``python -m bench gpu``: measures reporting, freshness and waking with lockstep ranks that compute.
 
-Real ranks (`dpshm.sim.torch.engine`), each on a GPU of its own where there are as many, else several on one, else
-on the CPU; a coordinator process; this process in the place of a front-end. In this order, on one set of ranks:
+The ranks are real (`dpshm.sim.torch.engine`). Each has a GPU of its own if there are enough; else several share
+one, or all run on the CPU. The coordinator is a process, and this process is the front-end. In this order, on one
+set of ranks:
 
 - *steps*: under a steady load the ranks alternate between no reports, the board and the broadcast's reports
   (`bench.gpu_rank`). Of each way: the time of a turn of the engine's loop, of pure decode steps alone; and, over
   the rounds of alternation, what a way adds to the median turn without reports of the same round.
 - *publish*: the time of each `publish()` call in these busy engines.
-- *freshness*: meanwhile a reader looks at the board as fast as it can. From the call of `publish()` until the
-  reader sees that report, or a newer one of the same rank; and from its last store.
+- *freshness*: meanwhile a reader reads the board as fast as it can. The time runs from the call of `publish()`
+  until the reader sees that report, or a newer one of the same rank; and from its last store.
 - *wake*: requests at random times, most of them to paused ranks. Every request must be answered, and every wave
   end. For those to paused ranks, from just before `route()`: until the engine has the request (*arrive*), until it
   enters its step (*enter*), until the last of the others, woken by START, enters it too (*others*: what waking
   adds), until all know that (*exchange*), until the first token is there (*compute*), until the reply (*reply*).
-- *fault*: under load one rank is killed in mid-step; when what was noticed; then new ranks on the same board.
+- *fault*: under load one rank is killed during a step; the time of each reaction; new ranks on the same board.
 """
 
 from __future__ import annotations
@@ -60,23 +61,23 @@ LOAD_PER_RANK = 16
 LOAD_PROMPT_TOKENS = 256
 SPARE_OUTPUT_TOKENS = 64
 SETTLE_STEPS = 2
-"""At the start of a block, left out of the comparison."""
+"""Steps at the start of a block that the comparison leaves out."""
 RESAMPLES = 2000
 WAKE_PROMPT_TOKENS = 32
 SPLIT = ("arrive", "enter", "others", "exchange", "compute", "reply", "wake", "all")
-"""Of the time to the first token of a request that wakes the ranks; the first six follow each other."""
+"""Parts of the time to first token of a request that wakes the ranks; the first six are consecutive."""
 
 
 class Stuck(Exception):
-    """Something did not come about in time."""
+    """A condition did not hold in time."""
 
 
 class Driver:
-    """The front-end: sends requests to ranks of its choice and takes the replies.
+    """The front-end: sends requests to ranks of its choice and receives the replies.
 
     Attributes:
-        out: by request, its route.
-        replied_ns: by request, when the reply with its first token was in.
+        out: the routes of outstanding requests, by request.
+        replied_ns: the time when the reply with the first token came, by request.
     """
 
     def __init__(self, group: str, dp_size: int) -> None:
@@ -91,7 +92,7 @@ class Driver:
         self._decoder = msgspec.msgpack.Decoder(ReplyMessage)
 
     def connect(self, prefix: str) -> None:
-        """To a set of ranks; what was out at the last one is given up."""
+        """Connects to a set of ranks; gives up the outstanding requests at the previous set."""
         for route in self.out.values():
             route.done()
         self.out.clear()
@@ -101,7 +102,7 @@ class Driver:
             socket.connect(engine_address(prefix, rank))
 
     def send(self, rank: int, prompt_tokens: int, output_tokens: int) -> int:
-        """Sends a request; its number."""
+        """Sends a request; returns its number."""
         number = self._next_id
         self._next_id += 1
         route = self.out[number] = self.frontend.route(prompt_tokens, dp_rank=rank)
@@ -110,7 +111,7 @@ class Driver:
         return number
 
     def receive_replies(self, timeout_ms: int = 0) -> None:
-        """Takes what has come, waiting for the first so long."""
+        """Receives replies; waits up to `timeout_ms` for the first."""
         while self._replies.poll(timeout_ms):
             reply = self._decoder.decode(self._replies.recv())
             now = time.monotonic_ns()
@@ -122,10 +123,10 @@ class Driver:
             timeout_ms = 0
 
     def wait(self, condition: Callable[[], object], what: str, patience_s: float = TIMEOUT_S) -> None:
-        """Takes replies until the condition holds.
+        """Receives replies until the condition holds.
 
         Raises:
-            Stuck: it did not in time.
+            Stuck: it did not hold in time.
         """
         deadline = time.monotonic() + patience_s
         while not condition():
@@ -134,7 +135,7 @@ class Driver:
                 raise Stuck(f"{what}: not within {patience_s:g} s; the board:\n{self.frontend.snapshot()}")
 
     def paused(self) -> bool:
-        """Whether the coordinator says so and no rank runs."""
+        """Whether the coordinator says that the group is paused, and no rank runs."""
         board = self.frontend.board
         return board.phase is Phase.PAUSED and not any(
             word & 1 for word in board.engine_state[: self.dp_size].tolist()
@@ -147,7 +148,7 @@ class Driver:
 
 
 def start_ranks(stack: ExitStack, group: str, dp_size: int, steps: int) -> tuple[list[Worker], str, list[Any]]:
-    """Starts all ranks; gives them, the prefix of their sockets, and what each says of its place."""
+    """Starts all ranks; returns them, the prefix of their sockets, and each rank's device."""
     store = str(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-gpu-"))) / "store")
     prefix = new_prefix()
     ranks = [
@@ -170,14 +171,14 @@ def start_ranks(stack: ExitStack, group: str, dp_size: int, steps: int) -> tuple
 
 
 def notes_of(ranks: Sequence[Worker]) -> list[dict[str, Any]]:
-    """What the ranks noted since the last time."""
+    """The ranks' notes since the last call."""
     for rank in ranks:
         rank.tell("notes")
     return [rank.result() for rank in ranks]
 
 
 def measure_steps(driver: Driver, ranks: Sequence[Worker], reader: Worker, steps: int) -> dict[str, Any]:
-    """Steps, publish and freshness, under a load that outlasts the steps."""
+    """Measures steps, publish and freshness, under a load that outlasts the steps."""
     notes_of(ranks)
     reader.tell()
     for _ in range(LOAD_PER_RANK):
@@ -217,7 +218,7 @@ def measure_steps(driver: Driver, ranks: Sequence[Worker], reader: Worker, steps
 
 
 def added(steps_of_ranks: Sequence[Any], way: int) -> dict[str, float]:
-    """What a way adds to the median turn without reports, round by round of the alternation; milliseconds.
+    """Milliseconds that a way adds to the median turn without reports, over the rounds of the alternation.
 
     Returns:
         The median over the rounds of all ranks, and a 95 % interval of it from resampled rounds.
@@ -244,7 +245,7 @@ def added(steps_of_ranks: Sequence[Any], way: int) -> dict[str, float]:
 def measure_wakes(
     driver: Driver, ranks: Sequence[Worker], cycles: int, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Wakes the ranks until so many waves are over."""
+    """Wakes the ranks until `cycles` waves are over."""
     board, random = driver.frontend.board, Random(2)
     notes_of(ranks)
     first_wave, asleep, sent_ns = board.wave, {}, {}
@@ -301,7 +302,7 @@ def measure_wakes(
 
 
 def measure_fault(driver: Driver, ranks: Sequence[Worker], restart: Callable[[], str]) -> dict[str, Any]:
-    """Kills the last rank in mid-step; restarts all."""
+    """Kills the last rank during a step, then restarts all ranks."""
     board, victim = driver.frontend.board, driver.dp_size - 1
     for _ in range(4):
         for rank in range(driver.dp_size):
@@ -347,7 +348,7 @@ def measure_fault(driver: Driver, ranks: Sequence[Worker], restart: Callable[[],
 
 
 def run(dp_size: int, steps: int, cycles: int, tell: Callable[[str], None]) -> dict[str, Any]:
-    """All of it."""
+    """Runs all measurements."""
     group = f"bench-gpu-{os.getpid()}"
     with ExitStack() as stack:
         coordinator = CoordinatorProcess(group=group, dp_size=dp_size)

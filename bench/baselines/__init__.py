@@ -1,12 +1,12 @@
-"""The peers: ways for front-ends to learn the load of engines, one file each, behind one interface.
+"""The peers: designs by which front-ends learn the load of engines, one file each, behind one interface.
 
     board       dpshm: shared memory, bookings, no process in the path
     pub         the broadcast design: engines push, a coordinator publishes, front-ends keep a copy
     flock       one file in shared memory, msgpack slots, one lock over the whole file
     vllm        vLLM's own coordinator process, in an interpreter of its own
 
-A peer has a *middle*, the process or file that the ends meet at, and *ends* in the engines' and front-ends'
-processes. `Spec` is what an end has to know; it can be sent to another process.
+A peer has a *middle*, the process or file through which the ends communicate, and *ends* in the engines' and
+front-ends' processes. A `Spec` tells an end how to reach the middle; it can be sent to another process.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import zmq
 
 
 class Spec(NamedTuple):
-    """Where a running peer can be reached.
+    """The addresses and sizes of a running peer.
 
     Attributes:
         module: the module of this package that has its ends.
-        dp_size: engines.
-        num_frontends: front-ends that take part.
-        where: what its ends need: a group's name, addresses, a path.
+        dp_size: number of engines.
+        num_frontends: number of front-ends.
+        where: the group's name, addresses or path that its ends need.
     """
 
     module: str
@@ -38,7 +38,7 @@ class EngineEnd(Protocol):
     """An engine's end."""
 
     def publish(self, waiting: int, running: int) -> None:
-        """Makes a new load known."""
+        """Reports a new load."""
 
     def close(self) -> None:
         """Leaves."""
@@ -51,47 +51,47 @@ class WaveEngineEnd(EngineEnd, Protocol):
         """Waits until what is sent to all engines reaches this one."""
 
     def register(self, poller: zmq.Poller) -> None:
-        """Has a poller return when START may have come."""
+        """Makes a poller return when START may have come."""
 
     def receive_start(self) -> bool:
-        """Takes START if it has come; whether this rank now runs. Rank 0 confirms, as vLLM's engines do."""
+        """Handles START if it has come; returns whether this rank runs. Rank 0 confirms, as vLLM's engines do."""
 
     def accept_request(self, wave: int) -> None:
-        """A request came in, stamped with that wave: it wakes this rank."""
+        """Handles a request stamped with that wave; it wakes this rank."""
 
     def wave_complete(self) -> None:
-        """All ranks are idle; rank 0 says so."""
+        """Ends the wave because all ranks are idle; rank 0 reports it."""
 
 
 class FrontendEnd(Protocol):
     """A front-end's end.
 
     Attributes:
-        index: by which engines know it.
+        index: the index by which engines know it.
     """
 
     index: int
 
     def known(self) -> Sequence[Any]:
-        """What it knows at this instant, one item a rank; an item changes with each update that it learns of."""
+        """Its present knowledge, one item for each rank. An item changes with each update that it learns of."""
 
     def waiting(self, item: Any) -> int:
         """The waiting count in an item of `known`."""
 
     def wait(self, timeout_ms: int) -> None:
-        """Takes in what has been sent to it, and for so long what still comes."""
+        """Receives waiting messages, and for `timeout_s` those that still come."""
 
     def sockets(self) -> list[Any]:
-        """What to poll for news; none where there is nothing to be sent."""
+        """The sockets to poll for updates; empty for a peer without messages."""
 
     def beliefs(self) -> tuple[list[int], list[int]]:
-        """By rank, the requests that it believes to be there: as reported alone, and with what was booked."""
+        """The requests that it believes to be at each rank: as reported, and with bookings."""
 
     def choose(self) -> int:
         """The engine for one request, which is booked there."""
 
     def finished(self, dp_rank: int) -> None:
-        """One request that this front-end had sent there ended."""
+        """Records the end of a request that this front-end sent there."""
 
     def close(self) -> None:
         """Leaves."""
@@ -101,18 +101,18 @@ class WaveFrontendEnd(FrontendEnd, Protocol):
     """A front-end's end, of a peer that runs request waves."""
 
     def first_request(self, send: Callable[[int, int], None]) -> None:
-        """Chooses an engine for a request while the ranks are paused, sends it (rank, wave), has them woken."""
+        """Chooses an engine for a request while the ranks are paused, calls `send(rank, wave)`, and wakes them."""
 
     def paused(self) -> bool:
-        """Whether it believes the ranks paused, in a wave that it has not woken yet."""
+        """Whether it believes that the ranks are paused in a wave that it has not woken yet."""
 
 
 class Middle(Protocol):
     """A running peer.
 
     Attributes:
-        spec: for its ends.
-        pids: its processes, those of engines and front-ends apart.
+        spec: the spec for its ends.
+        pids: its own processes, without engines and front-ends.
     """
 
     spec: Spec

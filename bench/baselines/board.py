@@ -1,4 +1,4 @@
-"""dpshm itself, behind the peers' interface: its public handles and nothing else."""
+"""dpshm behind the peers' interface. It uses only the public handles."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Board:
 
 @contextmanager
 def stderr_to(file: IO[bytes]) -> Iterator[None]:
-    """What is started meanwhile writes its stderr there; shown after all if the start fails."""
+    """Redirects the stderr of a process that is started meanwhile; shows it if the start fails."""
     kept = os.dup(2)
     os.dup2(file.fileno(), 2)
     try:
@@ -85,11 +85,11 @@ class BoardEngine:
         self._engine.publish(waiting=waiting, running=running)
 
     def receive(self, frontend: int) -> None:
-        """A request of that front-end came in."""
+        """Counts a request of that front-end."""
         self._engine.receive(frontend)
 
     def wait_ready(self) -> None:
-        """Waits until the coordinator hears every engine, this one too."""
+        """Waits until the coordinator is connected to every engine."""
         deadline = time.monotonic() + 30
         while not self._engine.ready:
             if time.monotonic() > deadline:
@@ -113,7 +113,7 @@ class BoardEngine:
 
 
 class BoardFrontend:
-    """A front-end's end. What it knows is what a decision reads: the dense column of loads."""
+    """A front-end's end. Its knowledge is the dense column of loads, which a decision reads."""
 
     def __init__(self, frontend: Frontend, dp_size: int) -> None:
         self._frontend = frontend

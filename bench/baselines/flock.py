@@ -1,7 +1,7 @@
-"""The other known shared-memory board: one file, a msgpack slot an engine, one ``flock`` over all of it.
+"""A simpler shared-memory board: one file, a msgpack slot for each engine, one ``flock`` over the whole file.
 
-Writers take the lock exclusively, readers shared, so a reader sees all slots of one instant. Both wait: for
-each other, and for whoever holds the lock while the kernel has it off its core.
+Writers take the lock exclusively, readers shared, so a reader sees all slots of one instant. Each waits for the
+other, also while the kernel runs another process on the core of the lock's holder.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class FlockEngine(_Mapped):
 
 
 class FlockFrontend(_Mapped):
-    """A front-end's end. It knows nothing of what others have sent; it counts its own in until they end."""
+    """A front-end's end. It counts its own requests until they end, and does not see those of others."""
 
     def __init__(self, spec: Spec, index: int) -> None:
         super().__init__(spec)

@@ -1,14 +1,14 @@
-"""The broadcast design, pure PUB: what vLLM had in August 2025, in full, and the same without its rate limit.
+"""The pure broadcast design: vLLM's coordinator of August 2025, with its rate limit and without.
 
     engines   --PUSH-->  coordinator process  --XPUB-->  every front-end
                          keeps the newest counts of each rank; publishes all of them, together with the
                          wave, at most every `interval_s` while they change, every 5 s otherwise
 
 Wire and ends are vLLM's (`dpshm.net.wire`, `bench.baselines.stock`), so the same ends meet vLLM's own coordinator
-in `bench.baselines.vllm`. Where a choice was open, it went in the broadcast's favour: the coordinator
-imports nothing of vLLM, takes all that has come before it looks at the clock (vLLM: one message a turn), and
-sends when its interval is over, not when its input has run dry for 50 ms. With ``interval_s = 0`` each change
-goes out at once: nothing that is sent to a socket can be fresher.
+in `bench.baselines.vllm`. Open choices favour the broadcast. The coordinator imports nothing of vLLM. It receives
+all waiting messages before it reads the clock (vLLM: one message a turn). It sends when its interval is over, not
+when its input has been silent for 50 ms. With ``interval_s = 0`` it sends each change at once, so no message can
+be fresher.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Pub:
 
 
 def start_every(interval_s: float) -> Start:
-    """Starts coordinators with that interval."""
+    """Returns a function that starts coordinators with that interval."""
     return partial(Pub, interval_s)
 
 
 def start(dp_size: int, num_frontends: int) -> Middle:
-    """With vLLM's interval, 100 ms."""
+    """Starts a coordinator with vLLM's interval, 100 ms."""
     return Pub(0.1, dp_size, num_frontends)
 
 
@@ -74,12 +74,12 @@ class Broadcaster:
         self._wave, self._running = 0, False
 
     def due_in_ms(self) -> int:
-        """Until the next publication, rounded up."""
+        """Milliseconds until the next publication, rounded up."""
         wait_s = self._interval_s if self._changed else IDLE_REFRESH_S
         return max(0, -int(-(self._published_s + wait_s - time.monotonic()) * 1000 // 1))
 
     def on_time(self) -> None:
-        """Publishes if it is time to."""
+        """Publishes if the interval is over."""
         if self.due_in_ms() == 0:
             self._frontends.send(wire.encode_state(self._counts, self._wave, self._running))
             self._changed = False
@@ -107,7 +107,7 @@ class Broadcaster:
             return
         message = wire.decode_frontend_message(data)
         if isinstance(message, wire.FirstRequestMessage) and not self._running:
-            # Nobody is excluded, as in dpshm and, in effect, in vLLM 0.32.
+            # No engine is excluded, as in dpshm and, in effect, in vLLM 0.32.
             self._engines.send_multipart(wire.encode_start(self._wave, None))
 
     def _enter(self, wave: int, *, running: bool) -> None:
@@ -119,7 +119,7 @@ def serve(line: Line, addresses: stock.Addresses, dp_size: int, interval_s: floa
     """The coordinator's process."""
     context: zmq.Context[Any] = zmq.Context()
     frontends, engines, reports = context.socket(zmq.XPUB), context.socket(zmq.XPUB), context.socket(zmq.PULL)
-    engines.setsockopt(zmq.XPUB_VERBOSE, 1)  # hears of every engine, not of the first alone
+    engines.setsockopt(zmq.XPUB_VERBOSE, 1)  # gets a message for every engine, not only for the first
     reports.rcvhwm = 0  # as vLLM sets it: nothing is dropped on the way in
     for socket, address in zip((frontends, engines, reports), addresses, strict=True):
         socket.linger = 0

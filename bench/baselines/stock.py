@@ -1,7 +1,7 @@
-"""The ends of the broadcast: sockets and messages as vLLM's engines and API servers have them.
+"""The ends of the broadcast: the sockets and messages of vLLM's engines and API servers.
 
-What vLLM's own ends do beside this is left out, in the broadcast's favour: the hop from an engine's step loop to
-its output thread, and the asyncio loop of an API server between the socket and its copy of the counts.
+Two costs of vLLM's own ends are left out, which favours the broadcast: the hop from an engine's step loop to its
+output thread, and the asyncio loop of an API server between the socket and its copy of the counts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _decode, _encode = msgspec.msgpack.decode, msgspec.msgpack.encode
 
 
 class Addresses(NamedTuple):
-    """Where the coordinator is bound: front-ends, engines' input, engines' output."""
+    """The coordinator's addresses: for front-ends, for engines' input, for engines' output."""
 
     frontends: str
     engine_input: str
@@ -49,7 +49,7 @@ class StockEngine:
         self._output.send(encode_stats(self._rank, stats, timestamp=time.monotonic()))
 
     def wait_ready(self) -> None:
-        """It has heard READY already."""
+        """Does nothing: READY has come already."""
 
     def register(self, poller: zmq.Poller) -> None:
         poller.register(self._input, zmq.POLLIN)
@@ -66,7 +66,7 @@ class StockEngine:
         return self._runs
 
     def accept_request(self, wave: int) -> None:
-        """It has work, and needs no START; one that follows is taken as ever."""
+        """Marks the rank as running without START. A START that follows is handled as usual."""
 
     def wave_complete(self) -> None:
         if self._rank == 0:
@@ -78,7 +78,7 @@ class StockEngine:
 
 
 class StockFrontend:
-    """A front-end's end: the copy of the counts, and the choice of vLLM 0.32 made from it, in our own words."""
+    """A front-end's end: the copy of the counts, and vLLM 0.32's choice from it, in code of our own."""
 
     def __init__(self, spec: Spec, index: int) -> None:
         n = spec.dp_size
@@ -123,12 +123,12 @@ class StockFrontend:
         return [self._socket]
 
     def beliefs(self) -> tuple[list[int], list[int]]:
-        # What it raised in its copy stands in for bookings, and is in the copy until the next broadcast.
+        # Its own increments of the copy replace bookings, until the next broadcast overwrites them.
         there = [waiting + running for waiting, running, _ in self._counts]
         return there, there
 
     def choose(self) -> int:
-        # From the copy as it is: in an API server another task takes in what comes.
+        # The choice reads the present copy: in an API server another task receives the broadcasts.
         counts, own, frontends, n = self._counts, self._own, self._count, len(self._counts)
         best, least = 0, float("inf")
         for i in range(n):
@@ -139,7 +139,7 @@ class StockFrontend:
                 score += 6 * waiting * max(0.0, kv_cache_usage - 0.5)
             if score < least:
                 best, least = rank, score
-        counts[best][0] += frontends  # the others are taken to do as it does, until the next broadcast
+        counts[best][0] += frontends  # the others are assumed to choose alike, until the next broadcast
         self._start = (self._start + 1) % n
         own[best] += 1
         return best
@@ -152,7 +152,7 @@ class StockFrontend:
         self._woken_wave = self._wave
         send(rank, self._wave)  # before the notice, as vLLM 0.32 does
         # vLLM 0.32 names the engine by its identity, two bytes, which no engine compares equal to its number: so
-        # nobody is excluded, and the engine that gets the request is woken like the others.
+        # no engine is excluded, and the engine that gets the request is woken like the others.
         self._socket.send(_encode((rank.to_bytes(2, "little"), self._wave)))
         self.finished(rank)
 

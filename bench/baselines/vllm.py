@@ -1,8 +1,7 @@
-"""vLLM's own coordinator process and its own code, in the interpreter that ``--vllm-python`` names.
+"""vLLM's own coordinator process, in the interpreter that ``--vllm-python`` names.
 
-The coordinator is real (`bench.baselines.vllm_peer` starts it there); the ends are those of
-`bench.baselines.stock`, which speak its wire. One coordinator serves all rounds of a run, since
-each takes seconds to start.
+`bench.baselines.vllm_peer` starts the coordinator there. The ends are those of `bench.baselines.stock`, which
+speak its wire. One coordinator serves all rounds of a run, because each takes seconds to start.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ engine_end, frontend_end = stock.StockEngine, stock.StockFrontend
 
 
 class VllmError(Exception):
-    """vLLM's interpreter could not do what it was asked."""
+    """An order to vLLM's interpreter failed."""
 
 
 class VllmInterpreter:
-    """The program that runs beside us in vLLM's interpreter.
+    """The child process that runs in vLLM's interpreter.
 
     Attributes:
-        version: vLLM's.
+        version: vLLM's version.
 
     Raises:
         VllmError: there is no vLLM in that interpreter; says why.
@@ -62,7 +61,7 @@ class VllmInterpreter:
             raise
 
     def ask(self, do: str, **order: Any) -> dict[str, Any]:
-        """Has it do something; see the functions of `vllm_peer`."""
+        """Runs an order; the functions of `vllm_peer` are the orders."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -109,7 +108,7 @@ class Vllm:
         self.pids: list[int] = [answer["pid"]]
 
     def serve(self, dp_size: int, num_frontends: int) -> Serving:
-        """Lends it to one measurement: a `bench.baselines.Start`."""
+        """Lends the coordinator to one measurement: a `bench.baselines.Start`."""
         assert dp_size == self._dp_size
         return Serving(Spec("vllm", dp_size, num_frontends, self._addresses), self.pids)
 
@@ -119,11 +118,11 @@ class Vllm:
 
 
 class Serving:
-    """A coordinator lent: closing this leaves it running."""
+    """A coordinator that is lent; `close` leaves it running."""
 
     def __init__(self, spec: Spec, pids: list[int]) -> None:
         self.spec = spec
         self.pids = pids
 
     def close(self) -> None:
-        """Gives it back."""
+        """Returns the coordinator without ending it."""

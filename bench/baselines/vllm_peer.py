@@ -1,7 +1,7 @@
-"""Runs inside an interpreter that has vLLM, as a program: starts vLLM's own coordinator, times vLLM's own code.
+"""A program for an interpreter that has vLLM: starts vLLM's own coordinator and times vLLM's own code.
 
 Orders come as lines of JSON on stdin, answers go as lines of JSON on stdout; `bench.baselines.vllm` is the other
-side. Nothing of vLLM is imitated here: the coordinator is its `DPCoordinator`, the choice is its
+side. All measured code is vLLM's: the coordinator is its `DPCoordinator`, the choice is its
 `DPLBAsyncMPClient.get_core_engine_for_request`, an engine's report goes through its
 `EngineCoreProc.process_output_sockets`.
 
@@ -66,7 +66,7 @@ def decide(order: dict[str, Any]) -> dict[str, Any]:
         client.engine_inflight[engine] = 4
     ns = []
     for _ in range(order["batches"]):
-        # A broadcast has just come in. Nobody waits, so the shorter of the two ways through the score is taken.
+        # A broadcast has just come in. No request waits, so the score takes its shorter path.
         client.lb_engines = [[0, 16 + rank % 5, 0.4] for rank in range(n)]
         began = time.perf_counter_ns()
         for request in requests:
@@ -132,7 +132,7 @@ def publish(order: dict[str, Any]) -> dict[str, Any]:
 
 
 def version(_: dict[str, Any]) -> dict[str, Any]:
-    """The vLLM that is installed: {} -> its version."""
+    """Reports the installed vLLM: {} -> its version."""
     import vllm
 
     return {"version": vllm.__version__}
@@ -144,7 +144,7 @@ _running: dict[str, Any] = {}
 def main() -> None:
     """Serves orders until stdin ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever vLLM prints goes to stderr
+    os.dup2(2, 1)  # vLLM's prints go to stderr
     try:
         for line in sys.stdin:
             order = json.loads(line)

@@ -17,7 +17,7 @@ EXIT_FAILED, EXIT_SETTING, EXIT_IN_USE, EXIT_MEMORY = 1, 2, 3, 4
 
 
 class Balancing(StrEnum):
-    """Who balances the load."""
+    """What balances the load."""
 
     INTERNAL = "internal"
     HYBRID = "hybrid"
@@ -25,14 +25,14 @@ class Balancing(StrEnum):
 
 
 class LogFormat(StrEnum):
-    """How the log looks."""
+    """The format of the log."""
 
     TEXT = "text"
     JSON = "json"
 
 
 class LogLevel(StrEnum):
-    """From which level on the log has lines."""
+    """The lowest level that the log contains."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -45,18 +45,21 @@ def coordinator(
         str | None, typer.Option("--group", "-g", metavar="NAME", help="The deployment's name on this node.")
     ] = None,
     dp_size: Annotated[int | None, typer.Option(help="Data-parallel ranks.")] = None,
-    dp_size_local: Annotated[int | None, typer.Option(help="Those on this node. Default: all.")] = None,
+    dp_size_local: Annotated[
+        int | None, typer.Option(help="Data-parallel ranks on this node. Default: all.")
+    ] = None,
     balancing: Annotated[
-        Balancing | None, typer.Option(help="Who balances: its front-ends, each node's, or somebody outside.")
+        Balancing | None,
+        typer.Option(help="What balances the load: the front-ends, those of each node, or an outside balancer."),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address that tcp sockets are bound to.")] = None,
     curve_dir: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Keys (dpshm keygen) that peers need who come in through a tcp socket."),
+        typer.Option(metavar="DIR", help="Keys (dpshm keygen) that peers need on a tcp socket."),
     ] = None,
     insecure: Annotated[
         bool | None,
-        typer.Option("--insecure", help="tcp without keys on another address than loopback: anybody comes in."),
+        typer.Option("--insecure", help="Allow tcp without keys beyond loopback: any host can connect."),
     ] = None,
     waves: Annotated[
         bool | None, typer.Option("--waves/--no-waves", help="Whether ranks run in lockstep.")
@@ -64,32 +67,39 @@ def coordinator(
     max_engines: Annotated[int | None, typer.Option(help="Rows for engines: dp_size can grow up to it.")] = None,
     max_frontends: Annotated[int | None, typer.Option(help="Rows for front-ends.")] = None,
     stall_timeout: Annotated[
-        float | None, typer.Option(metavar="S", help="Longer than the longest step; 0: nobody is ever stalled.")
+        float | None,
+        typer.Option(
+            metavar="S", help="Silence after which a rank is stalled; longer than the longest step. 0: never."
+        ),
     ] = None,
     ready_timeout: Annotated[
-        float | None, typer.Option(metavar="S", help="For engines to come up; 0: none.")
+        float | None, typer.Option(metavar="S", help="Time for all engines to attach. 0: no limit.")
     ] = None,
     mode: Annotated[
         str | None,
-        typer.Option(metavar="OCTAL", help="Permissions of the board: 0600, or 0640 or 0644 to let others look."),
+        typer.Option(metavar="OCTAL", help="Permissions of the board: 0600, or 0640 or 0644 to let others read."),
     ] = None,
     file_group: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The group of users that --mode 0640 lets look.")
+        str | None, typer.Option(metavar="NAME", help="The group of users that --mode 0640 lets read.")
     ] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="Serve Prometheus metrics there; 0: any port.")] = None,
-    metrics_host: Annotated[str | None, typer.Option(help="On that address. Default: 127.0.0.1.")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="Port for Prometheus metrics. 0: any port.")] = None,
+    metrics_host: Annotated[str | None, typer.Option(help="Address for the metrics. Default: 127.0.0.1.")] = None,
     config: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Settings in TOML, by their names in the documentation; options win."),
+        typer.Option(
+            metavar="FILE", help="TOML file of settings, named as in the documentation. Options override it."
+        ),
     ] = None,
-    log_format: Annotated[LogFormat, typer.Option(help="Lines or JSON objects, on stderr.")] = LogFormat.TEXT,
-    log_level: Annotated[LogLevel, typer.Option(help="debug has a line for each wave.")] = LogLevel.INFO,
+    log_format: Annotated[LogFormat, typer.Option(help="Format of the log on stderr.")] = LogFormat.TEXT,
+    log_level: Annotated[
+        LogLevel, typer.Option(help="Lowest level to log. debug logs each wave.")
+    ] = LogLevel.INFO,
 ) -> None:
     r"""Run a group's coordinator in the foreground, for systemd and containers.
 
     If engines and front-ends of the group are alive, it takes their board over, and needs no setting but the
-    group. SIGTERM ends it and leaves the board to them, for the next one; Ctrl-C ends the group and removes
-    the board. With systemd's Type=notify it tells when it is ready.
+    group. SIGTERM ends it and leaves the board for the next coordinator. Ctrl-C ends the group and removes the
+    board. With systemd's Type=notify it tells systemd when it is ready.
 
     \b
     Exit status:
@@ -134,7 +144,11 @@ def coordinator(
             if name not in settings:
                 raise SettingError(
                     f"{name} is needed: --{name.replace('_', '-')}, or {name} = ... in --config FILE"
-                    + ("" if name == "group" else f" (group {settings['group']!r} is not alive here to tell)")
+                    + (
+                        ""
+                        if name == "group"
+                        else f" (group {settings['group']!r} has no live board here to read it from)"
+                    )
                 )
         serve(settings)
     except CoordinatorFailed as e:

@@ -1,4 +1,4 @@
-"""``dpshm demo``: its options, and what it prints."""
+"""``dpshm demo``: the options and the report."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from dpshm.sim.workloads.formats import KNOWN
 
 
 class EngineKind(StrEnum):
-    """What an engine's model is."""
+    """The kind of model that an engine runs."""
 
     SIM = "sim"
     TORCH = "torch"
 
 
 class StatsPath(StrEnum):
-    """Where front-ends see the load."""
+    """The source of the load that front-ends see."""
 
     BOARD = "board"
     PUB = "pub"
 
 
 def demo(
-    engines: Annotated[int, typer.Option(help="Engines, each a process (1 to 64).")] = 8,
-    frontends: Annotated[int, typer.Option(help="Front-ends, each a process (1 to 64).")] = 4,
-    seconds: Annotated[float, typer.Option(help="How long requests are sent.")] = 20.0,
+    engines: Annotated[int, typer.Option(help="Number of engine processes (1 to 64).")] = 8,
+    frontends: Annotated[int, typer.Option(help="Number of front-end processes (1 to 64).")] = 4,
+    seconds: Annotated[float, typer.Option(help="Duration of the workload in seconds.")] = 20.0,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -46,13 +46,15 @@ def demo(
         ),
     ] = None,
     time_unit: TimeUnitOption = "",
-    rate: Annotated[float, typer.Option(help="How many times the recorded speed.")] = 1.0,
+    rate: Annotated[float, typer.Option(help="Speed of the trace, as a multiple of the recorded speed.")] = 1.0,
     policy: Annotated[str, typer.Option(help=f"How an engine is chosen: {', '.join(NAMES)}.")] = "least_loaded",
     stats: Annotated[
         StatsPath,
         typer.Option(help="What front-ends decide from: the board, or a broadcast every 100 ms."),
     ] = StatsPath.BOARD,
-    seed: Annotated[int, typer.Option(help="Of the built-in workload and of who gets which request.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the built-in workload and of how requests are shared among front-ends.")
+    ] = 0,
     engine: Annotated[
         EngineKind,
         typer.Option(help="A simulated model, or a small one in PyTorch that computes (extra: torch)."),
@@ -63,9 +65,9 @@ def demo(
 ) -> None:
     r"""Run a whole deployment here: a coordinator, simulated engines, front-ends, and a workload.
 
-    Every process, socket and shared-memory word is real; only the model is a sleep, and with --engine torch not
-    even that: each rank computes, on a GPU of its own, on a shared one, or on the CPU. Engines batch
-    continuously, step together, pause when all are idle and are woken by the next request. Nothing is left
+    Every process, socket and shared-memory word is real; only the model is a sleep. With --engine torch the model
+    is real too: each rank computes on a GPU of its own, on a shared GPU, or on the CPU. Engines batch
+    continuously, step together, pause when all are idle, and wake at the next request. The demo leaves nothing
     behind, however it ends. The exit status is 1 if a request was lost.
 
     \b

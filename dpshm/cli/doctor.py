@@ -1,4 +1,4 @@
-"""``dpshm doctor``: looks for what is wrong with this node and the groups on it."""
+"""``dpshm doctor``: checks this node and the groups on it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIGNS = {"error": "ERROR  ", "warning": "WARNING", "note": "note   "}
 
 
 class Diagnosis(msgspec.Struct):
-    """What was looked at, and what was found."""
+    """The groups that were checked, and the findings."""
 
     groups: list[str]
     findings: list[Finding]
@@ -37,8 +37,8 @@ def doctor(
 ) -> None:
     r"""Check this node and the groups on it; say what is wrong, why it matters, and the command that mends it.
 
-    Changes nothing, but for what --sweep removes: only what nobody has locked. The exit status is 1 if there is an
-    error or a warning.
+    Changes nothing without --sweep, which removes what dead groups left, and nothing that a process has locked.
+    The exit status is 1 if there is an error or a warning.
 
     \b
     Examples:

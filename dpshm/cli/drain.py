@@ -38,15 +38,15 @@ def drain(
     group: GroupOption = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until they are empty.")] = True,
     timeout: Annotated[
-        float | None, typer.Option(metavar="S", min=0.0, help="Wait so long at most; then exit status 1.")
+        float | None, typer.Option(metavar="S", min=0.0, help="Longest wait; then the exit status is 1.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Even if no rank is left to route to.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Drain even if no rank is left to route to.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    r"""Take ranks out of routing; they finish what they have.
+    r"""Take ranks out of routing; they finish the requests that they have.
 
-    Every front-end honours it from its next decision on. A drained rank still steps with the others. It stays
-    drained when it restarts, until `dpshm undrain`.
+    Every front-end stops choosing a drained rank from its next decision on. The rank still steps with the others.
+    It stays drained when it restarts, until `dpshm undrain`.
 
     \b
     Examples:
@@ -114,7 +114,7 @@ def _wait(watcher: Watcher, ranks: Sequence[int], started: float, timeout: float
 
 
 def _has_work(rank: Rank) -> bool:
-    """What a process that is gone had will never finish: it is nothing to wait for."""
+    """Excludes ranks whose process is gone: their requests never finish."""
     return rank.requests > 0 and rank.state not in ("dead", "absent")
 
 

@@ -1,4 +1,4 @@
-"""``dpshm events``: what happens to a group, as it happens, and what happened before."""
+"""``dpshm events``: prints the recorded events of a group, then new ones as they come."""
 
 from __future__ import annotations
 
@@ -20,16 +20,21 @@ LOOK_S = 0.05
 def events(
     group: GroupOption = None,
     as_json: JsonOption = False,
-    history: Annotated[int, typer.Option(metavar="N", min=0, help="Begin with the newest N recorded.")] = 20,
-    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Go on until Ctrl-C.")] = True,
+    history: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Begin with the newest N recorded events.")
+    ] = 20,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Print new events until Ctrl-C.")] = True,
     waves: Annotated[
-        bool, typer.Option("--waves/--no-waves", help="Waves too, from now on; a busy group has many.")
+        bool,
+        typer.Option(
+            "--waves/--no-waves", help="Print waves too. Only new waves are seen; a busy group has many."
+        ),
     ] = True,
 ) -> None:
     r"""Print a group's events: waves, deaths, stalls, drains, joins, scaling, coordinators.
 
-    The board keeps the newest 256 changes with their times, so what happened while nobody looked is here too.
-    A time with ~ is when it was noticed; the others are when it happened.
+    The board keeps the newest 256 changes with their times, so events from before this command are here too.
+    A time with ~ is when this command noticed the event; other times are when the event happened.
 
     \b
     Examples:

@@ -13,12 +13,12 @@ from dpshm.net.keys import ENVIRONMENT, make_keys, server_keys
 
 
 class Made(msgspec.Struct):
-    """What was made.
+    """The keys that were made.
 
     Attributes:
-        folder: where.
-        files: all of them.
-        server_key: the server's public key, by which a group's keys are told apart.
+        folder: the folder that holds them.
+        files: the names of all files.
+        server_key: the server's public key; it identifies a group's keys.
     """
 
     folder: str
@@ -30,7 +30,7 @@ def keygen(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that does not exist yet, or is empty.")],
     as_json: JsonOption = False,
 ) -> None:
-    r"""Make the keys of a group whose sockets are tcp: only who has them comes in.
+    r"""Make the keys of a group whose sockets are tcp: only peers with these keys can connect.
 
     Two CURVE pairs: the server's and the clients'. Existing keys are never overwritten. Engines, front-ends and
     tools need a copy of the folder, less server.key_secret.

@@ -1,4 +1,4 @@
-"""What a running demo shows on stderr: a live table on a terminal, a line every two seconds elsewhere."""
+"""The display of a running demo on stderr: a live table on a terminal, else a line every two seconds."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Display(ABC):
 
 
 class Lines(Display):
-    """For logs and pipes."""
+    """The display for logs and pipes."""
 
     def __init__(self) -> None:
         super().__init__(LINE_S)
@@ -56,7 +56,7 @@ class Lines(Display):
 
 
 class LiveTable(Display):
-    """For a terminal; it is gone when the demo ends, and the report takes its place."""
+    """The display for a terminal. It disappears when the demo ends, and the report takes its place."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(REFRESH_S)
@@ -94,7 +94,7 @@ def headline(sample: Sample) -> str:
 
 
 def render(sample: Sample) -> Group:
-    """The headline; below it a row for each rank and, beside them, a row for each front-end."""
+    """The headline above a row for each rank and, beside them, a row for each front-end."""
     title = Text(headline(sample), style="bold", no_wrap=True, overflow="ellipsis")
     ranks = Table("rank", "state", box=None, header_style="dim", pad_edge=False)
     for name in ("waiting", "running", "in_flight", "KV", "age", "steps"):

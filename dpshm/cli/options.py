@@ -27,17 +27,15 @@ GroupOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
-AsciiOption = Annotated[bool, typer.Option("--ascii", help="No blocks and signs, for terminals without them.")]
+AsciiOption = Annotated[bool, typer.Option("--ascii", help="Use no blocks and signs, for terminals without them.")]
 TimeUnitOption = Annotated[
     str,
-    typer.Option(
-        metavar="UNIT", help="The unit of the trace's times, where its fields do not tell: s, ms, us or ns."
-    ),
+    typer.Option(metavar="UNIT", help="Unit of the trace's times if its fields do not tell it: s, ms, us or ns."),
 ]
 
 
 def glyphs(ascii_only: bool, encoding: str | None) -> Glyphs:
-    """What may be printed: blocks, where the encoding has them."""
+    """The characters that may be printed: blocks, where the encoding has them."""
     return Glyphs(not ascii_only and (encoding or "").lower().replace("-", "") == "utf8")
 
 

@@ -1,4 +1,4 @@
-"""``dpshm replay``: what another policy would have chosen from what a front-end saw."""
+"""``dpshm replay``: asks another policy about the decisions that a front-end recorded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def replay(
             "group's sockets with record=True. It may still be written to.",
         ),
     ],
-    policy: Annotated[str, typer.Option(help=f"Which to ask: {', '.join(NAMES)}.")] = "least_loaded",
+    policy: Annotated[str, typer.Option(help=f"The policy to ask: {', '.join(NAMES)}.")] = "least_loaded",
     export_to: Annotated[
         Path | None,
         typer.Option("--export", metavar="FILE", help="Write a row for each decision and rank: .csv or .parquet."),

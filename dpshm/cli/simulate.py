@@ -1,4 +1,4 @@
-"""``dpshm simulate``: its options, and what it prints."""
+"""``dpshm simulate``: the options and the report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dpshm.sim.workloads.formats import KNOWN
 PROGRESS_S = 2.0
 BAR_COLUMNS = 40
 LONGEST_BAR = 8
-"""Times the shortest p99: longer bars are cut off, or the others would vanish."""
+"""The longest bar, as a multiple of the shortest p99. Longer bars are cut off so that the others stay visible."""
 HEADER: tuple[str, ...] = (
     *("policy", "information", "TTFT mean", "p50", "p99", "ratio mean", "ratio p99", "total", "per token"),
     *("tokens/s", "imbalance", "prefix hits", "regret"),
@@ -37,14 +37,14 @@ def simulate(
     policies: Annotated[
         str,
         typer.Option(
-            help=f"Which to compare, with commas: {', '.join(NAMES)}, oracle. Parameters: NAME:KEY=VALUE."
+            help=f"Policies to compare, with commas: {', '.join(NAMES)}, oracle. Parameters: NAME:KEY=VALUE."
         ),
     ] = "vllm,round_robin,least_loaded,power_of_two,least_work",
     information: Annotated[
         str,
         typer.Option(
-            help=f"What they know, with commas: {', '.join(INFORMATION)}. Without it vllm and round_robin know "
-            "the broadcast, the others the live board."
+            help=f"What the policies know, with commas: {', '.join(INFORMATION)}. Default: the broadcast "
+            "for vllm and round_robin, the live board for the others."
         ),
     ] = "",
     trace: Annotated[
@@ -62,36 +62,38 @@ def simulate(
         str,
         typer.Option(help=f"Without a trace, which built-in one: {', '.join(WORKLOADS)}."),
     ] = "chat",
-    rate: Annotated[float, typer.Option(help="How many times the recorded speed.")] = 1.0,
+    rate: Annotated[float, typer.Option(help="Speed of the trace, as a multiple of the recorded speed.")] = 1.0,
     requests: Annotated[
-        int | None, typer.Option(help="At most so many in each run. Default: the whole trace, or 12000.")
+        int | None, typer.Option(help="Most requests in a run. Default: the whole trace, or 12000.")
     ] = None,
     engines: Annotated[int, typer.Option(help="Engines.")] = 8,
     frontends: Annotated[int, typer.Option(help="Front-ends.")] = 8,
     slow: Annotated[
         list[str] | None,
-        typer.Option(metavar="RANK:FACTOR", help="An engine whose steps take so many times as long."),
+        typer.Option(metavar="RANK:FACTOR", help="Make the steps of an engine FACTOR times as long."),
     ] = None,
     skew: Annotated[
-        float, typer.Option(help="How uneven the front-ends' shares are: front-end i gets 1 / (i + 1) ** SKEW.")
+        float, typer.Option(help="Unevenness of the front-ends' shares: front-end i gets 1 / (i + 1) ** SKEW.")
     ] = 0.0,
     lockstep: Annotated[
-        bool, typer.Option("--lockstep", help="All ranks step together (mixture of experts).")
+        bool, typer.Option("--lockstep", help="Let all ranks step together (mixture of experts).")
     ] = False,
     clients: Annotated[
-        int, typer.Option(help="Closed loop: so many clients, each sends when its last request is complete.")
+        int, typer.Option(help="Closed loop: number of clients. Each sends when its last request is complete.")
     ] = 0,
     restart: Annotated[
         str | None,
-        typer.Option(metavar="RANK:AT:FOR", help="An engine loses all it has AT seconds and is away FOR seconds."),
+        typer.Option(
+            metavar="RANK:AT:FOR", help="An engine loses all its requests AT seconds and is away FOR seconds."
+        ),
     ] = None,
     kv_tokens: Annotated[int, typer.Option(help="KV cache of an engine, in tokens.")] = 1_000_000,
     told: Annotated[
-        bool, typer.Option("--told", help="Tell the policies the true step times instead of having engines learn.")
+        bool, typer.Option("--told", help="Give the policies the true step times instead of the learnt ones.")
     ] = False,
-    oracle: Annotated[bool, typer.Option(help="Run the clairvoyant too, for the regret.")] = True,
+    oracle: Annotated[bool, typer.Option(help="Run the clairvoyant policy too, for the regret.")] = True,
     seeds: Annotated[int, typer.Option(help="Runs of each combination; intervals need two or more.")] = 3,
-    processes: Annotated[int, typer.Option(help="Runs at a time. Default: as many as there are processors.")] = 0,
+    processes: Annotated[int, typer.Option(help="Runs at a time. Default: the number of processors.")] = 0,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the times to first token as bars.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, the last line of stdout.")
@@ -100,7 +102,7 @@ def simulate(
     r"""Compare routing policies on a simulated deployment.
 
     A discrete-event simulation: engines with continuous batching, chunked prefill, a KV and a prefix cache;
-    front-ends that run the same policy code as the real ones. Nothing real is started.
+    front-ends that run the same policy code as the real ones. No real process is started.
 
     \b
     Examples:

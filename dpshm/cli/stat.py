@@ -1,4 +1,4 @@
-"""``dpshm stat``: one look at a group, for scripts and for pipes."""
+"""``dpshm stat``: prints the state of a group once, for scripts and pipes."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def stat(
     group: GroupOption = None,
     as_json: JsonOption = False,
     watch: Annotated[
-        float | None, typer.Option(metavar="S", min=0.05, help="Again every so many seconds, until Ctrl-C.")
+        float | None, typer.Option(metavar="S", min=0.05, help="Print again every S seconds, until Ctrl-C.")
     ] = None,
     over: Annotated[
-        float, typer.Option(metavar="S", min=0.0, help="Take the rates over so long; 0: one look, no rates.")
+        float, typer.Option(metavar="S", min=0.0, help="Window of the rates in seconds. 0: no rates.")
     ] = 0.5,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of --json and exit.")] = False,
     ascii_only: AsciiOption = False,
 ) -> None:
     r"""Print the state of a group: ranks, front-ends, wave, coordinator.
 
-    Reads shared memory and asks no process, so it answers while all of them hang.
+    Reads shared memory and asks no process, so it answers even while every process hangs.
 
     \b
     Examples:

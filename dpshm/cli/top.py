@@ -1,4 +1,4 @@
-"""``dpshm top``: a group, live in a terminal."""
+"""``dpshm top``: shows a group live in a terminal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def top(
         float, typer.Option("--interval", "-i", metavar="S", min=0.1, help="Between frames.")
     ] = 1.0,
     once: Annotated[
-        bool, typer.Option("--once", help="Print one frame, after a second of looking, and exit.")
+        bool, typer.Option("--once", help="Print one frame, with rates over one second, and exit.")
     ] = False,
     ascii_only: AsciiOption = False,
 ) -> None:

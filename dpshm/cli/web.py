@@ -21,17 +21,17 @@ TOKEN_BYTES = 18
 def web(
     group: GroupOption = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on. Not loopback: a token is asked for.")
+        str, typer.Option(help="Address to listen on. Beyond loopback a token is required.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8765,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0: any free port.")] = 8765,
     interval: Annotated[
         float, typer.Option("--interval", "-i", metavar="S", min=0.1, help="Between frames.")
     ] = 1.0,
 ) -> None:
     r"""Serve one self-contained page with a group's ranks, waves and events, live.
 
-    Read-only. On another address than loopback every request needs a token: DPSHM_WEB_TOKEN, or one that is
-    made up and printed. The page is served in the clear: tunnel it, or put a proxy with TLS in front.
+    Read-only. Beyond loopback every request needs a token: DPSHM_WEB_TOKEN, or else a random one, which is
+    printed. The page is served without encryption: tunnel it, or put a proxy with TLS in front.
 
     \b
     Examples:

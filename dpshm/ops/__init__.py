@@ -1,5 +1,5 @@
-"""For those on call: reads a board from outside and turns what it says into frames, events and findings.
+"""Tools for operators: read a board from outside and make frames, events and findings of it.
 
-Nothing in here is imported by an engine or a front-end. Whoever looks attaches read-only and asks nobody, so it
-works while every process of the group hangs, and costs them nothing.
+No engine and no front-end imports this folder. The tools attach read-only and ask no process, so they work while
+every process of the group hangs, and cost the group nothing.
 """

@@ -1,7 +1,8 @@
 """Takes ranks out of routing and puts them back: through the coordinator, or under its lock when there is none.
 
-The coordinator alone writes marks. It is asked over the front-ends' socket, and the board shows that it did it.
-Where no coordinator lives, whoever holds its lock may write in its place, for as long as that takes.
+The coordinator alone writes marks. This module asks it over the front-ends' socket, and the board shows the
+result. If no coordinator lives, this module takes the coordinator's lock, writes the marks itself, and lets go of
+the lock.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ LOOK_S = 0.002
 
 
 class NotHeeded(DpshmError):
-    """The coordinator did not do what it was asked to."""
+    """The coordinator did not drain or undrain the ranks in time."""
 
 
 def parse_ranks(words: Iterable[str], dp_size: int) -> list[int]:
     """Ranks from words such as ``3`` and ``4-7``.
 
     Raises:
-        SettingError: a word is none of these, or names a rank that does not take part.
+        SettingError: a word has another form, or names a rank outside the group.
     """
     ranks: set[int] = set()
     for word in words:
@@ -48,10 +49,10 @@ def parse_ranks(words: Iterable[str], dp_size: int) -> list[int]:
 
 
 def check_some_stay(frame: Frame, ranks: Sequence[int]) -> None:
-    """Refuses to drain all that requests could go to.
+    """Refuses to drain the last ranks that requests can go to.
 
     Raises:
-        SettingError: nothing would be left.
+        SettingError: no rank would be left to route to.
     """
     if not any(rank.routable and rank.dp_rank not in ranks for rank in frame.ranks):
         states = ", ".join(f"{rank.dp_rank} {rank.state}" for rank in frame.ranks)
@@ -62,15 +63,15 @@ def check_some_stay(frame: Frame, ranks: Sequence[int]) -> None:
 
 
 def set_drained(board: Board, ranks: Sequence[int], drained: bool) -> None:
-    """Drains ranks or puts them back; returns once the board shows it, to be honoured by the next decision.
+    """Drains ranks or puts them back. Returns once the board shows it; the next decision then follows it.
 
     Args:
-        board: of the group; read-only will do.
-        ranks: of 0 to dp_size - 1.
-        drained: whether they are to be out of routing.
+        board: the group's board; it may be read-only.
+        ranks: ranks from 0 to dp_size - 1.
+        drained: true takes the ranks out of routing, false puts them back.
 
     Raises:
-        NotHeeded: the coordinator lives and did not do it.
+        NotHeeded: the coordinator lives and did not change the marks in time.
         SegmentError: there is no coordinator, and this user may not write to the board.
     """
     deadline = time.monotonic() + TIMEOUT_S
@@ -108,7 +109,7 @@ def _ask(board: Board, ranks: Sequence[int], drained: bool) -> None:
 
 
 def _write(group: str, ranks: Sequence[int], drained: bool) -> None:
-    """Marks ranks in the place of a coordinator; does nothing if one turns up."""
+    """Writes the marks in the coordinator's place; does nothing if a coordinator holds the lock."""
     with Board(Segment.attach(group)) as board:
         if board.lock_coordinator():
             marks = CoordinatorRow(board)

@@ -1,9 +1,9 @@
-"""What happened to a group: its changes as the board recorded them, and what only shows to somebody who looks.
+"""The events of a group: changes that the board recorded, and changes that a reader notices itself.
 
-Every change of a mark, of the number of ranks and of the coordinator is on the board with its time, the newest
-`dpshm.board.layout.CHANGES` of them; so what happened while nobody looked is not lost. Waves come and go too
-often to be recorded: of those that ran between two looks the count is known. The end of a coordinator, and of a
-rank while there is none, nobody can record: these are noticed, at the time of the look.
+The board records every change of a mark, of the number of ranks and of the coordinator with its time. It keeps the
+newest `dpshm.board.layout.CHANGES`, so a reader that comes later misses none of those. Waves are too frequent to
+be recorded: a reader knows only how many ran between two reads. The board cannot record the end of a coordinator,
+or of a rank while there is no coordinator. A reader notices these, and their time is the time of the read.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         time: seconds since 1970.
-        recorded: the time is the coordinator's record; false: somebody looked and found it so.
-        kind: such as rank_died, wave_started, coordinator_gone: `KINDS`.
-        row: the rank or front-end; null for the others.
-        value: the wave, the number of ranks, the epoch or how many, where there is one.
-        text: all of it in words.
+        recorded: true if the coordinator recorded the time; false if it is the time of the read that noticed it.
+        kind: one of `KINDS`, such as rank_died, wave_started or coordinator_gone.
+        row: the rank or front-end; null for other events.
+        value: the wave, the number of ranks, the epoch or a count, by kind.
+        text: the event in words.
     """
 
     time: float
@@ -53,7 +53,7 @@ KINDS = (
 
 
 class Waves(NamedTuple):
-    """What a look found of the waves."""
+    """The waves as one read found them."""
 
     wave: int
     phase: Phase
@@ -70,7 +70,7 @@ class Happened(NamedTuple):
 
 
 def from_change(change: Change) -> list[Happened]:
-    """What a recorded change means."""
+    """The event of a recorded change."""
     match change.kind:
         case ChangeKind.COORDINATOR:
             words = "started" if change.after == 1 else f"took the live board over (epoch {change.after})"
@@ -111,14 +111,14 @@ def _verdict(who: str, name: str, change: Change) -> list[Happened]:
 
 
 def from_waves(before: Waves, after: Waves) -> list[Happened]:
-    """What became of the waves between two looks."""
+    """The wave events between two reads."""
     found = []
     began = after.phase is Phase.RUNNING and (before.phase is not Phase.RUNNING or before.wave != after.wave)
     unrecorded = after.started - before.started - int(began)
     if unrecorded > 0:
         what = "wave" if unrecorded == 1 else "waves"
         found.append(
-            Happened("waves_unseen", None, unrecorded, f"{unrecorded} more {what} began between two looks")
+            Happened("waves_unseen", None, unrecorded, f"{unrecorded} more {what} began between two reads")
         )
     if began:
         found.append(Happened("wave_started", None, after.wave, f"wave {after.wave} runs"))
@@ -134,7 +134,7 @@ def read_changes(board: Board, after: int) -> tuple[list[tuple[Change, int]], in
     """The recorded changes after a revision.
 
     Returns:
-        Them with their CLOCK_MONOTONIC times (ns), the newest revision, and how many are not there any more.
+        The changes with their CLOCK_MONOTONIC times (ns), the newest revision, and how many were overwritten.
     """
     at_revision = board.index("revision")
     # SYNC: the revision, the records, the revision again: the writer stores a record, then the revision. The slot
@@ -159,7 +159,7 @@ class EventReader:
 
     Args:
         board: attached read-only; `close` closes it.
-        history: whether the first `read` gives what is recorded from before.
+        history: whether the first `read` returns the changes that were recorded before it.
     """
 
     def __init__(self, board: Board, *, history: bool = True) -> None:
@@ -174,7 +174,7 @@ class EventReader:
         self._ended = False
 
     def read(self) -> list[Event]:
-        """What is new since the last call, the oldest first."""
+        """The events since the last call, the oldest first."""
         now, now_ns = time.time(), time.monotonic_ns()
         events = self._recorded(now, now_ns)
         noticed = [*self._of_coordinator(now_ns), *self._of_waves(), *self._of_ranks(), *self._of_segment()]
@@ -233,7 +233,7 @@ class EventReader:
         return [] if before is None else from_waves(before, self._waves)
 
     def _of_ranks(self) -> list[Happened]:
-        """While nobody records: those whose lock is free."""
+        """The deaths of ranks while there is no coordinator: ranks whose lock is free."""
         if self._coordinator != "gone":
             self._noticed_dead.clear()
             return []
@@ -247,7 +247,7 @@ class EventReader:
         return found
 
     def _of_segment(self) -> list[Happened]:
-        """The group's end; then, when it comes, the next one of that name."""
+        """The group's end, and later the start of the next group of the same name."""
         if self.board.segment.linked:
             return []
         if not self._ended:

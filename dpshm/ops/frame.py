@@ -1,9 +1,9 @@
-"""What one look at a group found, as `dpshm stat --json` prints it: the one schema that all tools share.
+"""A frame: the state of a group at one moment, as `dpshm stat --json` prints it. All tools share this schema.
 
-`top`, `stat`, the metrics and the web page show these fields and no others. Fields are only added within a
-schema version; one that is removed or changes its meaning makes a new version. A rate or an age that cannot be
-known is null: ages where the clocks of reader and writer differ (another time namespace), rates on a first look
-or across a restart.
+`top`, `stat`, the metrics and the web page show these fields and no others. Within a schema version fields are
+only added; a field that is removed or changes its meaning makes a new version. An unknown rate or age is null.
+Ages are unknown where the clocks of reader and writer differ (another time namespace); rates are unknown in the
+first frame and across a restart.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Coordinator(msgspec.Struct, frozen=True, kw_only=True):
         state: alive; silent (it holds its lock, its beat does not move: stopped or wedged); none.
         epoch: how many coordinators this board has had.
         beat_age_s: since its watch thread's last round.
-        ready: all ranks were there once.
-        version: of its dpshm.
-        wakes_by_limit_ms: how many wake-ups took at most so long, not cumulative; "inf" holds the rest.
-        wake_s: how long all wake-ups took together.
+        ready: whether all ranks have been attached at the same time.
+        version: its version of dpshm.
+        wakes_by_limit_ms: number of wake-ups by upper limit of their duration, not cumulative; "inf" is the rest.
+        wake_s: total duration of all wake-ups.
     """
 
     state: str
@@ -48,22 +48,22 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         state: running, idle, waking, paused (by the user), silent (it has work and showed no sign of life for many
             of its steps), drained, stalled, stuck (it has work and makes no progress), dead, absent.
-        routable: front-ends may choose it.
-        stock: it has no row of its own; the coordinator writes its load on its behalf.
+        routable: whether front-ends may choose it.
+        stock: whether it is an engine without dpshm, whose load the coordinator writes.
         waiting: requests in its queue.
         running: requests in its batch.
-        in_flight: requests sent to it that it has not taken in.
+        in_flight: requests sent to it that it has not received.
         requests: the sum of the three.
-        prefill_backlog: prompt tokens to compute, those of in flight requests among them.
+        prefill_backlog: prompt tokens to compute, including those of requests in flight.
         kv_cache_usage: 0 to 1.
         age_s: since its last publish.
         step_age_s: since its present step began; null between steps.
         step_ms: mean time of a step over the rates' window.
         busy: share of the window spent in steps.
-        requests_per_s: finished.
-        prompt_tokens_per_s: computed.
-        generation_tokens_per_s: generated.
-        steps: and the five after it: counters since this incarnation began.
+        requests_per_s: requests finished.
+        prompt_tokens_per_s: prompt tokens computed.
+        generation_tokens_per_s: tokens generated.
+        steps: this and the five fields after it count since this incarnation began.
     """
 
     dp_rank: int
@@ -103,9 +103,9 @@ class Frontend(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         state: alive, dead, absent (it left).
         age_s: since its last decision.
-        routed: requests it has sent since the row was first taken.
-        sent_by_rank: how many of them each rank got; grows, except for bookings taken back.
-        in_flight_by_rank: of these, those on their way now.
+        routed: requests sent since the row was first used.
+        sent_by_rank: these requests by rank. A cancelled booking lowers it; else it only grows.
+        in_flight_by_rank: requests in flight by rank.
     """
 
     index: int
@@ -123,20 +123,20 @@ class Frontend(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Frame(msgspec.Struct, frozen=True, kw_only=True):
-    """One look at one group.
+    """The state of one group at one moment.
 
     Attributes:
-        schema_version: of this schema.
-        time: of the look, seconds since 1970.
-        monotonic_s: the same on CLOCK_MONOTONIC, for intervals.
-        linked: the segment still has its name: new processes can attach.
+        schema_version: the version of this schema.
+        time: when the board was read, in seconds since 1970.
+        monotonic_s: the same time on CLOCK_MONOTONIC, for intervals.
+        linked: whether the segment still has its name, so that new processes can attach.
         balancing: internal, hybrid or external load balancing.
         waves: whether ranks run in lockstep.
         phase: paused, waking or running.
-        revision: how many changes of marks there have been.
-        waves_per_minute: started, over the rates' window; null for a dense group.
-        balance: the most requests on a rank over their mean, over the routable ranks; null when there are none.
-        rates_over_s: the window of the rates.
+        revision: number of changes of marks so far.
+        waves_per_minute: waves started per minute in the rates' window; null for a dense group.
+        balance: most requests on a routable rank divided by the mean; null without requests.
+        rates_over_s: length of the rates' window.
     """
 
     schema_version: int

@@ -1,8 +1,7 @@
-"""A Grafana dashboard of the metrics of `dpshm.ops.metrics`, from a table of panels, and the alert rules beside
-it.
+"""Builds a Grafana dashboard of the metrics of `dpshm.ops.metrics` from a table of panels.
 
-Both ask for a data source of type Prometheus and name no server. A test checks that every metric in them is
-exported.
+The alert rules are in a file beside this one. Dashboard and rules need a data source of type Prometheus and name
+no server. A test checks that `dpshm.ops.metrics` exports every metric that they use.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ _R = f'{_G}, dp_rank=~"$rank"'
 
 
 class Panel(NamedTuple):
-    """One panel: what it is called, its unit in Grafana's words, and its curves (expression, legend)."""
+    """One panel: its title, its unit in Grafana's words, and its curves (expression, legend)."""
 
     title: str
     unit: str
@@ -66,7 +65,7 @@ PANELS = (
         [(f"histogram_quantile(0.99, sum by (le) (rate(dpshm_wake_seconds_bucket{{{_G}}}[5m])))", "p99")],
         "stat",
         4,
-        "From when the coordinator heard of a wake-up until an engine ran.",
+        "Time from the coordinator's first message about a wake-up until an engine ran.",
     ),
     Panel("Waiting requests", "short", _rank("dpshm_rank_waiting_requests")),
     Panel("Running requests", "short", _rank("dpshm_rank_running_requests")),
@@ -75,9 +74,12 @@ PANELS = (
         "Prefill backlog", "short", _rank("dpshm_rank_prefill_backlog_tokens"), help="Prompt tokens to compute."
     ),
     Panel(
-        "In-flight requests", "short", _rank("dpshm_rank_in_flight_requests"), help="Sent, and not taken in yet."
+        "In-flight requests",
+        "short",
+        _rank("dpshm_rank_in_flight_requests"),
+        help="Requests sent and not yet received.",
     ),
-    Panel("Age of stats", "s", _rank("dpshm_rank_stats_age_seconds"), help="Since the rank's last publish."),
+    Panel("Age of stats", "s", _rank("dpshm_rank_stats_age_seconds"), help="Time since the rank's last publish."),
     Panel("Tokens generated", "short", _rate("dpshm_rank_generation_tokens_total")),
     Panel("Prompt tokens computed", "short", _rate("dpshm_rank_prompt_tokens_total")),
     Panel("Requests finished", "reqps", _rate("dpshm_rank_requests_finished_total")),
@@ -102,7 +104,7 @@ PANELS = (
                 "rank {{dp_rank}}",
             )
         ],
-        help="Steps made only to keep step with the others.",
+        help="Steps without work, which keep a rank in step with the others.",
     ),
     Panel("Balance over time", "short", [(f"dpshm_balance_ratio{{{_G}}}", "{{group}}")]),
     Panel(

@@ -13,7 +13,7 @@ class Found(NamedTuple):
     """A group on this node.
 
     Attributes:
-        state: alive; orphaned (engines or front-ends, no coordinator); dead (nobody holds a lock); unreadable.
+        state: alive; orphaned (engines or front-ends, no coordinator); dead (no process holds a lock); unreadable.
         detail: ranks and coordinator, or why it cannot be read.
     """
 
@@ -40,7 +40,7 @@ def _describe(group: str) -> Found:
                 return Found(group, "alive", f"{ranks}, coordinator pid {int(board.coordinator_pid[0])}")
             if board.segment.locks.is_shared():
                 return Found(group, "orphaned", f"{ranks}, no coordinator")
-            return Found(group, "dead", f"{ranks}, nobody is attached")
+            return Found(group, "dead", f"{ranks}, no process is attached")
     except SegmentError as e:
         return Found(group, "unreadable", str(e))
 

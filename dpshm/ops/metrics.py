@@ -1,8 +1,8 @@
-"""Metrics for Prometheus: what the board says at the moment of a scrape, nothing kept between two.
+"""Metrics for Prometheus. Each scrape reads the board anew; no state is kept between scrapes.
 
-`BoardCollector` turns a frame (`dpshm.ops.frame`) into metric families; `MetricsServer` serves them from a
-thread of its own over a read-only handle, so a scrape that hangs holds up nobody. Counters that an engine
-restarts with begin again at 0, which Prometheus expects of counters.
+`BoardCollector` turns a frame (`dpshm.ops.frame`) into metric families. `MetricsServer` serves them from a thread
+of its own over a read-only handle, so a scrape that hangs delays no other thread. When an engine restarts, its
+counters begin again at 0, as Prometheus expects.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ RANK_STATES = (
 _RANK_GAUGES: tuple[tuple[str, str, Callable[[Rank], float | None]], ...] = (
     ("waiting_requests", "Requests in the engine's queue.", lambda r: r.waiting),
     ("running_requests", "Requests in the engine's batch.", lambda r: r.running),
-    ("in_flight_requests", "Requests sent to the engine that it has not taken in.", lambda r: r.in_flight),
-    ("prefill_backlog_tokens", "Prompt tokens to compute, in flight requests' too.", lambda r: r.prefill_backlog),
+    ("in_flight_requests", "Requests sent to the engine that it has not received.", lambda r: r.in_flight),
+    ("prefill_backlog_tokens", "Prompt tokens to compute, in flight included.", lambda r: r.prefill_backlog),
     ("kv_cache_usage_ratio", "Share of the KV cache in use.", lambda r: r.kv_cache_usage),
-    ("stats_age_seconds", "Since the engine's last publish.", lambda r: r.age_s),
-    ("step_age_seconds", "Since the present step began; 0 between steps.", lambda r: r.step_age_s or 0.0),
+    ("stats_age_seconds", "Time since the engine's last publish.", lambda r: r.age_s),
+    ("step_age_seconds", "Time since the present step began; 0 between steps.", lambda r: r.step_age_s or 0.0),
     ("routable", "1 if front-ends may choose the engine.", lambda r: int(r.routable)),
-    ("incarnation", "How many processes have had this rank.", lambda r: r.incarnation),
+    ("incarnation", "Number of processes that have had this rank.", lambda r: r.incarnation),
 )  # fmt: skip
 _RANK_COUNTERS: tuple[tuple[str, str, Callable[[Rank], float]], ...] = (
-    ("steps", "Steps of the model, dummy steps among them.", lambda r: r.steps),
-    ("dummy_steps", "Steps made only to keep step with the others.", lambda r: r.dummy_steps),
+    ("steps", "Steps of the model, including dummy steps.", lambda r: r.steps),
+    ("dummy_steps", "Steps without work, which keep the rank in step with the others.", lambda r: r.dummy_steps),
     ("step_seconds", "Time spent in steps.", lambda r: r.busy_s),
     ("prompt_tokens", "Prompt tokens computed.", lambda r: r.prompt_tokens),
     ("generation_tokens", "Tokens generated.", lambda r: r.generation_tokens),
@@ -55,8 +55,8 @@ _RANK_COUNTERS: tuple[tuple[str, str, Callable[[Rank], float]], ...] = (
 _COORDINATOR_COUNTERS: tuple[tuple[str, str, Callable[[Coordinator], float]], ...] = (
     ("waves_started", "Waves that began.", lambda c: c.waves_started),
     ("wake_ups_sent", "START messages to the engines.", lambda c: c.starts_sent),
-    ("states_published", "Changes of the wave told to front-ends.", lambda c: c.states_published),
-    ("counts_published", "Counts told to stock front-ends.", lambda c: c.counts_published),
+    ("states_published", "Changes of the wave published to front-ends.", lambda c: c.states_published),
+    ("counts_published", "Counts published to stock front-ends.", lambda c: c.counts_published),
     ("messages_received", "Messages from engines and front-ends.", lambda c: c.messages_received),
 )
 
@@ -65,8 +65,8 @@ class BoardCollector(Collector):
     """Collects one group's metrics.
 
     Args:
-        board: attached read-only.
-        dropped: messages that the coordinator dropped, by reason, where it is in this process.
+        board: the group's board, attached read-only.
+        dropped: number of messages that a coordinator in this process dropped, by reason.
     """
 
     def __init__(self, board: Board, dropped: Mapping[str, int] | None = None) -> None:
@@ -74,7 +74,7 @@ class BoardCollector(Collector):
         self._dropped = dropped
 
     def collect(self) -> Iterator[Metric]:
-        """The families, of this moment."""
+        """The metric families, read from the board now."""
         frame = read_frame(self._board)
         yield from self._group(frame)
         yield from self._coordinator(frame.group, frame.coordinator)
@@ -82,7 +82,9 @@ class BoardCollector(Collector):
         yield from _frontends(frame.group, frame.frontends)
 
     def _group(self, frame: Frame) -> Iterator[Metric]:
-        build = InfoMetricFamily("dpshm_build", "The dpshm that serves this.", labels=["group"])
+        build = InfoMetricFamily(
+            "dpshm_build", "The version of dpshm that serves these metrics.", labels=["group"]
+        )
         build.add_metric([frame.group], {"version": __version__})
         yield build
         yield _gauge("dpshm_ranks", "Ranks that take part.", frame.group, frame.dp_size)
@@ -98,8 +100,13 @@ class BoardCollector(Collector):
             yield _gauge("dpshm_balance_ratio", help_, frame.group, frame.balance)
 
     def _coordinator(self, group: str, c: Coordinator) -> Iterator[Metric]:
-        yield _gauge("dpshm_coordinator_up", "1 if one lives and its watch moves.", group, int(c.state == "alive"))
-        yield _gauge("dpshm_coordinator_epoch", "How many coordinators the board has had.", group, c.epoch)
+        yield _gauge(
+            "dpshm_coordinator_up",
+            "1 if a coordinator lives and its watch thread runs.",
+            group,
+            int(c.state == "alive"),
+        )
+        yield _gauge("dpshm_coordinator_epoch", "Number of coordinators that the board has had.", group, c.epoch)
         for name, help_, get in _COORDINATOR_COUNTERS:
             yield _counter(f"dpshm_{name}", help_, group, get(c))
         dropped = CounterMetricFamily(
@@ -121,7 +128,7 @@ def _wake_ups(group: str, c: Coordinator) -> Metric:
         buckets.append(("+Inf" if limit == "inf" else f"{float(limit) / 1e3:g}", total))
     family = HistogramMetricFamily(
         "dpshm_wake_seconds",
-        "From when the coordinator heard of a wake-up until an engine ran.",
+        "Time from the coordinator's first message about a wake-up until an engine ran.",
         labels=["group"],
     )
     family.add_metric([group], buckets, c.wake_s)
@@ -149,9 +156,15 @@ def _ranks(group: str, ranks: Iterable[Rank]) -> Iterator[Metric]:
 def _frontends(group: str, frontends: Iterable[Frontend]) -> Iterator[Metric]:
     labels = ["group", "frontend", "owner"]
     up = GaugeMetricFamily("dpshm_frontend_up", "1 if the front-end lives.", labels=labels)
-    age = GaugeMetricFamily("dpshm_frontend_decision_age_seconds", "Since its last decision.", labels=labels)
-    in_flight = GaugeMetricFamily("dpshm_frontend_in_flight_requests", "Sent and not taken in yet.", labels=labels)
-    routed = CounterMetricFamily("dpshm_frontend_requests_routed", "Requests that it sent.", labels=labels)
+    age = GaugeMetricFamily(
+        "dpshm_frontend_decision_age_seconds", "Time since the front-end's last decision.", labels=labels
+    )
+    in_flight = GaugeMetricFamily(
+        "dpshm_frontend_in_flight_requests", "Requests sent and not yet received.", labels=labels
+    )
+    routed = CounterMetricFamily(
+        "dpshm_frontend_requests_routed", "Requests that the front-end sent.", labels=labels
+    )
     for frontend in frontends:
         of = [group, str(frontend.index), frontend.owner]
         up.add_metric(of, int(frontend.state == "alive"))
@@ -202,7 +215,7 @@ class MetricsServer:
         self.address: tuple[str, int] = (host, self._server.server_port)
 
     def close(self) -> None:
-        """Ends the thread. In a forked child, which has no such thread, does nothing."""
+        """Ends the thread. Does nothing in a forked child, which has no such thread."""
         if os.getpid() != self._pid or not self._thread.is_alive():
             return
         self._server.shutdown()  # returns within the server's poll interval, half a second

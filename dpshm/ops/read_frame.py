@@ -1,7 +1,7 @@
-"""Looks at a board once and makes a `Frame` of what it finds, without asking any process.
+"""Reads a board once and makes a `Frame` of it, without asking any process.
 
-The coordinator's marks say who is stalled, drained or dead, as long as one watches. When none does, or it is
-silent, marks are old, and the locks tell who lives: front-ends without a coordinator do the same.
+While a coordinator watches, its marks say which rows are stalled, drained or dead. Without a coordinator, or while
+it is silent, the marks are old. Then the locks say which processes live, and front-ends decide by the locks too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SILENT_AFTER_S = 1.0
 
 
 def read_frame(board: Board) -> Frame:
-    """One frame, without rates."""
+    """Reads one frame, without rates."""
     now_ns, now = time.monotonic_ns(), time.time()
     ages = clocks_agree(board)
     coordinator = _coordinator(board, now_ns if ages else None)
@@ -53,13 +53,13 @@ def read_frame(board: Board) -> Frame:
 
 
 def balance(requests: list[int]) -> float | None:
-    """The most over the mean: 1 is even, the number of ranks is all on one; None without any request."""
+    """The maximum divided by the mean. 1 is even; the number of ranks means all on one. None without requests."""
     total = sum(requests)
     return max(requests) * len(requests) / total if total else None
 
 
 def clocks_agree(board: Board) -> bool:
-    """Whether CLOCK_MONOTONIC means the same here as to those who wrote the board."""
+    """Whether this process shares CLOCK_MONOTONIC with the processes that write the board."""
     header = board.segment.header
     return header.boot_id == processes.boot_id() and header.time_namespace == processes.namespace_inode("time")
 
@@ -98,7 +98,7 @@ def _coordinator(board: Board, now_ns: int | None) -> Coordinator:
 
 
 def _ranks(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Rank]:
-    # Nobody has marked those who died since nobody watches.
+    # No coordinator has marked the ranks that died since it ended.
     counted = None if marks_fresh else [f for f in range(board.frontends_used()) if board.frontend_alive(f)]
     rows = board.snapshot(now_ns, counted, watched=marks_fresh)
     names = rows.dtype.names or ()
@@ -129,7 +129,7 @@ _SAME = (
 
 def _frontends(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Frontend]:
     used, n = board.frontends_used(), board.dp_size
-    # SYNC: sent before received: what arrives in between is not in flight any more.
+    # SYNC: `sent` is loaded before `received`: a request that arrives in between is not in flight any more.
     sent = np.positive(board.sent_requests[:used, :n])
     in_flight = np.maximum(sent - board.received_requests[:n, :used].T, 0)
     marks = board.frontend_mark[:used].tolist()

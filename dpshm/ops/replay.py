@@ -1,7 +1,7 @@
-"""Replay: what another policy would have chosen, decision by decision, from what a recorder kept.
+"""Replays recorded decisions: asks another policy about each, from the load that the recorder kept.
 
-Each decision is asked about by itself, with what was seen then: a different choice would have changed what came
-after, which no replay can know. `dpshm.sim` can.
+Each decision is asked about alone, with the load that was seen then. A different choice would have changed the
+load of later decisions; a replay cannot compute that. `dpshm.sim` can.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Replayed(msgspec.Struct, frozen=True):
     """One decision and the other choice.
 
     Attributes:
-        choice: what was chosen.
-        other: what the other policy chooses.
+        choice: the rank that was chosen.
+        other: the rank that the other policy chooses.
     """
 
     decision: Decision
@@ -34,20 +34,20 @@ class Replayed(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct):
-    """What ``dpshm replay --json`` prints.
+    """The object that ``dpshm replay --json`` prints.
 
     Attributes:
-        decisions: how many the ring held.
-        agreed: on how many the two agree.
+        decisions: number of decisions in the ring.
+        agreed: number of decisions on which the two policies agree.
         by_rank: requests that each rank got.
-        other_by_rank: and would have got.
-        requests_at_choice: requests, reported and in flight, at the chosen ranks: the mean.
-        requests_at_other: and at the other ones.
-        expected_ms_at_choice: expected time to first token (`least_work`'s estimate) at the chosen ranks: the
-            mean; null where the ring has no tokens and step times, because its policy asked for none.
-        expected_ms_at_other: and at the other ones.
-        age_ms_p50: the age of the oldest report that a decision used: the median.
-        age_ms_p99: and its 99th percentile.
+        other_by_rank: requests that each rank gets from the other policy.
+        requests_at_choice: mean of the requests, reported and in flight, at the chosen ranks.
+        requests_at_other: the same mean at the other policy's ranks.
+        expected_ms_at_choice: mean expected time to first token (`least_work`'s estimate) at the chosen ranks.
+            Null if the ring has no tokens and step times, because the recorded policy did not use them.
+        expected_ms_at_other: the same mean at the other policy's ranks.
+        age_ms_p50: median age of the oldest report that a decision used.
+        age_ms_p99: 99th percentile of the same age.
     """
 
     group: str
@@ -76,18 +76,18 @@ def replay(decisions: Iterable[Decision], policy: Policy) -> list[Replayed]:
     for decision in decisions:
         if sees_work and not decision.view.has_work:
             raise SettingError(
-                "this policy looks at tokens and step times, and the ring has none, because the policy that was "
-                "recorded did not look at them: record with least_work, or replay a policy that counts requests"
+                "this policy uses tokens and step times, and the ring has none, because the policy that was "
+                "recorded did not use them: record with least_work, or replay a policy that counts requests"
             )
         replayed.append(Replayed(decision, decision.choice, int(policy(decision.view, decision.request))))
     return replayed
 
 
 def summarise(group: str, frontend: int, policy: str, replayed: Sequence[Replayed]) -> Summary:
-    """The two policies side by side.
+    """Summarises the two policies side by side.
 
     Raises:
-        SettingError: there is nothing to replay.
+        SettingError: the ring holds no decision.
     """
     if not replayed:
         raise SettingError("the ring holds no decision yet: let its front-end route some requests")
@@ -125,7 +125,7 @@ def summarise(group: str, frontend: int, policy: str, replayed: Sequence[Replaye
 
 
 def rows(replayed: Iterable[Replayed]) -> Iterator[dict[str, int]]:
-    """One row for each decision and rank, for a table: who was seen how, and who was chosen."""
+    """One row of a table for each decision and rank: the load that was seen, and whether the rank was chosen."""
     for r in replayed:
         d, view = r.decision, r.decision.view
         tokens = view.work.tokens if view.has_work else [-1] * len(view.requests)

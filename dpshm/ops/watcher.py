@@ -1,7 +1,7 @@
-"""Watches a group: looks again and again, and gives each frame the rates over a short window.
+"""Reads frames of a group and adds the rates over a short window.
 
-It survives the group's end and restart: when the segment has lost its name and the group has another one, it
-goes over to that.
+A watcher survives the group's end and restart. When its segment has lost its name and the group has a new segment,
+the watcher attaches to the new one.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ WINDOW_S = 5.0
 
 
 class Watcher:
-    """Looks at one group.
+    """Watches one group.
 
     Args:
-        board: attached read-only; closed by `close`.
-        window_s: rates are taken over at most so long.
+        board: the group's board, attached read-only; `close` closes it.
+        window_s: the longest window of the rates.
     """
 
     def __init__(self, board: Board, window_s: float = WINDOW_S) -> None:
@@ -32,13 +32,13 @@ class Watcher:
         self._past: deque[Frame] = deque()
 
     def read(self) -> Frame:
-        """A frame; from the second on with rates."""
+        """Reads a frame. The first has no rates."""
         if not self.board.segment.linked:
             self._follow()
         frame = read_frame(self.board)
         past = self._past
         past.append(frame)
-        # The oldest look that is within the window, or, if looks are further apart, the one before.
+        # The oldest frame within the window, or the previous frame if frames are further apart.
         while len(past) > 2 and frame.monotonic_s - past[0].monotonic_s > self._window_s:
             past.popleft()
         return with_rates(past[0], frame) if len(past) > 1 else frame
@@ -53,7 +53,7 @@ class Watcher:
         self._past.clear()
 
     def close(self) -> None:
-        """Lets go of the board."""
+        """Closes the board."""
         self.board.close()
 
     def __enter__(self) -> Watcher:
@@ -64,7 +64,7 @@ class Watcher:
 
 
 def with_rates(before: Frame, now: Frame) -> Frame:
-    """`now` with the rates since `before`, an earlier look at the same board."""
+    """`now` with the rates since `before`, an earlier frame of the same board."""
     seconds = now.monotonic_s - before.monotonic_s
     if seconds <= 0:
         return now
@@ -82,7 +82,7 @@ def with_rates(before: Frame, now: Frame) -> Frame:
 
 def _rank(before: Rank | None, now: Rank, seconds: float) -> Rank:
     if before is None or (before.incarnation, before.pid) != (now.incarnation, now.pid) or now.stock:
-        return now  # counters start again with each process, the last word of whose row is its incarnation
+        return now  # the counters start again with each process
     steps, busy_s = now.steps - before.steps, now.busy_s - before.busy_s
     return msgspec.structs.replace(
         now,

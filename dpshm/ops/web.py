@@ -1,12 +1,12 @@
 """Serves one page that shows a group live, for people without a terminal on the node. It changes nothing.
 
     GET /              the page: one file, no other resource
-    GET /stream        server-sent events: `past` once (points of the last minutes, recorded events), then
-                       `frame` after each look, `event` for each thing that happens
+    GET /stream        server-sent events: `past` once (points of the last minutes, recorded events), then a
+                       `frame` at each interval and an `event` for each change
     GET /stat.json     the newest frame, as ``dpshm stat --json`` prints it
 
-One thread looks at the board, however many watch. Away from loopback a token is asked for; on loopback the Host
-header must name it, so that no web site can have a browser here read the page for it (DNS rebinding).
+One thread reads the board for all viewers. Beyond loopback a token is required. On loopback the Host header must
+name loopback: else a web site could read the page through a local browser (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PAGE = Path(__file__).with_name("page.html")
 
 
 class Point(msgspec.Struct, frozen=True):
-    """What is kept of a frame for the lines: requests by rank, and where the waves were."""
+    """The part of a frame that the page's curves need: requests by rank, and the wave."""
 
     time: float
     wave: int
@@ -51,31 +51,31 @@ class Point(msgspec.Struct, frozen=True):
 
 
 class Past(msgspec.Struct):
-    """What a new viewer is told of the time before it came."""
+    """The points and events that a new viewer receives first."""
 
     points: list[Point]
     events: list[Event]
 
 
 class Seen(NamedTuple):
-    """How many frames and events a viewer was told of."""
+    """The number of frames and events that a viewer has received."""
 
     frame: int
     events: int
 
 
 def point_of(frame: Frame) -> Point:
-    """A frame's point."""
+    """The point of a frame."""
     started = frame.coordinator.waves_started
     return Point(frame.time, frame.wave, frame.phase, started, [rank.requests for rank in frame.ranks])
 
 
 class Looker(threading.Thread):
-    """Looks at the board at an interval, and tells everybody who waits.
+    """Reads the board at an interval, and wakes every viewer that waits.
 
     Attributes:
-        number: of the newest frame; grows.
-        frame: it, as JSON.
+        number: the number of the newest frame; grows.
+        frame: the newest frame, as JSON.
     """
 
     def __init__(self, group: str, interval_s: float) -> None:
@@ -110,13 +110,13 @@ class Looker(threading.Thread):
             self._changed.notify_all()
 
     def past(self) -> tuple[Seen, bytes]:
-        """What was until now, for a new viewer."""
+        """The points and events so far, for a new viewer."""
         with self._changed:
             past = Past(list(self._points), list(self._events))
             return Seen(self.number, self._told), msgspec.json.encode(past)
 
     def wait(self, seen: Seen, timeout_s: float = 5.0) -> tuple[Seen, bytes, list[Event]]:
-        """The newest frame once there is one that a viewer has not seen, and the events that it has not."""
+        """Waits for a frame that a viewer has not seen; returns it and the viewer's unseen events."""
         with self._changed:
             self._changed.wait_for(lambda: self.number > seen.frame or self._stopped.is_set(), timeout_s)
             new = min(self._told - seen.events, len(self._events))
@@ -124,11 +124,11 @@ class Looker(threading.Thread):
 
     @property
     def stopped(self) -> bool:
-        """It was told to end."""
+        """Whether `stop` was called."""
         return self._stopped.is_set()
 
     def stop(self) -> None:
-        """Ends the thread, and every stream."""
+        """Ends the thread and every stream."""
         self._stopped.set()
         with self._changed:
             self._changed.notify_all()
@@ -136,17 +136,17 @@ class Looker(threading.Thread):
 
 
 class Server(ThreadingHTTPServer):
-    """The page of one group.
+    """The HTTP server of one group's page.
 
     Args:
-        group: that lives on this node.
-        host: to listen on.
-        port: 0: any.
-        token: that every request has to give; needed where `host` is not loopback.
-        interval_s: between frames.
+        group: a group that lives on this node.
+        host: the address to listen on.
+        port: the port to listen on; 0: any free port.
+        token: the token that every request must carry; required if `host` is not loopback.
+        interval_s: time between frames.
 
     Raises:
-        SettingError: it cannot listen there, or may not without a token.
+        SettingError: the server cannot listen there, or `host` is not loopback and there is no token.
     """
 
     daemon_threads = True
@@ -185,18 +185,18 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where the page is."""
+        """The address of the page."""
         return f"http://{joined(str(self.server_address[0]), self.server_port)}/" + (
             f"?token={self.token}" if self.token else ""
         )
 
     def close(self) -> None:
-        """Ends every stream and lets go of the port."""
+        """Ends every stream and closes the port."""
         self.looker.stop()
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A viewer that went away is no error."""
+        """Ignores a viewer that disconnected."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -275,7 +275,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: a log line a request helps nobody."""
+        """Logs nothing: one line for each request has no use."""
 
 
 def _host_of(header: str) -> str:
@@ -285,7 +285,7 @@ def _host_of(header: str) -> str:
 
 
 def content_policy(page: str) -> str:
-    """A policy under which the page's own script and style run and nothing else is loaded."""
+    """A content policy that allows the page's own script and style and no other resource."""
 
     def digest(tag: str) -> str:
         text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
@@ -298,5 +298,5 @@ def content_policy(page: str) -> str:
 
 
 def _escape(group: str) -> bytes:
-    """A group's name has no character that means anything in HTML; whatever else it is, is left out."""
+    """The group's name for HTML. Characters that no group's name has are left out."""
     return re.sub(r"[^A-Za-z0-9._-]", "", group).encode()

@@ -1,11 +1,11 @@
 """Continuous batching on one rank, as a pure model: no clock, no socket, no randomness.
 
-`Batcher` is a scheduler in the manner of vLLM's: first come, first served; every step advances all requests
-that are decoding by one token and spends what is left of the token budget on prompts, in chunks. Driven as
-``step = batcher.plan()``, wait ``step.seconds``, ``finished = batcher.finish(step)``. The same calls give
-the same answers, and a step costs what changes in it, not what runs.
+`Batcher` schedules as vLLM does: first come, first served. Every step advances all decoding requests by one token
+and spends the rest of the token budget on prompts, in chunks. A caller runs ``step = batcher.plan()``, waits
+``step.seconds``, and runs ``finished = batcher.finish(step)``. The same calls give the same answers. The cost of a
+call grows with the requests that change, not with all that run.
 
-What always holds:
+Invariants:
 
 - a request that was added is waiting or running until it completes: none is ever lost or doubled;
 - at most ``max_running`` requests run, and ``kv_used`` never exceeds ``kv_tokens``;
@@ -25,7 +25,7 @@ shape of Llama 3.1 8B) on one H100 SXM (3.35 TB/s, 989 TFLOP/s dense in bf16, fr
   tensors x 2 B), so a context of 3,000 tokens is 393 MB, again at 60 % of the bandwidth;
 - 40 us a prompt token: 16 GFLOP (2 a parameter) at 40 % of the peak.
 
-400,000 tokens of KV cache are 52 GB: what is left of 80 GB after the weights and activations.
+400,000 tokens of KV cache are 52 GB: the part of 80 GB that weights and activations leave free.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from dpshm.errors import SettingError
 
 
 class StepCost(NamedTuple):
-    """What a rank can hold, and how long its steps take."""
+    """The limits of a rank, and the duration of its steps."""
 
     base_s: float = 8e-3
     per_request_s: float = 0.2e-3
@@ -48,18 +48,18 @@ class StepCost(NamedTuple):
     max_context: int | None = None  # of one request, prompt and output; None: what the KV cache holds
 
     def seconds(self, prompt_tokens: int, batch: int) -> float:
-        """How long a step of that content takes; of no content, a dummy step."""
+        """The duration of a step with that content; without content, of a dummy step."""
         return self.base_s + self.per_request_s * batch + self.per_prompt_token_s * prompt_tokens
 
 
 class Step(NamedTuple):
-    """What one step computes, and how long it takes.
+    """The content of one step, and its duration.
 
     Attributes:
-        prompt_tokens: of all prompts together.
-        batch: requests in it.
-        output_tokens: of those, the requests that get a token from it; a prompt's last chunk yields one.
-        seconds: on this rank alone.
+        prompt_tokens: prompt tokens that the step computes, over all requests.
+        batch: requests in the step.
+        output_tokens: requests that get a token from the step; a prompt's last chunk yields one.
+        seconds: duration of the step on this rank alone.
     """
 
     prompt_tokens: int
@@ -69,11 +69,11 @@ class Step(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Who computes what in a step.
+    """The work of a step, by request.
 
     Attributes:
-        decoding: the requests that bring one token and get the next.
-        chunks: those whose prompts it computes, each with how many tokens of it, the next ones.
+        decoding: the requests that decode one token.
+        chunks: the requests whose prompts the step computes, each with the number of its next prompt tokens.
     """
 
     decoding: list[SimRequest]
@@ -120,7 +120,7 @@ class SimRequest:
 
 
 class Finished(NamedTuple):
-    """What a step brought about."""
+    """The results of a step."""
 
     first_tokens: list[SimRequest]
     completed: list[SimRequest]
@@ -132,9 +132,9 @@ class Batcher:
     Attributes:
         cost: limits and step times.
         prefixes: the prefix cache; None: there is none, and requests compute what they say.
-        kv_used: tokens of KV cache taken.
+        kv_used: tokens of KV cache in use.
         prefill_backlog: prompt tokens of all its requests that are not computed yet.
-        preemptions: how many times a request lost its room.
+        preemptions: number of times that a request lost its room.
     """
 
     def __init__(self, cost: StepCost | None = None, prefixes: PrefixSource | None = None) -> None:
@@ -168,11 +168,11 @@ class Batcher:
 
     @property
     def kv_cache_usage(self) -> float:
-        """The share of the KV cache that is taken."""
+        """The share of the KV cache in use."""
         return self.kv_used / self.cost.kv_tokens
 
     def fits(self, prompt_tokens: int, output_tokens: int) -> bool:
-        """Whether such a request could ever run here: a server refuses one that could not."""
+        """Whether such a request can ever run here. A server refuses a request that cannot."""
         limit = self.cost.kv_tokens if self.cost.max_context is None else self.cost.max_context
         return prompt_tokens + output_tokens <= min(limit, self.cost.kv_tokens)
 
@@ -180,7 +180,7 @@ class Batcher:
         """Puts a request at the end of the queue.
 
         Raises:
-            SettingError: it has no tokens, or could never fit.
+            SettingError: the request has no tokens, or can never fit.
         """
         if request.prompt_tokens < 1 or request.output_tokens < 1:
             raise SettingError(
@@ -208,7 +208,7 @@ class Batcher:
         return other
 
     def plan(self) -> Step:
-        """Makes room, admits what fits, and says what the next step computes."""
+        """Makes room, admits the requests that fit, and plans the next step."""
         batch = output_tokens = self._make_room()
         budget = self.cost.max_prompt_tokens
         begun = iter(tuple(self._prefilling))
@@ -224,7 +224,7 @@ class Batcher:
         return Step(prompt_tokens, batch, output_tokens, self.cost.seconds(prompt_tokens, batch))
 
     def work(self, step: Step) -> Work:
-        """Who computes what in the step that `plan` gave: for an accelerator that really does."""
+        """The work by request of the step that `plan` returned, for an accelerator that computes it."""
         chunks = []
         budget = step.prompt_tokens
         for request in self._prefilling:  # in the order in which `finish` takes them
@@ -236,13 +236,13 @@ class Batcher:
         return Work(list(self._decoding), chunks)
 
     def is_running(self, request: SimRequest) -> bool:
-        """Whether it has room in the KV cache."""
+        """Whether a request has room in the KV cache."""
         return request in self._prefilling or request in self._decoding
 
     def finish(self, step: Step) -> Finished:
-        """Takes the step that `plan` gave as done."""
+        """Records that the step that `plan` returned is done."""
         self._steps += 1
-        # Those that decode first: a prefill that ends in this step yields its token by itself.
+        # Decoding requests come first: a prefill that ends in this step yields its own token.
         self.kv_used += len(self._decoding)
         completed = self._ends.pop(self._steps, [])
         for request in completed:
@@ -277,13 +277,13 @@ class Batcher:
             completed.append(request)
 
     def _held(self, request: SimRequest) -> int:
-        """The KV cache that a running request has taken. The newest token's is written in the next step."""
+        """The KV cache tokens that a running request uses. The newest token is written in the next step."""
         if request.base_step < 0:
             return request.prompt_tokens - request.cached + request.generated
         return request.prompt_tokens - request.cached + request.generated - 1 + self._steps - request.base_step
 
     def _make_room(self) -> int:
-        """Preempts until each decoding request has room for one more token; how many are left."""
+        """Preempts until each decoding request has room for one more token; returns how many decode."""
         while self.kv_used + len(self._decoding) > self.cost.kv_tokens:
             # A request's own limit is checked in `add`, so this never reaches the last one.
             youngest = next(reversed(self._prefilling or self._decoding))
@@ -317,7 +317,7 @@ class Batcher:
             request.cached = found
             request.prompt_left -= gained
             self.prefill_backlog -= gained
-        # Room for what decodes in this very step stays free, or the newcomer would be preempted next.
+        # Room for the requests that decode in this step stays free, or the new request would be preempted next.
         if self.kv_used + len(self._decoding) + request.prompt_left > self.cost.kv_tokens:
             return None
         self._waiting.popleft()

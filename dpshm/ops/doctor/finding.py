@@ -1,4 +1,4 @@
-"""What `dpshm doctor` finds: the thing, why it matters, and the command that mends it."""
+"""A finding of `dpshm doctor`: the problem, why it matters, and the command that mends it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """One finding.
 
     Attributes:
-        severity: error: requests fail or wait; warning: they will, or something is blind; note: good to know.
-        check: which check found it; stable, for scripts.
-        group: whose; null for the node's.
-        what: was found.
-        why: it matters.
-        fix: a command, or what to change.
+        severity: "error": requests fail or wait; "warning": they will, or a tool cannot see them; "note": no harm.
+        check: the name of the check; stable, for scripts.
+        group: the group's name; null for a finding about the node.
+        what: the problem.
+        why: the reason why it matters.
+        fix: a command, or the thing to change.
     """
 
     severity: Severity

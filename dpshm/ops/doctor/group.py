@@ -1,4 +1,4 @@
-"""What can be wrong with a group, from two frames half a second apart: a passing state is no finding."""
+"""Checks of one group. They compare two frames half a second apart, so that a passing state is no finding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STALE_S = 10.0
 
 
 def check_group(board: Board) -> list[Finding]:
-    """All checks of one group."""
+    """Runs all checks of one group."""
     before = read_frame(board)
     time.sleep(BETWEEN_LOOKS_S)
     after = read_frame(board)
@@ -90,8 +90,8 @@ def _sockets(board: Board, frame: Frame) -> Iterator[Finding]:
             severity="note",
             check="sockets",
             group=frame.group,
-            what=f"the sockets ask for keys that this command has not: {e}",
-            why="whether the wave thread answers cannot be told from here, and `dpshm drain` cannot reach it",
+            what=f"the sockets require keys, and this command has none that fit: {e}",
+            why="this command cannot ask the wave thread for an answer, and `dpshm drain` cannot reach it",
             fix="DPSHM_CURVE_DIR=DIR dpshm doctor",
         )
         return
@@ -197,7 +197,7 @@ def _counters(board: Board, before: Frame, after: Frame) -> Iterator[Finding]:
             check="counters",
             group=after.group,
             what=problem,
-            why="load is reported plus in flight: where the counts do not add up, routing is misled",
+            why="load is the reported load plus requests in flight: wrong counts mislead routing",
             fix="restart that process; if it comes again, report it with the output of: dpshm stat --json",
         )
 
@@ -249,13 +249,13 @@ def _versions(frame: Frame) -> Iterator[Finding]:
             check="versions",
             group=frame.group,
             what=f"processes of several dpshm versions are attached: {words}",
-            why="writers agree in the layout, or could not attach; but rules and messages may differ",
+            why="the versions share the board's layout, but their rules and messages may differ",
             fix="pip install the same dpshm in every environment, and restart what is older",
         )
 
 
 def _holders(board: Board, frame: Frame) -> Iterator[Finding]:
-    """Rows whose lock is held though the process that they name is gone: by a child that kept the descriptor."""
+    """Finds rows whose process is gone and whose lock a forked child still holds."""
     ours = processes.namespace_inode("pid")
     for rank in frame.ranks:
         e = rank.dp_rank
@@ -267,8 +267,8 @@ def _holders(board: Board, frame: Frame) -> Iterator[Finding]:
                 severity="error",
                 check="lock",
                 group=frame.group,
-                what=f"rank {e}'s process {rank.pid} is gone, and somebody still holds its lock",
-                why="it counts as alive: a child that was forked and never closed its descriptors has it",
+                what=f"rank {e}'s process {rank.pid} is gone, and another process still holds its lock",
+                why="the rank counts as alive: a forked child inherited the lock's descriptor and never closed it",
                 fix=f"fuser {board.segment.path}    (end the child; attach after forking)",
             )
 
@@ -283,7 +283,7 @@ def _namespaces(board: Board) -> Iterator[Finding]:
             check="pid namespace",
             group=group,
             what="some of its processes live in another pid namespace (a container)",
-            why="pids shown are those inside; deaths are told by locks within 50 ms instead of at once",
+            why="pids are those inside the container; locks tell of deaths within 50 ms instead of at once",
             fix="docker run --pid=host, if that matters    (nothing is wrong)",
         )
     if header.time_namespace != processes.namespace_inode("time") or header.boot_id != processes.boot_id():
@@ -291,8 +291,8 @@ def _namespaces(board: Board) -> Iterator[Finding]:
             severity="note",
             check="time namespace",
             group=group,
-            what="its clocks are not those of this process (another time namespace)",
-            why="ages cannot be told from here",
+            what="its clocks differ from those of this process (another time namespace)",
+            why="ages cannot be computed here",
             fix="run dpshm where the coordinator runs",
         )
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a node: its shared memory, what dead groups left in it, containers that share none."""
+"""Checks of one node: its shared memory, leftovers of dead groups, containers that do not share memory."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ DOCKER_SHM_BYTES = 64 << 20
 
 
 class Opened(NamedTuple):
-    """A segment that a process takes part in.
+    """A segment that a process is attached to.
 
     Attributes:
-        group: as its header names it.
-        folder: where it was opened, in that process's own mount namespace.
-        device: of the file system that it is on.
-        linked: it still has a name.
+        group: the name in its header.
+        folder: the folder where the process opened it, in the process's own mount namespace.
+        device: the device number of its file system.
+        linked: whether the file still has a name.
     """
 
     pid: int
@@ -68,7 +68,7 @@ def check_directory() -> Iterator[Finding]:
             severity="error",
             check="space",
             what=f"{path} has {free >> 10} KiB free of {total >> 10}, and a board needs {needed >> 10}",
-            why="no coordinator can start, and whatever else uses shared memory dies with SIGBUS",
+            why="no coordinator can start, and other programs that use shared memory die with SIGBUS",
             fix=f"mount -o remount,size=1G {path}    (containers: --shm-size=1g, or an emptyDir of medium Memory)",
         )
     elif kind == "tmpfs" and total <= DOCKER_SHM_BYTES:
@@ -82,7 +82,7 @@ def check_directory() -> Iterator[Finding]:
 
 
 def check_leftovers(found: list[Found]) -> Iterator[Finding]:
-    """Segments and socket folders that nobody uses, and segments that cannot be read."""
+    """Finds segments and socket folders that no process uses, and segments that cannot be read."""
     dead = [group.group for group in found if group.state == "dead"]
     if dead:
         names = ", ".join(dead[:5]) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
@@ -90,8 +90,8 @@ def check_leftovers(found: list[Found]) -> Iterator[Finding]:
             severity="warning",
             check="leftover",
             group=dead[0] if len(dead) == 1 else None,
-            what=f"segments in {directory()} are left of groups that nobody uses: {names}",
-            why="they take memory; the next coordinator of such a name would remove its own",
+            what=f"segments in {directory()} remain of groups that no process uses: {names}",
+            why="they take memory until the next coordinator of the same name removes them",
             fix="dpshm doctor --sweep",
         )
     for group in found:
@@ -102,7 +102,7 @@ def check_leftovers(found: list[Found]) -> Iterator[Finding]:
                 group=group.group,
                 what=group.detail,
                 why="nothing can attach to it; if its processes still run, they run unseen",
-                fix=f"fuser {segment_path(group.group)}    (nobody: rm it; else use one dpshm version for all)",
+                fix=f"fuser {segment_path(group.group)}    (no output: rm it; else use one dpshm version for all)",
             )
     for folder in stray_folders():
         yield Finding(
@@ -111,12 +111,12 @@ def check_leftovers(found: list[Found]) -> Iterator[Finding]:
             group=_group_of(folder),
             what=f"the socket folder {folder} is there and its segment is not",
             why="left by a dead group, or the segment was unlinked under a live one",
-            fix="dpshm doctor --sweep    (leaves it if anybody still listens)",
+            fix="dpshm doctor --sweep    (leaves it if a coordinator still listens)",
         )
 
 
 def stray_folders() -> list[Path]:
-    """Socket folders without their segment."""
+    """Finds socket folders without their segment."""
     folders = directory().glob(f"{FILE_PREFIX}*{SOCKETS_SUFFIX}")
     return sorted(
         f for f in folders if f.is_dir() and not f.with_name(f.name.removesuffix(SOCKETS_SUFFIX)).exists()
@@ -124,7 +124,7 @@ def stray_folders() -> list[Path]:
 
 
 def sweep_leftovers(found: list[Found]) -> list[str]:
-    """Removes what `check_leftovers` calls left, as far as nobody uses it; what was removed."""
+    """Removes the leftovers that `check_leftovers` finds, if no process uses them; returns what was removed."""
     removed = []
     for group in found:
         if group.state == "dead":
@@ -139,7 +139,7 @@ def sweep_leftovers(found: list[Found]) -> list[str]:
 
 
 def check_processes() -> Iterator[Finding]:
-    """Processes whose segment has lost its name, and processes that use another tmpfs at the same place."""
+    """Finds processes whose segment has lost its name, and processes with another tmpfs at the same path."""
     unlinked: dict[str, list[int]] = defaultdict(list)
     elsewhere: dict[str, list[int]] = defaultdict(list)
     with suppress(OSError):
@@ -170,7 +170,7 @@ def check_processes() -> Iterator[Finding]:
 
 
 def opened_segments() -> list[Opened]:
-    """Every segment that a process visible from here takes part in: as root all, else those of this user."""
+    """Every segment that a visible process is attached to. Root sees all processes, other users their own."""
     found = set()
     for process in os.scandir("/proc"):
         if process.name.isdecimal():
@@ -183,7 +183,7 @@ def opened_segments() -> list[Opened]:
 
 
 def _opened(pid: int, link: str) -> Opened | None:
-    """The segment behind a descriptor that holds a lock on it; None if it is something else, or merely looks."""
+    """The segment behind a descriptor that holds a lock on it; None for other files and for readers."""
     target = Path(os.readlink(link).removesuffix(" (deleted)"))
     # A creator's segment was made without a name and is listed so even since it has one.
     if not target.name.startswith((FILE_PREFIX, "#")):
@@ -217,7 +217,7 @@ def check_logind() -> Iterator[Finding]:
         severity="warning",
         check="RemoveIPC",
         what=f"systemd unlinks what uid {uid} has in /dev/shm when its last session ends",
-        why="a group that was started from a login goes on, but nobody can attach to it any more",
+        why="a group that was started from a login goes on, but no process can attach to it any more",
         fix=f"loginctl enable-linger {_user(uid)}    (or RemoveIPC=no in /etc/systemd/logind.conf)",
     )
 

@@ -1,7 +1,7 @@
-"""Asks a coordinator's sockets whether anybody is behind them, without taking part in anything.
+"""Asks a coordinator's sockets whether the coordinator answers, without joining the group.
 
-Two questions: does the socket accept a connection and say the first bytes of ZMTP (its process and its I/O thread
-live), and does the front-ends' socket publish a state to a new subscriber (the wave thread lives).
+There are two questions. Does the socket accept a connection and send the first bytes of ZMTP? Then the process and
+its I/O thread live. Does the front-ends' socket publish a state to a new subscriber? Then the wave thread lives.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SIGNATURE_BYTES = 10
 
 
 def connect_problem(address: str, timeout_s: float = TIMEOUT_S) -> str | None:
-    """Why nobody speaks ZMQ at an address; None if somebody does."""
+    """The reason why no ZMQ peer answers at an address; None if one does."""
     try:
         with _connect(address, timeout_s) as s:
             data = b""
@@ -39,7 +39,7 @@ def connect_problem(address: str, timeout_s: float = TIMEOUT_S) -> str | None:
 
 
 def publishes(address: str, timeout_s: float = TIMEOUT_S, *, keys: ClientKeys | None = None) -> bool:
-    """Whether a new subscriber of the front-ends' socket is told the state."""
+    """Whether a new subscriber of the front-ends' socket receives the state."""
     s: Socket = context().socket(zmq.SUB)
     try:
         s.linger = 0

@@ -1,6 +1,6 @@
-"""The screen of ``dpshm top``: a frame drawn again and again, with keys to arrange it and to drain ranks.
+"""The screen of ``dpshm top``: draws frames at an interval, with keys to arrange them and to drain ranks.
 
-The lines come from `dpshm.ops.screen.table`, the same that ``--once`` prints; here they scroll under a cursor.
+`dpshm.ops.screen.table` makes the lines, as for ``--once``; here they scroll under a cursor.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Top(App[None]):
     """Draws a group until told to quit.
 
     Args:
-        watcher: of the group.
-        interval_s: between frames.
-        glyphs: what the terminal can show.
+        watcher: the watcher of the group.
+        interval_s: time between frames.
+        glyphs: the characters that the terminal can show.
     """
 
     ENABLE_COMMAND_PALETTE = False
@@ -80,7 +80,7 @@ class Top(App[None]):
         self._shown: list[int] = []
 
     def compose(self) -> ComposeResult:
-        """Headline, heading, rows, a line for the filter, one for messages, the keys."""
+        """Makes the headline, the heading, the rows, the filter's line, the line for messages and the keys."""
         with Vertical(id="head"):
             yield Static(id="headline")
         yield Static(id="title")
@@ -90,14 +90,14 @@ class Top(App[None]):
         yield Footer(compact=True)
 
     def on_mount(self) -> None:
-        """Begins to look."""
+        """Starts the timer that draws frames."""
         self.theme = "ansi-dark"  # the terminal's own colours, whatever its background
         self.query_one(Rows).focus()
         self.set_interval(self._interval_s, self._read_frame)
         self.call_after_refresh(self._draw)
 
     def on_resize(self) -> None:
-        """Another width: other columns."""
+        """Chooses the columns again for the new width."""
         self.call_after_refresh(self._draw)
 
     def _read_frame(self) -> None:
@@ -129,7 +129,7 @@ class Top(App[None]):
         return arrange(rows, self._sorted_by, reverse=self._reverse, text=self._filter)
 
     def _mode(self) -> str:
-        """What was asked for, so that nobody takes a part for the whole."""
+        """The active filter, shown so that a part of the rows is not taken for all."""
         parts = [f"by {self._sorted_by.title}" + (" reversed" if self._reverse else "")]
         row = self._under_cursor()
         if row is not None:
@@ -152,51 +152,51 @@ class Top(App[None]):
     # Keys.
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002 - Textual's
-        """While a question is open its own keys count, and Ctrl-C."""
+        """Lets only a question's own keys and Ctrl-C through while a question is open."""
         return action == "quit" or not isinstance(self.screen, Confirm)
 
     def on_rows_moved(self) -> None:
-        """Another row to tell of."""
+        """Describes the row that the cursor moved to."""
         self.query_one("#mode", Static).update(Text(self._mode(), "dim"))
 
     def action_sort(self) -> None:
-        """By the next column."""
+        """Sorts by the next column."""
         self._sort += 1
         self._draw()
 
     def action_reverse(self) -> None:
-        """The other way round."""
+        """Reverses the order."""
         self._reverse = not self._reverse
         self._draw()
 
     def action_switch(self) -> None:
-        """Between ranks and front-ends."""
+        """Switches between ranks and front-ends."""
         self._frontends = not self._frontends
         self._sort, self._reverse = 0, False
         self._draw()
 
     def action_pause(self) -> None:
-        """Keeps the frame, or goes on."""
+        """Pauses or resumes drawing."""
         self._paused = not self._paused
         self._draw()
 
     def action_filter(self) -> None:
-        """Asks for a filter."""
+        """Opens the filter's line."""
         self.query_one(Filter).open(self._filter)
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """Filters while it is typed."""
+        """Applies the filter while the user types it."""
         self._filter = event.value
         self._draw()
 
     def action_clear(self) -> None:
-        """No filter, no message."""
+        """Removes the filter and the message."""
         self._filter = self._message = ""
         self.query_one(Filter).close()
         self._draw()
 
     def action_steer(self, drained: bool) -> None:
-        """Drains the rank under the cursor, or puts it back, if that is confirmed."""
+        """Drains the rank under the cursor or puts it back, once the user confirms."""
         row = self._under_cursor()
         if not isinstance(row, Rank):
             self._say("choose a rank first: Tab shows the ranks")
@@ -218,7 +218,7 @@ class Top(App[None]):
         self.push_screen(Confirm(question), answered)
 
     def _steer(self, rank: int, drained: bool) -> None:
-        """In a thread of its own: it waits for the coordinator."""
+        """Drains or undrains in a thread of its own, because it waits for the coordinator."""
         try:
             set_drained(self._watcher.board, [rank], drained)
         except DpshmError as e:

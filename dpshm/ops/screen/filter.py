@@ -1,4 +1,4 @@
-"""Which rows a screen shows, and in what order."""
+"""Filters and sorts the rows of a screen."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ def _matches(row: Rank | Frontend, word: str) -> bool:
 
 
 def number(row: Rank | Frontend) -> int:
-    """A rank or a front-end's index."""
+    """The number of a rank, or the index of a front-end."""
     return row.dp_rank if isinstance(row, Rank) else row.index

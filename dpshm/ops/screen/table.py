@@ -1,7 +1,7 @@
-"""A frame as lines of a terminal: the headline, a row a rank or a row a front-end, within the width there is.
+"""Formats a frame as lines of a terminal: the headline, then a row for each rank or for each front-end.
 
-State is told by a word and a sign, and colour (the palette of Okabe and Ito, told apart by colour-blind eyes)
-only repeats it. Where the width does not do, columns leave in the order of their importance.
+A word and a sign show the state; colour only repeats it (the palette of Okabe and Ito, which colour-blind people
+can tell apart). If the terminal is too narrow, the least important columns are left out.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ T = TypeVar("T", Rank, Frontend)
 
 
 class History:
-    """The requests on each rank at the looks so far, for sparklines."""
+    """The requests on each rank in the last frames, for sparklines."""
 
     def __init__(self) -> None:
         self.of: dict[int, deque[float]] = {}
 
     def add(self, frame: Frame) -> None:
-        """Takes a frame in."""
+        """Adds a frame."""
         for rank in frame.ranks:
             self.of.setdefault(rank.dp_rank, deque(maxlen=HISTORY)).append(rank.requests)
 
     def top(self) -> float:
-        """The most that any rank had, so that their lines compare."""
+        """The most requests that a rank had: the common scale of all sparklines."""
         return max((max(values) for values in self.of.values() if values), default=0.0)
 
 
@@ -57,9 +57,9 @@ class Column(NamedTuple, Generic[T]):
     """One column.
 
     Attributes:
-        keep: those with the lowest stay longest.
-        key: to sort by, or None.
-        left: aligned to the left.
+        keep: columns with the lowest number stay longest.
+        key: the sort key, or None.
+        left: whether the column is aligned to the left.
     """
 
     title: str
@@ -93,7 +93,7 @@ def kv_cell(usage: float, glyphs: Glyphs, width: int) -> Text:
 
 
 def rank_columns(glyphs: Glyphs, *, wide: bool = False) -> list[Column[Rank]]:
-    """The columns of ranks, all but the history."""
+    """The columns of ranks, except the history."""
     kv = 15 if wide else 8
     return [
         Column("rank", 4, 0, lambda r: str(r.dp_rank), lambda r: r.dp_rank),
@@ -118,7 +118,7 @@ def _tokens(rank: Rank) -> float | None:
 
 
 def _step_s(rank: Rank) -> float | None:
-    """Of the mean step, or of the one that it is in when that already took longer."""
+    """The duration of the mean step, or of the present step if that is already longer."""
     mean = None if rank.step_ms is None else rank.step_ms / 1e3
     if rank.step_age_s is not None and rank.step_age_s > 2 * (mean or 0.0) + 0.1:
         return rank.step_age_s
@@ -126,7 +126,7 @@ def _step_s(rank: Rank) -> float | None:
 
 
 def frontend_columns(glyphs: Glyphs) -> list[Column[Frontend]]:
-    """The columns of front-ends, all but those that have an item a rank."""
+    """The columns of front-ends, except those with an item for each rank."""
     return [
         Column("fe", 3, 0, lambda f: str(f.index), lambda f: f.index),
         Column("state", 9, 0, lambda f: state_cell(f.state, glyphs), lambda f: _BAD.index(f.state), left=True),
@@ -140,7 +140,7 @@ def frontend_columns(glyphs: Glyphs) -> list[Column[Frontend]]:
 
 
 def screen(frame: Frame, history: History, width: int, glyphs: Glyphs) -> list[Text]:
-    """All of a frame, as long as it is: headline, ranks, front-ends."""
+    """All lines of a frame: headline, ranks, front-ends."""
     title, rank_line = rank_table(history, width, glyphs)
     lines = [*headline(frame, width, glyphs), Text(), title, *map(rank_line, frame.ranks)]
     if frame.frontends:
@@ -150,7 +150,7 @@ def screen(frame: Frame, history: History, width: int, glyphs: Glyphs) -> list[T
 
 
 def headline(frame: Frame, width: int, glyphs: Glyphs) -> list[Text]:
-    """The group, its totals, and what is wrong, a line each."""
+    """The group, its totals and its problems, one line each."""
     c, dot = frame.coordinator, glyphs.separator
     states = Counter(rank.state for rank in frame.ranks)
     wave = f"wave {frame.wave} {frame.phase}" if frame.waves else "no waves (dense)"
@@ -173,10 +173,10 @@ def headline(frame: Frame, width: int, glyphs: Glyphs) -> list[Text]:
 
 
 def warnings(frame: Frame) -> list[str]:
-    """What somebody on call should see first, at most two lines; `dpshm doctor` says more."""
+    """The most urgent problems, at most two lines. `dpshm doctor` says more."""
     found = []
     if not frame.linked:
-        found.append("this group has ended, or its segment was unlinked: nobody can attach any more")
+        found.append("this group has ended, or its segment was unlinked: no process can attach any more")
     elif frame.coordinator.state == "none":
         found.append("no coordinator: routing goes on; start one: dpshm coordinator --group " + frame.group)
     elif frame.coordinator.state == "silent":
@@ -188,7 +188,7 @@ def warnings(frame: Frame) -> list[str]:
 
 
 def rank_table(history: History, width: int, glyphs: Glyphs) -> tuple[Text, Callable[[Rank], Text]]:
-    """The heading, and what makes a rank's line."""
+    """The heading, and the function that makes a rank's line."""
     columns, rest = _fit(rank_columns(glyphs, wide=width >= 110), width, spare=SPARK_MIN if history.of else 0)
     spark = min(rest - 1, 60) if history.of else 0
     top = history.top()
@@ -203,7 +203,7 @@ def rank_table(history: History, width: int, glyphs: Glyphs) -> tuple[Text, Call
 
 
 def frontend_table(width: int, glyphs: Glyphs) -> tuple[Text, Callable[[Frontend], Text]]:
-    """The same for front-ends; at the right, for each rank what is on its way to it, and the share it was sent."""
+    """The same for front-ends. At the right: requests in flight to each rank, and the share sent to each rank."""
     columns, rest = _fit(frontend_columns(glyphs), width, spare=22)
     half = max(0, (rest - 2) // 2)
 
@@ -219,7 +219,7 @@ def frontend_table(width: int, glyphs: Glyphs) -> tuple[Text, Callable[[Frontend
 
 
 def _by_rank(values: Sequence[int], width: int, glyphs: Glyphs) -> str:
-    """The numbers if they fit, else a cell a rank, else a cell for several."""
+    """The numbers if they fit, else one cell for each rank, else one cell for several ranks."""
     numbers = " ".join(count(v) for v in values)
     if len(numbers) <= width:
         return numbers

@@ -1,4 +1,4 @@
-"""Numbers as short as a table needs them, bars and sparklines; in blocks, or in ASCII where there is no more."""
+"""Formats numbers for a table, bars and sparklines, in block characters or in ASCII."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _ASCII_LEVELS = "_.-=+*#@"
 
 
 class Glyphs(NamedTuple):
-    """What a terminal can show."""
+    """The characters that a terminal can show."""
 
     unicode: bool = True
 
     @property
     def separator(self) -> str:
-        """Between the parts of a headline."""
+        """The separator between the parts of a headline."""
         return " · " if self.unicode else " | "
 
     def bar(self, fraction: float, width: int) -> str:

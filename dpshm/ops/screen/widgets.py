@@ -1,6 +1,6 @@
-"""The parts of the screen of ``dpshm top``: rows under a cursor, a line to filter by, a question.
+"""The parts of the screen of ``dpshm top``: rows under a cursor, the filter's line, a question.
 
-Only what is visible of the rows is drawn, so 256 ranks cost what 24 do.
+Only visible rows are drawn, so 256 ranks cost as much as 24.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Rows(ScrollView, can_focus=True):
 
     @property
     def width(self) -> int:
-        """What is left beside the scroll bar."""
+        """The width beside the scroll bar."""
         return self.scrollable_content_region.width
 
     def show(self, count: int, line: Callable[[int], Text]) -> None:
-        """Draws so many lines instead of those before; makes those that are seen."""
+        """Replaces the lines by `count` new ones, and makes only those that are visible."""
         self._count, self._line = count, line
         self.virtual_size = Size(self.width, count)
         self.cursor = max(0, min(self.cursor, count - 1))
@@ -75,13 +75,13 @@ class Rows(ScrollView, can_focus=True):
             self.scroll_to(y=self.cursor - height + 1, animate=False)
 
     def watch_cursor(self) -> None:
-        """Draws it where it is now."""
+        """Draws the cursor at its new place."""
         self.refresh()
         self.post_message(self.Moved())
 
 
 class Confirm(ModalScreen[bool]):
-    """Asks before anything is done."""
+    """Asks the user to confirm."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("y", "answer(True)", "Yes"),
@@ -101,24 +101,24 @@ class Confirm(ModalScreen[bool]):
         yield Static(Text(f"{self._question}\n\n[y] yes   [n] no"))
 
     def action_answer(self, yes: bool) -> None:
-        """Ends with the answer."""
+        """Closes the question with the answer."""
         self.dismiss(yes)
 
 
 class Filter(Input):
-    """The line to type a filter into. It gives the keys back before the next one is looked at."""
+    """The input line of the filter. Closing it returns the keyboard to the rows before the next key is handled."""
 
     async def action_submit(self) -> None:
-        """It is as it should be."""
+        """Accept the filter and close the input."""
         self.close()
 
     def open(self, text: str) -> None:
-        """Takes the keys."""
+        """Opens the line and gives it the keyboard."""
         self.display = True
         self.value = text
         self.screen.set_focus(self)
 
     def close(self) -> None:
-        """Gives them back to the rows."""
+        """Closes the line and returns the keyboard to the rows."""
         self.display = False
         self.screen.set_focus(self.screen.query_one(Rows))

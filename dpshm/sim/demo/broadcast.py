@@ -1,13 +1,13 @@
-"""The pure PUB path of ``--stats pub``: what front-ends had before there was a board, for comparison.
+"""The pure PUB path of ``--stats pub``: load by broadcast instead of the board, for comparison.
 
-Engines push every report to a broadcaster; it publishes all of them together, at most once every
-``INTERVAL_S`` while they change; each front-end decides from the copy it got last. As vLLM's API servers do, a
-front-end raises the waiting count of the rank it chose by the number of front-ends, on the assumption that
-the others do as it does, until the next broadcast overwrites its copy.
+Engines push every report to a broadcaster. It publishes all of them together, at most once every ``INTERVAL_S``
+while they change. Each front-end decides from its last copy. As vLLM's API servers do, a front-end raises the
+waiting count of the chosen rank by the number of front-ends, because it assumes that the others choose alike. The
+next broadcast overwrites its copy.
 
-It is that path at its best: the broadcaster does nothing else, has the machine's fastest transport, and sends
-when its 100 ms are over and not when its input runs dry. After a pause it waits ``GATHER_S`` for the reports
-of all ranks, which step together and so report together.
+This is the best case of that path. The broadcaster does nothing else, has the machine's fastest transport, and
+sends when its 100 ms are over, even if more input waits. After a pause it waits ``GATHER_S`` for the reports of
+all ranks, because ranks that step together report together.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RankReport(msgspec.Struct, array_like=True, frozen=True):
 
 
 class StatsSender:
-    """An engine's end: pushes its reports."""
+    """The engine's side: pushes its reports."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], prefix: str) -> None:
         self._socket = context.socket(zmq.PUSH)
@@ -50,7 +50,7 @@ class StatsSender:
         self._encoder = msgspec.msgpack.Encoder()
 
     def send(self, report: RankReport) -> None:
-        """Pushes one report; one that the broadcaster has no room for is dropped, the next is newer."""
+        """Pushes one report. A report that the broadcaster has no room for is dropped; the next one is newer."""
         try:
             self._socket.send(self._encoder.encode(report), zmq.NOBLOCK)
         except zmq.Again:
@@ -62,9 +62,9 @@ class StatsSender:
 
 
 class Broadcaster:
-    """The middle: the newest report of each rank, and when to publish them.
+    """The broadcaster's state: the newest report of each rank, and when to publish them.
 
-    Pure: `update` takes reports, `due_in_s` says how long until a broadcast is due, `broadcast` makes it.
+    Pure: `update` adds a report, `due_in_s` tells the time until a broadcast is due, `broadcast` makes it.
     """
 
     def __init__(self, dp_size: int) -> None:
@@ -73,7 +73,7 @@ class Broadcaster:
         self._last_s = float("-inf")
 
     def update(self, report: RankReport, now_s: float) -> None:
-        """Takes a report. One of a rank that does not exist is dropped."""
+        """Adds a report. A report of a rank that does not exist is dropped."""
         if report.dp_rank < len(self._reports):
             self._reports[report.dp_rank] = report
             self._changed_s = now_s if self._changed_s is None else self._changed_s
@@ -85,14 +85,14 @@ class Broadcaster:
         return max(0.0, self._changed_s + GATHER_S - now_s, self._last_s + INTERVAL_S - now_s)
 
     def broadcast(self, now_s: float) -> list[RankReport]:
-        """What to publish now."""
+        """The message to publish now."""
         self._changed_s = None
         self._last_s = now_s
         return self._reports
 
 
 class StatsCopy:
-    """A front-end's end: the copy that its decisions are made from.
+    """The front-end's side: the copy of the load that its decisions use.
 
     Attributes:
         published_ns: by rank, when the report in the copy was published; 0 before the first broadcast.
@@ -109,7 +109,7 @@ class StatsCopy:
         self.published_ns = [0] * dp_size
 
     def update(self, reports: list[RankReport]) -> None:
-        """Replaces the copy by a broadcast, and with it what this front-end had added."""
+        """Replaces the copy by a broadcast; the copy loses this front-end's own additions."""
         if len(reports) != self._dp_size:
             return
         self._waiting = [r.waiting for r in reports]
@@ -121,7 +121,7 @@ class StatsCopy:
         """The rank for a request; raises the copy's count of it.
 
         Args:
-            request: what the policy sees of it.
+            request: the request as the policy sees it.
             own: this front-end's unfinished requests, by rank.
         """
         n = self._dp_size
@@ -167,7 +167,7 @@ def main() -> None:
 
 
 def receive_reports(socket: zmq.Socket[bytes], broadcaster: Broadcaster, most: int = 256) -> None:
-    """Takes in what is there, up to so many at a time, so that a flood cannot hold up a broadcast."""
+    """Receives waiting reports, a limited number at a time, so that a flood cannot delay a broadcast."""
     for _ in range(most):
         try:
             broadcaster.update(_report_decoder.decode(socket.recv(zmq.NOBLOCK)), time.monotonic())

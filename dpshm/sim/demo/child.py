@@ -1,7 +1,7 @@
 """The child's side of a demo process: its orders, its answers, and when to end.
 
-A child ends when its parent is gone, however that died, or when it is told to with SIGTERM (SIGINT counts
-the same). Both wake a ZMQ poller, so a child may sleep for as long as it likes.
+A child ends when its parent is gone, for any reason, or when it gets SIGTERM or SIGINT. Both wake a ZMQ poller, so
+a child may sleep without a time limit.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from dpshm.linux.processes import parent_pidfd
 from dpshm.linux.signals import EndRequest
 
 CHECK_INTERVAL_S = 0.05
-"""How often `Lifeline.ended` looks at the parent: a system call each time."""
+"""Interval at which `Lifeline.ended` checks the parent; each check is a system call."""
 
 T = TypeVar("T")
 
 
 def read_line(kind: type[T]) -> T:
-    """The next line from the parent; ends this process, quietly, if there is none."""
+    """The next line from the parent. Ends this process without an error if there is none."""
     line = sys.stdin.buffer.readline()
     if not line.endswith(b"\n"):
         raise SystemExit(1)  # the parent died while it wrote
@@ -34,7 +34,7 @@ def read_line(kind: type[T]) -> T:
 
 
 def write_line(message: msgspec.Struct) -> None:
-    """One line to the parent. A parent that is gone is no error: the lifeline tells."""
+    """Sends one line to the parent. A parent that is gone is no error: the lifeline notices it."""
     try:
         sys.stdout.buffer.write(msgspec.json.encode(message) + b"\n")
         sys.stdout.buffer.flush()
@@ -44,7 +44,7 @@ def write_line(message: msgspec.Struct) -> None:
 
 
 class EndSignal(Protocol):
-    """What the loops of engines and front-ends ask: whether to end."""
+    """The part of `Lifeline` that the loops of engines and front-ends use."""
 
     def register(self, poller: zmq.Poller) -> None:
         """Makes a poller return when the answer may have changed."""
@@ -54,7 +54,7 @@ class EndSignal(Protocol):
 
 
 class Lifeline:
-    """Tells a child when to end. One a process, made in its main thread."""
+    """Tells a child when to end. Make one per process, in its main thread."""
 
     def __init__(self, parent_pid: int) -> None:
         self._ended = False

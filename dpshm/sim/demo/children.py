@@ -1,9 +1,9 @@
-"""The parent's side of the demo's processes: start them, hear them, end them.
+"""The parent's side of the demo's processes: starts them, reads their answers, ends them.
 
 Each child runs a module of this package in a fresh interpreter, gets its orders on stdin and answers in
-lines of JSON on stdout (`dpshm.sim.demo.messages`). It is in a process group of its own, so that a Ctrl-C reaches
-the parent alone, which then ends the children in order; a child whose parent is gone ends by itself
-(`dpshm.sim.demo.child`). Nothing here raises in the middle for a signal: the caller's handlers set flags.
+lines of JSON on stdout (`dpshm.sim.demo.messages`). It is in a process group of its own, so a Ctrl-C reaches
+the parent alone, which then ends the children in order. A child whose parent is gone ends by itself
+(`dpshm.sim.demo.child`). No signal raises an exception here: the caller's handlers set flags.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STOP_TIMEOUT_S = 3.0
 STDERR_KEPT_BYTES = 8000
 _READ_BYTES = 1 << 16
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[3])
-# -P and the path at the end: nothing of the current folder can stand in for a module.
+# -P, and the path at the end: no file of the current folder can replace a module.
 _BOOT = (
     "import sys; sys.path.append(sys.argv[1]); from importlib import import_module; "
     "import_module(sys.argv[2]).main()"
@@ -40,9 +40,9 @@ class Child:
     """One process.
 
     Attributes:
-        name: what messages call it.
-        told: it has its orders.
-        ended: its output is at its end, so it has ended or is about to.
+        name: its name in messages.
+        told: whether it has its orders.
+        ended: whether its output has ended; the process has then ended or is about to.
     """
 
     def __init__(self, name: str, module: str, pass_fds: tuple[int, ...]) -> None:
@@ -70,39 +70,39 @@ class Child:
         )
 
     def tell(self, order: msgspec.Struct) -> None:
-        """Sends a line. To a child that has ended, nothing: that shows in its answers."""
+        """Sends a line. Does nothing if the child has ended; its answers show the end."""
         self.told = True
         with suppress(BrokenPipeError):
             self._stdin.write(msgspec.json.encode(order) + b"\n")
             self._stdin.flush()
 
     def read_stdout(self) -> Iterator[Answer]:
-        """What has come; marks the child as ended when nothing will any more."""
+        """The answers that have come. Marks the child as ended at the end of its output."""
         data = os.read(self.stdout.fileno(), _READ_BYTES)
         self.ended = not data
         *lines, self._line = (self._line + data).split(b"\n")
         for line in lines:
-            # Whatever else a library may print there is not for us.
+            # Lines that a library prints there are ignored.
             with suppress(msgspec.MsgspecError):
                 yield _decoder.decode(line)
 
     def read_stderr(self) -> bool:
-        """Keeps the end of what the child says; false when nothing will come any more."""
+        """Keeps the last part of the child's stderr; returns false at its end."""
         data = os.read(self.stderr.fileno(), _READ_BYTES)
         self._stderr = (self._stderr + data)[-STDERR_KEPT_BYTES:]
         return bool(data)
 
     @property
     def said(self) -> str:
-        """The end of what came on its stderr."""
+        """The last part of its stderr."""
         return self._stderr.decode("utf-8", "replace").strip()
 
     def obituary(self) -> str:
-        """How it ended and what it said last."""
+        """How the child ended, and the last line of its stderr."""
         try:
             code = self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            return f"{self.name} closed its output and goes on"
+            return f"{self.name} closed its output and still runs"
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
         return f"{self.name} {how}" + (f"; it said: {self.said.splitlines()[-1]}" if self.said else "")
 
@@ -113,7 +113,7 @@ class Child:
         self._process.terminate()
 
     def kill_and_reap(self) -> None:
-        """Ends it now, if it has not ended yet."""
+        """Kills the child if it has not ended yet."""
         self._process.kill()
         self._process.wait()
         self.stdout.close()
@@ -121,14 +121,14 @@ class Child:
 
 
 class Children:
-    """All processes of one demo, `all`, in the order of their start; leaving the context ends every one."""
+    """The processes of one demo, `all`, in the order of their start. Leaving the context ends each of them."""
 
     def __init__(self) -> None:
         self.all: list[Child] = []
         self._selector = selectors.DefaultSelector()
 
     def start(self, name: str, module: str, pass_fds: tuple[int, ...] = ()) -> Child:
-        """Starts one more."""
+        """Starts a child."""
         child = Child(name, module, pass_fds)
         self.all.append(child)
         self._selector.register(child.stdout, selectors.EVENT_READ, (child, True))
@@ -136,7 +136,7 @@ class Children:
         return child
 
     def read(self, timeout_s: float) -> list[tuple[Child, Answer]]:
-        """What the children have said, waiting so long at most for the first of it."""
+        """The children's answers. Waits up to `timeout_s` for the first."""
         answers: list[tuple[Child, Answer]] = []
         if not self._selector.get_map():
             time.sleep(timeout_s)
@@ -152,7 +152,7 @@ class Children:
         return answers
 
     def stop(self) -> None:
-        """Ends all: with SIGTERM, then, for those that do not hear, with SIGKILL."""
+        """Ends all children with SIGTERM, then the rest with SIGKILL."""
         for child in self.all:
             child.terminate()
         deadline = time.monotonic() + STOP_TIMEOUT_S
@@ -173,5 +173,5 @@ class Children:
 
 
 def _environment() -> dict[str, str]:
-    """The parent's, less the thread pools that numpy would start in every process."""
+    """The parent's environment, without the thread pools that numpy would start in every process."""
     return {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""The demo's coordinator: a `dpshm.Coordinator` in a process that its parent holds like all the others."""
+"""The demo's coordinator: a `dpshm.Coordinator` in a child process of the demo."""
 
 from __future__ import annotations
 

@@ -2,12 +2,12 @@
 
 Everything around the model is real: requests and replies cross ZMQ, load goes to the board (and to the
 broadcaster with ``--stats pub``), waves come from the coordinator, and the ranks step together. The loop is
-that of vLLM's ``DPEngineCoreProc``: take in what has come, publish, step with the others, publish, and
-reply; when all ranks agree that nobody has work, the wave is complete and the engine sleeps until a request or
+that of vLLM's ``DPEngineCoreProc``: receive requests, publish, step with the others, publish, and reply. When all
+ranks agree that no rank has work, the wave is complete and the engine sleeps until a request or
 a START wakes it. Requests that arrive during a step wait in their socket, in flight, as they do in vLLM.
 
-Replies tell of a request's first and last token only: the tokens in between would cost a message each and
-nothing here looks at them. `dpshm.sim.torch.engine` is the same engine with an accelerator that computes.
+Replies carry a request's first and last token only: each token in between would cost a message that no front-end
+here reads. `dpshm.sim.torch.engine` is the same engine with an accelerator that computes.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from dpshm.sim.demo.messages import (
 )
 
 IDLE_BEAT_MS = 1000
-"""An idle engine publishes this often, so that a reader sees that it lives."""
+"""Interval at which an idle engine publishes, so that a reader sees that it lives."""
 
 
 class Accelerator(Protocol):
-    """What computes a rank's steps, together with those of the other ranks.
+    """Computes a rank's steps, together with the other ranks.
 
     Attributes:
         cost: the limits that the scheduler must keep.
@@ -55,8 +55,8 @@ class Accelerator(Protocol):
         """Computes the step that the batcher planned.
 
         Returns:
-            Whether the ranks agreed in it that none has work; None if it was interrupted, after which this rank
-            is out.
+            Whether the ranks agreed in this step that none has work. None if the step was interrupted; this rank
+            can then take no more steps.
         """
 
     def close(self) -> None:
@@ -64,7 +64,7 @@ class Accelerator(Protocol):
 
 
 class Sleeper:
-    """The accelerator of the simulation: agrees with the other ranks and sleeps for as long as a step takes."""
+    """The accelerator of the simulation: agrees with the other ranks and sleeps for the duration of a step."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self.cost = StepCost()
@@ -118,7 +118,7 @@ class SimEngine:
         return self._engine.board
 
     def run(self) -> None:
-        """Serves until it is told to end."""
+        """Serves until the process is told to end."""
         self._publish()
         while not self._lifeline.ended():
             if self._engine.running:
@@ -129,7 +129,7 @@ class SimEngine:
                 self._publish()
 
     def _receive_requests(self) -> None:
-        """Moves what has come into the queue, and handles what the coordinator sent."""
+        """Moves new requests into the queue, and handles the coordinator's messages."""
         self._engine.poll(timeout_ms=0)
         while True:
             try:
@@ -198,7 +198,7 @@ class SimEngine:
             )
 
     def _reply(self, first: list[SimRequest], completed: list[SimRequest]) -> None:
-        """One message to each front-end that something is for."""
+        """Sends one message to each front-end that has replies in this step."""
         by_frontend: dict[int, ReplyMessage] = {}
 
         def of(key: tuple[int, int]) -> ReplyMessage:
@@ -216,7 +216,7 @@ class SimEngine:
                 self._replies[index].send(self._encoder.encode(message))
 
     def close(self) -> EngineReport:
-        """Leaves the group; what the board does not tell."""
+        """Leaves the group; returns the figures that the board does not hold."""
         self._accelerator.close()
         with suppress(DpshmError):
             self._engine.close()

@@ -1,9 +1,9 @@
 """A simulated front-end: one process that replays its share of the arrivals and times the replies.
 
-Each request is sent at its own time, whether or not earlier ones were answered, and its time to first token
-counts from when it *should* have been sent: a front-end that falls behind cannot flatter the figures.
-When all is sent, it waits for what is out. It gives up, and the rest is lost, only when for ``TIMEOUT_S``
-no reply has come and no rank that has requests has made a step: a long queue is not a loss.
+Each request is sent at its own time, whether or not earlier ones were answered. Its time to first token counts
+from the time when it was due, so a front-end that falls behind cannot improve the figures. When every request is
+sent, the front-end waits for the outstanding ones. It gives up, and counts the rest as lost, only if for
+``TIMEOUT_S`` no reply has come and no rank with requests has made a step. So a long queue is not a loss.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from dpshm.sim.demo.router import make_router
 
 TIMEOUT_S = 10.0
 LOOK_S = 0.1
-"""How often it reports its progress and, at the end, looks whether the engines still move."""
+"""Interval at which it reports its progress and, at the end, checks that the engines still step."""
 
 
 class SimFrontend:
-    """One front-end: its router, its sockets, and what is out."""
+    """One front-end: its router, its sockets, and its outstanding requests."""
 
     def __init__(self, settings: FrontendSettings, lifeline: EndSignal) -> None:
         self._settings = settings
@@ -63,12 +63,12 @@ class SimFrontend:
         lifeline.register(self._poller)
 
     def wait_until_able(self) -> None:
-        """Returns once it can decide: on the PUB path, with the first broadcast that names all ranks."""
+        """Waits until the front-end can decide; on the PUB path until a broadcast names all ranks."""
         while not self._router.receive_broadcasts() and not self._lifeline.ended():
             self._poller.poll()
 
     def run(self, start_ns: int) -> None:
-        """Sends every arrival at its time and takes the replies, until all are in or it has to give up."""
+        """Sends every arrival at its time and receives the replies, until all came or it gives up."""
         arrivals = self._settings.arrivals
         start_s = start_ns / 1e9
         next_id = 0
@@ -95,7 +95,7 @@ class SimFrontend:
             self._sleep(min(due_s, next_look_s) - now_s)
 
     def _sleep(self, seconds: float) -> None:
-        """Until then, or until something comes."""
+        """Waits until that time, or until a message comes."""
         if seconds >= 1e-3:
             self._poller.poll(floor(seconds * 1e3))
         elif seconds > 0:
@@ -111,7 +111,7 @@ class SimFrontend:
         try:
             route = self._router.route(prompt_tokens)
         except DpshmError:
-            return  # no engine takes it: it is lost, and counted so, because it was sent and never answered
+            return  # no engine accepts it: it counts as lost, because it was sent and never answered
         self._out[request_id] = (due_s, route)
         message = RequestMessage(
             request_id,
@@ -146,13 +146,13 @@ class SimFrontend:
         return True
 
     def _sign_of_life(self) -> object:
-        """Something that changes while any of the requests that are out may still be answered."""
+        """A value that changes as long as an outstanding request may still be answered."""
         board, n = self._router.frontend.board, self._settings.dp_size
         loads, progress = board.load[:n].tolist(), board.progress[:n].tolist()
         return self._answered, [p for load, p in zip(loads, progress, strict=True) if queued(load)]
 
     def close(self) -> FrontendReport:
-        """Leaves the group; what it did."""
+        """Leaves the group; returns the report."""
         self._report.staleness_us = self._router.staleness_us
         self._router.close()
         return self._report

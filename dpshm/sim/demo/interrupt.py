@@ -1,4 +1,4 @@
-"""Signals that ask the demo to end: each wait checks for one, and raises where nothing is half done."""
+"""Signals that ask the demo to end. Each wait checks for one, and raises while no operation is half done."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dpshm.linux.signals import EndRequest
 
 
 class Interrupted(Exception):
-    """A signal ended the demo; everything it had started is gone."""
+    """A signal ended the demo; all its processes and files are gone."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)

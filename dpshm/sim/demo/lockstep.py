@@ -1,16 +1,16 @@
-"""The all-reduce stand-in: ranks enter each step together, and it lasts as long as the slowest rank's.
+"""A stand-in for the all-reduce: ranks enter each step together, and it lasts as long as the slowest rank's.
 
-In a mixture-of-experts model the ranks exchange tokens in every layer, so no rank is through a step before
-all are. Here a rank that enters round r stores one word: the round, whether it has work, and how long its
-own step takes. Then it waits until every rank has stored its word of that round. All of them now hold the
-same values, so all sleep equally long, and whatever they decide from these values they decide alike. As in
+In a mixture-of-experts model the ranks exchange tokens in every layer, so no rank finishes a step before
+all do. Here a rank that enters round r stores one word: the round, whether it has work, and the duration of its
+own step. Then it waits until every rank has stored its word of that round. All of them now hold the
+same values, so all sleep equally long and draw the same conclusions. As in
 vLLM they ask "has any rank work?" only every ``AGREEMENT_INTERVAL`` steps; between two agreements an idle
 rank runs dummy steps.
 
-The words live in an anonymous memfd that the processes inherit, so nothing is left in /dev/shm whoever dies.
-There are two slots a rank, by the parity of the round, and two are enough: a rank enters round r + 2 only
+The words live in an anonymous memfd that the processes inherit, so no file in /dev/shm remains when they die.
+Each rank has two slots, by the parity of the round. Two are enough: a rank enters round r + 2 only
 when all have entered r + 1, hence when all have read the words of round r. So a slot that a waiting rank
-reads holds round r, or r - 2 of a rank that is yet to come, and never a later one.
+reads holds round r, or r - 2 of a rank that has not entered yet, and never a later one.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from dpshm.errors import SettingError
 AGREEMENT_INTERVAL = 32
 """Rounds from one agreement to the next, as in vLLM's ``DPEngineCoreProc``."""
 WAIT_S = 0.3e-3
-"""Between two looks. Ranks leave a step together, so the last one comes within a few of these."""
+"""Interval between two reads of the words. Ranks leave a step together, so few reads are needed."""
 LONG_WAIT_S = 1e-3
-"""The same, once a rank has waited for `LOOKS_UNTIL_LONG`: the others are asleep, START is on its way."""
+"""The same interval after `LOOKS_UNTIL_LONG` reads: the others sleep, and START is on its way."""
 LOOKS_UNTIL_LONG = 32
 
 _SLOT_BYTES = 64  # a cache line: no two ranks write to the same one
@@ -40,10 +40,10 @@ _MAX_DURATION_US = (1 << _DURATION_BITS) - 1
 
 
 class Agreement(NamedTuple):
-    """What all ranks know once the last one has entered a round.
+    """The values that all ranks share once the last one has entered a round.
 
     Attributes:
-        seconds: how long the step takes: the longest that a rank asked for.
+        seconds: duration of the step: the longest that a rank asked for.
         all_idle: true only in a round of agreement in which no rank has work.
     """
 
@@ -52,19 +52,19 @@ class Agreement(NamedTuple):
 
 
 def create_memory(num_ranks: int) -> int:
-    """An inheritable descriptor of the shared words, for so many ranks; the caller closes it."""
+    """Creates the shared words; returns an inheritable descriptor, which the caller closes."""
     fd = os.memfd_create("dpshm-lockstep", 0)
     os.ftruncate(fd, _size(num_ranks))
     return fd
 
 
 class Lockstep:
-    """One rank's part in it.
+    """One rank's side of the lockstep.
 
     Args:
-        fd: what `create_memory` gave.
+        fd: the descriptor that `create_memory` returned.
         rank: its number, from 0.
-        num_ranks: how many take part.
+        num_ranks: the number of ranks.
     """
 
     def __init__(self, fd: int, rank: int, num_ranks: int) -> None:
@@ -85,11 +85,11 @@ class Lockstep:
 
         Args:
             has_work: whether this rank has requests.
-            seconds: how long its own step takes.
-            interrupted: asked while it waits; true ends the wait.
+            seconds: duration of its own step.
+            interrupted: called while it waits; true ends the wait.
 
         Returns:
-            What the ranks agreed on; None if the wait was interrupted, after which this rank is out.
+            The agreement; None if the wait was interrupted. This rank can then enter no more rounds.
         """
         self.round += 1
         slots = self._slots[self.round & 1]
@@ -111,7 +111,7 @@ class Lockstep:
         return Agreement(longest_us / 1e6, idle)
 
     def close(self) -> None:
-        """Gives the memory back."""
+        """Unmaps the memory."""
         for view in self._slots:
             view.release()
         self._map.close()

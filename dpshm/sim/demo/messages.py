@@ -1,4 +1,4 @@
-"""What the demo's processes tell each other, and where.
+"""The messages between the demo's processes, and their addresses.
 
     demo -> child            stdin    a line of JSON: its settings
     demo -> front-end        stdin    one more: `Go`
@@ -6,8 +6,8 @@
     front-end -> engine      PUSH     `RequestMessage`, msgpack
     engine -> front-end      PUSH     `ReplyMessage`, msgpack: one a step and front-end, as vLLM's engines do
 
-The ZMQ sockets are abstract ipc addresses (unix(7)): they have no file, so nothing is left of them whoever
-dies. All of them start with a prefix that names the run and holds a random part.
+The ZMQ sockets are abstract ipc addresses (unix(7)). They have no file, so none remains when a process dies. All
+of them start with a prefix that names the run and holds a random part.
 """
 
 from __future__ import annotations
@@ -73,18 +73,18 @@ class Go(msgspec.Struct):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The child has everything it needs."""
+    """The child is ready to work."""
 
 
 class Progress(msgspec.Struct, tag=True):
-    """How far a front-end is."""
+    """The progress of a front-end."""
 
     sent: int
     answered: int  # completed or refused
 
 
 class FrontendReport(msgspec.Struct, tag=True):
-    """What a front-end did, with a figure for each request that has one."""
+    """A front-end's results, with figures by request."""
 
     sent: int
     completed: int
@@ -94,7 +94,7 @@ class FrontendReport(msgspec.Struct, tag=True):
 
 
 class EngineReport(msgspec.Struct, tag=True):
-    """What an engine did that the board does not tell."""
+    """An engine's figures that the board does not hold."""
 
     preemptions: int
     malformed: int
@@ -120,25 +120,25 @@ class ReplyMessage(msgspec.Struct, array_like=True, frozen=True):
 
 
 def new_prefix() -> str:
-    """What the addresses of one run start with; unlike any other run's."""
+    """The prefix of the addresses of one run; no other run has it."""
     return f"ipc://@dpshm-demo-{os.getpid()}-{secrets.token_hex(6)}"
 
 
 def engine_address(prefix: str, dp_rank: int) -> str:
-    """Where an engine takes requests."""
+    """The address where an engine receives requests."""
     return f"{prefix}-engine-{dp_rank}"
 
 
 def frontend_address(prefix: str, index: int) -> str:
-    """Where a front-end takes replies."""
+    """The address where a front-end receives replies."""
     return f"{prefix}-frontend-{index}"
 
 
 def reports_address(prefix: str) -> str:
-    """Where the broadcaster takes the engines' reports."""
+    """The address where the broadcaster receives the engines' reports."""
     return f"{prefix}-reports"
 
 
 def broadcast_address(prefix: str) -> str:
-    """Where the broadcaster publishes."""
+    """The address where the broadcaster publishes."""
     return f"{prefix}-broadcast"

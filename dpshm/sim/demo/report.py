@@ -1,4 +1,4 @@
-"""What a demo found: the figures of all processes put together."""
+"""The report of a demo: the figures of all processes put together."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dpshm.sim.demo.messages import Stats
 
 
 class Staleness(msgspec.Struct):
-    """In microseconds; see `dpshm.sim.demo.router`. Null without a decision.
+    """Staleness of decisions in microseconds; see `dpshm.sim.demo.router`. Null without a decision.
 
     Attributes:
-        share: the decisions that did not have the newest report of every rank, of all.
+        share: share of the decisions that did not have the newest report of every rank.
     """
 
     p50: float | None
@@ -38,16 +38,16 @@ class Imbalance(msgspec.Struct):
 
 
 class Report(msgspec.Struct):
-    """One run; what ``dpshm demo --json`` prints.
+    """The report of one run, as ``dpshm demo --json`` prints it.
 
     Attributes:
         sent: requests due and handed to a router. Each one is then completed, refused or lost.
-        completed: those whose last token came back.
-        refused: those that could never fit an engine's KV cache.
-        lost: the others.
+        completed: requests whose last token came back.
+        refused: requests that can never fit an engine's KV cache.
+        lost: all other requests.
         waves: waves completed.
-        seconds: from time 0 to the end of sending or the last reply, whichever was later.
-        problems: what went wrong, in sentences.
+        seconds: from time 0 to the end of sending or the last reply, the later of the two.
+        problems: the failures, in sentences.
     """
 
     stats: Stats
@@ -75,26 +75,26 @@ class Report(msgspec.Struct):
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
-    """Interpolated, rounded to a thousandth; None of nothing."""
+    """The percentile, interpolated and rounded to a thousandth; None without values."""
     return round(float(np.percentile(values, percent)), 3) if len(values) else None
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """Rounded to four places; None of nothing."""
+    """The mean, rounded to four places; None without values."""
     return round(float(np.mean(values)), 4) if len(values) else None
 
 
 def staleness_of(values_us: Sequence[float]) -> Staleness:
-    """Of these decisions."""
+    """Summarises the staleness of decisions (p50, p99, mean)."""
     share = [float(value > 0) for value in values_us]
     return Staleness(percentile(values_us, 50), percentile(values_us, 99), mean(share))
 
 
 def ttft_of(values_ms: Sequence[float]) -> Ttft:
-    """Of these requests."""
+    """Summarises the times to first token of requests."""
     return Ttft(mean(values_ms), percentile(values_ms, 50), percentile(values_ms, 99))
 
 
 def imbalance_of(samples: Sequence[int]) -> Imbalance:
-    """Of these samples."""
+    """Summarises the imbalance of samples."""
     return Imbalance(mean(samples), max(samples, default=None))

@@ -1,15 +1,15 @@
-"""The two ways a simulated front-end decides, and how stale each decision was.
+"""The two ways in which a simulated front-end decides, and how stale each decision was.
 
-`BoardRouter` reads the board; `PubRouter` has the same policy choose from its copy of the last broadcast, then
-pins the choice, so that bookings and wake-ups are the same and only what is seen differs.
+`BoardRouter` reads the board. `PubRouter` lets the same policy choose from its copy of the last broadcast, then
+pins the choice. So bookings and wake-ups are the same on both paths, and only the load that the policy sees
+differs.
 
-The staleness of a decision is that of the rank furthest behind: the publish time of its newest report on
-the board, less the publish time of the report that the decision used; 0 if it used the newest of all ranks.
-The board is the truth on both paths; what is newest is noted right after the choice. What was used is known
-exactly on the PUB path, where each report carries its time. On the board path the publish times are noted
-before the board is read and again when the policy begins, some 50 us later. A rank that did not publish in
-between is clear. For one that did, the load word tells: if the policy was given the word that is on the board
-now, the newer report was used, else the older.
+The staleness of a decision is the largest over the ranks. For one rank it is the publish time of its newest report
+on the board, less the publish time of the report that the decision used. The newest publish times are read from
+the board right after the choice, on both paths. On the PUB path each report carries its own time. On the board
+path the publish times are noted before the board is read and again when the policy begins, some 50 us later. If a
+rank published in between, its load word decides: if the policy got the word that is on the board now, it used the
+newer report, else the older.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from dpshm.sim.demo.messages import FrontendSettings, broadcast_address
 
 
 class Router(ABC):
-    """What a front-end asks for a rank.
+    """Chooses ranks for a front-end.
 
     Attributes:
-        frontend: its handle.
-        staleness_us: one figure a decision.
+        frontend: the front-end's handle.
+        staleness_us: the staleness of each decision.
     """
 
     frontend: Frontend
@@ -41,22 +41,22 @@ class Router(ABC):
 
     @abstractmethod
     def route(self, prompt_tokens: int) -> Route:
-        """Decides, and books the request."""
+        """Chooses a rank and books the request."""
 
     def done(self, route: Route) -> None:
-        """The request ended."""
+        """Records the end of a request."""
         route.done()
 
     def register(self, poller: zmq.Poller) -> None:  # noqa: ARG002 - for routers that receive
-        """Makes a poller return when there is something to `receive_broadcasts`; the board needs none."""
+        """Makes a poller return when `receive_broadcasts` has a message to receive. The board path needs none."""
         return
 
     def receive_broadcasts(self) -> bool:
-        """Takes in what has come; whether it can decide."""
+        """Receives broadcasts; returns whether the router can decide."""
         return True
 
     def close(self) -> None:
-        """Gives the row up."""
+        """Leaves the group and frees the row."""
         self.frontend.close()
 
     def _note(self, used_ns: list[int], newest_ns: list[int]) -> None:

@@ -1,9 +1,9 @@
 """The demo: a coordinator, engines and front-ends as real processes, a workload, and a report.
 
-It starts them all, gives the coordinator its orders and, once there is a board, the others theirs; tells all
-front-ends the same time 0; looks at the board while they work; waits for their reports; and ends everything,
-whatever happens.
-A signal to end sets a flag that every wait here looks at, so nothing is left half started or half ended.
+The demo starts all processes. It gives the coordinator its orders and, once there is a board, the others theirs.
+It tells all front-ends the same time 0, samples the board while they work, waits for their reports, and ends every
+process, also after an error. A signal to end sets a flag that every wait here checks, so no process is left half
+started or half ended.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from dpshm.sim.demo.workload import DemoSettings, Workload, make_workload
 GROUP_PREFIX = "demo-"
 START_TIMEOUT_S = 60.0
 PAUSE_TIMEOUT_S = 5.0
-"""How long the ranks may take to agree that they are idle once the last reply is in."""
+"""Time for the ranks to agree that they are idle after the last reply."""
 SAMPLE_INTERVAL_S = 0.05
 LEAD_S = 0.1
-"""From the order to time 0, so that every front-end has it by then."""
+"""Time from the order to time 0, so that every front-end has the order by then."""
 
 
 class DemoFailed(DpshmError):
@@ -54,16 +54,16 @@ class DemoFailed(DpshmError):
 
 
 class Sample(NamedTuple):
-    """One look at a running demo.
+    """One sample of a running demo.
 
     Attributes:
-        stage: what it does now.
-        elapsed_s: since time 0; negative before.
-        seconds: how long requests are sent.
+        stage: its present stage.
+        elapsed_s: time since time 0; negative before.
+        seconds: duration of the workload.
         wave: the coordinator's wave; -1 before there is one.
         ranks: `Board.snapshot`, or None before there are ranks.
-        sent: by front-end.
-        answered: by front-end.
+        sent: requests sent, by front-end.
+        answered: requests answered, by front-end.
     """
 
     stage: str
@@ -83,12 +83,12 @@ def run_demo(settings: DemoSettings, show: Show) -> Report:
     """Runs a demo from start to end.
 
     Args:
-        settings: what to run.
+        settings: the demo's settings.
         show: called with a `Sample` about every 50 ms.
 
     Raises:
-        TraceError, SettingError: the workload cannot be had.
-        DemoFailed, StartupTimeout: the processes did not come up.
+        TraceError, SettingError: the workload cannot be read or made.
+        DemoFailed, StartupTimeout: the processes did not start.
         Interrupted: a signal asked for the end.
     """
     with StopFlag() as flag:
@@ -107,12 +107,12 @@ def run_demo(settings: DemoSettings, show: Show) -> Report:
                 demo.play()
                 return demo.report()
             except DpshmError:
-                flag.check()  # the signal may have reached a child as well, and this may be how that looks
+                flag.check()  # the signal may have reached a child as well and caused this error
                 raise
 
 
 def sweep_dead_demos() -> None:
-    """Removes the boards of demos that were killed as a whole, with nobody left to do so."""
+    """Removes the boards of demos whose processes were all killed."""
     for group in groups():
         if group.startswith(GROUP_PREFIX):
             _sweep(group)
@@ -124,7 +124,7 @@ def _sweep(group: str) -> None:
 
 
 class _Demo:
-    """One run; `stack` ends what it started."""
+    """One run; `stack` ends the processes that it starts."""
 
     def __init__(
         self, settings: DemoSettings, workload: Workload, show: Show, flag: StopFlag, stack: ExitStack
@@ -136,7 +136,7 @@ class _Demo:
         self._stack = stack
         self._group = f"{GROUP_PREFIX}{os.getpid()}-{secrets.token_hex(2)}"
         self._board: Board | None = None
-        stack.callback(_sweep, self._group)  # last of all, should the coordinator have been killed
+        stack.callback(_sweep, self._group)  # last of all, in case the coordinator was killed
         self._children = stack.enter_context(Children())
         self._engines: list[Child] = []
         self._frontends: list[Child] = []
@@ -152,7 +152,7 @@ class _Demo:
         self._next_sample_ns = 0
 
     def start(self) -> None:
-        """Starts every process and waits until all can work."""
+        """Starts every process and waits until all are ready."""
         s, group, shares = self._settings, self._group, self._workload.shares
         prefix, pid = new_prefix(), os.getpid()
         coordinator = self._start("the coordinator", "demo.coordinator")
@@ -183,7 +183,7 @@ class _Demo:
         return self._children.start(name, f"dpshm.sim.{module}", pass_fds)
 
     def _wait_until_ready(self) -> None:
-        """Waits for every process that has its orders."""
+        """Waits until every process that has its orders is ready."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while missing := {child for child in self._children.all if child.told} - self._ready:
             self._turn(f"starting: {len(self._ready)} of {len(self._children.all)} processes are ready")
@@ -208,7 +208,7 @@ class _Demo:
             sending = time.monotonic_ns() < last_ns
             if answered and (self._problems or not sending):
                 break
-            self._turn("sending" if sending else "finishing what was sent")
+            self._turn("sending" if sending else "finishing the requests that were sent")
             self._bury()
         self._end_ns = time.monotonic_ns()
         assert self._board is not None
@@ -217,7 +217,7 @@ class _Demo:
             self._turn("waiting for the ranks to pause")
 
     def _bury(self) -> None:
-        """Notices children that ended early. Without an engine nothing goes on, so all that is out is lost."""
+        """Notices children that ended early. If an engine ended, all outstanding requests are lost."""
         for child in self._children.all:
             if not child.ended or child in self._buried or child in self._reports:
                 continue
@@ -228,7 +228,7 @@ class _Demo:
                     frontend.terminate()
 
     def _turn(self, stage: str) -> None:
-        """Waits a little, takes what the children say, and looks at the board."""
+        """Waits a little, reads the children's answers, and samples the board."""
         for child, answer in self._children.read(SAMPLE_INTERVAL_S):
             match answer:
                 case Ready():
@@ -279,7 +279,7 @@ class _Demo:
         sent = [self._progress.get(child, Progress(0, 0)).sent for child in self._frontends]
         completed = sum(r.completed for r in reports)
         refused = sum(r.refused for r in reports)
-        # Of a front-end that died, its last word: it did not tell these two apart.
+        # For a front-end that died, its last progress counts, which does not tell these two apart.
         completed += sum(self._progress[c].answered for c in self._buried if c in self._progress)
         lost = sum(sent) - completed - refused
         if lost and not self._problems:

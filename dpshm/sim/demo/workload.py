@@ -1,4 +1,4 @@
-"""The workload of a demo: a trace or the built-in arrivals, at some speed, dealt out to the front-ends."""
+"""The workload of a demo: a trace or the built-in arrivals, at a given speed, shared among the front-ends."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ Share = list[tuple[float, int, int]]
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What a demo runs.
+    """The settings of a demo.
 
     Attributes:
-        seconds: how long requests are sent.
-        rate: how many times the recorded speed.
+        seconds: duration of the workload.
+        rate: speed of the trace, as a multiple of the recorded speed.
         trace: a file to replay; None is the built-in workload.
         time_unit: of the trace's times; empty: as its format says.
         stats: "board", or "pub" for the PUB path.
-        seed: of the built-in workload and of which front-end gets which request.
+        seed: seed of the built-in workload and of how requests are shared among front-ends.
         engine: "sim", whose model is a sleep, or "torch", which computes one.
 
     Raises:
@@ -67,11 +67,11 @@ class DemoSettings:
 
 
 class Workload(NamedTuple):
-    """What is played.
+    """The workload that is played.
 
     Attributes:
         shares: by front-end, its arrivals in order of time.
-        seconds: how long; less than was asked for if the trace ends before.
+        seconds: its duration; less than the setting if the trace ends before.
     """
 
     shares: list[Share]
@@ -79,7 +79,7 @@ class Workload(NamedTuple):
 
 
 def make_workload(settings: DemoSettings, show: Callable[[int], None] = lambda _: None) -> Workload:
-    """The arrivals of the time that is played, dealt out.
+    """The arrivals of the time that is played, shared among the front-ends.
 
     Which front-end gets a request is drawn at random, as the kernel or a balancer in front of API servers
     deals out connections.
@@ -90,7 +90,7 @@ def make_workload(settings: DemoSettings, show: Callable[[int], None] = lambda _
 
     Raises:
         TraceError: the trace cannot be read.
-        SettingError: it would be more than `MAX_REQUESTS`.
+        SettingError: there would be more than `MAX_REQUESTS` requests.
     """
     recorded_seconds = settings.seconds * settings.rate
     if settings.trace:

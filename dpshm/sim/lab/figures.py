@@ -29,7 +29,7 @@ class Estimate(msgspec.Struct):
 
 
 class Times(msgspec.Struct):
-    """Milliseconds, each the mean over seeds of that figure of a run; `_ci` are half widths of 95 % intervals."""
+    """Means over seeds, in milliseconds. Fields in `_ci` are half widths of 95 % intervals."""
 
     mean: float
     p50: float
@@ -39,7 +39,7 @@ class Times(msgspec.Struct):
 
 
 class Ratio(msgspec.Struct):
-    """To the baseline, on the same arrivals."""
+    """Ratios to the baseline, on the same arrivals."""
 
     mean: Estimate
     p99: Estimate
@@ -50,7 +50,7 @@ class Result(msgspec.Struct):
 
     Attributes:
         ttft_ms: time to first token.
-        e2e_ms: time to the last one.
+        e2e_ms: time to last token.
         tpot_ms: mean time per output token after the first.
         tokens_per_s: output tokens of the whole run, to the last token.
         imbalance: most less fewest requests on a rank, mean over the arrivals.
@@ -74,12 +74,12 @@ class Result(msgspec.Struct):
 
 
 class Comparison(msgspec.Struct):
-    """All of it; what ``dpshm simulate --json`` prints.
+    """The comparison, as ``dpshm simulate --json`` prints it.
 
     Attributes:
-        requests: in each run.
-        requests_per_s: that arrived, mean over the run; of a closed loop, that were completed.
-        baseline: what ratios are to.
+        requests: requests in each run.
+        requests_per_s: mean rate of arrivals; in a closed loop, of completions.
+        baseline: the combination that ratios refer to.
     """
 
     workload: str
@@ -94,7 +94,7 @@ class Comparison(msgspec.Struct):
 
 
 class Figures(msgspec.Struct):
-    """What is kept of one run; times in ms: mean, p50, p99."""
+    """The figures of one run. Times are in ms: mean, p50, p99."""
 
     ttft: tuple[float, float, float]
     e2e: tuple[float, float, float]
@@ -113,7 +113,7 @@ def figures_of(outcome: Outcome) -> Figures:
     """The figures of one run.
 
     Raises:
-        SettingError: none of its requests fitted.
+        SettingError: no request fits an engine.
     """
     if not len(outcome.ttft_s):
         raise SettingError("no request fits the KV cache of an engine: raise --kv-tokens")
@@ -151,7 +151,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 def result_of(
     combination: Combination, runs: list[Figures], base: list[Figures] | None, oracle: list[Figures] | None
 ) -> Result:
-    """The figures of one combination, a run a seed, beside those of the baseline and of the oracle."""
+    """The figures of one combination from one run a seed, compared with the baseline and the oracle."""
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)

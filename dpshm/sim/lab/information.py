@@ -36,12 +36,12 @@ NEVER_S = float("inf")
 
 
 class Information(ABC):
-    """One way of knowing.
+    """An information model.
 
     Attributes:
         ranks: all ranks.
-        own: by front-end and rank, its unfinished requests.
-        next_tick_s: when `tick` wants to be called next.
+        own: unfinished requests, by front-end and rank.
+        next_tick_s: time of the next call of `tick`.
         lockstep: whether the ranks step together.
     """
 
@@ -53,22 +53,22 @@ class Information(ABC):
 
     @abstractmethod
     def view(self, frontend: int, order: list[int], now_s: float) -> View:
-        """What a front-end sees now."""
+        """The view of a front-end now."""
 
     def cached(self, job: Job, now_s: float) -> list[int] | None:
-        """By rank, the tokens of a prompt that its cache holds; None where that is not known."""
+        """By rank, the tokens of a prompt that its cache holds; None where that is unknown."""
         return None
 
     def tick(self, now_s: float) -> None:
-        """Its time has come."""
+        """Called at `next_tick_s`."""
         return
 
     def sent(self, job: Job) -> None:
-        """A front-end has sent a request."""
+        """Called when a front-end has sent a request."""
         return
 
     def published(self, rank: int, now_s: float) -> None:
-        """A rank has published."""
+        """Called when a rank has published."""
         return
 
     def _view(  # noqa: PLR0917 - a view has that many parts
@@ -127,7 +127,7 @@ class LiveIndex(Live):
         return [r.cache.hit_tokens(job.blocks, job.prompt_tokens) for r in self.ranks]
 
     def _follow(self, rank: int) -> None:
-        """Hears of the changes of a rank that has just begun."""
+        """Registers for the cache changes of a rank that has just started."""
         sim, delayed = self.ranks[rank], DelayedCache(self._delay_s, self.ranks[rank].cache.block_tokens)
         self._followed[rank], self._delayed[rank] = sim, delayed
         sim.cache.changed = delayed.note
@@ -188,7 +188,7 @@ class LiveUnbooked(Information):
 
 
 class Broadcast(Information):
-    """All rows, every so often."""
+    """All rows, at an interval."""
 
     def __init__(self, ranks: list[SimRank], own: list[list[int]], interval_s: float, times: int) -> None:
         super().__init__(ranks, own)
@@ -215,7 +215,7 @@ class Broadcast(Information):
 
 
 class _Counting(Information):
-    """What a front-end sent, less what the row that it sees has received."""
+    """Requests that a front-end sent, less those that the visible row has received."""
 
     def __init__(self, ranks: list[SimRank], own: list[list[int]]) -> None:
         super().__init__(ranks, own)
@@ -234,7 +234,7 @@ class _Counting(Information):
 
 
 class BroadcastKeep(_Counting):
-    """All rows, every so often; what is on its way is kept apart."""
+    """All rows, at an interval; requests in flight are counted apart."""
 
     def __init__(self, ranks: list[SimRank], own: list[list[int]], interval_s: float) -> None:
         super().__init__(ranks, own)
@@ -252,7 +252,7 @@ class BroadcastKeep(_Counting):
 
 
 class Immediate(_Counting):
-    """Each row as it was a little while ago."""
+    """Each row after a delay."""
 
     def __init__(self, ranks: list[SimRank], own: list[list[int]], delay_s: float) -> None:
         super().__init__(ranks, own)
@@ -283,10 +283,10 @@ NAMES = ("live", "live-unbooked", *DEFAULT_MS)
 
 
 def check_information(name: str) -> tuple[str, float]:
-    """Its kind and its interval or delay in seconds (0 for the live ones).
+    """The kind of a model and its interval or delay in seconds (0 for the live ones).
 
     Raises:
-        SettingError: there is none of that name.
+        SettingError: no model has that name.
     """
     kind, colon, number = name.partition(":")
     try:
@@ -302,7 +302,7 @@ def check_information(name: str) -> tuple[str, float]:
 
 
 def make_information(name: str, ranks: list[SimRank], own: list[list[int]]) -> Information:
-    """The model of that name, over these ranks."""
+    """Makes the model of that name over these ranks."""
     kind, seconds = check_information(name)
     made: dict[str, Any] = {
         "live": lambda: Live(ranks, own),

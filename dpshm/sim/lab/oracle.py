@@ -1,8 +1,8 @@
-"""The clairvoyant: tries a request on a copy of each rank and takes the one that gives it its first token soonest.
+"""The clairvoyant policy: tries a request on a copy of each rank and takes the rank with the earliest first token.
 
-It knows what no front-end can: how many tokens every running request will still generate, and what each rank has
-in its prefix cache. It is greedy, not optimal: it does nothing for the requests that come later. Ranks in lockstep
-wait for each other, which it leaves out.
+It knows what no front-end can know: how many tokens every running request will still generate, and what each rank
+has in its prefix cache. It is greedy, not optimal: it ignores the requests that come later. It also ignores that
+ranks in lockstep wait for each other.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ class PrefixCache:
 
     Attributes:
         block_tokens: prompt tokens in a block.
-        changed: called with the time, a block, and whether it is held now; for routers that are fed with events.
+        changed: called with the time, a block, and whether it is held now; for routers that receive events.
         now_s: the time, for `changed`.
     """
 
@@ -34,11 +34,11 @@ class PrefixCache:
         return block in self._held
 
     def hit_tokens(self, blocks: Sequence[int], prompt_tokens: int) -> int:
-        """Tokens of a prompt that need not be computed; at least one always must be."""
+        """Tokens of a prompt that need not be computed. At least one token must always be computed."""
         return hit_tokens(self._held, blocks, prompt_tokens, self.block_tokens)
 
     def insert(self, blocks: Sequence[int], free_tokens: int) -> None:
-        """Holds a prompt's blocks as the most recently used, and no more blocks than fit `free_tokens`."""
+        """Stores a prompt's blocks as the most recently used, and keeps no more blocks than fit `free_tokens`."""
         held, changed = self._held, self.changed
         for block in reversed(blocks):  # the first last: what many prompts share stays longest
             if changed and block not in held:
@@ -52,7 +52,7 @@ class PrefixCache:
 
 
 class DelayedCache:
-    """A rank's blocks as a router knows them that is fed with events: each change arrives `delay_s` later."""
+    """A rank's blocks as a router sees them that receives events: each change arrives `delay_s` later."""
 
     def __init__(self, delay_s: float, block_tokens: int) -> None:
         self._delay_s = delay_s
@@ -61,11 +61,11 @@ class DelayedCache:
         self._under_way: deque[tuple[float, int, bool]] = deque()
 
     def note(self, now_s: float, block: int, held: bool) -> None:
-        """A change is sent."""
+        """Sends a change."""
         self._under_way.append((now_s + self._delay_s, block, held))
 
     def hit_tokens(self, now_s: float, blocks: Sequence[int], prompt_tokens: int) -> int:
-        """As `PrefixCache.hit_tokens`, by the changes that have arrived."""
+        """Like `PrefixCache.hit_tokens`, after the changes that have arrived."""
         while self._under_way and self._under_way[0][0] <= now_s:
             _, block, held = self._under_way.popleft()
             (self._held.add if held else self._held.discard)(block)

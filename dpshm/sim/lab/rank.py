@@ -1,10 +1,10 @@
-"""One rank of the laboratory: the batching of the demo, a prefix cache, and what it publishes and when.
+"""One rank of the laboratory: the batching of the demo, a prefix cache, and the row that it publishes.
 
-It does what `dpshm.sim.demo.engine` does in a process of its own: before each step it takes in what has come, and
-it publishes when a step begins and when the last one ends. What has come since then is on its way, in flight. Its
-row is what an engine's row on the board would hold at that moment, learnt step times (`dpshm.policies.step_model`)
-among it. What of a prompt is cached is looked up twice, as in vLLM: when the request is taken in, for the backlog
-that the row shows, and when it is admitted, for what is computed.
+It works like the process of `dpshm.sim.demo.engine`. Before each step it receives the requests that have come. It
+publishes when a step begins and when the last one ends. Requests that come later are in flight. Its row holds the
+words of an engine's row on the board, including learnt step times (`dpshm.policies.step_model`). What of a prompt
+is cached is looked up twice, as in vLLM: when the request is taken in, for the backlog that the row shows, and
+when it is admitted, for what is computed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Coefficients: TypeAlias = Literal["learnt", "true", "none"]
 
 
 class Job:
-    """One request on its way through the laboratory; times in seconds, -1 until they are known."""
+    """One request in the laboratory. Times are in seconds, -1 until they are known."""
 
     __slots__ = (
         *("blocks", "booked_tokens", "done_s", "due_s", "first_s", "frontend", "hit_tokens"),
@@ -50,14 +50,14 @@ class Job:
 
 
 class Row(NamedTuple):
-    """What a rank has published.
+    """The row that a rank has published.
 
     Attributes:
-        load: packed.
-        backlog: prompt tokens taken in and not computed.
+        load: the packed load word.
+        backlog: prompt tokens received and not computed.
         model: the words of `dpshm.board.layout.STEP_MODEL_WORDS`.
-        received: requests taken in, by front-end.
-        received_tokens: their prompt tokens as booked, by front-end.
+        received: requests received, by front-end.
+        received_tokens: prompt tokens received, as booked, by front-end.
     """
 
     load: int
@@ -71,10 +71,10 @@ class SimRank:
     """One rank.
 
     Attributes:
-        row: what it published last.
-        inbox: requests sent to it and not taken in.
-        inbox_tokens: their prompt tokens, as booked.
-        busy_until_s: when its step ends; -1 while it has none.
+        row: the row that it published last.
+        inbox: requests sent to it and not received.
+        inbox_tokens: prompt tokens of these requests, as booked.
+        busy_until_s: time when its step ends; -1 between steps.
     """
 
     def __init__(
@@ -102,12 +102,12 @@ class SimRank:
         self.publish()
 
     def send(self, job: Job) -> None:
-        """A front-end sends it a request."""
+        """Adds a request that a front-end sent."""
         self.inbox.append(job)
         self.inbox_tokens += job.booked_tokens
 
     def begin(self, now_s: float) -> Step:
-        """Takes in what has come, and plans the next step."""
+        """Receives the requests that have come, and plans the next step."""
         self.cache.now_s = now_s
         if self.inbox:
             self._take_in()
@@ -123,7 +123,7 @@ class SimRank:
         return step
 
     def end(self, now_s: float, seconds: float) -> list[Job]:
-        """Its step took so long and is over; the requests that are complete."""
+        """Ends the step, which took that long; returns the requests that are complete."""
         batcher = self.batcher
         finished = batcher.finish(self.step)
         for request in finished.first_tokens:
@@ -143,7 +143,7 @@ class SimRank:
 
     @property
     def unfinished(self) -> int:
-        """Requests that it has and that are on their way to it."""
+        """Requests that the rank has, and requests in flight to it."""
         return self.batcher.unfinished + len(self.inbox)
 
     def cached(self, request: SimRequest) -> int:
@@ -174,7 +174,7 @@ class SimRank:
         self._frozen = (tuple(self._received), tuple(self._received_tokens))
 
     def publish(self) -> None:
-        """Shows its row as it is now. After `end`, call it or `begin`, which does."""
+        """Publishes the current row. `begin` does so too; after `end` call one of the two."""
         batcher = self.batcher
         load = pack_load(batcher.waiting, batcher.running, batcher.kv_cache_usage)
         self.row = Row(load, batcher.prefill_backlog, tuple(self._model.words), *self._frozen)

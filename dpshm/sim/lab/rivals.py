@@ -1,7 +1,7 @@
-"""Rules of the field beside our policies, as published, for the laboratory alone.
+"""Published routing rules of other projects, for comparison in the laboratory only.
 
-They run on the same views as the policies of `dpshm.policies`; what they need to know of caches comes from
-`dpshm.sim.lab.information`.
+They use the same views as the policies of `dpshm.policies`. `dpshm.sim.lab.information` tells them what caches
+hold.
 """
 
 from __future__ import annotations

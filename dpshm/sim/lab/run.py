@@ -1,10 +1,10 @@
 """One run of the routing laboratory: a discrete-event simulation of engines and front-ends.
 
-Three things happen, in the order of their times: a rank's step ends, an information model's tick comes, a request
-arrives. A request is routed at once, by the same policy code that front-ends run, from what the information
-model lets its front-end see. A run depends on nothing but its arguments: the same give the same outcome.
+There are three kinds of events, in the order of their times: the end of a rank's step, a tick of the information
+model, and the arrival of a request. A request is routed at once, by the same policy code that front-ends run, from
+the view that the information model gives its front-end. The result depends only on the arguments.
 
-What is left out: the time that a message and a decision take (tens of microseconds, beside steps of
+The simulation leaves out the time of a message and of a decision (tens of microseconds, beside steps of
 milliseconds), and everything that the cost model of `dpshm.sim.batching` leaves out.
 """
 
@@ -35,7 +35,7 @@ COST = StepCost(kv_tokens=1_000_000)
 """The engine of the study: as in the demo, with room for a million tokens."""
 _due_s = attrgetter("due_s")
 RAMP_S = 10.0
-"""Closed loop: the clients begin one after another over this time, as those of a load test do."""
+"""Closed loop: the clients start one after another over this time, as in a load test."""
 _NEVER_S = float("inf")
 
 
@@ -44,13 +44,13 @@ class Plant:
     """The engines and front-ends of a run.
 
     Attributes:
-        cost: of an engine's steps, and what it can hold.
-        slow: by rank, how many times as long its steps take.
-        lockstep: whether all ranks step together, as those of mixture-of-experts models do.
-        restart: a rank, when it loses all it has, and how many seconds it is away.
-        coefficients: what policies get for step times: what engines have learnt, the truth, or nothing.
-        clients: closed loop: so many clients, each of whom sends a request when its last one is complete; 0 is
-            open loop, requests at their own times.
+        cost: the step times and limits of an engine.
+        slow: by rank, the factor by which its steps are longer.
+        lockstep: whether all ranks step together, as with mixture-of-experts models.
+        restart: a rank, the time when it loses all its requests, and how many seconds it is away.
+        coefficients: the step times that policies get: learnt by engines, the true ones, or none.
+        clients: closed loop: the number of clients. Each sends a request when its last one is complete. 0 is open
+            loop: requests come at their own times.
         block_tokens: prompt tokens in a block of the prefix caches.
     """
 
@@ -88,19 +88,19 @@ class Plant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run gave, one item a request in the order of arrival, refused ones left out.
+    """The outcome of a run. Lists have one item per request in the order of arrival, without refused requests.
 
     Attributes:
-        ttft_s: seconds from when it was due to its first token.
-        e2e_s: and to its last.
-        tpot_s: seconds per output token after the first; only of requests with more than one.
-        seconds: from the first arrival to the last token.
-        requests_per_s: that arrived; of a closed loop, that were completed.
-        output_tokens: of all requests.
-        imbalance: mean over the arrivals of the most less the fewest requests on a rank.
-        prefix_hit_rate: prompt tokens that no rank had to compute, of all; None if the workload has no blocks.
-        refused: requests that could never fit.
-        preemptions: how many times a request lost its room.
+        ttft_s: seconds from the time when the request was due to its first token.
+        e2e_s: seconds from the same time to its last token.
+        tpot_s: seconds per output token after the first; only requests with more than one token.
+        seconds: time from the first arrival to the last token.
+        requests_per_s: rate of arrivals; in a closed loop, of completions.
+        output_tokens: output tokens of all requests.
+        imbalance: most less fewest requests on a rank, mean over the arrivals.
+        prefix_hit_rate: share of prompt tokens that no rank had to compute; None if the workload has no blocks.
+        refused: requests that can never fit.
+        preemptions: number of times that a request lost its room.
         by_rank: requests that each rank got.
     """
 
@@ -124,10 +124,10 @@ def run(plant: Plant, jobs: Sequence[Job], policy: str, information: str) -> Out
         plant: engines and front-ends.
         jobs: in the order of arrival; each has its front-end.
         policy: a name that `dpshm.policies.by_name` knows, or `ORACLE`.
-        information: a name that `dpshm.sim.lab.information` knows; means nothing to the oracle.
+        information: a name that `dpshm.sim.lab.information` knows; the oracle ignores it.
 
     Raises:
-        SettingError: there is no such policy or information model.
+        SettingError: no policy or information model has that name.
     """
     return _Run(plant, jobs, policy, information).play()
 
@@ -173,7 +173,7 @@ class _Run:
         while due or steps:
             due_s = due[0].due_s if due else _NEVER_S
             step_s = steps[0][0] if steps else _NEVER_S
-            # Of equal times: the end of a step first, then a tick, then an arrival, which so sees both.
+            # At equal times a step ends first, then comes a tick, then an arrival, which sees both.
             if step_s <= due_s and step_s <= information.next_tick_s:
                 if outage and outage[0][0] <= step_s:
                     self._switch(*outage.popleft())
@@ -236,7 +236,7 @@ class _Run:
         heappush(self._steps, (now_s + self._lockstep_s, 0))
 
     def _end_step(self, rank: int, now_s: float) -> int:
-        """Ends a step and begins the next, if there is anything to do; how many requests are complete."""
+        """Ends a step and begins the next if there is work; returns the number of complete requests."""
         if not self._plant.lockstep:
             sim = self._ranks[rank]
             completed = self._end_one(rank, now_s, sim.step.seconds)
@@ -265,7 +265,7 @@ class _Run:
         return len(completed)
 
     def _switch(self, now_s: float, rank: int, away: bool) -> None:
-        """A rank goes away with all it has, or comes back empty. Its requests are sent again, to others."""
+        """Takes a rank away, or brings it back empty. Its requests are sent again, to other ranks."""
         if not away:
             self._chosen = sorted({*self._chosen, rank})
             return

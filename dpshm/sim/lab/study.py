@@ -1,8 +1,9 @@
-"""``dpshm simulate``: policies and information models compared on the same arrivals, over several seeds.
+"""``dpshm simulate``: compares policies and information models on the same arrivals, over several seeds.
 
-A *combination* is a policy with what it knows. Each is run once a seed; a seed decides which front-end gets which
-request, and the arrivals: of the built-in workload all of them, of a trace where in it the replay begins (it goes
-round). Ratios are taken seed by seed, on the same arrivals, and only then averaged; intervals are Student's, 95 %.
+A *combination* is a policy with an information model. Each combination runs once per seed. The seed decides which
+front-end gets which request. It also decides the arrivals of the built-in workload, or the point of a trace where
+the replay begins (the trace is a ring). Ratios are computed seed by seed, on the same arrivals, and then averaged.
+Intervals are Student's, 95 %.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class SimulationSettings:
 
     @property
     def combinations(self) -> list[Combination]:
-        """What is run, each once."""
+        """The combinations to run, each once."""
         pairs = [(p, i) for p in self.policies if p != ORACLE for i in self.information or (_information_of(p),)]
         if ORACLE in self.policies or (self.oracle and not self.plant.lockstep):
             pairs.append((ORACLE, "live"))
@@ -112,15 +113,15 @@ class SimulationSettings:
 
 
 def make_jobs(settings: SimulationSettings, seed: int, trace: Trace | None = None) -> list[Job]:
-    """The requests of one run, dealt out to the front-ends.
+    """The requests of one run, shared among the front-ends.
 
     Args:
-        settings: what is compared.
-        seed: of the run.
+        settings: the comparison's settings.
+        seed: the run's seed.
         trace: the trace, if it has been read already.
 
     Raises:
-        TraceError: it cannot be read.
+        TraceError: the trace cannot be read.
     """
     random = Random(seed)
     block_tokens = settings.plant.block_tokens
@@ -173,7 +174,7 @@ def read_for(settings: SimulationSettings, show: Callable[[int], None] = lambda 
 
 
 def _turned(arrivals: Sequence[Arrival], start: int) -> list[Arrival]:
-    """From one arrival on, round to the one before it; the first again at 0 s."""
+    """Rotates a trace: begins at one arrival, ends at the one before it; the first arrival is at 0 s."""
     if not start:
         return list(arrivals)
     from_s = arrivals[start].time_s
@@ -192,9 +193,9 @@ def compare(
     """Runs every combination on every seed.
 
     Args:
-        settings: what to compare.
-        processes: how many runs at a time; more than 1 uses processes of their own.
-        show: called with how many runs are done, and of how many.
+        settings: the comparison's settings.
+        processes: number of runs at a time; more than 1 uses child processes.
+        show: called with the number of runs that are done, and of all runs.
         show_reading: called now and then with how many arrivals of the trace have been read.
 
     Raises:
@@ -245,7 +246,7 @@ def _mapper(processes: int, given: tuple[SimulationSettings, Trace | None]) -> I
         _prepare(given, alone=False)
         yield map
         return
-    # Leaving the pool's context terminates its processes, whatever ended it.
+    # Leaving the pool's context terminates its processes, also after an error.
     with get_context("spawn").Pool(processes, _prepare_alone, (given,)) as pool:
         yield pool.imap_unordered
 

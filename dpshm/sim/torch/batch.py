@@ -1,8 +1,8 @@
-"""From the scheduler's requests to the model's rows: who sits in which row of the KV cache, and how far it is.
+"""Maps the scheduler's requests to rows of the model's KV cache, and keeps each request's progress.
 
 The scheduler (`dpshm.sim.batching`) knows requests and counts; the model knows rows and tokens. A request gets a
 row when its first chunk is computed, and keeps it until it completes or is preempted. A preempted request keeps
-its tokens, not its keys and values: it computes those anew, as the scheduler reckons.
+its tokens, and loses its keys and values. It computes them again, as the scheduler assumes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dpshm.sim.torch.model import Chunk, Decode, MoeTransformer, Plan
 
 
 class _Seat:
-    """A request's place: its row, how many of its tokens have keys and values, how many it has been given."""
+    """A request's row, the number of its tokens with keys and values, and the number of its tokens so far."""
 
     __slots__ = ("computed", "row", "written")
 
@@ -38,12 +38,12 @@ class TorchBatch:
         """Computes a step that the scheduler has planned.
 
         Args:
-            batcher: whose step it is.
-            work: who computes what in it.
-            most_tokens: the most that any rank computes in it.
+            batcher: the scheduler that planned the step.
+            work: the step's work, by request.
+            most_tokens: the most tokens that any rank computes in the step.
 
         Returns:
-            By request that got one, its new token.
+            The new tokens, by request.
         """
         self._give_back(batcher)
         decodes = []
@@ -63,13 +63,13 @@ class TorchBatch:
         with torch.inference_mode():
             chosen = self._model.step(Plan(decodes, chunks, ending), max(1, most_tokens)).tolist()
         if not chosen and self._model.tokens.is_cuda:
-            torch.cuda.current_stream().synchronize()  # tolist() has waited for the GPU; of nothing it does not
+            torch.cuda.current_stream().synchronize()  # tolist() of an empty list does not wait
         for request in getting:
             self._seats[request].written += 1
         return list(zip(getting, chosen, strict=True))
 
     def _sit_down(self, request: SimRequest) -> _Seat:
-        """Gives a request a row, its prompt (drawn by its key) in it, and what it had generated before."""
+        """Gives a request a row with its prompt (drawn from its key) and the tokens that it generated before."""
         tokens = self._preempted.pop(request, None)
         if tokens is None:
             tokens = draw_prompt(request.key, request.prompt_tokens, self._model.shape.vocabulary)
@@ -78,7 +78,7 @@ class TorchBatch:
         return seat
 
     def _give_back(self, batcher: Batcher) -> None:
-        """Frees the rows of requests that run no more."""
+        """Frees the rows of requests that no longer run."""
         for request in [r for r in self._seats if not batcher.is_running(r)]:
             seat = self._seats.pop(request)
             self._free.append(seat.row)
@@ -87,6 +87,6 @@ class TorchBatch:
 
 
 def draw_prompt(key: tuple[int, int], prompt_tokens: int, vocabulary: int) -> Tensor:
-    """A prompt of that length, always the same for a key."""
+    """A prompt of that length; the same key gives the same prompt."""
     generator = torch.Generator().manual_seed(key[0] << 32 | key[1])
     return torch.randint(vocabulary, (prompt_tokens,), generator=generator)

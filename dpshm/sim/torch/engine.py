@@ -1,13 +1,13 @@
-"""An engine that really computes: the demo's engine with a transformer in PyTorch where the simulation sleeps.
+"""An engine that computes: the demo's engine, with a transformer in PyTorch instead of the simulation's sleep.
 
-One process, one rank. Requests, replies, waves and reports are those of `dpshm.sim.demo.engine`; the scheduler's
-steps are computed by `dpshm.sim.torch.model`, whose experts are spread over the ranks, so that a rank which does
-not step blocks all others. Each step opens with an all-reduce, and every 32nd of these decides whether any rank
+Each process is one rank. Requests, replies, waves and reports are those of `dpshm.sim.demo.engine`. The model of
+`dpshm.sim.torch.model` computes the scheduler's steps. Its experts are spread over the ranks, so a rank that does
+not step blocks all others. Each step begins with an all-reduce, and every 32nd of these decides whether any rank
 has work.
 
-When a rank dies in mid-step, the others cannot finish theirs: their collective fails (gloo) or hangs (NCCL, where
-the watchdog notices), and each of them ends as it is, without leaving the group in order. So the coordinator calls
-every rank dead, `route()` raises, and whoever runs the ranks starts all of them again, on the same board.
+When a rank dies during a step, the others cannot finish theirs. Their collective fails (gloo) or hangs (NCCL,
+where the watchdog notices), and each process ends without leaving the group. So the coordinator marks every rank
+dead, `route()` raises, and the operator starts all ranks again, on the same board.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dpshm.sim.torch.ranks import LockstepBroken, Ranks
 from dpshm.sim.torch.watchdog import EXIT_PEER_GONE, Watchdog
 
 MAX_PROMPT_TOKENS = 512
-"""A step: the experts' collectives carry this many tokens of each rank at most, and those that decode."""
+"""Most prompt tokens of a rank in a step; the experts' collectives carry them and the decoding tokens."""
 END_GRACE_S = 0.2
 """After a failed collective: the order to end may have reached the other rank first. The watchdog waits longer."""
 WARM_UP_STEPS = 3
@@ -49,7 +49,7 @@ class TorchAccelerator:
     def __init__(self, ranks: Ranks, shape: ModelShape | None = None) -> None:
         on_gpu = ranks.device.type == "cuda"
         shape = shape or (SMALL if on_gpu else TINY)
-        # Times are not the model's to say: they are what they are.
+        # The accelerator measures its step times; the cost model does not predict them.
         self.cost = StepCost(
             max_running=shape.max_running,
             max_prompt_tokens=MAX_PROMPT_TOKENS,
@@ -75,7 +75,7 @@ class TorchAccelerator:
             batcher.finish(step)
 
     def watch_with(self, watchdog: Watchdog) -> None:
-        """From now on that watchdog is told of the steps."""
+        """Reports steps to that watchdog from now on."""
         self._watchdog = watchdog
         watchdog.start()
 
@@ -83,7 +83,7 @@ class TorchAccelerator:
         """Computes a step with all other ranks.
 
         Returns:
-            Whether the ranks agreed in it that none has work; None if this process is to end.
+            Whether the ranks agreed in this step that none has work. None if this process must end.
 
         Raises:
             LockstepBroken: another rank has gone.
@@ -122,7 +122,7 @@ def serve(engine: SimEngine, dp_rank: int) -> None:
     except LockstepBroken as e:
         sys.stderr.write(f"engine {dp_rank} ends: {e}\n")
         sys.stderr.flush()
-        # As if it had crashed, for its row must read dead: it has not left the group in order.
+        # The process ends as in a crash: it has not left the group, so its row must read dead.
         os._exit(EXIT_PEER_GONE)
 
 

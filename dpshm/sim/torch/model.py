@@ -28,7 +28,7 @@ _EPSILON = 1e-6
 
 
 class ModelShape(NamedTuple):
-    """The sizes of a model, and of what it can hold at a time."""
+    """The sizes of a model and of its KV cache."""
 
     vocabulary: int
     layers: int
@@ -44,7 +44,7 @@ class ModelShape(NamedTuple):
 
     @property
     def kv_tokens(self) -> int:
-        """What the KV cache holds."""
+        """Tokens that fit the KV cache."""
         return self.max_running * self.max_context
 
 
@@ -55,7 +55,7 @@ TINY = ModelShape(256, 2, 64, 4, 2, 16, 4, 2, 128, 16, 10_240)
 
 
 class Exchange(Protocol):
-    """What the model needs of the other ranks; every rank calls the same in the same order."""
+    """The collectives that the model uses. Every rank calls the same ones in the same order."""
 
     rank: int
     size: int
@@ -83,12 +83,12 @@ class Chunk(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one step computes.
+    """The work of one step.
 
     Attributes:
         decodes: the requests that get one more token.
         chunks: the pieces of prompts.
-        ending: which of the chunks end their prompt, so that a token follows.
+        ending: indices of the chunks that end their prompt and so yield a token.
     """
 
     decodes: Sequence[Decode]
@@ -154,10 +154,10 @@ class MoeTransformer:
         )
 
     def step(self, plan: Plan, padded: int) -> Tensor:
-        """Computes one step; the next tokens are chosen, and stored in `tokens`.
+        """Computes one step, chooses the next tokens, and stores them in `tokens`.
 
         Args:
-            plan: what this rank computes; may be nothing.
+            plan: the work of this rank; may be empty.
             padded: the most tokens that any rank has in this step; at least 1.
 
         Returns:

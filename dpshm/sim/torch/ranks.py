@@ -1,12 +1,12 @@
-"""The ranks of a deployment as a process group of ``torch.distributed``: what makes the lockstep real.
+"""The ranks of a deployment as a process group of ``torch.distributed``, which makes them step together.
 
-Each rank has a GPU of its own if there are as many, and the experts' collectives run on NCCL. With fewer GPUs
-several ranks share one: NCCL refuses two ranks on a device, so the collectives run on gloo, which stages them
-through pinned host memory and sockets. Without a GPU all is gloo on the CPU. The agreement that opens each step
-is a few numbers on the CPU, always through gloo.
+Each rank has a GPU of its own if there are enough, and the experts' collectives run on NCCL. With fewer GPUs
+several ranks share one. NCCL refuses two ranks on a device, so the collectives then run on gloo, which stages them
+through pinned host memory and sockets. Without a GPU all collectives run on gloo on the CPU. The agreement that
+begins each step is a few numbers on the CPU, always through gloo.
 
-The store through which the ranks find each other is one file. A caller that gives a descriptor of an unlinked one
-(``/proc/self/fd/N`` of an inherited memfd) leaves nothing behind, however its processes end.
+The ranks find each other through a store, which is one file. A caller that passes a descriptor of an unlinked file
+(``/proc/self/fd/N`` of an inherited memfd) leaves no file behind, however its processes end.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class LockstepBroken(DpshmError):
 
 
 class Agreed(NamedTuple):
-    """What all ranks know when they enter a step.
+    """The values that all ranks share when they enter a step.
 
     Attributes:
-        most_tokens: that any rank computes in it.
-        all_idle: no rank has work; true only in every `AGREEMENT_INTERVAL`-th step.
+        most_tokens: the most tokens that any rank computes in the step.
+        all_idle: whether no rank has work; true only in every `AGREEMENT_INTERVAL`-th step.
     """
 
     most_tokens: int
@@ -47,11 +47,11 @@ class Ranks:
     Args:
         store: path of an empty file, the same for all ranks, new for each group.
         rank: its number, from 0.
-        size: how many.
+        size: the number of ranks.
 
     Attributes:
-        device: where this rank computes.
-        backend: what carries the experts' collectives.
+        device: the device on which this rank computes.
+        backend: the backend of the experts' collectives.
     """
 
     def __init__(self, store: str, rank: int, size: int) -> None:
@@ -72,7 +72,7 @@ class Ranks:
         )
 
     def agree(self, num_tokens: int, has_work: bool) -> Agreed:
-        """Opens a step: waits until every rank has, and learns what they have.
+        """Begins a step: waits until every rank has begun it, and exchanges their work.
 
         Raises:
             LockstepBroken: another rank has gone.

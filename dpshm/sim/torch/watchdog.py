@@ -1,11 +1,11 @@
 """The watchdog of a rank that computes: ends a process whose step can never end, and says why.
 
-A collective waits for all ranks; where one of them is gone or stuck, the others may wait for ever, in a library or
-on a GPU, where no signal handler of Python's runs. A thread of its own looks every `LOOK_S`:
+A collective waits for all ranks. If a rank is gone or stuck, the others may wait for ever, in a library or on a
+GPU, where no Python signal handler runs. The watchdog's thread checks every `LOOK_S`:
 
 - the parent is gone: this process ends;
-- another rank's process is gone and the step has not ended since: nobody will finish it, so this one ends too, as
-  if it had crashed. Its row then reads dead, and routing stops using the group;
+- another rank's process is gone and the step has not ended since: it can never end, so this process ends too, as
+  in a crash. Its row then reads dead, and routing stops using the group;
 - the step lasts longer than its limit: the stacks of all threads go to stderr, and the process ends.
 """
 
@@ -23,7 +23,7 @@ from dpshm.linux.processes import parent_pidfd
 
 LOOK_S = 0.05
 PEER_GONE_GRACE_S = 0.5
-"""A step that ends in spite of the loss, or the parent's order to end, comes first."""
+"""Grace time after a loss, in which the step or the parent's order to end may still come."""
 EXIT_PEER_GONE = 3
 EXIT_STUCK = 4
 
@@ -32,11 +32,11 @@ class Watchdog(threading.Thread):
     """Watches one rank; the engine says when its steps begin and end.
 
     Args:
-        board: the group's.
-        dp_rank: its rank.
-        dp_size: how many there are.
-        parent_pid: whose end is this process's end.
-        step_limit_s: how long a step may take.
+        board: the group's board.
+        dp_rank: the rank that it watches.
+        dp_size: the number of ranks.
+        parent_pid: the parent; when it ends, this process ends.
+        step_limit_s: the longest step in seconds.
     """
 
     def __init__(self, board: Board, dp_rank: int, dp_size: int, parent_pid: int, step_limit_s: float) -> None:
@@ -51,15 +51,15 @@ class Watchdog(threading.Thread):
         self._stop_asked = False
 
     def step_began(self) -> None:
-        """From now on the step counts as under way."""
+        """Marks the beginning of a step."""
         self._began_s = time.monotonic()
 
     def step_ended(self) -> None:
-        """It is over."""
+        """Marks the end of the step."""
         self._began_s = 0.0
 
     def stop(self) -> None:
-        """Ends the thread; before the board is closed."""
+        """Ends the thread. Call it before the board is closed."""
         self._stop_asked = True
         self.join()
 

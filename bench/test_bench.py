@@ -34,9 +34,9 @@ def test_ratios_are_of_pairs() -> None:
     assert result["pub"] == {"us": 12.0, "rounds": [4.0, 20.0]}
 
 
-def test_a_distribution_of_nothing_is_refused() -> None:
+def test_a_measurement_without_a_sample_is_refused() -> None:
     """Guards against a figure of a measurement that saw nothing."""
-    with pytest.raises(ValueError, match="nothing"):
+    with pytest.raises(ValueError, match="no sample"):
         quantiles([])
 
 

@@ -5,7 +5,7 @@ them through sockets, arrivals are a Poisson process over the front-ends. Each d
 front-end believed of every rank; each front-end notes when it sent each request, each engine when it finished
 each. Afterwards, with the times of all processes (one CLOCK_MONOTONIC), what was the case is known exactly:
 
-    requests at a rank = sent to it by anybody so far - finished there so far
+    requests at a rank = sent to it by all front-ends so far - finished there so far
 
 that is, the scheduler's queues and its input queue. Two errors of a belief about one rank at one decision:
 

@@ -44,11 +44,11 @@ class Engine(EngineRow):
     Attributes:
         dp_rank: the rank.
         board: the board, to read more of it.
-        socket: readable when the coordinator sent something; then call `poll`.
+        socket: readable when the coordinator sent a message; then call `poll`.
         bell: a file descriptor, readable when a front-end wakes this rank (`dpshm.net.doorbell`); then call
             `poll`.
-            None where there can be none, and in a group without waves.
-        ready: the coordinator has said that all ranks are there.
+            None if it cannot be opened, and in a group without waves.
+        ready: whether the coordinator has said that all ranks are attached.
     """
 
     def __init__(self, board: Board, dp_rank: int, *, curve_dir: Folder | None = None) -> None:
@@ -69,7 +69,7 @@ class Engine(EngineRow):
         connect(self._output, header.engine_output_address, keys)
         self._doorbell = open_doorbell(board.segment.sockets_path, dp_rank) if header.waves else None
         self.bell = None if self._doorbell is None else self._doorbell.socket.fileno()
-        self._poller = zmq.Poller()  # made once: making one costs more than all that a START does here
+        self._poller = zmq.Poller()  # made once: making one costs more than handling a START
         self.register(self._poller)
         self._handle(Attached(unpack_control(board.words[board.index("control")])[0]))
 
@@ -110,7 +110,7 @@ class Engine(EngineRow):
         return self._state.paused
 
     def receive(self, frontend: int | None, prompt_tokens: int = 0, wave: int = 0) -> None:
-        """A request came in and is in the queue that the next `publish` counts; refused ones too.
+        """Counts a request that came in, also a refused one. The next `publish` must count it in the queue.
 
         Args:
             frontend: the index of the front-end that sent it; None if it has no row (a stock one).
@@ -125,13 +125,13 @@ class Engine(EngineRow):
             self._handle(RequestArrived(wave))
 
     def register(self, poller: zmq.Poller) -> None:
-        """Has a poller return when there is something for `poll`: registers `socket` and `bell` in it."""
+        """Registers `socket` and `bell` in a poller, so that it returns when `poll` has a message to handle."""
         poller.register(self.socket, zmq.POLLIN)
         if self.bell is not None:
             poller.register(self.bell, zmq.POLLIN)
 
     def poll(self, timeout_ms: int = 0) -> bool:
-        """Handles what came for this rank, waiting up to `timeout_ms` for the first; returns `running`."""
+        """Handles messages for this rank; waits up to `timeout_ms` for the first; returns `running`."""
         self._check()
         if timeout_ms:
             self._poller.poll(timeout_ms)
@@ -152,16 +152,17 @@ class Engine(EngineRow):
         return self._state.running
 
     def wave_complete(self) -> None:
-        """An all-reduce said that no rank has work; every rank calls this at the same step.
+        """Ends the wave: an all-reduce said that no rank has work. Every rank calls this at the same step.
 
-        Ask every few steps (vLLM: every 32nd), not at each. A rank that restarted may run a wave late; START,
-        which would tell it, is heard between two such questions alone.
+        Run the all-reduce every few steps (vLLM: every 32nd), not at each. A restarted rank may run in an old
+        wave; it receives the START that corrects it only between two all-reduces.
         """
         self._check()
         self._handle(AllIdle())
 
     def pause(self) -> None:
-        """An all-reduce said that the user asked every rank to pause; every rank calls this at the same step.
+        """Pauses: an all-reduce said that the user asked every rank to pause. Every rank calls this at the same
+        step.
 
         A pause that only some ranks were asked for counts as work in the all-reduce and keeps all stepping.
         """
@@ -169,7 +170,7 @@ class Engine(EngineRow):
         self._handle(AllPaused())
 
     def resume(self, has_work: bool) -> None:
-        """The user resumed all ranks; call it past a barrier over them.
+        """Resumes: the user resumed all ranks. Call it past a barrier over them.
 
         Args:
             has_work: whether *any* rank has work, the same on all.
@@ -203,7 +204,7 @@ class Engine(EngineRow):
     def _handle(self, event: EngineEvent) -> None:
         self._state, commands = handle_engine(self._state, event, self.dp_rank)
         wave, running, paused = self._state
-        # The row before the message, so that its receiver finds the board agreeing with it.
+        # The row comes before the message, so that the receiver finds the board in agreement with it.
         self.show(wave, running=running, paused=paused)
         for command in commands:
             encode = (
@@ -212,4 +213,4 @@ class Engine(EngineRow):
             try:
                 self._output.send(encode(self.dp_rank, command.wave), zmq.NOBLOCK)
             except zmq.ZMQError as e:
-                logger.warning("could not tell the coordinator: %s; it will see it on the board", e)
+                logger.warning("could not send to the coordinator: %s; it will see the change on the board", e)

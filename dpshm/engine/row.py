@@ -1,8 +1,8 @@
 """An engine's row of the board: load, received counts, state and counters, without any socket.
 
 `dpshm.Engine` adds the link to the coordinator and the rules of the waves. An engine that has both of its
-own (vLLM's engines do) uses this class as it is: it counts, publishes, and says with `show` what its own
-machine is in.
+own (vLLM's engines do) uses this class directly: it counts, publishes, and stores with `show` the state of its own
+machine.
 
 `EngineRow.publish` is a dozen 64-bit stores. A new holder zeroes the row and copies each front-end's ``sent`` into
 ``received``: requests of the previous holder, and those on their way to it, no longer count.

@@ -45,10 +45,10 @@ REFRESH_INTERVAL_NS = 100_000_000
 
 
 class Frontend:
-    """A row of the board and what an API server does with it. Safe to use from several threads.
+    """A front-end's row of the board, with the calls of an API server. Safe to use from several threads.
 
     Attributes:
-        index: the row; requests are stamped with it, so that engines can count them.
+        index: the number of the row; requests are stamped with it, so that engines can count them.
         owner: the name under which the row was locked.
         board: the board, to read more of it.
     """
@@ -104,10 +104,10 @@ class Frontend:
         Args:
             group: the group's name.
             owner: a name for this front-end, at most 48 bytes, by which engines can find its row; a restart
-                under the same name gets the same row back if nothing of its predecessor is on its way.
+                under the same name gets the same row back, unless requests of its predecessor are in flight.
                 Default: host and pid.
             ranks: the only ranks that it may choose (hybrid and external load balancing); default all.
-            policy: a name from `dpshm.policies.NAMES`, with parameters if you like (``affinity:epsilon=0.5``), or
+            policy: a name from `dpshm.policies.NAMES`, optionally with parameters (``affinity:epsilon=0.5``), or
                 a callable ``(view, request) -> dp_rank``.
             exclusive: reads, decides and books under one kernel lock of the group, so that no two front-ends that
                 ask for it ever choose from the same state (`dpshm.frontend.decision_lock`).
@@ -260,7 +260,7 @@ class Frontend:
             self._bookings.heal()
 
     def snapshot(self) -> NDArray[Any]:
-        """What this front-end sees of each rank; see `dpshm.Board.snapshot`."""
+        """The state of each rank as this front-end sees it; see `dpshm.Board.snapshot`."""
         if not self._segment.usable:
             raise self._segment.why_unusable()
         if self._bookings.lost:
@@ -268,7 +268,7 @@ class Frontend:
         return self.board.snapshot(time.monotonic_ns())
 
     def close(self) -> None:
-        """Gives the row up. Its bookings leave the sums."""
+        """Leaves the group and frees the row. Its bookings leave the sums."""
         if self._bookings.lost:
             self._bookings.heal()
         if self._segment.usable:  # in a forked child the lock may be held for ever

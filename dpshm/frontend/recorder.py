@@ -1,16 +1,16 @@
-"""The decision recorder: the newest decisions of one front-end, in a ring in shared memory.
+"""The decision recorder keeps the newest decisions of one front-end in a ring in shared memory.
 
-A ring is a file on a tmpfs (or anywhere) that is mapped. Its first page is a header, like a segment's: magic,
-version, the length of a JSON object, and that object (`RingHeader`). Behind it stand
+A ring is a mapped file, usually on a tmpfs. Its first page is a header, like a segment's: magic, version, the
+length of a JSON object, and that object (`RingHeader`). Then come
 
     word 0 of the second page               how many decisions were ever recorded
     slots, each on an 8-byte boundary       number, length in bytes, then a msgpack array (`_Record`)
 
-Decision n (from 1) is in slot (n - 1) % slots and holds all that its policy saw, so the view can be rebuilt
-exactly: `read` does, and ``dpshm replay`` asks another policy about it.
+Decision n (from 1) is in slot (n - 1) % slots and holds everything that its policy saw. So `read` rebuilds the
+view exactly, and ``dpshm replay`` asks another policy about it.
 
-One process writes; anybody reads at any time. A slot's number is cleared before it is filled and stored last, and
-the reader checks it, so it never takes half a record for a whole one.
+One process writes, and any process may read at any time. The writer clears a slot's number before it fills the
+slot, and stores the number last. The reader checks it, so it never takes half a record for a whole one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MAX_RING_BYTES = 1 << 32
 
 
 class RingHeader(msgspec.Struct, frozen=True):
-    """What never changes in a ring; `engines` is how many it has room for."""
+    """The fixed facts of a ring; its records have room for `engines` engines."""
 
     version: int
     group: str
@@ -66,15 +66,15 @@ class _Record(msgspec.Struct, array_like=True, gc=False):
 
 
 class Decision(NamedTuple):
-    """One decision, as it was made.
+    """One decision.
 
     Attributes:
         number: from 1, in the order of the front-end's decisions.
-        time_ns: CLOCK_MONOTONIC.
-        view: what the policy saw.
-        request: what it was asked about.
-        choice: the rank that it chose, on which `route` then booked the request (`choose` books none).
-        age_ns: by rank, how old its newest report was; -1 where there was none.
+        time_ns: the time of the decision on CLOCK_MONOTONIC.
+        view: the view that the policy saw.
+        request: the request that it decided.
+        choice: the rank that it chose. `route` then booked the request there (`choose` books none).
+        age_ns: age of each rank's newest report; -1 for a rank without a report.
     """
 
     number: int
@@ -86,19 +86,19 @@ class Decision(NamedTuple):
 
 
 def default_path(group: str, frontend: int) -> Path:
-    """The ring of a front-end that goes with its group: in the folder of the group's sockets."""
+    """The path of a front-end's ring in the folder of its group's sockets; it is removed with the group."""
     return sockets_path(group) / f"decisions-{frontend}"
 
 
 def slot_bytes(engines: int) -> int:
-    """Room for any record of so many engines: an integer takes at most 9 bytes, an array's head at most 5."""
+    """Bytes for any record of `engines` engines: an integer takes at most 9 bytes, an array's head at most 5."""
     integers = 6 + engines * (5 + 2 + len(STEP_MODEL_WORDS))
     size = 2 * WORD_BYTES + 9 * integers + 5 * (engines + 10)
     return -(-size // WORD_BYTES) * WORD_BYTES
 
 
 class Recorder:
-    """The writing end. It belongs to one front-end, whose lock it is called under."""
+    """The writer of one front-end's ring. Call it under the front-end's lock."""
 
     def __init__(self, mapped: mmap.mmap, header: RingHeader) -> None:
         self._bytes = memoryview(mapped)
@@ -115,13 +115,13 @@ class Recorder:
     def create(
         cls, path: Path, *, engines: int, group: str, frontend: int, slots: int = DEFAULT_SLOTS
     ) -> Recorder:
-        """Makes a ring with room for so many engines; one of that name is replaced.
+        """Makes a ring with room for `engines` engines; replaces a file of that name.
 
         Raises:
             SettingError: the file cannot be made.
         """
         if slots < 1:
-            raise SettingError(f"a ring of {slots} slots holds nothing: choose 1 or more")
+            raise SettingError(f"a ring of {slots} slots holds no decision: choose 1 or more")
         header = RingHeader(VERSION, group, frontend, engines, slots, os.getpid())
         blob = msgspec.json.encode(header)
         size = _ring_bytes(header)
@@ -145,7 +145,7 @@ class Recorder:
         return cls(mapped, header)
 
     def record(self, now_ns: int, view: View, request: Request, choice: int, beats: list[int]) -> None:
-        """Keeps one decision; the oldest makes room for it."""
+        """Stores one decision over the oldest one."""
         columns = view.columns
         work: Any = columns.work
         rows: Any = None
@@ -185,7 +185,7 @@ def read(path: Path) -> tuple[RingHeader, list[Decision]]:
     """A ring's header and its decisions, the oldest first.
 
     Raises:
-        SettingError: it cannot be read, or is no ring of this version.
+        SettingError: the file cannot be read, or is no ring of this version.
     """
     try:
         if path.stat().st_size > _MAX_RING_BYTES:
@@ -222,7 +222,7 @@ def _check(path: Path, data: bytes) -> RingHeader:
 
 
 def _records(header: RingHeader, data: bytes) -> Iterator[tuple[int, _Record]]:
-    """The whole records, the oldest first, with their numbers."""
+    """The complete records with their numbers, the oldest first."""
     size, decoder = slot_bytes(header.engines), msgspec.msgpack.Decoder(_Record)
     written = int.from_bytes(data[PAGE_BYTES : PAGE_BYTES + WORD_BYTES], "little")
     for number in range(max(0, written - header.slots) + 1, written + 1):

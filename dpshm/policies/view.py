@@ -172,7 +172,7 @@ class View(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     @property
     def own(self) -> list[int]:
-        """Requests of this front-end that are unfinished. The list is the front-end's: leave it as it is."""
+        """Requests of this front-end that are unfinished. The list belongs to the front-end: do not change it."""
         return self.columns.own
 
     @property
@@ -233,7 +233,7 @@ def sees_work(policy: _Marked) -> _Marked:
 
 
 def _listed(row: list[int] | Words) -> list[int]:
-    """A column as a list; a list is given as it is."""
+    """A column as a list; a list is returned unchanged."""
     if isinstance(row, list):
         return row
     numbers: list[int] = row.tolist()

@@ -1,4 +1,4 @@
-"""Hashes that are the same in every process and on every day, unlike Python's own."""
+"""Hashes that are the same in every process and every run, unlike Python's own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 _BITS_64 = (1 << 64) - 1
 _BITS_63 = (1 << 63) - 1
-# The numbers of `mix` for arrays. Made once: each would cost as much as the sum that it stands in.
+# The constants of `mix` for arrays, made once: making one costs as much as an addition.
 _ADDED, _LAST_SHIFT = np.uint64(0x9E3779B97F4A7C15), np.uint64(31)
 _ROUNDS = (
     (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
@@ -31,8 +31,8 @@ def mix(word: int) -> int:
 
 
 def mix_array(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """`mix` of each."""
-    words = words + _ADDED  # a copy; the rest is done in it
+    """`mix` of each item."""
+    words = words + _ADDED  # a copy; the following lines change it in place
     for shift, factor in _ROUNDS:
         words ^= words >> shift
         words *= factor
@@ -48,7 +48,7 @@ def mixed(count: int) -> list[int]:
 
 @lru_cache(maxsize=4)
 def mixed_array(count: int) -> NDArray[np.uint64]:
-    """The same as an array; it is shared, so leave it as it is."""
+    """The same values as a shared array: do not change it."""
     return np.array(mixed(count), np.uint64)
 
 

@@ -1,4 +1,4 @@
-"""Who may look at a board: its owner and root always, others if they are let."""
+"""Read access to a board: its owner and root always have it, others if the settings allow it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_another_user(group, using, mode, file_group, gid, may):
 @needs_root
 @pytest.mark.slow
 def test_who_may_look_may_not_steer(group, using):
-    """Guards against a drain by somebody who was only let look."""
+    """Guards against a drain by a user with read access only."""
     coordinator = using(Coordinator(group=group, dp_size=2, file_mode=0o644))
     done = as_nobody("drain", "0", "-g", group, "--force", "--no-wait")
     assert done.returncode == 2
@@ -133,7 +133,7 @@ def test_who_looks_cannot_write(group, using):
 
 
 def test_a_folder_of_sockets_that_others_could_enter(group):
-    """Guards against sockets in a folder that somebody else linked, or may put a socket of their own into."""
+    """Guards against sockets in a folder that another user linked, or can put a socket into."""
     folder = sockets_path(group)
     folder.mkdir(mode=0o700)
     folder.chmod(0o770)

@@ -106,7 +106,7 @@ def test_sigterm_leaves_a_board_that_is_in_use(group, service):
         third = service("-g", group, "--dp-size", "3")
         third.wait_for_notice("READY=1")
         assert any("keeps its 2 ranks: dp_size 3 is for a new board" in line for line in third.lines())
-    assert third.end() == 0  # nobody uses it any more
+    assert third.end() == 0  # no process uses the group any more
     assert leftovers(group) == []
 
 

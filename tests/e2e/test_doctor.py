@@ -78,7 +78,7 @@ def test_a_healthy_node_has_nothing_to_mend(node, held):
 
 @pytest.mark.slow
 def test_leftovers_are_found_and_swept(node):
-    """Guards against memory that dead groups keep, and against a sweep of what somebody uses."""
+    """Guards against memory that dead groups keep, and against a sweep of a segment in use."""
     make = {"settings": {}, **dict.fromkeys(ADDRESSES, "")}
     Segment.create(make_header("gone", 2, 2, **make)).close()
     stray = sockets_path("lost")
@@ -97,7 +97,7 @@ def test_leftovers_are_found_and_swept(node):
 
 @pytest.mark.slow
 def test_a_folder_whose_sockets_are_in_use_is_not_swept(node, held):
-    """Guards against a sweep that cuts a live group off, whose segment somebody unlinked."""
+    """Guards against a sweep that cuts off a live group whose segment was unlinked."""
     held(Coordinator(group="g", dp_size=1))
     segment_path("g").unlink()
     found = diagnose("--sweep")
@@ -159,7 +159,7 @@ def test_rows_that_do_not_add_up_and_versions_that_differ(node, held):
     held(Coordinator(group="g", dp_size=1))
     engine, frontend = held(Engine.attach("g", 0)), held(Frontend.attach("g"))
     for _ in range(3):
-        engine.receive(frontend.index, 10)  # that nobody sent
+        engine.receive(frontend.index, 10)  # a request that was never sent
     engine.publish(waiting=3, running=0)
     board = engine.board
     board.words[board.index("dummy_steps", 0)] = 7

@@ -24,7 +24,7 @@ TCP = {"balancing": "hybrid", "dp_size_local": 0}
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Keys of a group; nobody has them by the environment."""
+    """Keys of a group; the environment does not name them."""
     monkeypatch.delenv("DPSHM_CURVE_DIR", raising=False)
     make_keys(tmp_path / "keys")
     return tmp_path / "keys"
@@ -116,7 +116,7 @@ def test_without_keys_a_client_is_told_at_once(coordinator, group, folder, using
 @pytest.mark.parametrize("case", ["no keys", "another server", "another client"])
 @pytest.mark.parametrize("which", ["front-ends", "to engines", "from engines"])
 def test_strangers_are_refused_and_logged(coordinator, group, folder, using, tmp_path, caplog, case, which):
-    """Guards against a stranger who wakes, ends waves or listens; and against a refusal that nobody hears of."""
+    """Guards against a stranger that wakes ranks, ends waves or listens, and against an unlogged refusal."""
     right = client_keys(folder)
     make_keys(tmp_path / "others")
     other = client_keys(tmp_path / "others")

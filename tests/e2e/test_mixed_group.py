@@ -40,7 +40,7 @@ def test_our_frontends_route_to_all(group, using):
     frontends = [using(Frontend.attach(group, owner=str(i))) for i in range(2)]
     routes = [frontends[i % 2].route(10) for i in range(20)]
     assert Counter(route.dp_rank for route in routes) == dict.fromkeys(range(4), 5)
-    # Our engines take theirs in; of the stock ones' requests nobody knows but by their reports.
+    # dpshm's engines count their requests; requests of stock engines are known by their reports alone.
     for engine in ours:
         for f in range(2):
             for _ in range(int(coordinator.board.sent_requests[f, engine.dp_rank])):

@@ -72,7 +72,7 @@ def environment() -> Path:
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(HAS_TORCH, reason="torch is here: the tests below run by themselves")
 def test_in_an_environment_with_torch():
-    """Guards against tests of the computing engine that nobody runs because they lack PyTorch."""
+    """Guards against tests of the computing engine that never run because PyTorch is missing."""
     done = subprocess.run(
         [environment(), "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
         cwd=ROOT,

@@ -193,7 +193,7 @@ def test_the_command(group, coordinator):
 def test_the_page_in_a_browser(group, using, tmp_path: Path):
     """Guards against a page that a browser refuses, that stands still, or that hides a dead rank.
 
-    The pictures stay where DPSHM_SCREENSHOTS says, for somebody to look at.
+    The pictures stay in the folder that DPSHM_SCREENSHOTS names, for inspection.
     """
     folder = Path(os.environ.get("DPSHM_SCREENSHOTS", tmp_path))
     with LoadedGroup(group, ranks=8, frontends=4, rate=30, stall_timeout_s=1.0) as loaded:

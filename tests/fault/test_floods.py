@@ -145,7 +145,7 @@ def test_who_does_not_listen_holds_nobody_up(group, using):
 @pytest.mark.slow
 def test_connections_that_say_nothing_or_rubbish(group, using):
     """Guards against half-open connections, and bytes that are not ZMTP at all, that keep honest peers out."""
-    settings = {"balancing": "hybrid", "dp_size_local": 0}  # tcp: anybody on this machine gets so far
+    settings = {"balancing": "hybrid", "dp_size_local": 0}  # tcp: any user of this machine can connect
     coordinator = using(CoordinatorProcess(group=group, dp_size=2, **settings))
     honest = using(Honest(group))
     silent = [dial(a, None) for a in addresses(coordinator) for _ in range(60)]

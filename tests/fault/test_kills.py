@@ -1,4 +1,4 @@
-"""Processes that are killed by the dozen, at instants that nobody chose."""
+"""Processes that are killed by the dozen, at random instants."""
 
 from __future__ import annotations
 

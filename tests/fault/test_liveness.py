@@ -36,7 +36,7 @@ def attach(using, group, dp_rank):
 
 
 def chosen(frontend, count=9):
-    """The ranks that a front-end chooses; none if there is nobody to choose."""
+    """The ranks that a front-end chooses; empty if no rank may be chosen."""
     ranks = set()
     for _ in range(count):
         try:
@@ -170,7 +170,7 @@ def test_a_verdict_outlives_its_coordinator(group, using):
 
 
 def test_a_stopped_engine_that_is_killed_is_dead(coordinator, group, using):
-    """Guards against a stalled engine whose death nobody notices, so that its rank cannot be restarted."""
+    """Guards against a stalled engine whose death no process notices, so that its rank cannot be restarted."""
     remote = attach(using, group, 0)
     publish_forever(remote, running=1)
     wait_until(lambda: coordinator.board.snapshot()[0]["running"] == 1)

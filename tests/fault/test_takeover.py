@@ -75,7 +75,7 @@ def test_a_coordinator_killed_while_requests_flow(group, using, start, tmp_path)
         wait_for_answers()
         wave = board.wave
         assert (board.epoch[0], board.coordinator_pid[0]) == (epoch, coordinator.pid)
-        held = own.route(10, dp_rank=0)  # a booking that nobody ever sends
+        held = own.route(10, dp_rank=0)  # a booking whose request is never sent
         coordinator.kill()
         coordinator.wait()
         assert not board.coordinator_alive()
@@ -98,7 +98,7 @@ def test_a_coordinator_killed_while_requests_flow(group, using, start, tmp_path)
         ledger.paused = False
 
         def told():
-            stock.send(wire.encode_first_request(0, board.wave))  # it rings nobody; lost while it reconnects
+            stock.send(wire.encode_first_request(0, board.wave))  # rings no doorbell; lost while it reconnects
             return drained.poll(50)
 
         wait_until(told)

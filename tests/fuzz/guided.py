@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz.guided``: coverage-guided fuzzing of what reads bytes that somebody else wrote.
+"""``python -m tests.fuzz.guided``: coverage-guided fuzzing of the readers of bytes that another process wrote.
 
 Needs atheris (extra: fuzz). Each target runs in a process of its own, since libFuzzer ends the one it runs in;
 exit status 1 if one of them finds an input that raises anything but the error that it may raise.

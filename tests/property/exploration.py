@@ -29,7 +29,7 @@ from tests.property.group_model import Group
 from tests.property.group_parts import Bounds, Rules, Violation, World
 
 MESSAGES = Bounds(faults=False, ticks=False, messages=9)
-"""Nothing is lost, and nobody looks at the rows: what messages alone have to do."""
+"""No message is lost, and the rows are not scanned: messages alone must suffice."""
 CHANGES = Bounds(restarts=True, scaling=True, patient=True, messages=1)
 
 QUICK = {

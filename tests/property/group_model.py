@@ -5,7 +5,7 @@ The rules are the real ones (`dpshm.rules.waves`, `dpshm.rules.reconciler`); thi
 **Ranks** step together. A rank that runs is `OUT`, where it takes messages, then `IN` the collective of a step,
 where it takes none and waits until all are in. The collective's result is the same for all: *step* (someone
 has work, or was asked to pause), *idle*, or *pause* (all were asked). A rank that has not yet come to look at
-an idle or pause is `DONE`; the others may be awake again by then. After a step all are `OUT`: nobody can tell
+an idle or pause is `DONE`; the others may be awake again by then. After a step all are `OUT`: no rank can tell
 when a rank looks at a step. A resume is a barrier over the paused ranks, so it leaves them `DONE` too.
 
 **Front-ends** read the control word, or heard of it, at any time in the past: so a request carries any wave up to

@@ -12,7 +12,7 @@ as a list of (kind, word). The model runs such programs in every interleaving th
 Three questions are asked of all executions:
 
 `judge_reads`: two front-ends book a request each and send it; the engine takes in what has come, publishes,
-takes in the rest, finishes what it had, publishes; a reader adds up. Does the read count every request that was
+receives the rest, finishes its requests, publishes; a reader adds up. Does the read count every request that was
 booked in memory when it began and is not finished when it ends? How far may it go beyond, and is the next read
 right?
 
@@ -45,7 +45,7 @@ class RecordingWords:
 
     def __getitem__(self, at: int | slice) -> Any:
         for word in range(*at.indices(len(self._words))) if isinstance(at, slice) else (at,):
-            self._tell(LOAD, word)  # of a slice all: whoever takes one copies it
+            self._tell(LOAD, word)  # every word of a slice: its reader copies the slice
         return self._words[at]
 
     def __setitem__(self, at: int, value: int) -> None:
@@ -291,7 +291,7 @@ def _stored(word: str) -> Op:
 
 
 def _engine(publishing: list[Access]) -> tuple[Op, ...]:
-    """Takes in what has come and publishes; takes in the rest, finishes what it had, and publishes again."""
+    """Receives some requests and publishes; receives the rest, finishes its requests, and publishes again."""
     first = tuple(f"taken first from {f}" for f in FRONTENDS)
 
     def finished(registers: Memory) -> int:

@@ -5,7 +5,7 @@ are called by hand, so nothing waits. A request's message is in its engine's inb
 refused by the sender's socket, lost, or taken in; processes may be killed with messages on their way.
 
 In half of the runs there are *ghosts* too: messages that arrive although their request was given up before (its
-client left), or at a successor of the engine that they were sent to. Nobody can count these right at once, so
+client left), or at a successor of the engine that they were sent to. No process can count these right at once, so
 there only the end is checked: nothing may last.
 """
 
@@ -106,7 +106,7 @@ class Bookings(RuleBasedStateMachine):
     def route(self, which, pick, tokens, pinned, prompt):
         frontend = self.frontends[which % len(self.frontends)]
         self.pick = pick
-        if self.ghosts:  # what nobody can count right at once is right at the next look, within 100 ms
+        if self.ghosts:  # counts that no process can know at once are right at the next refresh, within 100 ms
             frontend._next_refresh_ns = 0
         try:
             dp_rank = pick % RANKS if pinned else None
@@ -209,7 +209,7 @@ class Bookings(RuleBasedStateMachine):
             assert frontend.snapshot()["in_flight"].tolist() == snapshot["in_flight"].tolist()
         for dp_rank in range(RANKS):
             in_flight, in_flight_tokens = snapshot[dp_rank]["in_flight"], snapshot[dp_rank]["in_flight_tokens"]
-            # What an engine has received is its own, whoever waits for it; one that was killed cannot say.
+            # Received requests belong to the engine, even if no front-end waits; a killed engine cannot say.
             taken = len(self.received[dp_rank])
             most = sum(request.dp_rank == dp_rank for request in self.open) + taken
             assert in_flight <= most or self.engines[dp_rank] is None

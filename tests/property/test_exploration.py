@@ -43,7 +43,7 @@ SMALL = 30_000  # states: enough for each kind of move to have happened
 @pytest.mark.timeout(900)  # it only computes, and on a busy machine for long
 @pytest.mark.parametrize("name", QUICK)
 def test_every_group_comes_to_rest(name: str, record_property: pytest.RecordProperty):
-    """Guards against a rank that waits for ever, a request that nobody runs, a phase that latches."""
+    """Guards against a rank that waits for ever, a request that no rank runs, a phase that latches."""
     outcome = explore(QUICK[name])
     record_property("explored", f"{name} ({describe(QUICK[name])}): {result(outcome)}")
     assert outcome.found is None, "\n".join([outcome.found.check, *outcome.found.trace])
@@ -74,7 +74,7 @@ def test_a_rule_that_saves_time_is_not_needed_for_more(mutant: Mutant):
 @pytest.mark.parametrize(
     ("exclude_named", "repeat_start", "asleep"),
     [(False, False, []), (True, False, [0, 1]), (True, True, [0])],
-    ids=["nobody excluded", "excluded", "excluded, START repeated"],
+    ids=["no rank excluded", "excluded", "excluded, START repeated"],
 )
 def test_a_first_request_that_was_refused(exclude_named: bool, repeat_start: bool, asleep: list[int]):
     """Guards against a rank that sleeps because the request of which everybody was told never reached it.

@@ -113,7 +113,7 @@ def page_of(fields: object) -> bytes:
 
 @pytest.mark.slow
 def test_any_bytes_in_the_first_page(group, using):
-    """Guards against a damaged header that crashes, hangs or swells whoever attaches, instead of an error."""
+    """Guards against a damaged header that crashes, hangs or swells a process that attaches."""
     board = using(LoneBoard(group))
     path = board.segment.path
     page = path.read_bytes()[: layout.PAGE_BYTES]
@@ -164,7 +164,7 @@ def test_any_value_in_the_header(group, using):
 
 @pytest.mark.slow
 def test_any_row_at_attach(group, using):
-    """Guards against rows, as a crashed or hostile writer left them, that nobody can attach to any more."""
+    """Guards against rows left by a crashed or hostile writer to which no process can attach any more."""
     board = using(LoneBoard(group))
     rng = np.random.default_rng(1)
     rows = np.asarray(board.words)[layout.PAGE_BYTES // 8 :]
@@ -228,7 +228,7 @@ def at_work(group, using, caplog):
 @pytest.mark.slow
 @pytest.mark.parametrize("word", EDGES)
 def test_each_column_full_of_one_word_while_in_use(at_work, word):
-    """Guards against a word of the board that ends whoever reads it: routing, tools, the coordinator's threads."""
+    """Guards against a word of the board that ends its reader: routing, tools, the coordinator's threads."""
     failed = {}
     for name in sorted(at_work.columns):
         before = at_work.column(name).copy()

@@ -282,7 +282,7 @@ class Group:
     # The end.
 
     def one_round(self) -> None:
-        """Everything that is on its way arrives, whoever can step steps, and 100 ms pass."""
+        """All messages in flight arrive, every rank that can step steps, and 100 ms pass."""
         for _ in range(len(self.to_coordinator)):
             self.hear(0)
         for _ in range(len(self.published)):
@@ -360,7 +360,7 @@ def test_a_long_random_search_finds_nothing():
 
 
 def test_the_last_wave_goes_on():
-    """Guards against a group that nobody can wake any more: one bad message is enough to bring it to the end.
+    """Guards against a group that no request can wake any more: one bad message is enough to bring it to the end.
 
     A wave that does not fit its word saturates on the board; the machines have to agree with the board there.
     """

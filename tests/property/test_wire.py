@@ -84,7 +84,7 @@ def check(data: bytes) -> None:
 @deterministic
 @given(data=st.binary(max_size=64))
 def test_random_bytes(data: bytes):
-    """Guards against bytes that end the wave thread, or whoever else decodes them."""
+    """Guards against bytes that end the wave thread, or another process that decodes them."""
     check(data)
 
 

@@ -75,7 +75,7 @@ class Books:
             self._expect(f"{frontend} to {engine}: {kind} received", int(received[e, f]), int(sent[f, e]))
 
     def _check_life(self, frontend: Member, life: int) -> None:
-        """Sent = completed + lost with their engines, and for a front-end that was killed what it had out."""
+        """Sent = completed + lost with their engines + outstanding requests of front-ends that were killed."""
         ledger, out = self._ledger, self._out(life)
         if life not in frontend.killed:
             self._expect(f"{frontend}: sent and without an answer", out, 0)
@@ -87,7 +87,7 @@ class Books:
             )
         self._expect(f"{frontend}: answers to nothing", ledger.get(life, "unexpected"), 0)
         lost = ledger.by_peer(life, "lost")[:UNTOUCHED]
-        self._expect(f"{frontend}: lost at engines that nobody touched", lost, [0] * UNTOUCHED)
+        self._expect(f"{frontend}: lost at engines that were never killed", lost, [0] * UNTOUCHED)
 
     def _check_pair(self, engine: Member, frontend: Member) -> None:
         """What was sent to an engine that always lived has all come in; each killed front-end may owe one."""

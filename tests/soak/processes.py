@@ -90,7 +90,7 @@ class SoakFrontend:
         incarnation = int(self._frontend.board.engine_incarnation[rank])
         message = _REQUEST.pack(self._number, self._frontend.index, self._slot, self._life, 7, route.wave)
         self._count("attempted")
-        self._count("sent", rank)  # first: whoever is killed between has sent less than it says, not more
+        self._count("sent", rank)  # first: a process killed in between has sent less than it says
         try:
             self._inbox.sendto(message, "\0" + engine_inbox(self._group, rank, incarnation))
         except _REFUSALS:
@@ -124,7 +124,7 @@ class SoakFrontend:
         }
         if not gone:
             return
-        self._hear()  # what it had answered is here by now
+        self._hear()  # its answers have arrived by now
         for number in [n for n, (_, *where) in self._out.items() if tuple(where) in gone]:
             route, rank, _ = self._out.pop(number)
             route.done()

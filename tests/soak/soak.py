@@ -187,7 +187,7 @@ class Soak:
         self._ledger.paused = False
 
     def _chaos(self) -> None:
-        """Does something to somebody."""
+        """Does one random act to a random process."""
         member = self._random.choice([m for m in self._members if not m.untouched])
         deed = self._random.choices(("kill", "stop", "leave"), (6, 2, 1))[0]
         remote = member.remote

@@ -176,8 +176,8 @@ TURN_DATA_INTO_CODE = {"eval", "exec", "compile", "recv_pyobj", "loads", "unsafe
 
 
 def test_nothing_is_ever_unpickled():
-    """Guards against a message, a file or shared memory that runs code of whoever wrote it."""
-    # The one exception is the pool of `dpshm simulate`: its own children, over pipes that nobody else has.
+    """Guards against a message, a file or shared memory that runs code of its writer."""
+    # The one exception is the pool of `dpshm simulate`: its own children, over pipes that no other process has.
     found = {name for name, others in GRAPH.items() if {other.partition(".")[0] for other in others} & UNPICKLERS}
     assert found == {"dpshm.sim.lab.study"}
     called = {

@@ -49,7 +49,7 @@ def first_token(rank: SimRank, job: Job, now_s: float, give_up_s: float = float(
 
 
 class _Foreseen:
-    """A rank's cache, and what the copy of its batcher computes; the rank's own is left as it is."""
+    """A rank's cache, and what the copy of its batcher computes; the rank's own stays unchanged."""
 
     def __init__(self, rank: SimRank) -> None:
         self._held = rank.cache

@@ -42,7 +42,7 @@ from tests.unit.board.headers import ENV, header
 
 @pytest.fixture
 def board(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Board]:
-    """A new board with 4 rows for engines and 3 for front-ends; 3 ranks take part, and somebody watches."""
+    """A new board with 4 rows for engines and 3 for front-ends; 3 ranks take part, and a coordinator watches."""
     monkeypatch.setattr("dpshm.board.board.COORDINATOR_SILENCE_NS", MINUTE_NS)  # however slow this machine is
     with closing(Board(Segment.create(header()))) as made:
         made.words[made.index("dp_size")] = 3
@@ -102,7 +102,7 @@ def test_every_column_is_where_index_says(board: Board):
 
 @pytest.mark.parametrize("at", [("load", 4), ("load", -1), ("load", 0, 1), ("sent_tokens", 3, 0), ("owner", 0, 6)])
 def test_index_refuses_what_is_outside(board: Board, at: tuple[object, ...]):
-    """Guards against a rank or an index from a message that lands in somebody else's row."""
+    """Guards against a rank or an index from a message that lands in another process's row."""
     with pytest.raises(IndexError, match="is outside"):
         board.index(*at)
     with pytest.raises(KeyError):
@@ -125,7 +125,7 @@ def test_a_board_is_read_only_unless_asked_for(board: Board):
 
 
 def test_views_that_outlive_a_board_can_be_read(board: Board):
-    """Guards against a crash of whoever kept an array, and against a lock that this array would keep."""
+    """Guards against a crash of a process that kept an array, and against a lock that this array would keep."""
     other = Board.attach("g", readonly=False)
     assert other.lock_engine(1)
     kept, whole = other.load, np.frombuffer(other.words)
@@ -205,7 +205,7 @@ def test_facts_of_front_ends(board: Board):
 
 
 def test_without_a_coordinator_the_locks_tell(board: Board):
-    """Guards against the verdicts of a coordinator that died, which nobody takes back."""
+    """Guards against the verdicts of a coordinator that died, which no process takes back."""
     take_front_ends(board, Verdict.ALIVE, Verdict.DEAD, Verdict.ALIVE)
     board.engine_pid[:] = [11, 12, 0, 0]
     board.engine_mark[:] = [Verdict.ALIVE, Verdict.DEAD, Verdict.ALIVE | ON_BEHALF, 0]
@@ -435,7 +435,7 @@ def test_of_two_that_create_one_group_one_wins(board: Board):
 
 
 def test_an_unlink_by_another_process_is_noticed(board: Board):
-    """Guards against a clean-up job that nobody hears of."""
+    """Guards against an unlink that stays unnoticed."""
     with child(f"{ATTACH}; os.unlink(board.segment.path); {WAIT}"):
         assert not board.segment.linked
     with pytest.raises(SegmentNotFound):

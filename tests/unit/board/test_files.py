@@ -117,7 +117,7 @@ def test_a_symbolic_link_is_not_followed(folder: Path):
 
 @pytest.mark.parametrize("readonly", [True, False])
 def test_a_fifo_is_refused_without_waiting_for_its_other_end(folder: Path, readonly: bool):
-    """Guards against `dpshm top` hanging for ever on a pipe that somebody put in the folder."""
+    """Guards against `dpshm top` hanging for ever on a pipe that another user put in the folder."""
     os.mkfifo(folder / "dpshm-g")
     code = f"from dpshm.board.segment import Segment; Segment.attach('g', readonly={readonly})"
     env = {**ENV, "DPSHM_DIR": str(folder)}

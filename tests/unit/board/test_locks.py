@@ -26,7 +26,7 @@ def test_one_lock_a_row(folder: Path):
         for row in rows[1:]:
             assert theirs.locks.lock(row)
         assert not any(ours.locks.lock(row) for row in rows[1:])
-        for segment in (ours, theirs):  # whoever asks, its own locks count too
+        for segment in (ours, theirs):  # a segment's own locks count too
             assert all(segment.locks.is_locked(row) for row in rows)
         theirs.locks.unlock(rows[3])
         for segment in (ours, theirs):

@@ -46,7 +46,7 @@ def test_every_request_counts_once_until_it_ends(engines, frontends):
 
 @pytest.mark.parametrize("engines", SIZES)
 def test_what_a_dead_front_end_had_on_its_way_does_not_count(engines):
-    """Guards against bookings that nobody will ever take back; what the engine did take in still counts."""
+    """Guards against bookings that are never taken back; requests that the engine received still count."""
     table, received = columns(3, engines)
     table[1:, 0] = 5, 6, 7
     received[0] = 4, 2, 7

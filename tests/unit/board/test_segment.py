@@ -74,7 +74,7 @@ def test_what_is_not_there_is_not_found(folder: Path):
 
 
 def test_closing_drops_the_locks_though_views_live_on(folder: Path):
-    """Guards against a row that stays taken because somebody kept an array, and against a crash at its use."""
+    """Guards against a row that stays taken while an array is in use, and against a crash at its use."""
     made = Segment.create(header())
     at = made.header.columns["load"].offset // 8
     made.words[at] = 5
@@ -87,14 +87,14 @@ def test_closing_drops_the_locks_though_views_live_on(folder: Path):
 
 
 def test_closing_twice_is_once(folder: Path):
-    """Guards against closing a descriptor that meanwhile belongs to somebody else."""
+    """Guards against closing a descriptor that now belongs to another file."""
     made = Segment.create(header())
     before = count_fds()
     made.close()
     assert count_fds() < before
-    with open(os.devnull) as somebody_elses:
+    with open(os.devnull) as other:
         made.close()
-        assert somebody_elses.read() == ""
+        assert other.read() == ""
     assert not made.usable
     assert isinstance(made.why_unusable(), HandleClosed)
 
@@ -110,7 +110,7 @@ def test_nothing_is_left_of_a_segment_that_is_closed(folder: Path):
 
 
 def test_an_unlinked_file_is_noticed(folder: Path):
-    """Guards against a clean-up job that nobody hears of: a new attach fails, who is attached goes on."""
+    """Guards against an unlink that stays unnoticed: a new attach fails, attached processes go on."""
     with closing(Segment.create(header())) as made, closing(Segment.attach("g")) as other:
         assert made.linked
         os.unlink(made.path)
@@ -144,7 +144,7 @@ def test_unlink_leaves_a_successors_file_alone(folder: Path):
 
 
 def test_sweep_removes_only_the_dead(folder: Path):
-    """Guards against removing a live board, and against a dead one that nobody removes."""
+    """Guards against removing a live board, and against keeping a dead one."""
     assert not sweep("g")
     made = Segment.create(header())
     files.sockets_path("g").mkdir()

@@ -22,7 +22,7 @@ def test_every_command_of_the_operator_is_there():
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_help_has_an_example(name: str):
-    """Guards against options that nobody knows how to use."""
+    """Guards against options without a help text."""
     command = load_command(name)
     text = inspect.getdoc(command) or ""
     assert "Example" in text
@@ -47,7 +47,7 @@ def test_an_unknown_option_says_where_to_look():
 
 @pytest.mark.slow
 def test_groups_are_completed(group, using):
-    """Guards against a completion that offers nothing, or fails in the middle of somebody's line."""
+    """Guards against a completion that offers nothing, or fails in the middle of a command line."""
     using(Coordinator(group=group, dp_size=1))
     # As the shell's function does it, for a command that is called dpshm.
     code = "import sys; sys.argv = ['dpshm']; from dpshm.cli import main; main()"

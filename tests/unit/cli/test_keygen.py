@@ -12,7 +12,7 @@ from tests.e2e.load import run
 
 @pytest.mark.slow
 def test_keygen(tmp_path):
-    """Guards against keys that a coordinator cannot use, an overwritten folder, and JSON that nobody can read."""
+    """Guards against keys that a coordinator cannot use, an overwritten folder, and JSON that cannot be parsed."""
     made = json.loads(run("keygen", str(tmp_path / "a" / "keys"), "--json").stdout)
     folder = tmp_path / "a" / "keys"
     assert made["folder"] == str(folder)
@@ -30,7 +30,7 @@ def test_keygen(tmp_path):
 
 @pytest.mark.slow
 def test_a_coordinator_that_would_be_open_to_the_network(tmp_path, group):
-    """Guards against a bind that anybody can reach, started by somebody who did not think of it."""
+    """Guards against a bind that any host can reach without --insecure."""
     arguments = ("coordinator", "--group", group, "--dp-size", "2", "--balancing", "hybrid", "--host", "0.0.0.0")
     done = run(*arguments, expect=2)
     assert "dpshm keygen DIR" in done.stderr

@@ -39,7 +39,7 @@ def coordinator(group, using):
 
 @pytest.fixture
 def board(group, using):
-    """A board of two ranks that nobody coordinates."""
+    """A board of two ranks without a coordinator."""
     return using(LoneBoard(group))
 
 

@@ -43,7 +43,7 @@ def engines(coordinator, group, using):
 
 @pytest.fixture
 def board(group, using):
-    """A board of two ranks, both alive, that nobody coordinates."""
+    """A board of two ranks, both alive, without a coordinator."""
     return using(LoneBoard(group, engines=40))
 
 
@@ -81,7 +81,7 @@ def test_bookings_count_at_once_for_everybody(engines, group, using):
 
 
 def test_a_new_frontends_first_booking_is_seen_by_the_others(engines, group, using):
-    """Guards against bookings that nobody counts until the watcher has marked a new front-end alive."""
+    """Guards against bookings that no front-end counts until the watcher has marked a new front-end alive."""
     frontends, routes = [], []
     for i in range(8):
         frontends.append(using(Frontend.attach(group, owner=f"api-{i}")))
@@ -150,7 +150,7 @@ def test_when_nobody_is_left(board, group, using):
 
 
 def test_a_group_without_ranks(board, group, using):
-    """Guards against a division by zero where there is nobody to choose from."""
+    """Guards against a division by zero if no rank may be chosen."""
     board.marks.set_dp_size(0)
     frontend = using(Frontend.attach(group))
     with pytest.raises(NoEngineAvailable, match="there are none"):
@@ -294,7 +294,7 @@ def test_a_request_that_never_arrived_heals_with_the_next_end(board, group, usin
 
 
 def test_a_booking_on_top_of_a_predecessors_late_message(board, group, using):
-    """Guards against a request that nobody counts because another's, unbooked, arrived before it.
+    """Guards against a request that is not counted because another one, unbooked, arrived before it.
 
     A message of a request that was aborted while on its way (or of the row's previous holder) makes the engine
     count one more than was ever sent; the next booking has to start from there.
@@ -426,7 +426,7 @@ def test_a_restart_gets_another_row_when_something_is_on_its_way(engines, group,
 
 
 def test_messages_to_a_dead_engine_do_not_keep_a_row(coordinator, group, using):
-    """Guards against rows that stay unusable because an engine died with messages that nobody will receive."""
+    """Guards against rows that stay unusable because an engine died with messages that no process will receive."""
     remote = using(Remote())
     remote.run("engine = Engine.attach(group, 0)", group=group)
     first = Frontend.attach(group, owner="api")
@@ -562,7 +562,7 @@ for _ in range(5):
 
 
 def test_arrays_outlive_the_handle(engines, group, using):
-    """Guards against memory that is unmapped under an array that somebody still has, which ends the process."""
+    """Guards against memory that is unmapped under an array that is still in use, which ends the process."""
     remote = using(Remote())
     remote.run("board = Board.attach(group)\nload = board.load\nboard.close()", group=group)
     assert remote.eval("load.tolist()") == [0] * 8
@@ -692,7 +692,7 @@ def test_it_never_waits_for_a_coordinator(board, group, using):
 
 
 def test_without_a_coordinator_locks_decide(group, using):
-    """Guards against routing to dead engines while nobody sets verdicts."""
+    """Guards against routing to dead engines while no coordinator sets verdicts."""
     using(LoneBoard(group, dp_size=3, watched=False))
     remotes = [using(Remote()) for _ in range(2)]
     for dp_rank, remote in enumerate(remotes):

@@ -15,7 +15,7 @@ from tests.support import Remote, RemoteError, count_fds
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_what_comes_of_it_names_the_limit(number: int, wrapped: bool):
-    """Guards against an error of which nobody can tell that a limit was reached, or which one."""
+    """Guards against an error that does not say that a limit was reached, or which one."""
     error: Exception = OSError(number, os.strerror(number))
     if wrapped:
         error, error.__cause__ = SegmentError(f"cannot open it: {error}"), error

@@ -88,7 +88,7 @@ def test_a_pidfd_is_readable_once_its_process_is_gone():
 
 
 def test_no_pidfd_for_another_process_of_the_same_pid():
-    """Guards against watching whoever got a dead process's pid."""
+    """Guards against watching another process that got a dead one's pid."""
     with child(IDLE) as process:
         assert processes.open_pidfd(process.pid, processes.start_time(process.pid) + 1) is None
         pid, started = process.pid, processes.start_time(process.pid)

@@ -30,7 +30,7 @@ def folder(group):
 
 @pytest.fixture
 def board(folder, group, using):
-    """A group without a coordinator: whoever wakes up here was rung."""
+    """A group without a coordinator: a rank that wakes up here was rung."""
     return using(LoneBoard(group, dp_size=2))
 
 
@@ -46,7 +46,7 @@ def ring(folder, data, dp_rank=0):
 
 
 def test_a_frontend_wakes_the_ranks_itself(board, group, using):
-    """Guards against ranks that sleep on because nobody but a coordinator can wake them."""
+    """Guards against ranks that sleep on because only a coordinator can wake them."""
     sleep_in(board, 3)
     engines = [using(Engine.attach(group, e)) for e in range(2)]
     frontend = using(Frontend.attach(group))
@@ -116,7 +116,7 @@ def test_rubbish_is_dropped(folder, board, group, using, caplog):
 
 
 def test_a_flood_ends(folder, board, group, using):
-    """Guards against an engine that somebody who never stops ringing keeps from its work."""
+    """Guards against an engine that endless ringing keeps from its work."""
     engine = using(Engine.attach(group, 0))
     engine.receive(None, wave=5)
     engine.wave_complete()
@@ -153,7 +153,7 @@ def test_who_had_none_is_tried_again_when_the_group_changes(folder, board, group
     """Guards against a rank that is never rung since it was not there once, or was another process."""
     frontend = using(Frontend.attach(group))
     frontend.choose()  # it has seen all that changed by now
-    frontend.wake()  # nobody hears it
+    frontend.wake()  # no engine hears it
     with closing(Doorbell(folder, 0)) as bell:
         sleep_in(board, 1)
         frontend.wake()
@@ -180,7 +180,7 @@ def test_an_ended_group_leaves_its_successor_alone(group, using):
 
 
 def test_ranks_without_waves_have_none(folder, group, using):
-    """Guards against a dense engine that anybody can make run for ever."""
+    """Guards against a dense engine that any process can make run for ever."""
     using(LoneBoard(group, waves=False))
     assert using(Engine.attach(group, 0)).bell is None
     assert list(folder.iterdir()) == []
@@ -257,12 +257,12 @@ def test_who_is_to_be_left_out_is_not_rung(group, using):
 
 
 def test_a_successor_has_its_own(board, group, using):
-    """Guards against a rank that nobody can ring any more after its process was killed."""
+    """Guards against a rank that cannot be rung any more after its process was killed."""
     frontend = using(Frontend.attach(group))
     with closing(Remote()) as remote:
         remote.run("engine = Engine.attach(group, 0)", group=group)
         remote.kill()
-    frontend.wake()  # at a bell that nobody owns
+    frontend.wake()  # at a bell without an owner
     sleep_in(board, 1)
     board.mark([0], Verdict.DEAD)  # as the watch would
     board.mark([0], Verdict.ALIVE)

@@ -47,7 +47,7 @@ def test_what_is_made(folder: Path):
 
 
 def test_keys_are_never_overwritten(folder: Path):
-    """Guards against a second keygen that locks a running group's peers out, or fills somebody's folder."""
+    """Guards against a second keygen that locks a running group's peers out, or fills a folder that is in use."""
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
     with pytest.raises(SettingError, match="is not empty, and keys are never overwritten: name a new folder"):
         make_keys(folder)
@@ -76,10 +76,10 @@ def test_a_client_needs_no_secret_of_the_server(folder: Path):
 )
 @pytest.mark.parametrize("name", ["server.key_secret", "client.key"])
 def test_damaged_files(folder: Path, content: bytes, name: str):
-    """Guards against a damaged key that only shows as a socket which nobody reaches, or as a traceback."""
+    """Guards against a damaged key that only shows as a socket that no peer reaches, or as a traceback."""
     (folder / name).write_bytes(content)
     if name == "client.key" and b"!" in content:
-        server_keys(folder)  # a public key cannot be told from another one: nobody has its secret
+        server_keys(folder)  # a public key looks like any other; no process has its secret
         return
     with pytest.raises(SettingError, match=f"{name} holds no key as `dpshm keygen` makes them"):
         server_keys(folder)
@@ -122,7 +122,7 @@ def test_which_keys_a_group_needs(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_only_tcp_gets_keys(folder: Path):
-    """Guards against keys on ipc sockets, whose coordinator does not ask for them: nobody would be heard."""
+    """Guards against keys on ipc sockets, whose coordinator does not ask for them: no message would arrive."""
     keys = client_keys(folder)
     with zmq.Context() as context, context.socket(zmq.XSUB) as ipc, context.socket(zmq.XSUB) as tcp:
         connect(ipc, "ipc:///tmp/none", keys)

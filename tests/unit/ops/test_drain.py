@@ -58,7 +58,7 @@ def test_a_coordinator_that_does_not_answer_is_named(group, using, monkeypatch: 
 
 
 def test_a_board_of_another_user_is_not_written(group, using, monkeypatch: pytest.MonkeyPatch):
-    """Guards against a drain by somebody who was only let look."""
+    """Guards against a drain by a user with read access only."""
     using(LoneBoard(group, watched=False))
     looking = using(Board.attach(group))
     uid = os.geteuid()

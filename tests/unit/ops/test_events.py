@@ -112,7 +112,7 @@ def test_a_record_in_the_making_is_not_read(group, using):
 
 
 def test_history_is_what_happened_before_anybody_looked(group, using):
-    """Guards against events that are only seen by somebody who was there."""
+    """Guards against events that only a reader of that time sees."""
     coordinator = using(Coordinator(group=group, dp_size=2))
     before = time.time()
     using(Engine.attach(group, 1))

@@ -54,7 +54,7 @@ def test_expected_times():
 
 
 def test_a_policy_that_needs_more_than_was_recorded():
-    """Guards against choices that are made up from tokens that nobody recorded."""
+    """Guards against choices from tokens that were never recorded."""
     with pytest.raises(SettingError, match="the ring has none"):
         replay([decision(1, (1, 1))], LeastWork())
     with pytest.raises(SettingError, match="no decision yet"):

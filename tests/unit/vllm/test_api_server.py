@@ -1,4 +1,4 @@
-"""Tests of `dpshm.vllm.api_server`: which client gets a link, and which stays as it is."""
+"""Tests of `dpshm.vllm.api_server`: which client gets a link, and which stays unchanged."""
 
 from __future__ import annotations
 

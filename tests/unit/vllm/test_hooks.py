@@ -20,7 +20,7 @@ HOOKS = (
 
 @pytest.fixture(autouse=True)
 def page(monkeypatch):
-    """Prometheus-client's page, as it is again after the test."""
+    """Prometheus-client's page; the test's changes to it are undone."""
     prometheus_client = pytest.importorskip("prometheus_client")
     from prometheus_client import multiprocess
 

@@ -1,4 +1,4 @@
-"""Child processes: orders, answers, and their end, whoever ends first."""
+"""Child processes: orders, answers, and their end, in either order."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_stopped_child_is_killed(monkeypatch):
 
 
 def test_obituary_says_how_and_why():
-    """Guards against "it ended", with the reason in a pipe that nobody reads."""
+    """Guards against "it ended", with the reason in a pipe that is never read."""
     with Children() as children:
         killed = start(children)
         wait_ready(children, 1)

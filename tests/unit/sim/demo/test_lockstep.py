@@ -29,7 +29,7 @@ def memory():
 
 
 def never() -> bool:
-    """A wait that nobody interrupts."""
+    """A wait without an interrupt."""
     return False
 
 
@@ -55,7 +55,7 @@ def play(fd: int, num_ranks: int, rounds: int, plan) -> list[list[Agreement]]:
 
 
 def test_a_rank_alone():
-    """Guards against a group of one that waits for nobody for ever."""
+    """Guards against a group of one that waits for ever."""
     fd = create_memory(1)
     lockstep = Lockstep(fd, 0, 1)
     os.close(fd)  # the map holds the memory

@@ -161,10 +161,10 @@ class Engine(EngineRow):
         self._handle(AllIdle())
 
     def pause(self) -> None:
-        """Pauses: an all-reduce said that the user asked every rank to pause. Every rank calls this at the same
-        step.
+        """Pauses the rank, after an all-reduce said that the user asked every rank to pause.
 
-        A pause that only some ranks were asked for counts as work in the all-reduce and keeps all stepping.
+        Every rank calls this at the same step. A pause that only some ranks were asked for counts as work in the
+        all-reduce and keeps all stepping.
         """
         self._check()
         self._handle(AllPaused())

@@ -76,6 +76,7 @@ class Board:
     wake_bucket: Words
     evidence: Words
     kept_settings: Words
+    drops: Words
     # An engine's row: [engine].
     engine_state: Words
     progress: Words

@@ -21,6 +21,7 @@
                     | wake buckets: how long wake-ups took                             |
                     | cache states   [engine]              128 bytes each              |
                     | evidence of verdicts [engine], and the coordinator's settings    |
+                    | drops: how many messages were dropped, by reason                 |
                     +------------------------------------------------------------------+
 
 Everything is little-endian and every word is an int64 on an 8-byte boundary. Rows are padded to 128
@@ -78,6 +79,15 @@ COORDINATOR_WORDS = (
     "messages_dropped",
     "wake_ns",  # how long all wake-ups took together
     "coordinator_version",  # see `dpshm.version`
+)
+# Why the coordinator drops a message: the items of `drops`. `messages_dropped` is their sum.
+DROP_REASONS = (
+    "malformed message",
+    "message that could not be handled",
+    "flood",
+    "scaling refused",
+    "drain refused",
+    "peer refused",
 )
 # What an engine stores in its row. `steps` and the words after it only grow within an incarnation.
 ENGINE_WORDS = (
@@ -204,4 +214,5 @@ def make_layout(engines: int, frontends: int) -> Layout:
     # From what a verdict of stalled or stuck followed (`dpshm.rules.liveness.evidence_of`).
     columns["evidence"] = Column(reserve(engines * WORD_BYTES), (engines,), (WORD_BYTES,))
     columns["kept_settings"] = Column(reserve(SETTINGS_WORDS * WORD_BYTES), (SETTINGS_WORDS,), (WORD_BYTES,))
+    columns["drops"] = Column(reserve(len(DROP_REASONS) * WORD_BYTES), (len(DROP_REASONS),), (WORD_BYTES,))
     return Layout(engines, frontends, columns, _padded(end, PAGE_BYTES))

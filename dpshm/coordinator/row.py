@@ -22,6 +22,7 @@ import time
 
 from dpshm.board import layout
 from dpshm.board.board import Board
+from dpshm.board.layout import DROP_REASONS
 from dpshm.board.words import (
     COUNT_MASK,
     DRAINED,
@@ -105,6 +106,11 @@ class CoordinatorRow:
         """Counts a wake-up, from when the coordinator heard of it until an engine ran."""
         self.count("wake_ns", duration_ns)
         self.count("wake_bucket", row=wake_bucket(duration_ns))
+
+    def count_drop(self, reason: str) -> None:
+        """Counts a message that was dropped, for one of `layout.DROP_REASONS`."""
+        self.count("messages_dropped")
+        self.count("drops", row=DROP_REASONS.index(reason))
 
     # Marks.
 

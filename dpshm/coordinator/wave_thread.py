@@ -184,7 +184,7 @@ class WaveThread(threading.Thread):
             self.flood.on_messages(s, BATCH, more=True)
 
     def _drop(self, reason: str, detail: object) -> None:
-        self._row.count("messages_dropped")
+        self._row.count_drop(reason)
         self.dropped.note(reason, detail)
 
     def _renew(self) -> None:

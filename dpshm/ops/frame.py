@@ -24,6 +24,7 @@ class Coordinator(msgspec.Struct, frozen=True, kw_only=True):
         version: its version of dpshm.
         wakes_by_limit_ms: number of wake-ups by upper limit of their duration, not cumulative; "inf" is the rest.
         wake_s: total duration of all wake-ups.
+        drops_by_reason: number of dropped messages by reason; every reason that is known has an item.
     """
 
     state: str
@@ -40,6 +41,7 @@ class Coordinator(msgspec.Struct, frozen=True, kw_only=True):
     messages_dropped: int
     wakes_by_limit_ms: dict[str, int]
     wake_s: float
+    drops_by_reason: dict[str, int] = msgspec.field(default_factory=dict)
 
 
 class Rank(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,7 +1,8 @@
 """Builds a Grafana dashboard of the metrics of `dpshm.ops.metrics` from a table of panels.
 
 The alert rules are in a file beside this one. Dashboard and rules need a data source of type Prometheus and name
-no server. A test checks that `dpshm.ops.metrics` exports every metric that they use.
+no server. A group may live on several nodes, and several groups on one, so every curve keeps the group and the
+instance. A test checks that `dpshm.ops.metrics` exports every metric that they use.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ALERTS = Path(__file__).with_name("alerts.yaml")
-_G = 'group=~"$group"'
+_G = 'group=~"$group", instance=~"$instance"'
+_WHERE = "{{group}} {{instance}}"
 _R = f'{_G}, dp_rank=~"$rank"'
 
 
@@ -26,23 +28,30 @@ class Panel(NamedTuple):
 
 
 def _rank(metric: str) -> list[tuple[str, str]]:
-    return [(f"{metric}{{{_R}}}", "rank {{dp_rank}}")]
+    return [(f"{metric}{{{_R}}}", f"{_WHERE} rank {{{{dp_rank}}}}")]
 
 
 def _rate(metric: str) -> list[tuple[str, str]]:
-    return [(f"rate({metric}{{{_R}}}[$__rate_interval])", "rank {{dp_rank}}")]
+    return [(f"rate({metric}{{{_R}}}[$__rate_interval])", f"{_WHERE} rank {{{{dp_rank}}}}")]
 
 
 PANELS = (
-    Panel("Coordinator", "bool_on_off", [(f"dpshm_coordinator_up{{{_G}}}", "{{group}}")], "stat", 4),
-    Panel("Ranks to route to", "short", [(f"sum(dpshm_rank_routable{{{_G}}})", "ranks")], "stat", 4),
+    Panel("Coordinator", "bool_on_off", [(f"dpshm_coordinator_up{{{_G}}}", _WHERE)], "stat", 4),
+    Panel(
+        "Ranks to route to",
+        "short",
+        [(f"sum by (group, instance) (dpshm_rank_routable{{{_G}}})", _WHERE)],
+        "stat",
+        4,
+    ),
     Panel(
         "Ranks out of routing",
         "short",
         [
             (
-                f'sum by (state) (dpshm_rank_state{{{_G}, state=~"dead|stalled|stuck|silent|drained|absent"}})',
-                "{{state}}",
+                "sum by (group, instance, state) "
+                f'(dpshm_rank_state{{{_G}, state=~"dead|stalled|stuck|silent|drained|absent"}}) > 0',
+                f"{_WHERE} {{{{state}}}}",
             )
         ],
         "stat",
@@ -51,18 +60,22 @@ PANELS = (
     Panel(
         "Balance",
         "short",
-        [(f"dpshm_balance_ratio{{{_G}}}", "{{group}}")],
+        [(f"dpshm_balance_ratio{{{_G}}}", _WHERE)],
         "stat",
         4,
         "Most requests on a rank over their mean: 1 is even.",
     ),
-    Panel(
-        "Waves a minute", "short", [(f"rate(dpshm_waves_started_total{{{_G}}}[5m]) * 60", "{{group}}")], "stat", 4
-    ),
+    Panel("Waves a minute", "short", [(f"rate(dpshm_waves_started_total{{{_G}}}[5m]) * 60", _WHERE)], "stat", 4),
     Panel(
         "Wake-up, p99",
         "s",
-        [(f"histogram_quantile(0.99, sum by (le) (rate(dpshm_wake_seconds_bucket{{{_G}}}[5m])))", "p99")],
+        [
+            (
+                "histogram_quantile(0.99, sum by (group, instance, le) "
+                f"(rate(dpshm_wake_seconds_bucket{{{_G}}}[5m])))",
+                _WHERE,
+            )
+        ],
         "stat",
         4,
         "Time from the coordinator's first message about a wake-up until an engine ran.",
@@ -90,7 +103,7 @@ PANELS = (
             (
                 f"rate(dpshm_rank_step_seconds_total{{{_R}}}[$__rate_interval]) "
                 f"/ rate(dpshm_rank_steps_total{{{_R}}}[$__rate_interval])",
-                "rank {{dp_rank}}",
+                f"{_WHERE} rank {{{{dp_rank}}}}",
             )
         ],
     ),
@@ -101,21 +114,26 @@ PANELS = (
             (
                 f"rate(dpshm_rank_dummy_steps_total{{{_R}}}[$__rate_interval]) "
                 f"/ rate(dpshm_rank_steps_total{{{_R}}}[$__rate_interval])",
-                "rank {{dp_rank}}",
+                f"{_WHERE} rank {{{{dp_rank}}}}",
             )
         ],
         help="Steps without work, which keep a rank in step with the others.",
     ),
-    Panel("Balance over time", "short", [(f"dpshm_balance_ratio{{{_G}}}", "{{group}}")]),
+    Panel("Balance over time", "short", [(f"dpshm_balance_ratio{{{_G}}}", _WHERE)]),
     Panel(
         "Requests sent by front-end",
         "reqps",
-        [(f"rate(dpshm_frontend_requests_routed_total{{{_G}}}[$__rate_interval])", "{{frontend}} {{owner}}")],
+        [
+            (
+                f"rate(dpshm_frontend_requests_routed_total{{{_G}}}[$__rate_interval])",
+                f"{_WHERE} {{{{frontend}}}} {{{{owner}}}}",
+            )
+        ],
     ),
     Panel(
         "Messages dropped",
         "short",
-        [(f"rate(dpshm_messages_dropped_total{{{_G}}}[$__rate_interval])", "{{reason}}")],
+        [(f"rate(dpshm_messages_dropped_total{{{_G}}}[$__rate_interval])", f"{_WHERE} {{{{reason}}}}")],
     ),
 )
 
@@ -135,7 +153,8 @@ def dashboard() -> dict[str, Any]:
             "list": [
                 {"name": "source", "label": "Data source", "type": "datasource", "query": "prometheus"},
                 _variable("group", "Group", "label_values(dpshm_ranks, group)"),
-                _variable("rank", "Rank", 'label_values(dpshm_rank_routable{group=~"$group"}, dp_rank)'),
+                _variable("instance", "Instance", 'label_values(dpshm_ranks{group=~"$group"}, instance)'),
+                _variable("rank", "Rank", f"label_values(dpshm_rank_routable{{{_G}}}, dp_rank)"),
             ]
         },
         "panels": _place(),

@@ -8,17 +8,17 @@ counters begin again at 0, as Prometheus expects.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 
 from dpshm.board.board import Board
-from dpshm.errors import SettingError
+from dpshm.errors import SegmentError, SettingError
 from dpshm.net.addresses import bare, joined
 from dpshm.ops.frame import Coordinator, Frame, Frontend, Rank
 from dpshm.ops.read_frame import read_frame
 from dpshm.version import __version__
 
 try:
-    from prometheus_client import CollectorRegistry, start_http_server
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, start_http_server
     from prometheus_client.core import (
         CounterMetricFamily,
         GaugeMetricFamily,
@@ -30,6 +30,7 @@ try:
 except ImportError as e:
     raise SettingError(f"metrics need prometheus-client ({e}): pip install 'dpshm[metrics]'") from None
 
+_UP_HELP = "1 if a coordinator lives and its watch thread runs."
 RANK_STATES = (
     *("running", "idle", "waking", "paused", "silent", "drained", "stalled", "stuck", "dead", "absent"),
 )
@@ -66,12 +67,10 @@ class BoardCollector(Collector):
 
     Args:
         board: the group's board, attached read-only.
-        dropped: number of messages that a coordinator in this process dropped, by reason.
     """
 
-    def __init__(self, board: Board, dropped: Mapping[str, int] | None = None) -> None:
+    def __init__(self, board: Board) -> None:
         self._board = board
-        self._dropped = dropped
 
     def collect(self) -> Iterator[Metric]:
         """The metric families, read from the board now."""
@@ -100,22 +99,15 @@ class BoardCollector(Collector):
             yield _gauge("dpshm_balance_ratio", help_, frame.group, frame.balance)
 
     def _coordinator(self, group: str, c: Coordinator) -> Iterator[Metric]:
-        yield _gauge(
-            "dpshm_coordinator_up",
-            "1 if a coordinator lives and its watch thread runs.",
-            group,
-            int(c.state == "alive"),
-        )
+        yield _gauge("dpshm_coordinator_up", _UP_HELP, group, int(c.state == "alive"))
         yield _gauge("dpshm_coordinator_epoch", "Number of coordinators that the board has had.", group, c.epoch)
         for name, help_, get in _COORDINATOR_COUNTERS:
             yield _counter(f"dpshm_{name}", help_, group, get(c))
         dropped = CounterMetricFamily(
             "dpshm_messages_dropped", "Messages that were dropped, by reason.", labels=["group", "reason"]
         )
-        reasons = dict(self._dropped) if self._dropped is not None else {}
-        # What an earlier coordinator dropped is on the board, the reasons were in its memory.
-        reasons["unknown"] = max(0, c.messages_dropped - sum(reasons.values()))
-        for reason, value in sorted(reasons.items()):
+        # Every reason from the start, at 0: the first burst of a series that is new is no increase for Prometheus.
+        for reason, value in c.drops_by_reason.items():
             dropped.add_metric([group, reason], value)
         yield dropped
         yield _wake_ups(group, c)
@@ -187,6 +179,37 @@ def _counter(name: str, help_: str, group: str, value: float) -> Metric:
     return family
 
 
+def collect_group(group: str, *, any_owner: bool = False) -> list[Metric]:
+    """The families of a group, of this moment. Of a group that is gone, that its coordinator does not live.
+
+    For a process that outlives the coordinator: its death, and the ranks that are dead with it, stay visible.
+
+    Args:
+        group: its name.
+        any_owner: look at the board of another user too.
+    """
+    try:
+        with Board.attach(group, any_owner=any_owner) as board:
+            return list(BoardCollector(board).collect())
+    except SegmentError:
+        return [_gauge("dpshm_coordinator_up", _UP_HELP, group, 0)]
+
+
+def page(group: str) -> tuple[bytes, str]:
+    """The page of any user's group in Prometheus' text format, and its content type."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_GroupCollector(group))
+    return generate_latest(registry), CONTENT_TYPE_LATEST
+
+
+class _GroupCollector(Collector):
+    def __init__(self, group: str) -> None:
+        self._group = group
+
+    def collect(self) -> Iterator[Metric]:
+        yield from collect_group(self._group, any_owner=True)
+
+
 class MetricsServer:
     """Serves a group's metrics over HTTP from a thread of its own, until `close`.
 
@@ -197,11 +220,11 @@ class MetricsServer:
         SettingError: it cannot listen there.
     """
 
-    def __init__(self, group: str, dropped: Mapping[str, int] | None, host: str, port: int) -> None:
+    def __init__(self, group: str, host: str, port: int) -> None:
         self._pid = os.getpid()
         self._board = Board.attach(group)
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(BoardCollector(self._board, dropped))
+        registry.register(BoardCollector(self._board))
         host = bare(host)
         try:
             self._server, self._thread = start_http_server(port, host, registry)

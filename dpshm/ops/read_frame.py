@@ -11,6 +11,7 @@ import time
 import numpy as np
 
 from dpshm.board.board import Board
+from dpshm.board.layout import DROP_REASONS
 from dpshm.board.words import VERDICT_MASK, WAKE_LIMITS_MS
 from dpshm.linux import processes
 from dpshm.ops.frame import SCHEMA_VERSION, Coordinator, Frame, Frontend, Rank
@@ -94,6 +95,7 @@ def _coordinator(board: Board, now_ns: int | None) -> Coordinator:
         messages_dropped=_word(board, "messages_dropped"),
         wakes_by_limit_ms=dict(zip(limits, board.wake_bucket.tolist(), strict=True)),
         wake_s=_word(board, "wake_ns") / 1e9,
+        drops_by_reason=dict(zip(DROP_REASONS, board.drops.tolist(), strict=True)),
     )
 
 

@@ -4,6 +4,7 @@
     GET /stream        server-sent events: `past` once (points of the last minutes, recorded events), then a
                        `frame` at each interval and an `event` for each change
     GET /stat.json     the newest frame, as ``dpshm stat --json`` prints it
+    GET /metrics       the group's metrics for Prometheus; they outlive the coordinator
 
 One thread reads the board for all viewers. Beyond loopback a token is required. On loopback the Host header must
 name loopback: else a web site could read the page through a local browser (DNS rebinding).
@@ -217,10 +218,20 @@ class Handler(BaseHTTPRequestHandler):
                 self._send(self.server.page, "text/html; charset=utf-8")
             case "/stat.json":
                 self._send(self.server.looker.frame, "application/json")
+            case "/metrics":
+                self._metrics()
             case "/stream":
                 self._stream()
             case _:
                 self.send_error(HTTPStatus.NOT_FOUND)
+
+    def _metrics(self) -> None:
+        try:
+            from dpshm.ops.metrics import page
+        except SettingError as e:  # prometheus-client is not installed
+            self.send_error(HTTPStatus.NOT_IMPLEMENTED, str(e))
+            return
+        self._send(*page(self.server.group))
 
     def _may(self, query: dict[str, list[str]]) -> bool:
         server = self.server

@@ -46,7 +46,7 @@ class Coordinator(CoordinatorThreads):
     def _serve_metrics(self, host: str, port: int) -> None:
         from dpshm.ops.metrics import MetricsServer  # needs an extra
 
-        metrics = MetricsServer(self.board.segment.group, self._wave.dropped.counts, host, port)
+        metrics = MetricsServer(self.board.segment.group, host, port)
         self.metrics_address = metrics.address
         self._close_metrics = weakref.finalize(self, metrics.close)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from dpshm.board.board import Board
 from dpshm.vllm.log import logger
 
 _groups: set[str] = set()
@@ -31,7 +30,7 @@ def install() -> None:
     try:
         from prometheus_client import REGISTRY, multiprocess
 
-        from dpshm.ops.metrics import BoardCollector  # noqa: F401  (so that a failure comes now, and not at each scrape)
+        from dpshm.ops.metrics import collect_group  # noqa: F401  (so that a failure comes now, and not at each scrape)
     except Exception as e:
         logger.info("dpshm: no figures of the board on /metrics: %s", e)
         return
@@ -58,10 +57,9 @@ class _BoardsCollector:
         families: list[Any] = []
         for group in sorted(_groups):
             try:
-                from dpshm.ops.metrics import BoardCollector
+                from dpshm.ops.metrics import collect_group
 
-                with Board.attach(group) as board:
-                    families.extend(BoardCollector(board).collect())
+                families.extend(collect_group(group))
             except Exception:
                 logger.debug("dpshm: the board of group %r could not be scraped", group, exc_info=True)
         return families

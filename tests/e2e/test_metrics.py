@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import urllib.error
 import urllib.request
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +16,12 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from dpshm import Coordinator, Engine, Frontend, SettingError
+from dpshm.board.layout import DROP_REASONS
+from dpshm.coordinator import wave_thread
+from dpshm.ops.web import Server
 from dpshm.version import __version__
 from tests.e2e.load import LoadedGroup, run, stat
-from tests.support import StockFrontend, wait_until
+from tests.support import Remote, StockFrontend, wait_until
 
 
 def scrape(address: tuple[str, int]) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
@@ -99,8 +104,47 @@ def test_dropped_messages_have_their_reason(group, using, coordinator):
     peer.send(b"\xc1 no message")
     wait_until(lambda: coordinator.dropped)
     found = scrape(coordinator.metrics_address)["dpshm_messages_dropped_total"]
-    assert found[(("group", group), ("reason", "malformed message"))] == 1
-    assert found[(("group", group), ("reason", "unknown"))] == 0
+    assert found == {
+        (("group", group), ("reason", reason)): int(reason == "malformed message") for reason in DROP_REASONS
+    }
+
+
+def test_every_reason_of_a_drop_is_known():
+    """Guards against a reason that the board has no word for: its message would end in an exception."""
+    source = Path(wave_thread.__file__).read_text(encoding="utf-8")
+    assert sorted(re.findall(r"_drop\(\s*\"([^\"]+)\"", source)) == sorted(DROP_REASONS)
+
+
+def test_metrics_outlive_the_coordinator(group, using):
+    """Guards against alerts that go blind with the coordinator, and drops that its successor counts again."""
+    first = using(Remote())
+    first.run("coordinator = Coordinator(group=group, dp_size=1)", group=group)
+    peer = using(StockFrontend(first.eval("coordinator.stats_publish_address")))
+    peer.send(b"\xc1 no message")
+    server = using(Server(group))
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    address = ("127.0.0.1", server.server_port)
+    engine = using(Engine.attach(group, 0))
+    engine.publish(waiting=2, running=0)
+
+    def one(name: str, **labels: str) -> float:
+        return scrape(address)[name].get(tuple(sorted({"group": group, **labels}.items())), -1)
+
+    def malformed() -> float:
+        return one("dpshm_messages_dropped_total", reason="malformed message")
+
+    try:
+        wait_until(lambda: malformed() == 1 and one("dpshm_coordinator_up") == 1)
+        first.kill()
+        wait_until(lambda: one("dpshm_coordinator_up") == 0)
+        assert one("dpshm_rank_waiting_requests", dp_rank="0") == 2
+        with Coordinator(group=group, dp_size=1):
+            wait_until(lambda: one("dpshm_coordinator_up") == 1)
+            assert malformed() == 1
+            engine.close()
+        assert one("dpshm_coordinator_up") == 0
+    finally:
+        server.shutdown()
 
 
 def test_every_metric_that_the_dashboard_and_the_alerts_name_is_exported(busy):
@@ -130,6 +174,20 @@ def test_the_dashboard_is_whole():
         cells |= area
         assert panel["datasource"]["uid"] == "${source}"
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+
+
+def test_the_dashboard_tells_groups_and_nodes_apart():
+    """Guards against one curve, or one number, for the ranks of two groups or of two nodes of a group."""
+    board = json.loads(run("dashboard").stdout)
+    assert {"group", "instance", "rank"} <= {variable["name"] for variable in board["templating"]["list"]}
+    for panel in board["panels"]:
+        for target in panel["targets"]:
+            expression, legend = target["expr"], target["legendFormat"]
+            assert expression.count("{group=~") == len(re.findall(r"dpshm_\w+", expression)), expression
+            assert expression.count('instance=~"$instance"') == expression.count("{group=~"), expression
+            assert legend.startswith("{{group}} {{instance}}"), panel["title"]
+            for kept in re.findall(r" by \(([^)]*)\)", expression):
+                assert {"group", "instance"} <= set(kept.split(", ")), expression
 
 
 def test_every_alert_says_what_it_means_and_what_to_do():

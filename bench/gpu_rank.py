@@ -1,14 +1,14 @@
 """A rank of ``python -m bench gpu``: the demo's computing engine, with a note of what happened when.
 
-All times are CLOCK_MONOTONIC in nanoseconds. For so many steps the rank alternates between three ways of making
-its load known, in blocks of `BLOCK` steps whose order is drawn anew in each round, the same on all ranks:
+All times are CLOCK_MONOTONIC in nanoseconds. The rank alternates between three ways of reporting its load, in
+blocks of `BLOCK` steps. The order of the ways is drawn anew in each round, the same on all ranks:
 
     none    nothing is stored or sent
     board   dpshm: `publish()` before and after each step, and `step()` around it
     pub     the broadcast design: once a step a report is made and queued; a thread encodes it and sends it to the
             coordinator, as vLLM's engines do (the message is theirs, byte for byte)
 
-After these steps it stays with the board.
+After these steps it reports to the board only.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class ParentsLine:
 
 
 class PubPath:
-    """What an engine of the broadcast design does with a report: hands it to a thread, which encodes and sends."""
+    """The broadcast design's report: hands the report to a thread, which encodes and sends it."""
 
     def __init__(self, address: str, dp_rank: int) -> None:
         self._rank = dp_rank
@@ -204,7 +204,7 @@ def _ways(steps: int) -> Iterator[str]:
 
 
 def run_rank(line: Line, settings: EngineSettings, store: str, alternating_steps: int) -> dict[str, str]:
-    """One rank, until it is told to end."""
+    """Runs one rank until it is told to end."""
     parent_pid = os.getppid()
     ranks = Ranks(store, settings.dp_rank, settings.dp_size)
     accelerator = TorchAccelerator(ranks)

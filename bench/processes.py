@@ -1,8 +1,8 @@
-"""The processes of a measurement: started clean, told what to do, never left behind.
+"""The processes of a measurement: they start clean, get orders from their parent, and end with it.
 
 A `Worker` runs one function in a process of its own, from multiprocessing's fork server: a process with one
-thread that has imported the libraries already and no state of the parent. It dies with its parent, however
-that ends: the kernel terminates it when the fork server goes, and that ends when the parent does.
+thread that has imported the libraries already and no state of the parent. It dies with its parent: the kernel
+terminates it when the fork server ends, and the fork server ends when the parent does.
 
 CPU time is read from ``/proc/PID/task/*/schedstat``: nanoseconds that each thread has run, ZMQ's own threads
 among them, where ``/proc/PID/stat`` counts in ticks of 10 ms.
@@ -31,7 +31,7 @@ _context.set_forkserver_preload(["dpshm", "msgspec", "numpy", "zmq", "bench.base
 
 
 class Told(Exception):
-    """Raised by `Line.expect` in a worker whose parent has nothing more for it."""
+    """Raised by `Line.expect` in a worker whose parent has no more orders."""
 
 
 class Line:
@@ -119,7 +119,7 @@ class Worker:
         self._connection.close()
 
     def close(self) -> None:
-        """Ends it, whatever it is in."""
+        """Kills the worker at any point of its work."""
         self.open_doorbell()
         self._process.join(STOP_TIMEOUT_S)
         if self._process.is_alive():
@@ -147,7 +147,7 @@ def _main(
     use_cores(where[0])
     _all_cores[:] = where[1]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # As an exception, so that what it has made is removed on the way out.
+    # Raise an exception, so that the worker removes its files on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     try:

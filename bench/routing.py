@@ -4,7 +4,7 @@
     python bench/routing.py --out build/routing --only slow,skew   some scenarios
     python bench/routing.py --out build/routing --tables           print the tables of what is there
 
-Each scenario is one call of what ``dpshm simulate`` runs, and leaves one JSON file. Traces are read from the
+Each scenario is one comparison of ``dpshm simulate``, and writes one JSON file. Traces are read from the
 folder that ``--traces`` or ``DPSHM_TRACES`` names; scenarios whose trace is absent are skipped, and say so.
 """
 

@@ -3,10 +3,10 @@
     python -m bench vllm --trace AzureLLMInferenceTrace_code.csv
 
 Each arm is a whole ``vllm serve`` with several ranks and API servers, fresh for each round; only ``DPSHM``
-differs. The model is missing: a step sleeps as long as one would take (`bench.sleeping_executor`), so no GPU is
+differs. There is no model: a step sleeps for its modelled duration (`bench.sleeping_executor`), so no GPU is
 needed. Arrivals, prompt and output lengths come from a recorded trace, played faster (``--speed``). Arms take
-turns within a round and change places from round to round. Told for each arm: the time to the first token,
-how evenly the ranks were used, and what the coordinator's process took. Whatever comes out is printed.
+turns within a round and change places from round to round. The figures of each arm are the time to the first
+token, the balance of the ranks, and the CPU time of the coordinator's process. Every result is printed.
 
 Needs the environment of ``tests/e2e/vllm/environment.py``.
 """

@@ -1,7 +1,8 @@
-"""What hostile peers do, and how honest ones find out whether the group still works.
+"""Hostile peers, and honest ones that test whether the group still works.
 
-`dial` speaks ZMTP over a plain socket (ZMTP 3.1, sections 3 and 4): what no ZMQ library would send, as fast as the
-kernel takes it. `Honest` is a whole group's honest peers: two engines and a front-end, of this process.
+`dial` speaks ZMTP over a plain socket (ZMTP 3.1, sections 3 and 4). It sends frames that no ZMQ library sends, as
+fast as the kernel accepts them. `Honest` holds the honest peers of a group: two engines and a front-end, of this
+process.
 """
 
 from __future__ import annotations

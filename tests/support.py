@@ -1,7 +1,7 @@
-"""What several test modules need: waiting, processes told what to do line by line, the sockets of stock peers.
+"""Helpers of several test modules: waiting, processes that run orders line by line, the sockets of stock peers.
 
-Nothing here knows how long anything may take: `wait_until` has one generous deadline, so that a test which
-hangs ends with a sentence and not with the run.
+No helper assumes how fast the machine is: `wait_until` has one generous deadline, so that a test that hangs ends
+with a message.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _encode = msgspec.msgpack.encode
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Any:
-    """Calls `condition` until it gives something true, and returns that.
+    """Calls `condition` until its result is true, and returns the result.
 
     Raises:
-        AssertionError: it did not within `timeout_s`.
+        AssertionError: the result was not true within `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
     while not (result := condition()):
@@ -54,7 +54,7 @@ def wait_until(condition: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> An
 
 
 def polled(engines: Iterable[Engine]) -> bool:
-    """Has each engine look at its messages; whether all of them run."""
+    """Polls each engine; returns whether all of them run."""
     return all([engine.poll(1) for engine in engines])  # noqa: C419 - each has to look
 
 
@@ -156,7 +156,7 @@ class HandWatch(WatchThread):
 
 
 def leftovers(group_prefix: str) -> list[str]:
-    """What groups of such names have left in the directory of segments."""
+    """The files of groups of such names in the directory of segments."""
     wanted = files.FILE_PREFIX + group_prefix
     return sorted(name for name in os.listdir(files.directory()) if name.startswith(wanted))
 
@@ -228,7 +228,7 @@ class Remote:
         self._process.join()
 
     def close(self) -> None:
-        """Ends it, whatever it is in."""
+        """Ends the process, also in the middle of an order."""
         self._connection.close()
         if self._process.is_alive():
             self.kill()

@@ -1,16 +1,16 @@
-"""Truth: how far what a front-end believes is from what is the case, at the moment of its decision.
+"""Accuracy: the error of a front-end's belief about each rank at the moment of its decision.
 
 Engines are processes with a step loop around the demo's scheduler (`dpshm.sim.batching`), requests reach
 them through sockets, arrivals are a Poisson process over the front-ends. Each decision notes what the
-front-end believed of every rank; each front-end notes when it sent each request, each engine when it finished
-each. Afterwards, with the times of all processes (one CLOCK_MONOTONIC), what was the case is known exactly:
+front-end believed of every rank. Each front-end notes when it sent each request, each engine when it finished
+each. All times come from one CLOCK_MONOTONIC, so the true count is known exactly afterwards:
 
     requests at a rank = sent to it by all front-ends so far - finished there so far
 
 that is, the scheduler's queues and its input queue. Two errors of a belief about one rank at one decision:
 
 - *requests*: the absolute difference between the two;
-- *ms*: how long ago the truth last was what is believed; `HORIZON_MS` if that was not within it.
+- *ms*: the time since the true count last equalled the belief; at most `HORIZON_MS`.
 
 The peers: the board; the board read without bookings (reported load alone); the broadcast at 100 and at 10 ms
 with its front-end's own raises of the copy.
@@ -92,7 +92,7 @@ def accuracy(
 
 
 def judge(beliefs: list[Belief], finished: list[Times], *, bookings: bool) -> dict[str, float]:
-    """Compares beliefs with what was the case; pure.
+    """Compares beliefs with the true counts; pure.
 
     Args:
         beliefs: of all front-ends.

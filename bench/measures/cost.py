@@ -1,4 +1,4 @@
-"""Cost: what one call takes, in a process of its own on a fixture board: publish, decide, route.
+"""Cost: the time of one call of publish, decide and route, in a process of its own on a fixture board.
 
 - *publish*: `Engine.publish` with one request received since the last; the broadcast's: encode and send.
 - *decide*: read what there is, count every front-end's bookings, choose: `Frontend.choose`. The broadcast's:
@@ -35,7 +35,7 @@ def timed(
 
     Args:
         call: what to time.
-        batches: how many.
+        batches: the number of batches.
         calls: calls in each.
         after: done after each batch, outside of the time.
     """

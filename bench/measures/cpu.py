@@ -1,9 +1,9 @@
-"""CPU per update: what an update costs in all processes together, at full speed.
+"""CPU per update: the CPU time that an update costs in all processes together, at full speed.
 
-Engines publish as fast as they can; front-ends are there and take in what is sent to them. Counted is the CPU
-time of every thread of every process from the first update until the last one has arrived: engines, the peer's
-own processes, front-ends. Full speed favours the broadcast, which then takes many messages at each wake-up; at a
-real rate each costs a wake-up of its own (`middle_cpu_us` of freshness tells).
+Engines publish as fast as they can, and front-ends receive. The figure is the CPU time of every thread of every
+process, from the first update until the last one has arrived: engines, the peer's own processes, front-ends. Full
+speed favours the broadcast, which then receives many messages at each wake-up. At a real rate each message costs a
+wake-up of its own (see `middle_cpu_us` of freshness).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def cpu_per_update(start: Start, *, updates: int, engines: int = 8, frontends: i
 
     Args:
         start: the peer.
-        updates: how many, over all engines.
+        updates: number of updates, over all engines.
         engines: processes that publish.
         frontends: processes that listen.
     """

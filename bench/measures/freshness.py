@@ -1,14 +1,14 @@
-"""Freshness: how long after an engine publishes does a front-end know?
+"""Freshness: the time from an engine's publish until a front-end knows of it.
 
-Engines, each a process, publish at a steady rate with jitter; one front-end process looks as fast as it
+Engines, each a process, publish at a steady rate with jitter. One front-end process reads as fast as it
 can and notes when it first sees each change. Both clocks are CLOCK_MONOTONIC of one machine.
 
 - *per update*: from the call of `publish` in the engine until the front-end first knows of that update or of a
   newer one of the same engine.
-- *sampled age*: at instants spread evenly over the run, how old the oldest update is that the front-end does not
-  know of; 0 if it knows of all. It is what a decision at that instant suffers from.
+- *sampled age*: at instants spread evenly over the run, the age of the oldest update that the front-end does not
+  know of; 0 if it knows of all. A decision at that instant uses data of that age.
 
-The other front-ends decide 20 times a second each, and take in what is sent to them.
+The other front-ends decide 20 times a second each, and receive their messages.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def freshness(
         for writer in writers:
             writer.tell(began)
         published = [np.array(writer.result(), float) / 1e3 for writer in writers]
-        time.sleep(SETTLE_S)  # what was published last has 300 ms to arrive
+        time.sleep(SETTLE_S)  # the last updates have 300 ms to arrive
         cpu = sum(map(cpu_ns, middle.pids)) - cpu_before
         for worker in (reader, *others, *writers):
             worker.tell()

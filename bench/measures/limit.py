@@ -1,6 +1,6 @@
-"""Limit: two processes bat a word to and fro through shared memory; half a round trip is freshness's floor.
+"""Limit: two processes pass a word to and fro in shared memory. Half a round trip is the lower bound of freshness.
 
-In the same Python, with the same kind of access as the board's, and nothing else.
+They run the same Python, with the same kind of access as the board's, and do nothing else.
 """
 
 from __future__ import annotations

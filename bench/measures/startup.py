@@ -1,4 +1,4 @@
-"""The coordinator at rest: how long it takes to start, what it holds, what it costs while nothing happens.
+"""The coordinator at rest: its start-up time, its memory, and its CPU time while the group is idle.
 
 - *startup*: from the constructor's call until the addresses are known.
 - *rss*: its resident memory and its share of it (PSS), with all engines and front-ends there.
@@ -15,7 +15,7 @@ from bench.baselines import Spec, Start, engine_end, frontend_end
 from bench.baselines.board import Board
 from bench.processes import Line, Worker, cpu_ns, memory
 
-SETTLE_S = 3.0  # the last that came is no news any more
+SETTLE_S = 3.0  # the last message received is old by now
 
 
 def board_startup(engines: int = 8) -> dict[str, float]:

@@ -74,7 +74,7 @@ def sleep_and_wake(line: Line, spec: Spec, dp_rank: int) -> None:
                         return
                 awake_ns = time.monotonic_ns()
                 time.sleep(QUIET_S)
-                # Whom the request woke may have been told as well, and the other way round.
+                # The rank that the request woke may get START too, and the other way round.
                 end.receive_start()
                 with suppress(BlockingIOError):
                     end.accept_request(int(inbox.recv(32)))

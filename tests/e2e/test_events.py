@@ -1,4 +1,4 @@
-"""``dpshm events`` beside a group that things happen to."""
+"""``dpshm events`` beside a group whose ranks die, stop and come back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys: who has them takes part over tcp, who has not is refused and logged, and the coordinator goes on."""
+"""Keys: peers with keys take part over tcp, peers without are refused and logged, and the coordinator goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groups of which only some know dpshm: stock engines beside ours, stock front-ends beside ours."""
+"""Groups of which only some processes use dpshm: stock engines and front-ends beside ours."""
 
 from __future__ import annotations
 

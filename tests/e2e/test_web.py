@@ -1,4 +1,4 @@
-"""``dpshm web``: what it serves to whom, and the page in a real browser."""
+"""``dpshm web``: its answers with and without access, and the page in a real browser."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Many light processes for the tests that kill them by the dozen.
 
-A `tests.support.Remote` forks them, so each costs a fork and not a start; they die with it, however it ends. The
-functions at the end are what they may do.
+A `tests.support.Remote` forks them, so each costs a fork and not a start, and they die with it. The functions at
+the end are their programs.
 """
 
 from __future__ import annotations

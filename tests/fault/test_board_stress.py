@@ -1,4 +1,4 @@
-"""Several processes on one board whose every word can be checked: nothing torn, lost or backwards is seen.
+"""Several processes on one board whose every word can be checked: no word is torn, lost or set back.
 
 A writer's load is a function of one counter: waiting is the counter, running twice it, the KV-cache usage the
 counter modulo its range. So a reader can tell a whole word from one made of two halves, and a newer one from an

@@ -1,4 +1,4 @@
-"""Processes that run out of descriptors (RLIMIT_NOFILE): what fails says so, what runs goes on and recovers."""
+"""Processes that run out of descriptors (RLIMIT_NOFILE): failed calls say so, and the rest goes on."""
 
 from __future__ import annotations
 

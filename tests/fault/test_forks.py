@@ -1,4 +1,4 @@
-"""Processes that fork workers, which outlive them: nothing in a worker speaks for a dead parent."""
+"""Processes that fork workers, which outlive them: no worker holds a lock of its dead parent."""
 
 from __future__ import annotations
 

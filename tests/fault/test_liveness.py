@@ -1,4 +1,4 @@
-"""Processes that die, stop and come back, and what everybody else sees of it."""
+"""Processes that die, stop and come back, as all other processes see them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The soak of `tests.soak`, short, and that it notices when something does not add up."""
+"""A short soak of `tests.soak`, and a test that it notices wrong sums."""
 
 from __future__ import annotations
 

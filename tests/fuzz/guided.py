@@ -1,7 +1,7 @@
 """``python -m tests.fuzz.guided``: coverage-guided fuzzing of the readers of bytes that another process wrote.
 
-Needs atheris (extra: fuzz). Each target runs in a process of its own, since libFuzzer ends the one it runs in;
-exit status 1 if one of them finds an input that raises anything but the error that it may raise.
+Needs atheris (extra: fuzz). Each target runs in a process of its own, because libFuzzer ends its process. The exit
+status is 1 if a target finds an input that raises another error than the allowed one.
 """
 
 from __future__ import annotations

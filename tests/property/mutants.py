@@ -1,4 +1,5 @@
-"""The rules of the waves with one row lost or spoilt: the exploration can fail, and what each row is for.
+"""The rules of the waves with one row lost or spoilt. They show that the exploration can fail, and why each row is
+there.
 
 Each mutant names the bounds in which it is explored and what the exploration says about it. Two kinds of bounds
 tell two things: without faults and ticks, what messages are needed for; with them, what the ticks are needed

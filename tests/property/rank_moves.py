@@ -1,7 +1,7 @@
-"""One rank of a group (`tests.property.group_model`): what it may do, and what may happen to it alone.
+"""One rank of a group (`tests.property.group_model`): its own moves, and the events that concern it alone.
 
-Ranks are numbers here: equal ranks, with all that is on its way from and to them, have the same one, so what a
-rank may do is worked out once and looked up from then on.
+Ranks are numbers here. Equal ranks with equal messages in flight have the same number, so the moves of a rank are
+computed once and then looked up.
 """
 
 from __future__ import annotations

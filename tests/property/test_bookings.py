@@ -1,4 +1,4 @@
-"""Bookings heal: whatever becomes of requests, engines and front-ends, and in whatever order, the sums come right.
+"""Bookings heal: after any order of sends, losses and deaths the sums become right.
 
 One board, its engines and its front-ends in one process, driven by hypothesis step by step; the watcher's rounds
 are called by hand, so nothing waits. A request's message is in its engine's inbox until it is received; it may be

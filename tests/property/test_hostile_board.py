@@ -1,4 +1,4 @@
-"""Whatever a segment holds: an attach works or raises a `DpshmError`, and who is attached goes on."""
+"""Any content of a segment: an attach works or raises a `DpshmError`, and attached processes go on."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ class InUse:
         return np.ndarray(shape, np.int64, self.board.words.cast("B"), offset, strides=strides)
 
     def work(self):
-        """Everybody does what they do; only a front-end may find that there is no engine for it."""
+        """Runs every process's normal work; only a front-end may find that no engine is available."""
         wave, now_ns = self.coordinator._wave, time.monotonic_ns()
         self.coordinator._watch.mailbox.notify()
         wait_until(lambda: self.board.coordinator_beat[0] >= now_ns)

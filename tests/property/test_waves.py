@@ -298,7 +298,7 @@ class Group:
         self.tick(0)
 
     def at_rest(self) -> bool:
-        """Nothing is left to do, and everybody knows."""
+        """Whether no work is left, and every rank and the coordinator know it."""
         messages = self.to_coordinator or self.to_engines or self.requests or self.published
         engines = any(e.running or e.paused for e in self.engines)
         highest = min(max(e.wave for e in self.engines), MAX_WAVE)

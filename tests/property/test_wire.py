@@ -1,4 +1,4 @@
-"""Whatever bytes come in, a decoder gives a message of its kind or raises `WireError`, and nothing else."""
+"""Any bytes: a decoder returns a message of its kind or raises `WireError`."""
 
 from __future__ import annotations
 

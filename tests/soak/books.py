@@ -1,6 +1,6 @@
-"""The sums over a soak's ledger and board: what was sent is completed, or lost for a reason that is known.
+"""The sums over a soak's ledger and board: every request sent is completed, or lost for a known reason.
 
-They are done while everybody is alive and nothing is on its way.
+They are checked while all processes live and no message is in flight.
 """
 
 from __future__ import annotations

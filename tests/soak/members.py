@@ -1,4 +1,4 @@
-"""Who takes part in a soak, and what each process holds."""
+"""The members of a soak, and the resources that each process holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the soak's processes do: front-ends that send as fast as answers come, engines that answer.
+"""The programs of the soak's processes: front-ends send as fast as answers come, engines answer.
 
 Requests and answers are Unix datagrams, which arrive or are refused at once, so it is always clear where one is:
 what a process had in its inbox dies with it, and what it has sent is in its peer's inbox. A front-end calls a

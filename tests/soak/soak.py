@@ -1,7 +1,7 @@
 """The soak: engines and front-ends at the highest rate that the machine takes, while processes are killed.
 
-In rounds. In each, victims drawn by lot are killed with SIGKILL, stopped for a while, or told to leave, and
-started again; in the first half of the rounds the coordinator is killed too. Then all that are missing are
+A soak runs in rounds. In each, random victims are killed with SIGKILL, stopped for a while, or told to leave, and
+started again; in the first half of the rounds the coordinator is killed too. Then the missing processes are
 started, the front-ends stop sending, the books are checked (`tests.soak.books`) and a census is taken: memory,
 descriptors and threads of the coordinator, and of those engines and front-ends that are never touched.
 """
@@ -247,7 +247,7 @@ class Soak:
             self.problems.append(f"{member} ended by itself: {why}")
 
     def _restore(self) -> None:
-        """Everybody is there, and runs."""
+        """Starts and continues all processes until every one runs."""
         for member in self._members:
             if member.stopped and member.remote is not None:
                 member.stopped = False

@@ -1,4 +1,4 @@
-"""What must hold of any deployment, asserted the same way with dpshm and without it."""
+"""Properties of any deployment, asserted the same way with dpshm and without it."""
 
 from __future__ import annotations
 

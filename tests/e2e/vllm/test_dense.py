@@ -1,4 +1,4 @@
-"""A real dense model on the CPU with two ranks and two API servers, dpshm installed and nothing else changed."""
+"""A real dense model on the CPU with two ranks and two API servers, with dpshm installed and no other change."""
 
 from __future__ import annotations
 

@@ -244,8 +244,8 @@ class Board:
     def engine_verdicts(self, *, watched: bool | None = None) -> list[Verdict]:
         """By rank, the coordinator's verdicts.
 
-        While none watches, the locks tell who lives, and a verdict of stalled or stuck stays until the row shows
-        another sign than the one from which it followed. Stock engines stay alive.
+        While no coordinator watches, the locks tell which processes live. A verdict of stalled or stuck then stays
+        until the words change from which it followed. Stock engines stay alive.
 
         Args:
             watched: whether a coordinator keeps the marks; default `is_watched`.

@@ -47,7 +47,7 @@ Fingerprints: TypeAlias = NDArray[np.uint64]
 
 
 class FingerprintList(Protocol):
-    """Fingerprints of a prompt's blocks, to look up: an array, or a list that makes them as far as it is asked."""
+    """Fingerprints of a prompt's blocks for a lookup: an array, or a list that makes each at its first use."""
 
     def __len__(self) -> int:
         """How many blocks the prompt has."""

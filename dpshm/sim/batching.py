@@ -9,11 +9,11 @@ Invariants:
 
 - a request that was added is waiting or running until it completes: none is ever lost or doubled;
 - at most ``max_running`` requests run, and ``kv_used`` never exceeds ``kv_tokens``;
-- a request is admitted when what it has to compute of its prompt fits the free KV cache, and takes that room at
-  once; each decoded token takes one more. What it need not compute is decided when it is admitted, not when it
-  comes (`PrefixSource`), so a request that waits finds what a step before it has computed, as in vLLM;
+- a request is admitted when the uncached part of its prompt fits the free KV cache, and takes that room at once;
+  each decoded token takes one more. The cached part is looked up when the request is admitted, not when it comes
+  (`PrefixSource`), so a waiting request finds the blocks that earlier steps computed, as in vLLM;
 - when the cache is full, the request that was admitted last is preempted: it gives all its room back, goes to the
-  head of the queue, and computes its prompt and what it had generated anew. The oldest request is never preempted
+  head of the queue, and computes its prompt and its generated tokens again. The oldest request is never preempted
   for a younger one, so the queue always moves.
 
 The cost of a step (`StepCost`), for an 8-billion-parameter model in bf16 (32 layers, 8 KV heads of 128; the

@@ -68,8 +68,8 @@ def test_engines_killed_while_they_publish(group, using):
 def test_everything_killed_at_once_and_started_again(group, using, patient):
     """Guards against a group that cannot be started again once all of it was killed at work.
 
-    Who starts when all are gone sweeps what they left. Who is quicker than the kernel finds somebody's lock still
-    held, and takes the board over: it must serve all the same.
+    A coordinator that starts when all are gone sweeps what they left. One that starts before the kernel has
+    released their locks takes the board over, and must serve all the same.
     """
     for _ in range(3):
         processes = [Remote() for _ in range(5)]

@@ -1,21 +1,21 @@
-"""What a front-end of the laboratory knows when it decides: the board, or one of its predecessors.
+"""Information models: the load that a front-end of the laboratory sees when it decides.
 
 | name | what a front-end sees |
 |---|---|
-| `live` | the board: every rank's row as it is, and what any front-end has sent and is on its way |
+| `live` | the board: every rank's current row, and the requests in flight of all front-ends |
 | `live-index` | the same, and which blocks of prompts each rank's cache holds: the prefix index |
-| `live-index-ahead` | the same, and what is about to be cached: blocks of requests that any front-end sent to a rank in the last second |
-| `live-index-own` | the same of what this front-end sent itself |
-| `live-unbooked` | the rows as they are, and nothing of what is on its way |
-| `broadcast` | all rows as they were at the last broadcast, every 100 ms; what it sent since counts once for each front-end, as vLLM's API servers count it, until the next broadcast overwrites it |
-| `broadcast-keep` | the same rows; what it sent counts once, until a broadcast shows it as received |
-| `immediate` | each row as it was 1 ms ago, sent at every change; what it sent counts until such a row has it |
-| `scrape` | all rows as they were at the last scrape, every second, and nothing else: a gateway's |
+| `live-index-ahead` | the same, and blocks that will soon be cached: those of requests that any front-end sent to a rank in the last second |
+| `live-index-own` | the same, but only with blocks of this front-end's own requests |
+| `live-unbooked` | the current rows, and no requests in flight |
+| `broadcast` | all rows at the last broadcast, every 100 ms. Its own requests since then count once for each front-end, as in vLLM's API servers, until the next broadcast overwrites them |
+| `broadcast-keep` | the same rows. Its own requests count once, until a broadcast shows them as received |
+| `immediate` | each row 1 ms after it changed. Its own requests count until such a row shows them as received |
+| `scrape` | all rows at the last scrape, every second, and nothing else, as a gateway does |
 
-A number after a colon is another interval or delay in milliseconds: ``broadcast:10``. For `live-index` it is how
-late changes of the caches are known, as by a router that is fed with events; without a number, at once. For the two
-below it, it is how long what was sent is remembered.
-All give the same `View`, so each policy runs on each of them.
+A number after a colon is another interval or delay in milliseconds: ``broadcast:10``. For `live-index` it is the
+delay of changes of the caches, as for a router that receives events; the default is 0. For the two models below it,
+it is the time for which sent requests are remembered.
+All models give the same `View`, so each policy runs on each of them.
 """  # noqa: E501 - a table
 
 from __future__ import annotations

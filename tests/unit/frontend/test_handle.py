@@ -169,9 +169,9 @@ def test_a_pinned_request_is_booked(board, group, using):
     board.mark([1], Verdict.DEAD)
     with pytest.raises(NoEngineAvailable, match="engine 1"):
         frontend.route(dp_rank=1)
-    for nobody in (-1, 2):
+    for outside in (-1, 2):
         with pytest.raises(SettingError, match="0 to 1"):
-            frontend.route(dp_rank=nobody)
+            frontend.route(dp_rank=outside)
     assert board.sent_requests.sum() == 2
 
 
@@ -708,13 +708,13 @@ def test_without_a_coordinator_locks_decide(group, using):
     remotes[1].kill()
     engine.close()
 
-    def nobody():
+    def none_eligible():
         try:
             frontend.route().cancel()
         except NoEngineAvailable:
             return True
 
-    wait_until(nobody)
+    wait_until(none_eligible)
 
 
 def test_without_a_coordinator_the_error_tells_what_the_locks_tell(group, using):

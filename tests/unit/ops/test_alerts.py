@@ -183,7 +183,7 @@ def test_annotations_name_labels_that_the_alert_has(name):
 @needs_promtool
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_bad_one_fires_alone(tmp_path, name):
-    """Guards against an alert that is never told, that names nobody, or that names another group or node."""
+    """Guards against an alert that never fires, that names no group, or that names another group or node."""
     fault = FAULTS[name]
     series = [
         *on(fault.series(True)),

@@ -106,7 +106,9 @@ class Driver:
         number = self._next_id
         self._next_id += 1
         route = self.out[number] = self.frontend.route(prompt_tokens, dp_rank=rank)
-        message = RequestMessage(number, self.frontend.index, route.wave, prompt_tokens, output_tokens, 0)
+        message = RequestMessage(
+            *(number, self.frontend.index, route.wave, prompt_tokens, route.prompt_tokens, output_tokens, (), 0)
+        )
         self._requests[rank].send(self._encode(message))
         return number
 

@@ -52,6 +52,12 @@ def demo(
         StatsPath,
         typer.Option(help="What front-ends decide from: the board, or a broadcast every 100 ms."),
     ] = StatsPath.BOARD,
+    prefix_index: Annotated[
+        bool,
+        typer.Option(
+            help="Front-ends know what each engine has cached of a prompt, where the trace has hashes of blocks."
+        ),
+    ] = True,
     seed: Annotated[
         int, typer.Option(help="Seed of the built-in workload and of how requests are shared among front-ends.")
     ] = 0,
@@ -89,6 +95,7 @@ def demo(
         policy=policy,
         seed=seed,
         engine=engine.value,
+        prefix_index=prefix_index,
     )
     try:
         with make_display() as display:
@@ -119,6 +126,9 @@ def as_text(report: Report) -> str:
         f"p99 {figure(ttft.p99, 'ms')}",
         "imbalance": f"mean {figure(imbalance.mean, 'requests')}, max {imbalance.max} "
         "(the most on a rank less the fewest)",
+        "prefix hits": "the workload has no blocks"
+        if report.prefix_hit_rate is None
+        else f"{report.prefix_hit_rate:.1%} of prompt tokens were cached",
         "by engine": " ".join(map(str, report.finished_by_engine)) + " finished",
         "by front-end": " ".join(map(str, report.sent_by_frontend)) + " sent",
     }

@@ -220,3 +220,40 @@ def test_help_and_version(shell):
     code, out, _ = shell.run("--version")
     assert code == 0
     assert out.startswith("dpshm ")
+
+
+def shared_prompts(folder: str) -> Path:
+    """A trace of four prompts of eight blocks, each sent six times, one request every 0.1 s."""
+    lines = [
+        {
+            "timestamp": 100 * i,
+            "input_length": 4096,
+            "output_length": 2,
+            "hash_ids": [100 * (i % 4) + block for block in range(8)],
+        }
+        for i in range(24)
+    ]
+    path = Path(folder) / "shared.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+@pytest.mark.slow
+def test_front_ends_know_what_engines_have_cached(tmp_path: Path, shell: Shell):
+    """Guards against an index that engines do not feed, front-ends do not read, or that leaves the sums wrong."""
+    trace = shared_prompts(str(tmp_path))
+    demo = ("demo", "--engines", "4", "--frontends", "2", "--seconds", "4", "--trace", str(trace), "--json")
+    hit_rates = []
+    for option in ("--prefix-index", "--no-prefix-index"):
+        code, out, err = shell.run(*demo, option)
+        assert code == 0, err
+        report = json.loads(out.splitlines()[-1])
+        assert (report["sent"], report["completed"], report["problems"]) == (24, 24, [])
+        hit_rates.append(report["prefix_hit_rate"])
+    # Each prompt is computed once at least, on one rank. Without the index each rank may compute it once.
+    most = 20 * 4095 / (24 * 4096)
+    assert 0 < hit_rates[1] < hit_rates[0] <= round(most, 4)
+    code, out, err = shell.run(*demo, "--stats", "pub")
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["prefix_hit_rate"] <= round(most, 4)
+    shell.check_gone()

@@ -37,6 +37,8 @@ from dpshm.sim.demo.messages import (
     engine_address,
     frontend_address,
 )
+from dpshm.sim.demo.prompts import fingerprint_of, identity_of
+from dpshm.sim.lab.prefix_cache import PrefixCache
 
 IDLE_BEAT_MS = 1000
 """Interval at which an idle engine publishes, so that a reader sees that it lives."""
@@ -94,6 +96,8 @@ class SimEngine:
         self._steps = 0
         self._malformed = 0
         self._refused: list[tuple[int, int]] = []
+        self._blocks: dict[tuple[int, int], tuple[int, ...]] = {}  # by request, until its prompt is computed
+        self._prompt_tokens = self._cached_tokens = 0
         self._decoder = msgspec.msgpack.Decoder(RequestMessage)
         self._encoder = msgspec.msgpack.Encoder()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
@@ -107,6 +111,7 @@ class SimEngine:
             socket.connect(frontend_address(settings.prefix, index))
         self._sender = StatsSender(context, settings.prefix) if settings.stats == "pub" else None
         self._engine = Engine.attach(settings.group, dp_rank=settings.dp_rank)
+        self._cache = self._open_cache(settings) if settings.block_tokens else None
         self._poller = zmq.Poller()
         self._poller.register(self._requests, zmq.POLLIN)
         self._engine.register(self._poller)
@@ -116,6 +121,23 @@ class SimEngine:
     def board(self) -> Board:
         """The group's board."""
         return self._engine.board
+
+    def _open_cache(self, settings: EngineSettings) -> PrefixCache:
+        """A prefix cache, shown to front-ends if they are to know it."""
+        cache = PrefixCache(settings.block_tokens)
+        if settings.prefix_index:
+            shown = self._engine.open_cache(
+                self._accelerator.cost.kv_tokens // settings.block_tokens,
+                settings.block_tokens,
+                identity=identity_of(settings.block_tokens),
+            )
+            key = self._engine.board.segment.header.prefix_key
+
+            def show(_now_s: float, block: int, held: bool) -> None:
+                (shown.insert if held else shown.evict)([fingerprint_of(block, key)])
+
+            cache.changed = show
+        return cache
 
     def run(self) -> None:
         """Serves until the process is told to end."""
@@ -145,15 +167,25 @@ class SimEngine:
 
     def _accept(self, message: RequestMessage) -> None:
         try:
-            self._engine.receive(message.frontend, message.prompt_tokens, message.wave)
+            self._engine.receive(message.frontend, message.booked_tokens, message.wave)
         except DpshmError:  # from no front-end of this group
             self._malformed += 1
             return
         key = (message.reply_to, message.request_id)
+        cached = 0
+        if self._cache is not None and message.blocks:
+            cached = self._cache.hit_tokens(message.blocks, message.prompt_tokens)
         try:
-            self._batcher.add(SimRequest(key, message.prompt_tokens, message.output_tokens))
+            self._batcher.add(SimRequest(key, message.prompt_tokens - cached, message.output_tokens))
         except DpshmError:  # can never fit
             self._refused.append(key)
+            return
+        self._prompt_tokens += message.prompt_tokens
+        if self._cache is not None and message.blocks:
+            self._blocks[key] = message.blocks
+            self._cached_tokens += cached
+            if self._engine.cache is not None:
+                self._engine.cache.found(cached)
 
     def _step(self) -> None:
         self._receive_requests()
@@ -166,6 +198,10 @@ class SimEngine:
             return
         self._steps += 1
         finished = batcher.finish(step)
+        if self._cache is not None:
+            for request in finished.first_tokens:  # its prompt is computed
+                blocks = self._blocks.pop(request.key, ())
+                self._cache.insert(blocks, batcher.cost.kv_tokens - batcher.kv_used)
         self._engine.finished(len(finished.completed))
         self._publish()
         if finished.first_tokens or finished.completed:
@@ -186,6 +222,10 @@ class SimEngine:
             prefill_backlog=batcher.prefill_backlog,
             step=self._steps,
         )
+        if self._cache is not None and self._engine.cache is not None:
+            self._engine.cache.show(
+                blocks_in_use=-(-batcher.kv_used // self._cache.block_tokens), held_tokens=batcher.kv_used
+            )
         if self._sender:
             self._sender.send(
                 RankReport(
@@ -220,7 +260,7 @@ class SimEngine:
         self._accelerator.close()
         with suppress(DpshmError):
             self._engine.close()
-        return EngineReport(preemptions=self._batcher.preemptions, malformed=self._malformed)
+        return EngineReport(self._batcher.preemptions, self._malformed, self._prompt_tokens, self._cached_tokens)
 
 
 def main() -> None:

@@ -106,10 +106,10 @@ class SimFrontend:
         return self._report.completed + self._report.refused
 
     def _send(self, request_id: int, due_s: float) -> None:
-        _, prompt_tokens, output_tokens = self._settings.arrivals[request_id]
+        _, prompt_tokens, output_tokens, blocks = self._settings.arrivals[request_id]
         self._report.sent += 1
         try:
-            route = self._router.route(prompt_tokens)
+            route = self._router.route(prompt_tokens, blocks)
         except DpshmError:
             return  # no engine accepts it: it counts as lost, because it was sent and never answered
         self._out[request_id] = (due_s, route)
@@ -118,7 +118,9 @@ class SimFrontend:
             self._router.frontend.index,
             route.wave,
             prompt_tokens,
+            route.prompt_tokens,
             output_tokens,
+            blocks,
             self._settings.index,
         )
         self._engines[route.dp_rank].send(self._encoder.encode(message))

@@ -34,10 +34,15 @@ class EngineSettings(msgspec.Struct):
     num_frontends: int
     lockstep_fd: int  # what `dpshm.sim.demo.lockstep` needs; with PyTorch an empty file for the ranks to meet in
     step_limit_s: float = 60.0  # with PyTorch: a step that lasts longer is stuck
+    block_tokens: int = 0  # of the prefix cache; 0: the engine has none
+    prefix_index: bool = True  # whether it shows its prefix cache to front-ends
 
 
 class FrontendSettings(msgspec.Struct):
-    """A front-end's orders; an arrival is its time (seconds after `Go.start_ns`), prompt and output tokens."""
+    """A front-end's orders.
+
+    An arrival is its time (seconds after `Go.start_ns`), prompt and output tokens, and the hashes of its blocks.
+    """
 
     parent_pid: int
     group: str
@@ -47,7 +52,8 @@ class FrontendSettings(msgspec.Struct):
     index: int
     dp_size: int
     num_frontends: int
-    arrivals: list[tuple[float, int, int]]
+    arrivals: list[tuple[float, int, int, tuple[int, ...]]]
+    block_tokens: int = 0  # of the blocks; 0: there are none
 
 
 class CoordinatorSettings(msgspec.Struct):
@@ -98,6 +104,8 @@ class EngineReport(msgspec.Struct, tag=True):
 
     preemptions: int
     malformed: int
+    prompt_tokens: int = 0  # of the prompts that it accepted
+    cached_tokens: int = 0  # of those, found in its prefix cache
 
 
 class RequestMessage(msgspec.Struct, array_like=True, frozen=True):
@@ -107,7 +115,9 @@ class RequestMessage(msgspec.Struct, array_like=True, frozen=True):
     frontend: int
     wave: int
     prompt_tokens: int
+    booked_tokens: int  # of the prompt, what its front-end expects to be computed
     output_tokens: int
+    blocks: tuple[int, ...]  # hashes of the prompt's blocks
     reply_to: int  # which front-end of the demo; `frontend` is its row on the board
 
 

@@ -46,6 +46,7 @@ class Report(msgspec.Struct):
         refused: requests that can never fit an engine's KV cache.
         lost: all other requests.
         waves: waves completed.
+        prefix_hit_rate: prompt tokens that engines found in their prefix caches, of all; null without blocks.
         seconds: from time 0 to the end of sending or the last reply, the later of the two.
         problems: the failures, in sentences.
     """
@@ -66,6 +67,7 @@ class Report(msgspec.Struct):
     staleness_us: Staleness
     ttft_ms: Ttft
     imbalance: Imbalance
+    prefix_hit_rate: float | None
     steps: int
     dummy_steps: int
     preemptions: int

@@ -24,6 +24,7 @@ from dpshm.frontend.route import Route
 from dpshm.policies import Request, View, by_name
 from dpshm.sim.demo.broadcast import StatsCopy, broadcast_decoder
 from dpshm.sim.demo.messages import FrontendSettings, broadcast_address
+from dpshm.sim.demo.prompts import TracePrompt
 
 
 class Router(ABC):
@@ -40,8 +41,8 @@ class Router(ABC):
         self.staleness_us: list[float] = []
 
     @abstractmethod
-    def route(self, prompt_tokens: int) -> Route:
-        """Chooses a rank and books the request."""
+    def route(self, prompt_tokens: int, blocks: tuple[int, ...] = ()) -> Route:
+        """Chooses a rank and books the request; `blocks` are the hashes of its prompt's blocks."""
 
     def done(self, route: Route) -> None:
         """Records the end of a request."""
@@ -70,6 +71,7 @@ class BoardRouter(Router):
     def __init__(self, settings: FrontendSettings) -> None:
         super().__init__()
         choose = by_name(settings.policy)
+        self._block_tokens = settings.block_tokens
         self._before_ns: list[int] = []
 
         def watched(view: View, request: Request) -> int:
@@ -87,9 +89,10 @@ class BoardRouter(Router):
         self._beat = self.frontend.board.beat[: settings.dp_size]
         self._load = self.frontend.board.load[: settings.dp_size]
 
-    def route(self, prompt_tokens: int) -> Route:
+    def route(self, prompt_tokens: int, blocks: tuple[int, ...] = ()) -> Route:
+        prompt = TracePrompt(blocks, self._block_tokens) if blocks and self._block_tokens else None
         self._before_ns = self._beat.tolist()
-        return self.frontend.route(prompt_tokens)
+        return self.frontend.route(prompt_tokens, prompt=prompt)
 
     def close(self) -> None:
         del self._beat, self._load  # views of the board
@@ -110,7 +113,7 @@ class PubRouter(Router):
         self.frontend = Frontend.attach(settings.group, owner=f"demo:{settings.index}")
         self._beat = self.frontend.board.beat[: settings.dp_size]
 
-    def route(self, prompt_tokens: int) -> Route:
+    def route(self, prompt_tokens: int, blocks: tuple[int, ...] = ()) -> Route:  # noqa: ARG002 - not broadcast
         self.receive_broadcasts()
         rank = self._copy.choose(Request(prompt_tokens), self._own)
         self._note(self._copy.published_ns, self._beat.tolist())

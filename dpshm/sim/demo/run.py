@@ -144,6 +144,7 @@ class _Demo:
         self._progress: dict[Child, Progress] = {}
         self._reports: dict[Child, FrontendReport] = {}
         self._preemptions = 0
+        self._prompt_tokens = self._cached_tokens = 0
         self._imbalance: list[int] = []
         self._problems: list[str] = []
         self._buried: set[Child] = set()
@@ -171,11 +172,16 @@ class _Demo:
         if s.stats == "pub":
             self._start("the broadcaster", "demo.broadcast").tell(BroadcastSettings(pid, prefix, s.engines))
         for i, child in enumerate(self._engines):
-            child.tell(EngineSettings(pid, group, prefix, s.stats, i, s.engines, s.frontends, memory))
+            orders = EngineSettings(pid, group, prefix, s.stats, i, s.engines, s.frontends, memory)
+            orders.block_tokens = (
+                0 if computes else self._workload.block_tokens
+            )  # PyTorch's engine keeps no prefix
+            orders.prefix_index = s.prefix_index and s.stats == "board"
+            child.tell(orders)
         for i, child in enumerate(self._frontends):
-            child.tell(
-                FrontendSettings(pid, group, prefix, s.stats, s.policy, i, s.engines, s.frontends, shares[i])
-            )
+            order = FrontendSettings(pid, group, prefix, s.stats, s.policy, i, s.engines, s.frontends, shares[i])
+            order.block_tokens = self._workload.block_tokens
+            child.tell(order)
         self._wait_until_ready()
 
     def _start(self, name: str, module: str, pass_fds: tuple[int, ...] = ()) -> Child:
@@ -240,6 +246,8 @@ class _Demo:
                     self._progress[child] = Progress(answer.sent, answer.completed + answer.refused)
                 case EngineReport():
                     self._preemptions += answer.preemptions
+                    self._prompt_tokens += answer.prompt_tokens
+                    self._cached_tokens += answer.cached_tokens
         self._sample(stage)
 
     def _sample(self, stage: str) -> None:
@@ -301,6 +309,7 @@ class _Demo:
             staleness_us=staleness_of([x for r in reports for x in r.staleness_us]),
             ttft_ms=ttft_of([x for r in reports for x in r.ttft_ms]),
             imbalance=imbalance_of(self._imbalance),
+            prefix_hit_rate=self._prefix_hit_rate(),
             steps=int(ranks["steps"].max()),
             dummy_steps=int(ranks["dummy_steps"].sum()),
             preemptions=self._preemptions,
@@ -308,6 +317,11 @@ class _Demo:
             finished_by_engine=ranks["requests_finished"].tolist(),
             problems=self._problems,
         )
+
+    def _prefix_hit_rate(self) -> float | None:
+        if not self._workload.block_tokens or not self._prompt_tokens:
+            return None
+        return round(self._cached_tokens / self._prompt_tokens, 4)
 
     def _stop_engines(self) -> None:
         for child in self._engines:

@@ -21,8 +21,8 @@ MAX_PROCESSES = 64
 MAX_REQUESTS = 200_000
 """More than any machine can play as processes, and a bound on memory."""
 
-Share = list[tuple[float, int, int]]
-"""A front-end's arrivals: time in seconds, prompt tokens, output tokens."""
+Share = list[tuple[float, int, int, tuple[int, ...]]]
+"""A front-end's arrivals: time in seconds, prompt tokens, output tokens, hashes of the prompt's blocks."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class DemoSettings:
         stats: "board", or "pub" for the PUB path.
         seed: seed of the built-in workload and of how requests are shared among front-ends.
         engine: "sim", whose model is a sleep, or "torch", which computes one.
+        prefix_index: whether front-ends know which blocks of prompts each engine has cached, where a trace has
+            hashes of blocks and stats are on the board.
 
     Raises:
         SettingError: a value is out of range.
@@ -52,6 +54,7 @@ class DemoSettings:
     policy: str = "least_loaded"
     seed: int = 0
     engine: EngineKind = "sim"
+    prefix_index: bool = True
 
     def __post_init__(self) -> None:
         for name, number in (("engines", self.engines), ("frontends", self.frontends)):
@@ -72,10 +75,12 @@ class Workload(NamedTuple):
     Attributes:
         shares: by front-end, its arrivals in order of time.
         seconds: its duration; less than the setting if the trace ends before.
+        block_tokens: prompt tokens that a block's hash is for; 0: there are no blocks.
     """
 
     shares: list[Share]
     seconds: float
+    block_tokens: int = 0
 
 
 def make_workload(settings: DemoSettings, show: Callable[[int], None] = lambda _: None) -> Workload:
@@ -93,10 +98,11 @@ def make_workload(settings: DemoSettings, show: Callable[[int], None] = lambda _
         SettingError: there would be more than `MAX_REQUESTS` requests.
     """
     recorded_seconds = settings.seconds * settings.rate
+    block_tokens = 0
     if settings.trace:
         units = Units(settings.time_unit)
         trace = read_trace(settings.trace, units, until_s=recorded_seconds, most=MAX_REQUESTS + 1, show=show)
-        arrivals = trace.arrivals
+        arrivals, block_tokens = trace.arrivals, trace.block_tokens
     elif recorded_seconds * MEAN_RATE_PER_S > 2 * MAX_REQUESTS:
         raise _too_many(f"about {recorded_seconds * MEAN_RATE_PER_S:.0f}")
     else:
@@ -109,11 +115,13 @@ def make_workload(settings: DemoSettings, show: Callable[[int], None] = lambda _
             break
         count += 1
         share = shares[random.randrange(settings.frontends)]
-        share.append((arrival.time_s / settings.rate, arrival.prompt_tokens, arrival.output_tokens))
+        blocks = arrival.block_hashes if block_tokens else ()
+        share.append((arrival.time_s / settings.rate, arrival.prompt_tokens, arrival.output_tokens, blocks))
     if count > MAX_REQUESTS:
         raise _too_many(f"more than {MAX_REQUESTS}")
     cut_short = settings.trace and arrivals[-1].time_s < recorded_seconds
-    return Workload(shares, arrivals[-1].time_s / settings.rate if cut_short else settings.seconds)
+    seconds = arrivals[-1].time_s / settings.rate if cut_short else settings.seconds
+    return Workload(shares, seconds, block_tokens)
 
 
 def _too_many(count: str) -> SettingError:

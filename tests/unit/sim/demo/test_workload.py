@@ -23,9 +23,11 @@ def trace(tmp_path) -> Path:
 
 def test_rate_compresses_time_and_seconds_cut(trace):
     """Guards against a rate that cuts too much or too little, and against requests dealt twice or never."""
-    shares, seconds = make_workload(DemoSettings(trace=trace, rate=2, seconds=3, frontends=3))
+    shares, seconds, _ = make_workload(DemoSettings(trace=trace, rate=2, seconds=3, frontends=3))
     assert seconds == 3
-    assert sorted(arrival for share in shares for arrival in share) == [(i / 2, 100 + i, 10 + i) for i in range(6)]
+    assert sorted(arrival for share in shares for arrival in share) == [
+        (i / 2, 100 + i, 10 + i, ()) for i in range(6)
+    ]
     assert all(share == sorted(share) for share in shares)
 
 
@@ -37,9 +39,9 @@ def test_a_trace_that_ends_early_ends_the_demo(trace):
 def test_built_in_workload(trace):
     """Guards against a built-in workload that ignores rate, seed or length."""
     settings = DemoSettings(rate=2, seconds=5, seed=7, frontends=1)
-    (share,), seconds = make_workload(settings)
+    (share,), seconds, _ = make_workload(settings)
     assert seconds == 5
-    assert share == [(a.time_s / 2, a.prompt_tokens, a.output_tokens) for a in synthetic_arrivals(10, 7)]
+    assert share == [(a.time_s / 2, a.prompt_tokens, a.output_tokens, ()) for a in synthetic_arrivals(10, 7)]
 
 
 def test_same_seed_deals_alike(trace):

@@ -21,7 +21,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from dpshm.linux.forks import give_up, no_fork
+from dpshm.linux.forks import close_socket, give_up, no_fork
 from dpshm.net import wire
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Doorbell:
             Path(self._path).unlink()
         with no_fork():
             self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-            give_up(self.socket, socket.socket.close)
+            give_up(self.socket, close_socket)
         try:
             self.socket.bind(self._path)
             self._file = Path(self._path).stat()

@@ -8,17 +8,20 @@ counters begin again at 0, as Prometheus expects.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from http import HTTPStatus
 
 from dpshm.board.board import Board
 from dpshm.errors import SegmentError, SettingError
-from dpshm.net.addresses import bare, joined
+from dpshm.net.addresses import bare
+from dpshm.ops.bounded_http import BoundedHandler, BoundedServer
 from dpshm.ops.frame import Coordinator, Frame, Frontend, Rank
 from dpshm.ops.read_frame import read_frame
 from dpshm.version import __version__
 
 try:
-    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, start_http_server
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
     from prometheus_client.core import (
         CounterMetricFamily,
         GaugeMetricFamily,
@@ -26,6 +29,7 @@ try:
         InfoMetricFamily,
         Metric,
     )
+    from prometheus_client.exposition import choose_encoder
     from prometheus_client.registry import Collector
 except ImportError as e:
     raise SettingError(f"metrics need prometheus-client ({e}): pip install 'dpshm[metrics]'") from None
@@ -223,19 +227,14 @@ class MetricsServer:
     def __init__(self, group: str, host: str, port: int) -> None:
         self._pid = os.getpid()
         self._board = Board.attach(group)
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(BoardCollector(self._board))
-        host = bare(host)
         try:
-            self._server, self._thread = start_http_server(port, host, registry)
-        except OSError as e:
+            self._server = _Server(host, port, BoardCollector(self._board))
+        except BaseException:
             self._board.close()
-            where = joined(host, port)
-            raise SettingError(
-                f"cannot serve metrics on {where}: {e.strerror or e}. Choose another metrics_port (0: any)"
-            ) from e
-        self._thread.name = "dpshm-metrics"
-        self.address: tuple[str, int] = (host, self._server.server_port)
+            raise
+        self._thread = threading.Thread(target=self._server.serve_forever, name="dpshm-metrics", daemon=True)
+        self._thread.start()
+        self.address: tuple[str, int] = (bare(host), self._server.server_port)
 
     def close(self) -> None:
         """Ends the thread. Does nothing in a forked child, which has no such thread."""
@@ -245,3 +244,24 @@ class MetricsServer:
         self._thread.join(timeout=5.0)
         self._server.server_close()
         self._board.close()
+
+
+class _Server(BoundedServer):
+    def __init__(self, host: str, port: int, collector: BoardCollector) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(collector)
+        super().__init__(host, port, _Handler, setting="metrics_port (0: any)")
+
+
+class _Handler(BoundedHandler):
+    server: _Server
+
+    def do_GET(self) -> None:
+        """Answers a scrape, in the format that the client prefers."""
+        encode, kind = choose_encoder(self.headers.get("Accept", ""))
+        body = encode(self.server.registry)
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)

@@ -15,21 +15,20 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-import socket
 import threading
 from base64 import b64encode
 from collections import deque
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 
 from dpshm.board.board import Board
 from dpshm.errors import SettingError
-from dpshm.net.addresses import bare, is_ipv6, is_loopback, joined
+from dpshm.net.addresses import bare, is_loopback, joined
+from dpshm.ops.bounded_http import MAX_CONNECTIONS, BoundedHandler, BoundedServer
 from dpshm.ops.events import Event, EventReader
 from dpshm.ops.frame import Frame
 from dpshm.ops.watcher import Watcher
@@ -136,7 +135,7 @@ class Looker(threading.Thread):
         self.join()
 
 
-class Server(ThreadingHTTPServer):
+class Server(BoundedServer):
     """The HTTP server of one group's page.
 
     Args:
@@ -149,9 +148,6 @@ class Server(ThreadingHTTPServer):
     Raises:
         SettingError: the server cannot listen there, or `host` is not loopback and there is no token.
     """
-
-    daemon_threads = True
-    allow_reuse_address = True
 
     def __init__(
         self,
@@ -166,17 +162,12 @@ class Server(ThreadingHTTPServer):
         self.local = is_loopback(host)
         if not self.local and not token:
             raise SettingError(f"{host} can be reached from outside: give a token, or listen on 127.0.0.1")
-        self.address_family = socket.AF_INET6 if is_ipv6(host) else socket.AF_INET
         self.token = token
         self.group = group
         self.page = PAGE.read_bytes().replace(b"{{group}}", _escape(group))
         self.policy = content_policy(self.page.decode())
         self.streams = threading.BoundedSemaphore(MAX_STREAMS)
-        try:
-            super().__init__((host, port), Handler)
-        except OSError as e:
-            where = joined(host, port)
-            raise SettingError(f"cannot listen on {where}: {e.strerror or e}. Choose another --port") from e
+        super().__init__(host, port, Handler, setting="--port", max_connections=MAX_STREAMS + MAX_CONNECTIONS)
         try:
             self.looker = Looker(group, interval_s)
         except BaseException:
@@ -196,20 +187,15 @@ class Server(ThreadingHTTPServer):
         self.looker.stop()
         self.server_close()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignores a viewer that disconnected."""
 
-
-class Handler(BaseHTTPRequestHandler):
+class Handler(BoundedHandler):
     """One request."""
 
     server: Server
-    server_version = "dpshm"
-    sys_version = ""
-    timeout = CLIENT_TIMEOUT_S
 
     def do_GET(self) -> None:
         """Answers one."""
+        self.connection.settimeout(CLIENT_TIMEOUT_S)
         url = urlsplit(self.path)
         if not self._may(parse_qs(url.query)):
             return
@@ -284,9 +270,6 @@ class Handler(BaseHTTPRequestHandler):
     def _tell(self, kind: str, data: bytes) -> None:
         self.wfile.write(b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n")
         self.wfile.flush()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Logs nothing: one line for each request has no use."""
 
 
 def _host_of(header: str) -> str:

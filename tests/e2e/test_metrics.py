@@ -205,7 +205,7 @@ def test_every_alert_says_what_it_means_and_what_to_do():
 def test_a_port_that_is_taken_is_named(group, using, coordinator):
     """Guards against a coordinator that comes up without the metrics that it was told to serve."""
     port = coordinator.metrics_address[1]
-    with pytest.raises(SettingError, match=rf"cannot serve metrics on 127.0.0.1:{port}: .*metrics_port"):
+    with pytest.raises(SettingError, match=rf"cannot listen on 127.0.0.1:{port}: .*metrics_port"):
         Coordinator(group=f"{group}-2", dp_size=1, metrics_port=port)
 
 

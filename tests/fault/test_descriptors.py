@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import signal
-from contextlib import closing
+import socket
+import urllib.request
+from contextlib import ExitStack, closing
 
 import pytest
 
 from dpshm import Coordinator, Engine, Frontend
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
-from tests.support import Remote, leftovers, publish_forever, verdict, wait_until
+from tests.support import TIMEOUT_S, Remote, leftovers, polled, publish_forever, verdict, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -154,3 +156,23 @@ def test_a_frontend_that_runs_out_of_descriptors(group, using):
     assert not engine.poll(20)
     remote.run("let_go(taken)\nroutes.append(frontend.route(10))")
     wait_until(lambda: engine.poll(10))
+
+
+def test_idle_connections_leave_a_coordinator_its_descriptors(group, using):
+    """Guards against strangers at the metrics port: libzmq aborts if no descriptor is left for an engine."""
+    server = using(Remote())
+    server.run(
+        "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))\n"
+        "coordinator = Coordinator(group=group, dp_size=2, metrics_port=0)",
+        group=group,
+    )
+    address = server.eval("coordinator.metrics_address")
+    engines = [using(Engine.attach(group, 0))]
+    with ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(closing(socket.create_connection(address, timeout=TIMEOUT_S)))
+        engines.append(using(Engine.attach(group, 1)))
+        wait_until(lambda: polled(engines) or all(engine.ready for engine in engines))
+        with urllib.request.urlopen(f"http://{address[0]}:{address[1]}/metrics", timeout=TIMEOUT_S) as answer:
+            assert b"dpshm_coordinator_up" in answer.read()
+    server.run("coordinator.close()")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from dpshm.linux.forks import PrivateFd, give_up, give_up_sockets, no_fork
+from dpshm.linux.forks import PrivateFd, close_socket, give_up, give_up_sockets, no_fork
 
 
 def in_child(what: Callable[[], object]) -> str:
@@ -62,7 +62,7 @@ def test_a_private_descriptor_goes_with_its_owner():
 def test_a_child_calls_what_was_given_up():
     """Guards against a child that listens on its dead parent's port, or closes another file by its number."""
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        give_up(server, socket.socket.close)
+        give_up(server, close_socket)
         number = server.fileno()
         assert in_child(lambda: (is_open(number), server.fileno())) == "(False, -1)"
         assert is_open(number)

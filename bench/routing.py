@@ -34,6 +34,20 @@ CODE_RATE = 10.0
 """Of the code trace, in the scenarios whose table is not about its load."""
 
 
+INDEXED = (
+    *("vllm", "least_loaded", "least_work", "affinity"),
+    *("bounded_hashing@live", "sticky", "lmetric", "least_loaded@live-index"),
+    *(
+        "least_work@live-index",
+        "least_work@live-index:10",
+        "least_work@live-index:100",
+        "least_work@live-index:1000",
+    ),
+    *("least_work@live-index-own", "least_work@live-index-ahead", "lmetric@live-index-ahead"),
+)
+"""With and without the prefix index, live, late and ahead, and the rivals."""
+
+
 class Scenario(NamedTuple):
     """One comparison: what it is called, in which table it stands, and what it runs."""
 
@@ -64,7 +78,7 @@ def traced(name: str, table: str, label: str, trace: str, rate: float, **more: A
 
 def scenarios() -> list[Scenario]:
     """All of them, in the order of the tables."""
-    return [*chats(), *traces()]
+    return [*chats(), *traces(), *prefixes()]
 
 
 def chats() -> list[Scenario]:
@@ -148,6 +162,20 @@ def traces() -> list[Scenario]:
                 requests=3000,
             )
         )
+    return found
+
+
+def prefixes() -> list[Scenario]:
+    """Those whose prompts share prefixes, with and without the prefix index."""
+    usual: dict[str, Any] = {"policies": INDEXED, "requests": 3000, "seeds": 5, "oracle": True}
+    found = [
+        traced(f"index-{rate:g}", "index", f"{rate:g}x ({rate * 3.4:.1f}/s)", CHAT, rate, **usual)
+        for rate in (1.0, 2.0, 3.0)
+    ]
+    for workload in ("agents", "fan-out"):
+        for rate in (20.0, 40.0, 60.0):
+            more = usual | {"workload": workload}
+            found.append(chat(f"{workload}-{rate:g}", workload, f"{rate:g}/s", rate, {}, **more))
     return found
 
 

@@ -37,7 +37,8 @@ def simulate(
     policies: Annotated[
         str,
         typer.Option(
-            help=f"Policies to compare, with commas: {', '.join(NAMES)}, oracle. Parameters: NAME:KEY=VALUE."
+            help=f"Policies to compare, with commas: {', '.join(NAMES)}, oracle. Parameters: NAME:KEY=VALUE. "
+            "NAME@INFORMATION says what that one knows."
         ),
     ] = "vllm,round_robin,least_loaded,power_of_two,least_work",
     information: Annotated[
@@ -70,8 +71,15 @@ def simulate(
     frontends: Annotated[int, typer.Option(help="Front-ends.")] = 8,
     slow: Annotated[
         list[str] | None,
-        typer.Option(metavar="RANK:FACTOR", help="Make the steps of an engine FACTOR times as long."),
+        typer.Option(
+            metavar="RANK:FACTOR[:AT:FOR]",
+            help="Make the steps of an engine FACTOR times as long; from AT seconds on, for FOR seconds.",
+        ),
     ] = None,
+    noise: Annotated[
+        float,
+        typer.Option(help="How much equal steps differ: their coefficient of variation. 0.3 is a noisy machine."),
+    ] = 0.0,
     skew: Annotated[
         float, typer.Option(help="Unevenness of the front-ends' shares: front-end i gets 1 / (i + 1) ** SKEW.")
     ] = 0.0,
@@ -116,7 +124,9 @@ def simulate(
             engines=engines,
             frontends=frontends,
             cost=StepCost(kv_tokens=kv_tokens),
-            slow=tuple(_slow(text) for text in slow or ()),
+            slow=tuple(s[:2] for s in map(_slow, slow or ()) if len(s) == 2),
+            spells=tuple(s for s in map(_slow, slow or ()) if len(s) == 4),
+            noise=noise,
             lockstep=lockstep,
             restart=_restart(restart) if restart else None,
             coefficients="true" if told else "learnt",
@@ -192,12 +202,17 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _slow(text: str) -> tuple[int, float]:
-    rank, _, factor = text.partition(":")
+def _slow(text: str) -> tuple[int, float] | tuple[int, float, float, float]:
+    rank, *numbers = text.split(":")
     try:
-        return int(rank), float(factor)
+        if len(numbers) == 1:
+            return int(rank), float(numbers[0])
+        factor, at_s, for_s = map(float, numbers)
+        return int(rank), factor, at_s, for_s
     except ValueError:
-        raise SettingError(f"--slow {text!r} is not RANK:FACTOR, such as 3:2") from None
+        raise SettingError(
+            f"--slow {text!r} is not RANK:FACTOR, such as 3:2, or RANK:FACTOR:AT:FOR, such as 3:2:20:10 (seconds)"
+        ) from None
 
 
 def _restart(text: str) -> tuple[int, float, float]:

@@ -7,6 +7,7 @@ board's revision changed, and every 100 ms.
 
 from __future__ import annotations
 
+import time
 from math import gcd
 from typing import Any
 
@@ -18,6 +19,7 @@ from dpshm.board.words import DRAINED
 from dpshm.errors import NoEngineAvailable, SettingError
 from dpshm.policies import View, comparable
 from dpshm.policies.columns import VECTOR_FROM, ArrayColumns, ArrayWork, ListColumns, ListWork
+from dpshm.policies.idle_ranks import IdleRanks
 from dpshm.rules.liveness import HANGING, Verdict
 
 GOLDEN_RATIO = (5**0.5 + 1) / 2
@@ -66,6 +68,7 @@ class ViewReader:
         self._own = own
         self._only = only
         self._sees_work = sees_work
+        self._idle = IdleRanks()
         self.eligible = frozenset()
         self._at_revision = board.index("revision")
         # Equal loads must not send all front-ends to one engine, nor all that have the same row one after another.
@@ -92,7 +95,8 @@ class ViewReader:
             models = board.step_model[:n, len(layout.STEP_WORDS) :]
             # Copied here and not in each decision: step models change slowly.
             # Ranks that have waves step together.
-            learnt = comparable(models.tolist(), lockstep=board.segment.header.waves)
+            idle = self._idle.look(board.steps[:n].tolist(), time.monotonic_ns())
+            learnt = comparable(models.tolist(), lockstep=board.segment.header.waves, idle=idle)
             self._models: Any = np.array(learnt, np.int64, order="F") if n >= VECTOR_FROM else learnt
         self._verdicts = board.engine_verdicts()
         drained = [bool(mark & DRAINED) for mark in board.engine_mark[:n].tolist()]

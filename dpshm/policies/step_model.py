@@ -8,6 +8,11 @@ the power of its age, so they follow an engine that slows down. Steps often say 
 was before. A direction of which nothing new is known keeps its last value instead of drifting, the well-known
 fault of recursive least squares with forgetting (Astrom, Wittenmark, "Adaptive Control", 2nd ed., ch. 11.5).
 
+An engine that becomes slow, or recovers, is followed within some tens of steps: when its newest steps took less
+than `PACE_FAST` or more than `PACE_SLOW` times their expectation on average, the weights of older steps fall by
+`FORGETTING_FAST` a step until the average is near 1 again. Noise does not reach these bounds: where equal steps
+vary by half, the average varies by a tenth.
+
 Three more things are learnt for who has to wait. `chunk_tokens`: the most prompt tokens that a step computed
 while more were left, so that a long backlog can be counted in steps. `max_running`: how many requests ran when
 some steps in a row left others waiting although they had tokens to spare: the batch or the KV cache was full.
@@ -31,6 +36,13 @@ STEP_END, STEP_TOKENS, BASE_NS, PER_REQUEST_NS, PER_TOKEN_NS, CHUNK_TOKENS, MAX_
 )
 FORGETTING = 0.998
 """Half of the weight lies on the last 350 steps: some seconds of a busy engine."""
+FORGETTING_FAST = 0.9
+PACE_WEIGHT = 0.07
+"""Of the newest step, in the average of time over expectation."""
+PACE_FAST, PACE_SLOW, PACE_MOST = 0.65, 1.5, 2.0
+"""Bounds of that average, and what one step counts at most."""
+PACE_NEAR = 0.1
+"""How near to 1 the average has to come again."""
 MIN_STEPS = 16
 """Steps before an engine's coefficients are published,"""
 MIN_PROMPT_STEPS = 4
@@ -56,6 +68,8 @@ class StepModel:
     def __init__(self) -> None:
         self.words = [0] * len(STEP_MODEL_WORDS)
         self._steps = self._prompt_steps = 0
+        self._pace = 1.0  # the newest steps' time over expectation
+        self._follows = False  # it has left its bounds, and is not near 1 again
         self._theta = (0.0, 0.0, 0.0)  # ns: base, per _BATCH_UNIT requests, per _TOKEN_UNIT prompt tokens
         # Weighted sums: of 1, batch, tokens, their products, and of the duration with each.
         self._sums = (0.0,) * 9
@@ -136,9 +150,18 @@ class StepModel:
         return base + per_batch * (batch / _BATCH_UNIT) + per_tokens * (prefill_tokens / _TOKEN_UNIT)
 
     def _take(self, y: float, prefill_tokens: int, batch: int) -> None:
+        f = FORGETTING
         if self._steps > MIN_STEPS:
-            y = min(y, OUTLIER_FACTOR * self.expect(prefill_tokens, batch))
-        b, t, f = batch / _BATCH_UNIT, prefill_tokens / _TOKEN_UNIT, FORGETTING
+            expected = self.expect(prefill_tokens, batch)
+            y = min(y, OUTLIER_FACTOR * expected)
+            self._pace += PACE_WEIGHT * (min(y / expected, PACE_MOST) - self._pace) if expected else 0.0
+            if self._follows:
+                self._follows = abs(self._pace - 1.0) > PACE_NEAR
+            else:
+                self._follows = not PACE_FAST < self._pace < PACE_SLOW
+            if self._follows:
+                f = FORGETTING_FAST
+        b, t = batch / _BATCH_UNIT, prefill_tokens / _TOKEN_UNIT
         n, sb, st, sbb, sbt, stt, sy, sby, sty = self._sums
         self._sums = (
             *(n * f + 1.0, sb * f + b, st * f + t),

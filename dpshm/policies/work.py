@@ -29,6 +29,7 @@ JPDC 59(2), 1999 (least work remaining). The estimate of that work is ours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import repeat
 from typing import ClassVar
 
@@ -40,6 +41,11 @@ from dpshm.policies.columns import ArrayColumns, ListColumns, Words
 from dpshm.policies.counts import least_loaded
 from dpshm.policies.view import Request, View
 
+LIKE = 1.25
+"""Ranks whose reference steps differ by no more than this factor are taken to be equal. A learnt step time is off
+by some hundredths where equal steps vary by half. A rank that is slower by less loses little by being taken for
+equal."""
+_REFERENCE_BATCH, _REFERENCE_TOKENS = 16, 512
 _NO_LIMIT = 1 << 40
 """Tokens or requests."""
 
@@ -124,11 +130,16 @@ def expected_of_many(columns: ArrayColumns, request: Request) -> Words:
     return ns
 
 
-def comparable(models: list[list[int]], *, lockstep: bool = False) -> list[list[int]]:
+def comparable(models: list[list[int]], *, lockstep: bool = False, idle: Sequence[bool] = ()) -> list[list[int]]:
     """Learnt models as decisions compare ranks by them, or all zero if none has learnt.
 
-    One that has learnt nothing gets the mean coefficients of those that have. What an engine has never met, a full
-    step or a full batch, gets a limit that is never reached.
+    What a rank learns of noisy steps is noisy, and a decision that believes small differences sends equal ranks
+    unequal shares. So each rank gets the mean coefficients of the ranks that are like it, itself among them:
+    those whose reference step takes at most `LIKE` times as long, or as short. A rank that really is slow is like
+    no other and keeps its own. One that has learnt nothing, or has been idle for long
+    (`dpshm.policies.idle_ranks`), gets the mean of the others.
+
+    What an engine has never met, a full step or a full batch, gets a limit that is never reached.
 
     Ranks in lockstep wait for each other, so all see equally long steps, and each explains their length by what it
     holds itself: a rank with twice the others' batch learns that a request costs half as much, and would get more.
@@ -137,16 +148,45 @@ def comparable(models: list[list[int]], *, lockstep: bool = False) -> list[list[
     Args:
         models: by rank the words of `dpshm.board.layout.MODEL_WORDS`, as published; they are not trusted.
         lockstep: whether the ranks step together.
+        idle: by rank, whether what it has learnt may be out of date; empty: no rank is.
     """
+    if any(idle) and not all(idle):
+        without = [[0, 0, 0, *model[3:]] if old else model for model, old in zip(models, idle, strict=False)]
+        models = without if any(model[0] > 0 for model in without) else models
     learnt = [model for model in models if model[0] > 0]
     if not learnt:
         return [[0] * len(MODEL_WORDS) for _ in models]
     mean = [sum(model[i] for model in learnt) // len(learnt) for i in range(3)]
+    if lockstep:
+        alike = dict.fromkeys(map(_reference_ns, learnt), mean)
+    else:
+        alike = _means_of_alike(sorted((_reference_ns(model), model) for model in learnt))
     return [
         [
-            *(mean if lockstep or base <= 0 else (base, per_request, per_token)),
-            chunk if chunk > 0 else _NO_LIMIT,
-            *((max_running, ending) if max_running > 0 else (_NO_LIMIT, 0)),
+            *(alike[_reference_ns(model)] if model[0] > 0 else mean),
+            model[3] if model[3] > 0 else _NO_LIMIT,
+            *((model[4], model[5]) if model[4] > 0 else (_NO_LIMIT, 0)),
         ]
-        for base, per_request, per_token, chunk, max_running, ending in models
+        for model in models
     ]
+
+
+def _reference_ns(model: list[int]) -> int:
+    """How long a step of some requests and some prompt tokens takes."""
+    return model[0] + _REFERENCE_BATCH * max(0, model[1]) + _REFERENCE_TOKENS * max(0, model[2])
+
+
+def _means_of_alike(models: list[tuple[int, list[int]]]) -> dict[int, list[int]]:
+    """By reference time, the mean coefficients of the models whose times are alike; they come sorted."""
+    found: dict[int, list[int]] = {}
+    first = end = 0
+    sums = [0, 0, 0]
+    for reference, _ in models:
+        while end < len(models) and models[end][0] <= reference * LIKE:
+            sums = [total + x for total, x in zip(sums, models[end][1], strict=False)]
+            end += 1
+        while models[first][0] * LIKE < reference:
+            sums = [total - x for total, x in zip(sums, models[first][1], strict=False)]
+            first += 1
+        found[reference] = [total // (end - first) for total in sums]
+    return found

@@ -29,6 +29,7 @@ from dpshm.board.words import queued
 from dpshm.errors import SettingError
 from dpshm.policies import View, comparable
 from dpshm.policies.columns import ListColumns, ListWork
+from dpshm.policies.idle_ranks import IdleRanks
 from dpshm.sim.lab.prefix_cache import DelayedCache, hit_tokens
 from dpshm.sim.lab.rank import Job, Row, SimRank
 
@@ -50,6 +51,7 @@ class Information(ABC):
         self.own = own
         self.next_tick_s = NEVER_S
         self.lockstep = False
+        self._idle = IdleRanks()
 
     @abstractmethod
     def view(self, frontend: int, order: list[int], now_s: float) -> View:
@@ -83,7 +85,11 @@ class Information(ABC):
         work = ListWork(
             [r.backlog + tokens for r, tokens in zip(rows, in_flight_tokens, strict=True)],
             [list(r.model[:2]) for r in rows],
-            comparable([list(r.model[2:]) for r in rows], lockstep=self.lockstep),
+            comparable(
+                [list(r.model[2:]) for r in rows],
+                lockstep=self.lockstep,
+                idle=self._idle.look([r.steps for r in rows], int(now_s * 1e9)),
+            ),
             int(now_s * 1e9),
         )
         load = [r.load for r in rows]

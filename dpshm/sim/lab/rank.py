@@ -9,6 +9,9 @@ when it is admitted, for what is computed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import log1p, sqrt
+from random import Random
 from typing import Literal, NamedTuple, TypeAlias
 
 from dpshm.board.words import pack_load
@@ -49,6 +52,31 @@ class Job:
         self.done_s = -1.0
 
 
+class Pace:
+    """How many times as long as its cost says each step of a rank takes.
+
+    Args:
+        noise: the coefficient of variation of steps, drawn from a log-normal distribution of mean 1.
+        spells: from when until when the rank is so many times as slow: (at, until, factor).
+        seed: of the noise; the same seed gives the same noise.
+    """
+
+    def __init__(self, noise: float, spells: Sequence[tuple[float, float, float]], seed: int) -> None:
+        self._deviation = sqrt(log1p(noise * noise))
+        self._spells = spells
+        self._random = Random(seed)
+
+    def factor(self, now_s: float) -> float:
+        """Of the step that begins now."""
+        factor = 1.0
+        if self._deviation:
+            factor = self._random.lognormvariate(-self._deviation * self._deviation / 2, self._deviation)
+        for at_s, until_s, slower in self._spells:
+            if at_s <= now_s < until_s:
+                factor *= slower
+        return factor
+
+
 class Row(NamedTuple):
     """The row that a rank has published.
 
@@ -58,6 +86,7 @@ class Row(NamedTuple):
         model: the words of `dpshm.board.layout.STEP_MODEL_WORDS`.
         received: requests received, by front-end.
         received_tokens: prompt tokens received, as booked, by front-end.
+        steps: the number of steps that have ended.
     """
 
     load: int
@@ -65,6 +94,7 @@ class Row(NamedTuple):
     model: tuple[int, ...]
     received: tuple[int, ...]
     received_tokens: tuple[int, ...]
+    steps: int
 
 
 class SimRank:
@@ -78,7 +108,12 @@ class SimRank:
     """
 
     def __init__(
-        self, cost: StepCost, num_frontends: int, coefficients: Coefficients = "learnt", block_tokens: int = 512
+        self,
+        cost: StepCost,
+        num_frontends: int,
+        coefficients: Coefficients = "learnt",
+        block_tokens: int = 512,
+        pace: Pace | None = None,
     ) -> None:
         self.cache = PrefixCache(block_tokens)
         self.batcher = Batcher(cost, self)
@@ -87,8 +122,10 @@ class SimRank:
         self.busy_until_s = -1.0
         self.step = Step(0, 0, 0, 0.0)
         self._cost = cost
+        self._pace = pace
         self._model = StepModel()
         self._learns = coefficients == "learnt"
+        self._steps = 0
         self._received = [0] * num_frontends
         self._received_tokens = [0] * num_frontends
         self.row: Row
@@ -112,7 +149,10 @@ class SimRank:
         if self.inbox:
             self._take_in()
         batcher = self.batcher
-        step = self.step = batcher.plan()
+        step = batcher.plan()
+        if self._pace is not None:
+            step = step._replace(seconds=step.seconds * self._pace.factor(now_s))
+        self.step = step
         if not self._learns:
             words = self._model.words
             words[STEP_END] = int((now_s + step.seconds) * 1e9) if words[BASE_NS] else 0
@@ -125,6 +165,7 @@ class SimRank:
     def end(self, now_s: float, seconds: float) -> list[Job]:
         """Ends the step, which took that long; returns the requests that are complete."""
         batcher = self.batcher
+        self._steps += 1
         finished = batcher.finish(self.step)
         for request in finished.first_tokens:
             job = request.key
@@ -177,4 +218,4 @@ class SimRank:
         """Publishes the current row. `begin` does so too; after `end` call one of the two."""
         batcher = self.batcher
         load = pack_load(batcher.waiting, batcher.running, batcher.kv_cache_usage)
-        self.row = Row(load, batcher.prefill_backlog, tuple(self._model.words), *self._frozen)
+        self.row = Row(load, batcher.prefill_backlog, tuple(self._model.words), *self._frozen, self._steps)

@@ -27,7 +27,7 @@ from dpshm.sim.batching import Batcher, StepCost
 from dpshm.sim.demo.lockstep import AGREEMENT_INTERVAL
 from dpshm.sim.lab.information import check_information, make_information
 from dpshm.sim.lab.oracle import soonest
-from dpshm.sim.lab.rank import Coefficients, Job, SimRank
+from dpshm.sim.lab.rank import Coefficients, Job, Pace, SimRank
 from dpshm.sim.lab.rivals import rival_or_policy
 
 ORACLE = "oracle"
@@ -46,6 +46,8 @@ class Plant:
     Attributes:
         cost: the step times and limits of an engine.
         slow: by rank, the factor by which its steps are longer.
+        spells: the same for a while: a rank, the factor, from when and for how many seconds.
+        noise: the coefficient of variation of the time of equal steps.
         lockstep: whether all ranks step together, as with mixture-of-experts models.
         restart: a rank, the time when it loses all its requests, and how many seconds it is away.
         coefficients: the step times that policies get: learnt by engines, the true ones, or none.
@@ -58,6 +60,8 @@ class Plant:
     frontends: int = 8
     cost: StepCost = COST
     slow: tuple[tuple[int, float], ...] = ()
+    spells: tuple[tuple[int, float, float, float], ...] = ()
+    noise: float = 0.0
     lockstep: bool = False
     restart: tuple[int, float, float] | None = None
     coefficients: Coefficients = "learnt"
@@ -65,11 +69,13 @@ class Plant:
     block_tokens: int = 512
 
     def __post_init__(self) -> None:
-        ranks = [rank for rank, _ in self.slow] + ([self.restart[0]] if self.restart else [])
+        ranks = [rank for rank, *_ in (*self.slow, *self.spells)] + ([self.restart[0]] if self.restart else [])
         for rank in ranks:
             if not 0 <= rank < self.engines:
                 raise SettingError(f"there is no rank {rank}: choose 0 to {self.engines - 1}")
-        for rank, factor in self.slow:
+        if not 0 <= self.noise < 100:
+            raise SettingError(f"noise is {self.noise:g}: choose 0 (none) or more; 0.3 is a noisy machine")
+        for rank, factor, *_ in (*self.slow, *self.spells):
             if not 0 < factor < 1e6:
                 raise SettingError(f"rank {rank} cannot be {factor:g} times as slow: choose a number above 0")
         if self.restart and self.engines < 2:
@@ -157,7 +163,9 @@ class _Run:
 
     def _new_rank(self, rank: int) -> SimRank:
         plant = self._plant
-        return SimRank(plant.cost_of(rank), plant.frontends, plant.coefficients, plant.block_tokens)
+        spells = [(at_s, at_s + for_s, factor) for r, factor, at_s, for_s in plant.spells if r == rank]
+        pace = Pace(plant.noise, spells, rank) if plant.noise or spells else None
+        return SimRank(plant.cost_of(rank), plant.frontends, plant.coefficients, plant.block_tokens, pace)
 
     def play(self) -> Outcome:
         plant, information, steps = self._plant, self._information, self._steps

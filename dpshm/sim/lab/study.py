@@ -44,7 +44,8 @@ class SimulationSettings:
 
     Attributes:
         plant: engines and front-ends.
-        policies: names; `dpshm.sim.lab.run.ORACLE` is one.
+        policies: names; `dpshm.sim.lab.run.ORACLE` is one. ``NAME@INFORMATION`` says what that one knows, whatever
+            `information` says.
         information: names; empty: `vllm` and `round_robin` get the broadcast, the others the live board.
         trace: a file to replay; None is a built-in workload.
         time_unit: of the trace's times; empty: as its format says.
@@ -98,15 +99,20 @@ class SimulationSettings:
         if not self.policies:
             raise SettingError("there is nothing to compare: name at least one policy")
         for policy in self.policies:
-            if policy != ORACLE:
-                rival_or_policy(policy)
+            _check_combination(policy)
         for information in self.information:
             check_information(information)
 
     @property
     def combinations(self) -> list[Combination]:
         """The combinations to run, each once."""
-        pairs = [(p, i) for p in self.policies if p != ORACLE for i in self.information or (_information_of(p),)]
+        pairs = []
+        for policy in self.policies:
+            name, at, information = policy.partition("@")
+            if name != ORACLE:
+                pairs += [
+                    (name, i) for i in ((information,) if at else self.information or (_information_of(name),))
+                ]
         if ORACLE in self.policies or (self.oracle and not self.plant.lockstep):
             pairs.append((ORACLE, "live"))
         return list(dict.fromkeys(pairs))
@@ -279,6 +285,14 @@ def _put_together(
         baseline=baseline,
         results=results,
     )
+
+
+def _check_combination(policy: str) -> None:
+    name, at, information = policy.partition("@")
+    if name != ORACLE:
+        rival_or_policy(name)
+    if at:
+        check_information(information)
 
 
 def _information_of(policy: str) -> str:

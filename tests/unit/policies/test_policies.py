@@ -288,6 +288,40 @@ def test_models_are_made_comparable():
     assert policies.comparable(again) == again
 
 
+def model(base: int, per_request: int, per_token: int) -> list[int]:
+    """A learnt model, in microseconds."""
+    return [base * 1000, per_request * 1000, per_token * 1000, 0, 0, 0]
+
+
+def test_ranks_that_are_alike_are_taken_to_be_equal():
+    """Guards against equal ranks that get unequal shares, because each learnt a little else of noisy steps."""
+    models = [model(8000, 200, 40), model(8800, 150, 42), model(7200, 260, 38)]
+    found = policies.comparable(models)
+    assert [m[:3] for m in found] == [[8_000_000, 203_333, 40_000]] * 3
+
+
+def test_a_rank_that_is_slow_keeps_what_it_learnt():
+    """Guards against a slow rank that is taken for the mean of its group, and against a group whose mean a slow
+    rank spoils; also where every rank is unlike the mean.
+    """
+    fast, slow = model(8000, 200, 40), model(16000, 400, 80)
+    assert [m[:3] for m in policies.comparable([fast, slow, fast])] == [fast[:3], slow[:3], fast[:3]]
+    two_kinds = [model(8000, 200, 42), slow, model(8000, 200, 38), model(17000, 400, 80)]
+    found = [m[:3] for m in policies.comparable(two_kinds)]
+    assert found == [fast[:3], [16_500_000, 400_000, 80_000]] * 2
+    # Slow in prompts alone is slow too.
+    assert [m[:3] for m in policies.comparable([fast, model(8000, 200, 80)])][1] == [8_000_000, 200_000, 80_000]
+
+
+@deterministic
+@given(rows=st.lists(st.lists(st.integers(-(1 << 63), (1 << 63) - 1), min_size=6, max_size=6), max_size=9))
+def test_scribbled_models_are_made_comparable(rows: list[list[int]]):
+    """Guards against numbers that no engine learns and that make every front-end's refresh raise."""
+    found = policies.comparable(rows)
+    assert [len(m) for m in found] == [6] * len(rows)
+    assert all(m[0] > 0 for m in found) or not any(m[0] > 0 for m in rows)
+
+
 @pytest.mark.parametrize("epsilon", ["0", "-1", "nan", "inf", "1e-30", "1e308"])
 def test_every_bound_that_is_accepted_leaves_a_rank(epsilon: str):
     """Guards against a parameter that passes and then makes `route` raise."""

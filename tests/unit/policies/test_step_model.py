@@ -72,6 +72,31 @@ def test_it_follows_an_engine_that_slows_down():
     assert learnt(model) == pytest.approx([2 * x for x in TRUE], rel=0.1)
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+@pytest.mark.parametrize("times", [2.0, 4.0])
+def test_it_follows_at_once(times: float, noise: float):
+    """Guards against an engine that is slow, or has recovered, and gets its old share for another 350 steps."""
+    model, rng = StepModel(), random.Random(6)
+    teach(model, 1500, rng, noise=noise)
+    usual = TRUE[0] + 16 * TRUE[1] + 512 * TRUE[2]
+    teach(model, 60, rng, times=times, noise=noise)
+    assert model.expect(512, 16) == pytest.approx(times * usual, rel=0.25)
+    teach(model, 60, rng, noise=noise)
+    assert model.expect(512, 16) == pytest.approx(usual, rel=0.25)
+
+
+def test_noise_is_not_taken_for_a_change():
+    """Guards against an estimate that forgets whenever some steps in a row are long."""
+    model, rng = StepModel(), random.Random(7)
+    usual = TRUE[0] + 16 * TRUE[1] + 512 * TRUE[2]
+    teach(model, 500, rng, noise=0.4)
+    worst = 0.0
+    for _ in range(300):
+        teach(model, 8, rng, noise=0.4)
+        worst = max(worst, abs(model.expect(512, 16) / usual - 1))
+    assert worst < 0.12
+
+
 def test_it_does_not_drift_while_nothing_new_is_to_be_learnt():
     """Guards against the blow-up of forgetting: long decoding at one batch size must not spoil the rest."""
     model, rng = StepModel(), random.Random(3)

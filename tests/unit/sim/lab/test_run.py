@@ -12,7 +12,7 @@ from dpshm.policies import NAMES
 from dpshm.sim.batching import Batcher, SimRequest, StepCost
 from dpshm.sim.lab.information import NAMES as INFORMATION
 from dpshm.sim.lab.oracle import first_token, soonest
-from dpshm.sim.lab.rank import Job, SimRank
+from dpshm.sim.lab.rank import Job, Pace, SimRank
 from dpshm.sim.lab.run import COST, ORACLE, Plant, run
 
 
@@ -123,6 +123,8 @@ def test_a_request_that_never_fits_is_refused():
         ({"slow": ((8, 2.0),)}, "there is no rank 8: choose 0 to 7"),
         ({"slow": ((1, 0.0),)}, "rank 1 cannot be 0 times as slow"),
         ({"restart": (-1, 1.0, 1.0)}, "there is no rank -1"),
+        ({"spells": ((1, 2.0, 3.0, 4.0), (9, 1.0, 1.0, 1.0))}, "there is no rank 9"),
+        ({"noise": -0.1}, "noise is -0.1"),
         ({"engines": 1, "restart": (0, 1.0, 1.0)}, "use two or more"),
     ],
 )
@@ -146,6 +148,56 @@ def test_ranks_in_lockstep_stay_balanced():
     found = {p: run(plant, chat(1500, 26), p, "live") for p in ("least_work", "least_loaded")}
     assert found["least_work"].imbalance < 4 * found["least_loaded"].imbalance
     assert found["least_work"].ttft_s.mean() < 1.02 * found["least_loaded"].ttft_s.mean()
+
+
+def even(count: int, rate: float) -> list[Job]:
+    """Equal requests at equal distances, dealt out to eight front-ends."""
+    rng = random.Random(3)
+    return [Job(i / rate, rng.randrange(8), 1000, 60) for i in range(count)]
+
+
+def test_equal_ranks_get_equal_shares():
+    """Guards against ranks that differ by nothing but what each has learnt of noisy steps, and get unequal shares:
+    the fullest is then slow, and all that was won by counting work is lost.
+    """
+    ranks = run(Plant(noise=0.3), even(8000, 60), "least_work", "live").by_rank
+    assert max(abs(count - 1000) for count in ranks) <= 0.05 * 1000
+
+
+def test_a_rank_half_as_fast_is_seen_in_noise():
+    """Guards against a slow rank that is taken for one of its equals."""
+    plant = Plant(noise=0.3, slow=((3, 2.0),))
+    jobs = {policy: chat(3000, 55) for policy in ("least_work", "least_loaded")}
+    found = {policy: run(plant, jobs[policy], policy, "live") for policy in jobs}
+    assert found["least_work"].by_rank[3] < 0.5 * found["least_loaded"].by_rank[3]
+    assert found["least_work"].ttft_s.mean() < 0.9 * found["least_loaded"].ttft_s.mean()
+
+
+def test_a_rank_that_slows_down_and_recovers():
+    """Guards against a rank that is slow for a while and keeps its share, and one that gets no requests
+    once it is known to be slow, so that it never learns that it has recovered.
+    """
+    jobs = even(5500, 50)
+    run(Plant(noise=0.2, spells=((3, 2.0, 25.0, 30.0),)), jobs, "least_work", "live")
+
+    def share(from_s: float, until_s: float) -> float:
+        during = [job.rank for job in jobs if from_s <= job.due_s < until_s]
+        return 8 * during.count(3) / len(during)
+
+    assert share(5, 25) == pytest.approx(1.0, abs=0.15)
+    assert share(30, 55) < 0.5
+    assert share(70, 110) == pytest.approx(1.0, abs=0.15)
+
+
+def test_noise_is_repeatable_and_unbiased():
+    """Guards against noise that changes what is compared, or that makes every rank's steps long at once."""
+    paces = [Pace(0.5, (), seed) for seed in (0, 0, 1)]
+    drawn = [[pace.factor(0.0) for _ in range(4000)] for pace in paces]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert np.mean(drawn[0]) == pytest.approx(1.0, abs=0.03)
+    assert np.std(drawn[0]) == pytest.approx(0.5, abs=0.05)
+    spell = Pace(0.0, ((1.0, 2.0, 3.0),), 0)
+    assert [spell.factor(t) for t in (0.9, 1.0, 1.9, 2.0)] == [1.0, 3.0, 3.0, 1.0]
 
 
 def busy_ranks(count: int) -> list[SimRank]:

@@ -73,6 +73,10 @@ def test_all_combinations():
         *(("vllm", "live"), ("vllm", "scrape"), ("affinity", "live"), ("affinity", "scrape")),
         ("oracle", "live"),
     ]
+    named = SimulationSettings(policies=("vllm@scrape", "affinity:epsilon=2@live-index:10", "vllm"), oracle=False)
+    assert named.combinations == [
+        *(("vllm", "scrape"), ("affinity:epsilon=2", "live-index:10"), ("vllm", "broadcast")),
+    ]
     plain = SimulationSettings(policies=("round_robin", "least_loaded"), oracle=False)
     assert plain.combinations == [("round_robin", "broadcast"), ("least_loaded", "live")]
     assert ("oracle", "live") not in SimulationSettings(plant=Plant(lockstep=True)).combinations
@@ -131,6 +135,9 @@ def test_intervals():
         ({"skew": -1.0}, "skew is -1"),
         ({"policies": ()}, "there is nothing to compare"),
         ({"policies": ("best",)}, "no policy 'best'"),
+        ({"policies": ("vllm@none",)}, "no information model 'none'"),
+        ({"policies": ("best@live",)}, "no policy 'best'"),
+        ({"workload": "novel"}, "no workload 'novel': choose one of chat, agents, fan-out"),
         ({"information": ("none",)}, "no information model 'none'"),
         ({"key_tokens": 0}, "key_tokens is 0"),
     ],

@@ -180,7 +180,8 @@ class WatchThread(threading.Thread):
         if verdict is not before or stock:
             evidence = evidence_of(verdict, signs)
             row.set_engine(e, verdict=verdict, evidence=evidence, on_behalf=False if locked else None)
-            self._report(("engine", e), int(board.engine_pid[e]), before, verdict, self._saw(verdict, signs))
+            if verdict is not before:
+                self._report(("engine", e), int(board.engine_pid[e]), before, verdict, self._saw(verdict, signs))
 
     def _begin_with(self, e: int, signs: EngineSigns, now_ns: int) -> Stillness:
         """What is known of a rank that this thread sees for the first time: what an earlier coordinator saw."""

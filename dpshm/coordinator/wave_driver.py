@@ -120,8 +120,24 @@ class WaveDriver:
             case PublishState():
                 self._publisher.publish_state(self.state)
             case WarnWakeFailed(wave):
-                logger.warning(
-                    "no engine woke up for wave %d within %g s: paused by the user, or gone?",
-                    wave,
-                    self._settings.wake_timeout_s,
-                )
+                self._warn_wake_failed(wave)
+
+    def _warn_wake_failed(self, wave: int) -> None:
+        """Tells the operator, unless the rows say why: the user paused the ranks that live."""
+        lives, paused = [], []
+        for e, word in enumerate(self._board.engine_state[: self._board.dp_size].tolist()):
+            mark = self._row.engine(e)
+            if mark & ON_BEHALF or mark & VERDICT_MASK in (Verdict.ALIVE, *HANGING):
+                lives.append(e)
+                if not mark & ON_BEHALF and unpack_state(word)[2]:
+                    paused.append(e)
+        if lives and lives == paused:
+            logger.debug("the ranks stay paused by the user: no engine woke up for wave %d", wave)
+            return
+        logger.warning(
+            "no engine woke up for wave %d within %g s: ranks %s are alive, of which the user paused %s",
+            wave,
+            self._settings.wake_timeout_s,
+            lives or "none",
+            paused or "none",
+        )

@@ -247,15 +247,20 @@ class Frontend:
             self._bookings.heal()
         return found
 
-    def wake(self) -> None:
-        """Wakes the ranks if they are paused: for a request that is sent without `route`."""
+    def wake(self, *, ring: bool = True) -> None:
+        """Wakes the ranks if they are paused: for a request that is sent without `route`.
+
+        Args:
+            ring: False leaves the doorbells to the engine that gets the request, and tells the coordinator alone.
+        """
         if not self._segment.usable:
             raise self._segment.why_unusable()
         with self._lock:
             self._begin()
             control = self._words[self._at_control]
             if control & PHASE_MASK not in AWAKE:
-                self._wakeup.wake(control >> WAVE_SHIFT & MAX_WAVE, self._reader.dp_size, receiver=None)
+                wave, dp_size = control >> WAVE_SHIFT & MAX_WAVE, self._reader.dp_size
+                self._wakeup.wake(wave, dp_size, receiver=None, ring=ring)
         if self._bookings.lost:
             self._bookings.heal()
 

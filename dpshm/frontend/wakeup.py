@@ -34,18 +34,19 @@ class Wakeup:
         if self._doorbells is not None:
             self._doorbells.expect(dp_size)
 
-    def wake(self, wave: int, dp_size: int, *, receiver: int | None) -> None:
+    def wake(self, wave: int, dp_size: int, *, receiver: int | None, ring: bool = True) -> None:
         """Wakes all ranks of a paused group; does nothing in a group without waves.
 
         Args:
             wave: the wave in which the group is paused.
             dp_size: how many ranks there are.
             receiver: the rank that a request is about to wake; None: no rank.
+            ring: whether to ring the doorbells.
         """
         if not self._segment.header.waves:
             return
         try:
-            if wave != self._rung and self._segment.linked:
+            if ring and wave != self._rung and self._segment.linked:
                 if self._doorbells is None:
                     self._doorbells = DoorbellClient(self._segment.sockets_path, dp_size)
                 self._doorbells.ring(wave, leave_out=receiver)

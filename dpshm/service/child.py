@@ -3,7 +3,7 @@
 The child is a fresh interpreter that imports dpshm alone. With multiprocessing's spawn it would import the main
 module of its parent again, and with it the whole server (for vLLM 5.6 s and half a GB). It reports its addresses,
 or its error, through a pipe before the constructor returns. It ends when it is asked to, and when its parent has
-ended in any way: it holds a pidfd of the parent.
+ended in any way: it holds a pidfd of the parent. One that hands over outlives its parent while the group does.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, Unpack
 import msgspec
 
 from dpshm import errors
+from dpshm.board.board import Board
 from dpshm.coordinator.settings import Settings, SettingsDict, make_settings
 from dpshm.errors import DpshmError, StartupTimeout
 from dpshm.linux import descriptors, processes
@@ -32,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 5.0
+_ORPHAN_INTERVAL_MS = 200
+_REMOVE = signal.SIGUSR1
+"""From the parent of a child that hands over: end, and remove the board."""
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 # -P, and the path at the end: no file in the parent's folder can take the place of a module.
 _BOOT = (
@@ -60,8 +64,11 @@ class Process:
             ``multiprocessing.connection.wait``.
     """
 
-    def __init__(self, popen: subprocess.Popen[bytes], name: str) -> None:
+    def __init__(
+        self, popen: subprocess.Popen[bytes], name: str, end_signal: signal.Signals = signal.SIGTERM
+    ) -> None:
         self._popen = popen
+        self._end_signal = end_signal
         self.name = name
         self.pid = popen.pid
         self.sentinel = os.pidfd_open(popen.pid)
@@ -77,8 +84,8 @@ class Process:
         return self._popen.poll() is None
 
     def terminate(self) -> None:
-        """Asks the process to end (SIGTERM)."""
-        self._popen.terminate()
+        """Asks the process to end."""
+        self._popen.send_signal(self._end_signal)
 
     def kill(self) -> None:
         """Ends the process (SIGKILL)."""
@@ -99,7 +106,9 @@ class CoordinatorProcess:
     """Coordinates one group from a daemon process, until `close` or the end of this process.
 
     Takes the settings of `dpshm.coordinator.settings.Settings` as keyword arguments; `group` and `dp_size` are
-    needed.
+    needed. With `hands_over` a SIGTERM from another process leaves a board that is in use, for the coordinator
+    that is started next, and `close` removes it. If this process ends without `close`, the coordinator then serves
+    the engines and front-ends that live on, ends with the last of them and removes the board.
 
     Attributes:
         settings: the settings.
@@ -113,10 +122,17 @@ class CoordinatorProcess:
         DpshmError: an error of `Coordinator`, as the same type.
     """
 
-    def __init__(self, *, start_timeout_s: float = START_TIMEOUT_S, **settings: Unpack[SettingsDict]) -> None:
+    def __init__(
+        self,
+        *,
+        start_timeout_s: float = START_TIMEOUT_S,
+        hands_over: bool = False,
+        **settings: Unpack[SettingsDict],
+    ) -> None:
         self.settings = make_settings(**settings)
-        popen, report_fd = _start(self.settings)
-        self.proc = Process(popen, f"dpshm-coordinator-{self.settings.group}")
+        popen, report_fd = _start(self.settings, hands_over)
+        end_signal = _REMOVE if hands_over else signal.SIGTERM
+        self.proc = Process(popen, f"dpshm-coordinator-{self.settings.group}", end_signal)
         self._owner_pid = os.getpid()
         self._finalizer = weakref.finalize(self, _stop, self._owner_pid, self.proc, STOP_TIMEOUT_S)
         try:
@@ -154,12 +170,12 @@ class CoordinatorProcess:
         self.close()
 
 
-def _start(settings: Settings) -> tuple[subprocess.Popen[bytes], int]:
+def _start(settings: Settings, hands_over: bool) -> tuple[subprocess.Popen[bytes], int]:
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
     try:
         arguments = [
             *(sys.executable, "-P", "-c", _BOOT, _PACKAGE_ROOT),
-            *("dpshm-coordinator", str(os.getpid()), str(write_fd)),
+            *("dpshm-coordinator", str(os.getpid()), str(write_fd), str(int(hands_over))),
             msgspec.json.encode(settings).decode(),
         ]
         # In a process group of its own: a Ctrl-C in the terminal is for the parent, which then ends its child.
@@ -218,15 +234,15 @@ def _stop(pid: int, proc: Process, timeout_s: float) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """The child: ``dpshm-coordinator PARENT_PID REPORT_FD SETTINGS_JSON``."""
-    _, parent_pid, report_fd, settings_json = argv
+    """The child: ``dpshm-coordinator PARENT_PID REPORT_FD HANDS_OVER SETTINGS_JSON``."""
+    _, parent_pid, report_fd, hands_over, settings_json = argv
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s dpshm %(message)s")
     processes.ignore_interrupts()
     descriptors.raise_limit()
     settings: dict[str, Any] = msgspec.json.decode(settings_json)
     processes.set_title(f"dpshm-coord {settings.get('group')}")
     parent = processes.parent_pidfd(int(parent_pid))
-    request = EndRequest((signal.SIGTERM,))
+    request = EndRequest((signal.SIGTERM, _REMOVE))
     with os.fdopen(int(report_fd), "wb") as report:
         try:
             coordinator = Coordinator(own_process=True, **settings)
@@ -240,4 +256,16 @@ def main(argv: list[str]) -> int:
         ended.register(parent, select.POLLIN)
         ended.register(request, select.POLLIN)
         ended.poll()
+        if int(hands_over):
+            ended.unregister(parent)
+            while not request.signum and _in_use(coordinator.board):
+                ended.poll(_ORPHAN_INTERVAL_MS)
+            if request.signum == signal.SIGTERM:
+                coordinator.hand_over()
     return 0
+
+
+def _in_use(board: Board) -> bool:
+    """Whether an engine or a front-end of the group lives."""
+    engines, frontends = range(board.dp_size), range(board.frontends_used())
+    return any(map(board.engine_alive, engines)) or any(map(board.frontend_alive, frontends))

@@ -14,7 +14,22 @@ parallelism, and calls the stock method alone once anything of ours failed.
 
 from __future__ import annotations
 
+import logging
+import sys
+from functools import cache
+from typing import Any
+
+from dpshm.errors import SettingError
 from dpshm.vllm.log import logger
+
+
+@cache
+def _say_off(reason: str) -> None:
+    """Says once that a variable keeps the plugin off. All processes inherit it: the launcher speaks for them."""
+    processes: Any = sys.modules.get("multiprocessing.process")
+    is_child = processes is not None and processes.parent_process() is not None
+    level = logging.DEBUG if is_child else logging.WARNING
+    logger.log(level, "dpshm is off: %s. vLLM runs as it does without it", reason)
 
 
 def register() -> None:
@@ -27,5 +42,7 @@ def register() -> None:
             from dpshm.vllm import hooks
 
             hooks.install(options)
+    except SettingError as e:
+        _say_off(str(e))
     except Exception:
         logger.warning("dpshm is off: it could not be set up. vLLM runs as it does without it", exc_info=True)

@@ -9,8 +9,15 @@ The hooks are on the instance (`dpshm.vllm.instance`):
 
     get_core_engine_for_request   chooses by the board and books. A request that is pinned to a rank, or belongs
                                   to a session that is placed already, goes where vLLM sends it, and is booked too
-    add_request_async             reads the wave from the board, wakes paused ranks once the request is sent, and
-                                  cancels the booking if the send fails
+    add_request_async             reads the wave from the board, wakes paused ranks once the request is sent (up to
+                                  vLLM 0.32), and cancels the booking if the send fails
+    engines_running               an attribute that vLLM reads, and users through ``dp_engines_running``: a view of
+                                  the board, true while the ranks run and false while they sleep or wake up
+    first_req_send_socket         up to vLLM 0.32, where a client tells its own stats task of a first request. A
+                                  client that chooses by the board has no such task, so its notice goes nowhere
+
+From vLLM 0.33 on the engine that gets a request wakes the others, and no client says anything: a coordinator of
+that release logs an error at a first-request message.
 
 vLLM keeps its own record of requests in flight. It stays right: vLLM's own method notes each choice that we made,
 as the choice of a request that names its rank. While the board serves, the client does not listen to the broadcast
@@ -40,8 +47,17 @@ from dpshm.vllm.options import Options
 
 LINK = "_dpshm_link"
 """The attribute of a client that holds its link: None once there is none, absent before anything was tried."""
+_FIRST_REQUESTS = "first_req_send_socket"
+"""The attribute of a client that tells of first requests; clients have it up to vLLM 0.32."""
 KEY_TOKENS = 256
 """How many tokens of a prompt make its key for the policy `affinity`."""
+
+
+class _Nowhere:
+    """Stands for a client's socket for notices of first requests: sends them to no peer, and never waits."""
+
+    async def send(self, *_: Any, **__: Any) -> None:
+        """Drops a notice."""
 
 
 class ClientLink:
@@ -59,6 +75,18 @@ class ClientLink:
         self._client = client
         self._group = group
         self._hooks = InstanceHooks(client)
+
+    def _watch_phase(self, board: Board) -> None:
+        """Makes the client's flag a view of the board's control word."""
+        words, at = board.words, board.index("control")
+
+        def running() -> bool:
+            try:
+                return unpack_control(words[at])[1] is Phase.RUNNING
+            except Exception:
+                return False  # the next request ends the link; this reader may be in another thread
+
+        self._hooks.view("engines_running", running)
 
     def finished(self, request_ids: Any) -> None:
         """Called with the ids of requests that are over: finished, aborted or refused."""
@@ -98,13 +126,13 @@ class WaveLink(ClientLink):
 
         async def add(request: Any) -> Any:
             try:
-                wave, phase = unpack_control(int(self._board.control[0]))
-                client.current_wave, client.engines_running = wave, phase is not Phase.PAUSED
+                client.current_wave = unpack_control(int(self._board.control[0]))[0]
             except Exception:
                 self._give_up()
             return await add_request_async(request)
 
         self._hooks.put("add_request_async", add)
+        self._watch_phase(self._board)
 
     def close(self) -> None:
         """Takes the hooks off and leaves the board."""
@@ -115,7 +143,9 @@ class WaveLink(ClientLink):
 class BookingLink(ClientLink):
     """A client with a front-end's row, in which every request that it sends is booked."""
 
-    def __init__(self, client: Any, group: str, options: Options) -> None:
+    def __init__(
+        self, client: Any, group: str, options: Options, attach: Callable[..., Any] | None = None
+    ) -> None:
         super().__init__(client, group)
         self._routes: dict[str, list[Route]] = {}
         self._needs_key = options.policy.startswith("affinity")
@@ -123,7 +153,7 @@ class BookingLink(ClientLink):
         self._count_tokens = import_module("vllm.utils").length_from_prompt_token_ids_or_embeds
         # After 0.16: documents of a late-interaction query go to the engine that has the query.
         self._late_interaction = getattr(core_client, "get_late_interaction_engine_index", lambda *_: None)
-        self._frontend = Frontend.attach(
+        self._frontend = (attach or Frontend.attach)(
             group,
             owner=owner_name(client.client_index, client.input_socket.getsockopt(zmq.LAST_ENDPOINT).decode()),
             ranks=client.engine_ranks_managed,
@@ -210,25 +240,28 @@ class BoardLink(BookingLink):
     does = "chooses by the board"
     instead_of_broadcast = True
 
-    def __init__(self, client: Any, group: str, options: Options) -> None:
-        super().__init__(client, group, options)
+    def __init__(
+        self, client: Any, group: str, options: Options, attach: Callable[..., Any] | None = None
+    ) -> None:
+        super().__init__(client, group, options, attach)
         self._at_control = self._frontend.board.index("control")
         self._warned_none = False
+        self._wakes = _FIRST_REQUESTS in client.__dict__
+        if self._wakes:
+            self._hooks.replace(_FIRST_REQUESTS, _Nowhere())
+        self._watch_phase(self._frontend.board)
 
     def _before_add(self) -> None:
-        # vLLM sends no wake-up to running engines. `_after_add` wakes paused ranks instead, since the task that
-        # would forward vLLM's wake-up does not run.
-        client = self._client
-        client.current_wave = unpack_control(self._frontend.board.words[self._at_control])[0]
-        client.engines_running = True
+        self._client.current_wave = unpack_control(self._frontend.board.words[self._at_control])[0]
 
     def _after_add(self) -> None:
         # After the request, as vLLM does it: since 0.32 a rank that wakes up before its request has come goes back
-        # to sleep at its first step, and needs a second wake-up.
-        if self._client.__dict__.get(LINK) is not self:
-            return  # the link gave up during the send: vLLM has sent its own wake-up
+        # to sleep at its first step, and needs a second wake-up. The doorbells would be faster than the request:
+        # the engine that gets it rings them.
+        if not self._wakes or self._client.__dict__.get(LINK) is not self:
+            return  # where the link gave up during the send, vLLM has sent its own wake-up
         try:
-            self._frontend.wake()
+            self._frontend.wake(ring=False)
         except Exception:
             self._give_up()
 
@@ -254,9 +287,26 @@ class BoardLink(BookingLink):
                 engine = stock(request)
             finally:
                 request.data_parallel_rank = None
+            try:
+                route = self._rebook(request, route, engine)
+            except Exception:
+                self._give_up()
+                return engine
         if route is not None:
             request.current_wave = route.wave  # the wave of the board when the request was booked
         return engine
+
+    def _rebook(self, request: Any, route: Route, engine: Any) -> Route | None:
+        """The route of a request that vLLM sends to `engine`: another than `route` if vLLM knew better.
+
+        vLLM may send a request elsewhere than to the rank that it names: a rank that sleeps or was scaled away.
+        """
+        client = self._client
+        if client.engine_ranks_managed[client.core_engines.index(engine)] == route.dp_rank:
+            return route
+        self._routes[request.request_id].remove(route)
+        route.cancel()
+        return self._book(request, engine)
 
     def _route(self, request: Any) -> Route | None:
         try:

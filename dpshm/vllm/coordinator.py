@@ -13,6 +13,7 @@ from typing import Any
 
 from dpshm.board import files
 from dpshm.coordinator.settings import Settings
+from dpshm.errors import DpshmError
 from dpshm.version import __version__
 from dpshm.vllm.log import logger
 from dpshm.vllm.options import Options
@@ -34,6 +35,9 @@ def coordinator_factory(stock: Callable[..., Any], options: Options) -> Callable
         try:
             _sweep_the_dead()
             coordinator = WatchedCoordinator(**_settings(parallel_config, waves, options))
+        except DpshmError as e:
+            logger.warning("dpshm's coordinator did not start: %s. vLLM starts its own", e)
+            return stock(parallel_config, *args, **kwargs)
         except Exception:
             logger.warning("dpshm's coordinator did not start: vLLM starts its own", exc_info=True)
             return stock(parallel_config, *args, **kwargs)

@@ -6,13 +6,18 @@ hooks the instance:
     _process_input_queue              publishes before the loop waits for work, and before each step
     _process_engine_step              publishes after each step
     _handle_client_request            counts a request from the input queue as received from its API server, and
-                                      publishes the queue that it entered
+                                      publishes the queue that it entered; a request that wakes the rank up wakes
+                                      the others too (`dpshm.vllm.bells`)
     _handle_request_preproc_error,    the input thread refuses a request: the hook notes it there and wakes the
-    _handle_mm_cache_miss             busy loop, which counts it
+    _handle_request_validation_error, busy loop, which counts it
+    _handle_mm_cache_miss
     _maybe_publish_request_counts     sends nothing: the row replaces the message to the coordinator
     step_fn, execute_dummy_batch      mark the step as begun, time it, count its tokens
 
 The wave stays vLLM's own, with its rules and its messages. The row shows the state of those rules.
+
+A request is counted before vLLM handles it. vLLM may answer at once, in shutdown and (since 0.33) while the user
+has paused generation, and an API server that has the answer expects that the request was counted.
 """
 
 from __future__ import annotations
@@ -25,9 +30,14 @@ from typing import Any
 from dpshm.engine.row import EngineRow
 from dpshm.engine.step import StepTimer
 from dpshm.vllm.backlog import PrefillBacklog
+from dpshm.vllm.bells import Bells
 from dpshm.vllm.find import group_at, owner_name
 from dpshm.vllm.instance import InstanceHooks
 from dpshm.vllm.log import logger
+
+REFUSALS = ("_handle_request_preproc_error", "_handle_request_validation_error", "_handle_mm_cache_miss")
+"""The methods with which vLLM's input thread refuses a request; older ones lack the second (up to
+0.32) or the third."""
 
 
 def busy_loop(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -72,7 +82,11 @@ def _attach(core: Any) -> EngineLink | None:
 
 
 class EngineLink:
-    """One engine and its row. `_note_refused` runs in the input thread; all other methods in the busy loop's."""
+    """One engine and its row.
+
+    `_note_refused` runs in the input thread and `_hear` also in that of the bells; all other methods in the busy
+    loop's.
+    """
 
     def __init__(self, core: Any, row: EngineRow) -> None:
         self._core = core
@@ -86,26 +100,39 @@ class EngineLink:
         self._steps = 0
         self._step: StepTimer | None = None
         types = import_module("vllm.v1.engine").EngineCoreRequestType
-        self._add, self._wakeup = types.ADD, types.WAKEUP
+        self._add, self._wakeup, self._start_wave = types.ADD, types.WAKEUP, types.START_DP_WAVE
         self._count_tokens = import_module("vllm.utils").length_from_prompt_token_ids_or_embeds
         self._hooks = InstanceHooks(core)
+        self._bells: Bells | None = None
         self._publish()
-        self._hook()
+        if row.board.segment.header.waves and hasattr(core, "current_wave"):
+            self._bells = Bells(row.board, row.dp_rank, self._hear)
+        try:
+            self._hook()
+        except BaseException:
+            self._hooks.remove()
+            self._close_bells()
+            raise
 
     def close(self) -> None:
         """Takes the hooks off and gives the row up."""
         self._hooks.remove()
         self._core.step_fn = self._stock_step_fn
+        self._close_bells()
         row, self._row = self._row, None
         if row is not None:
             row.close()
+
+    def _close_bells(self) -> None:
+        bells, self._bells = self._bells, None
+        if bells is not None:
+            bells.close()
 
     # The hooks. Each calls the method that it hides exactly once, also when code of dpshm raises.
 
     def _hook(self) -> None:
         core, put = self._core, self._hooks.put
         process_input_queue, process_engine_step = core._process_input_queue, core._process_engine_step
-        handle_client_request = core._handle_client_request
         step_fn, execute_dummy_batch = core.step_fn, core.execute_dummy_batch
 
         def _process_input_queue() -> Any:
@@ -120,11 +147,6 @@ class EngineLink:
             self._safely(self._publish)
             return result
 
-        def _handle_client_request(request_type: Any, request: Any) -> Any:
-            result = handle_client_request(request_type, request)
-            self._safely(self._received, request_type, request)
-            return result
-
         def step() -> Any:
             return self._timed(step_fn, dummy=False)
 
@@ -132,23 +154,34 @@ class EngineLink:
             return self._timed(execute_dummy_batch, dummy=True)
 
         put("_process_input_queue", _process_input_queue)
-        put("_handle_client_request", _handle_client_request)
+        put("_handle_client_request", self._handling(core._handle_client_request))
         put("_process_engine_step", _process_engine_step)
         if hasattr(core, "_maybe_publish_request_counts"):  # in lockstep ranks; after 0.24 in all
             put("_maybe_publish_request_counts", lambda: None)
         put("execute_dummy_batch", dummy_batch)
-        for name in ("_handle_request_preproc_error", "_handle_mm_cache_miss"):
+        for name in REFUSALS:
             if hasattr(core, name):
                 put(name, self._refusing(getattr(core, name)))
         # `step_fn` is an attribute of the instance already, not a method: `close` stores the old value again.
         self._stock_step_fn = step_fn
         core.step_fn = step
 
+    def _handling(self, stock: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def handle(request_type: Any, request: Any) -> Any:
+            asleep = self._is_asleep()
+            if request_type == self._add:
+                self._safely(self._count_received, request[0])
+            result = stock(request_type, request)
+            self._safely(self._handled, request_type, request, asleep)
+            return result
+
+        return handle
+
     def _refusing(self, stock: Callable[..., Any]) -> Callable[..., Any]:
-        def refuse(request: Any, *args: Any) -> Any:
+        def refuse(request: Any, *args: Any, **kwargs: Any) -> Any:
             # Noted before the answer is sent: an API server expects that a request which is over was counted.
             self._note_refused(request)
-            return stock(request, *args)
+            return stock(request, *args, **kwargs)
 
         return refuse
 
@@ -211,15 +244,26 @@ class EngineLink:
         get = getattr(self._scheduler, "get_kv_cache_usage", None)  # after 0.24
         return float(get() if get is not None else self._scheduler.kv_cache_manager.usage)
 
-    def _received(self, request_type: Any, request: Any) -> None:
+    def _count_received(self, added: Any) -> None:
         assert self._row is not None
-        if request_type == self._add:
-            added = request[0]
-            self._row.count_received(self._frontend_of(added.client_index), added.num_prompt_tokens)
-            if added.request_id in self._scheduler.requests:
-                self._backlog.add(added)
-        if not self._core.has_work():
+        self._row.count_received(self._frontend_of(added.client_index), added.num_prompt_tokens)
+
+    def _handled(self, request_type: Any, request: Any, was_asleep: bool) -> None:
+        core = self._core
+        if request_type == self._add and (added := request[0]).request_id in self._scheduler.requests:
+            self._backlog.add(added)
+            if was_asleep and self._bells is not None and not core.is_scheduler_paused():
+                self._bells.ring(core.current_wave)
+        if not core.has_work():
             self._publish()  # the loop goes on waiting, and no other hook would publish
+
+    def _is_asleep(self) -> bool:
+        """Whether this rank neither steps nor has a request that will make it step."""
+        return not (self._core.engines_running or self._scheduler.has_unfinished_requests())
+
+    def _hear(self, wave: int) -> None:
+        """Another rank of this node woke up in a wave: START, as the coordinator would send it."""
+        self._core.input_queue.put_nowait((self._start_wave, (wave, None)))
 
     def _count_refused(self) -> None:
         assert self._row is not None

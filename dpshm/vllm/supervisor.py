@@ -3,6 +3,9 @@
 vLLM ends the server when the process of its coordinator ends. A coordinator of dpshm that dies can be replaced:
 the new process takes the live board over, with its wave and bookings, and binds the same addresses, to which all
 peers reconnect. So vLLM watches a stand-in, whose sentinel becomes readable only when a restart has failed.
+
+A coordinator that was told to end (SIGTERM) is started again too, unless the server is ending: one signal to all
+processes of the server reaches the coordinator first, and then the server shuts it down within `GRACE_S`.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from contextlib import suppress
 from typing import Any
 
 from dpshm.board import segment
+from dpshm.board.board import Board
 from dpshm.errors import SegmentError, SettingError
 from dpshm.service.child import START_TIMEOUT_S, STOP_TIMEOUT_S, CoordinatorProcess
 from dpshm.vllm.log import logger
@@ -24,6 +28,8 @@ from dpshm.vllm.log import logger
 MAX_RESTARTS = 5
 """Restarts within `RESTART_WINDOW_S` before the supervisor gives up; also attempts at one restart."""
 RESTART_WINDOW_S = 60.0
+GRACE_S = 1.0
+"""How long a coordinator that was told to end stays down, in case its server was told to end with it."""
 RESTART_PAUSE_S = 0.2
 """The pause after the first failed attempt at a restart; it doubles with each."""
 
@@ -33,6 +39,13 @@ def sweep_group(group: str) -> None:
     with suppress(SegmentError, SettingError):
         if segment.sweep(group):
             logger.info("dpshm: removed the files of the dead group %r", group)
+
+
+def remove_group(group: str) -> None:
+    """Removes the board of a group without a coordinator, also one that engines which are ending still use."""
+    with suppress(SegmentError, SettingError), Board.attach(group, readonly=False) as board:
+        if board.lock_coordinator():
+            board.segment.unlink()
 
 
 class StandIn:
@@ -63,7 +76,7 @@ class StandIn:
         return self.exitcode is None
 
     def terminate(self) -> None:
-        """Sends SIGTERM to the coordinator, which is not started again."""
+        """Asks the coordinator to end; it is not started again."""
         self.end(0)
         self.process.proc.terminate()
 
@@ -96,7 +109,7 @@ class WatchedCoordinator:
     """
 
     def __init__(self, **settings: Any) -> None:
-        process = CoordinatorProcess(**settings)
+        process = CoordinatorProcess(hands_over=True, **settings)
         self.settings = process.settings
         self.proc = StandIn(process)
         self.restarts = 0
@@ -125,7 +138,7 @@ class WatchedCoordinator:
         # vLLM often gives no time at all, and a coordinator that is killed leaves the board behind.
         self.proc.process.shutdown(max(timeout or 0.0, STOP_TIMEOUT_S))
         self.proc.end(0)
-        sweep_group(self.settings.group)
+        remove_group(self.settings.group)
 
     # The watching thread.
 
@@ -138,20 +151,20 @@ class WatchedCoordinator:
             if self._stop_fd in dict(poller.poll()):
                 return
             exitcode = child.exitcode
+            told_to_end = not exitcode  # it ended in good order
+            if told_to_end:
+                poller.unregister(child.sentinel)
+                if poller.poll(GRACE_S * 1000):
+                    return  # the server ends
             if self.proc.exitcode is not None:
                 return  # vLLM ended it
-            if not exitcode:
-                # It ended in good order and removed the board, so another process told it to.
-                logger.error("dpshm's coordinator (pid %d) was told to end by another process", child.pid)
-                self.proc.end(1)
-                return
             logger.warning(
-                "dpshm's coordinator (pid %d) died, exit status %s: starting it again; serving goes on",
+                "dpshm's coordinator (pid %d) %s: starting it again; serving goes on",
                 child.pid,
-                exitcode,
+                "was told to end, and its server was not" if told_to_end else f"died, exit status {exitcode}",
             )
             if not self._start_again():
-                self.proc.end(exitcode)
+                self.proc.end(exitcode or 1)
                 return
 
     def _start_again(self) -> bool:
@@ -164,7 +177,7 @@ class WatchedCoordinator:
         self._times.append(now)
         for attempt in range(MAX_RESTARTS):
             try:
-                process = CoordinatorProcess(**self._given)
+                process = CoordinatorProcess(hands_over=True, **self._given)
             except Exception:
                 logger.log(
                     logging.WARNING if attempt + 1 < MAX_RESTARTS else logging.ERROR,

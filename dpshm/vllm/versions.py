@@ -1,17 +1,24 @@
-"""Which releases of vLLM the plugin was tested on, and a check that every name which it uses is there.
+"""Whether the plugin may run in the vLLM of this process: a self-check, at the start, of what the hooks rely on.
 
-On any other release, or where a name is missing, the plugin stays off and logs why: it never breaks a server.
+Every name that the plugin wraps or calls must be there with its parameters, and each hook must pass a dry run on
+the release's own classes (`dpshm.vllm.dry_run`). No list of releases has to be maintained. Where the check fails
+the plugin stays off and logs why: it never breaks a server.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from importlib import import_module
 from typing import NamedTuple
 
-TRIED = ("0.28.0", "0.31.0", "0.32.0")
-"""Releases on which the tests of ``tests/e2e/vllm`` passed: all of them on the last, those of lockstep ranks
-(``test_moe.py``) on the others."""
+from dpshm.vllm.dry_run import dry_run
+from dpshm.vllm.log import logger
+
+OLDEST = (0, 28)
+"""Releases before this one stay off: they lack names, or were never tried."""
+TESTED = {"0.28.0": 0, "0.31.0": 0, "0.32.0": 0, "0.33.0": 0}
+"""Releases on which tests of ``tests/e2e/vllm`` passed, and how many. dpshm/vllm/README.md says which."""
 
 
 class Needed(NamedTuple):
@@ -42,6 +49,7 @@ NEEDED = (
     Needed("vllm.v1.core.sched.scheduler", "Scheduler.get_request_counts"),
     Needed("vllm.v1.core.sched.scheduler", "Scheduler.has_unfinished_requests"),
     Needed("vllm.v1.engine", "EngineCoreRequestType.WAKEUP"),
+    Needed("vllm.v1.engine", "EngineCoreRequestType.START_DP_WAVE"),
     Needed("vllm.v1.engine.core_client", "DPAsyncMPClient._ensure_stats_update_task"),
     Needed("vllm.v1.engine.core_client", "DPAsyncMPClient.add_request_async", ("request",)),
     Needed("vllm.v1.engine.core_client", "DPLBAsyncMPClient.get_core_engine_for_request", ("request",)),
@@ -50,15 +58,31 @@ NEEDED = (
 
 
 def why_not(any_version: bool = False) -> str | None:
-    """Why the plugin must stay off in the vLLM of this process; None if it may run."""
+    """Why the plugin must stay off in the vLLM of this process; None if it may run.
+
+    Args:
+        any_version: try releases before `OLDEST` too. The check has to pass all the same.
+    """
     version = import_module("vllm").__version__
-    release = version.partition("+")[0]
-    if release not in TRIED and not any_version:
-        return f"vLLM {version} is not a tested release ({', '.join(TRIED)}); DPSHM_ANY_VLLM=1 tries it anyway"
+    if release_of(version) < OLDEST and not any_version:
+        oldest = ".".join(map(str, OLDEST))
+        return f"vLLM {version} is older than {oldest}; DPSHM_ANY_VLLM=1 tries it anyway"
     for needed in NEEDED:
         if problem := _missing(needed):
             return f"vLLM {version} {problem}"
+    try:
+        dry_run()
+    except Exception as e:
+        return f"vLLM {version} failed a dry run of the hooks: {type(e).__name__}: {e}"
+    if version.partition("+")[0] not in TESTED:
+        logger.info("dpshm: vLLM %s passed the self-check; tested were %s", version, ", ".join(TESTED))
     return None
+
+
+def release_of(version: str) -> tuple[int, ...]:
+    """The numbers with which a version begins: (0, 33, 0) of ``0.33.0rc1+cpu``. A development build has few."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(n) for n in match[0].split(".")) if match else ()
 
 
 def _missing(needed: Needed) -> str | None:

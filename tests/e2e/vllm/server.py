@@ -206,10 +206,10 @@ class Server:
             wait_until(lambda: not self.processes(), 5.0 if sig == signal.SIGKILL else STOP_TIMEOUT_S)
         self.kill()
 
-    def kill(self) -> None:
-        """Ends all its processes at once, as nothing in them can prevent: what a container's end does."""
+    def kill(self, but: int | None = None) -> None:
+        """Ends all its processes but one at once, as nothing in them can prevent: what a container's end does."""
         theirs: set[str] = set()
-        while pids := self.processes():
+        while pids := self.processes().keys() - {but}:
             for pid in pids:
                 with suppress(OSError):
                     theirs |= set(re.findall(r"/dev/shm/psm_\w+", Path(f"/proc/{pid}/maps").read_text()))

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from dpshm.board import segment
-from tests.e2e.vllm import checks
+from tests.e2e.vllm import checks, environment
+from tests.e2e.vllm.server import NO_MODEL
 from tests.support import gone, wait_until
 
 RANKS = 2
@@ -16,8 +16,9 @@ RANKS = 2
 
 @pytest.fixture(scope="module")
 def server(serve):
-    """The server of this module."""
-    return serve("dense", "--data-parallel-size", str(RANKS), "--api-server-count", "2")
+    """The server of this module: a real model, where that runs."""
+    model = [] if environment.computes() else NO_MODEL
+    return serve("dense", "--data-parallel-size", str(RANKS), "--api-server-count", "2", *model)
 
 
 def test_the_log_says_that_dpshm_is_active(server):
@@ -41,12 +42,16 @@ def test_the_coordinator_is_small(server):
 
 
 def test_a_launcher_that_is_killed_leaves_nothing_of_ours(server):
-    """Guards against a coordinator, or memory, that outlives its launcher. The last test: it ends the server."""
+    """Guards against requests that hang once the launcher is gone, and a coordinator that outlives its group.
+
+    The last test: it ends the server.
+    """
     with server.board() as board:
         coordinator = int(board.coordinator_pid[0])
-    assert server.left()
     os.kill(server.pid, signal.SIGKILL)
+    wait_until(lambda: server.pid not in server.processes())
+    assert server.generate_all([(3, 8)] * 8) == [8] * 8
+    assert not gone(coordinator)
+    server.kill(but=coordinator)
     wait_until(lambda: gone(coordinator))
-    server.kill()
-    segment.sweep(server.group)
     assert server.left() == []

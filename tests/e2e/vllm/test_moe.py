@@ -13,7 +13,7 @@ import zmq
 from dpshm.board import files
 from dpshm.net import wire
 from dpshm.rules.waves import Phase
-from tests.e2e.vllm import checks
+from tests.e2e.vllm import checks, environment
 from tests.e2e.vllm.server import executor
 from tests.support import gone, wait_until
 
@@ -206,6 +206,51 @@ def test_a_dead_coordinator_is_started_again(server, board):
     assert board.wave >= wave
     checks.answers_a_burst(server)
     wait_until(lambda: "coordinator is back" in server.log)
+
+
+def test_a_coordinator_that_is_told_to_end_is_started_again(server, board):
+    """Guards against a server that ends because its coordinator alone got a SIGTERM."""
+    wave, epoch, pid = board.wave, int(board.epoch[0]), int(board.coordinator_pid[0])
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: gone(pid))
+    assert len(server.generate(3, 4)) == 4
+    wait_until(lambda: int(board.coordinator_pid[0]) != pid and board.coordinator_alive())
+    assert int(board.epoch[0]) == epoch + 1
+    assert board.wave >= wave
+    checks.answers_a_burst(server)
+
+
+def test_a_stopped_coordinator_leaves_no_rank_asleep(server, board):
+    """Guards against a request that waits for a coordinator which is stopped: a rank wakes the others itself."""
+    pid = int(board.coordinator_pid[0])
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for rank in range(RANKS):  # each finds all ranks asleep
+            assert len(server.generate(3, 4, rank)) == 4
+            wait_until(lambda: checks.is_idle(board))
+        checks.answers_a_burst(server)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: checks.is_idle(board) and board.phase is Phase.PAUSED)
+    checks.answers_a_burst(server)
+
+
+def test_a_paused_engine_that_rejects_requests_leaves_the_books_at_zero(server, board):
+    """Guards against a booking, or a receipt without one, of a request that a paused engine answers."""
+    if environment.installed() < (0, 33):
+        pytest.skip("before 0.33 a paused engine queues requests")
+    before = int(board.received_requests[:RANKS].sum())
+    assert server.request("POST", "/pause?mode=abort")[0] == 200
+    try:
+        for rank in range(RANKS):
+            status, text = server.try_to_generate([5, 6], dp_rank=rank)
+            assert status != 200 or '"finish_reason":"error"' in text, text
+    finally:
+        assert server.request("POST", "/resume")[0] == 200
+    wait_until(lambda: int(board.received_requests[:RANKS].sum()) == before + RANKS)
+    wait_until(lambda: checks.is_idle(board) and board.phase is Phase.PAUSED)
+    assert (board.sent_requests[:, :RANKS] == board.received_requests[:RANKS].T).all()
+    assert server.generate_all([(3, 4)] * 8) == [4] * 8
 
 
 def test_nothing_is_left_behind(server):

@@ -264,6 +264,15 @@ def test_stock_engines_get_no_verdict(board, watch):
     assert board.snapshot()[0]["stock"]
 
 
+def test_an_engine_that_takes_over_from_its_messages_is_no_news(board, watch, engine, caplog):
+    """Guards against a line that says "is alive, was alive": a stock engine reported before, and now has a row."""
+    caplog.set_level("INFO")
+    board.marks.set_engine(0, verdict=Verdict.ALIVE, on_behalf=True)
+    assert watch.after(0.05) is Verdict.ALIVE
+    assert not board.snapshot()[0]["stock"]
+    assert "was alive" not in caplog.text
+
+
 def test_a_scribbled_row_ends_nothing(board, watch, engine):
     """Guards against trust in shared memory: no number of it may raise, or be used as an index."""
     for name in ("engine_state", "beat", "step_start", "engine_pid", "engine_start_time", "engine_incarnation"):

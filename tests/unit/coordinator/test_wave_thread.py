@@ -150,6 +150,26 @@ def test_start_is_repeated_and_given_up(group, using, caplog):
     assert any("no engine woke up for wave 0" in r.message for r in caplog.records)
 
 
+def test_ranks_that_the_user_paused_are_no_reason_to_warn(group, using, caplog):
+    """Guards against a warning that asks whether the user paused the ranks, while the rows say so."""
+    caplog.set_level("DEBUG", logger="dpshm")
+    using(Coordinator(group=group, dp_size=2, resend_interval_ms=20, wake_timeout_s=0.1))
+    engines = [using(Engine.attach(group, rank)) for rank in range(2)]
+    frontend = using(Frontend.attach(group))
+
+    def give_up(times):
+        frontend.wake()
+        wait_until(lambda: sum("no engine woke up" in r.message for r in caplog.records) == times)
+        return [r.levelname for r in caplog.records if "no engine woke up" in r.message][-1]
+
+    for engine in engines:
+        engine.pause()
+    assert give_up(1) == "DEBUG"
+    engines[1].resume(False)
+    assert give_up(2) == "WARNING"  # rank 1 does not poll
+    assert "ranks [0, 1] are alive, of which the user paused [0]" in caplog.text
+
+
 def test_the_board_makes_up_for_lost_messages(group, using):
     """Guards against a group that hangs because one message was lost: the rows tell."""
     coordinator = using(Coordinator(group=group, dp_size=2, resend_interval_ms=20))

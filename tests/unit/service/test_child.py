@@ -24,6 +24,7 @@ from dpshm import (
     SettingError,
     StartupTimeout,
 )
+from dpshm.board.segment import sweep
 from dpshm.rules.waves import Phase
 from tests.support import Remote, RemoteError, count_fds, count_threads, gone, leftovers, polled, wait_until
 
@@ -111,6 +112,33 @@ def test_it_ends_with_its_parent(group, using, how):
             parent.signal(getattr(signal, how))
         wait_until(lambda: gone(child))
         assert leftovers(group) == []
+
+
+def test_one_that_hands_over_outlives_its_parent_as_long_as_its_group(group, using):
+    """Guards against requests that hang because the launcher was killed, and a coordinator that stays for ever."""
+    parent = using(Remote())
+    parent.run("process = CoordinatorProcess(group=group, dp_size=2, hands_over=True)", group=group)
+    child = parent.eval("process.proc.pid")
+    first = Engine.attach(group, 0)
+    parent.kill()
+    with Engine.attach(group, 1) as second:  # a living coordinator has marked it alive
+        first.receive(None, wave=3)
+        wait_until(lambda: second.poll() and second.wave == 3)
+        first.close()
+        assert not gone(child)
+    wait_until(lambda: gone(child))
+    assert leftovers(group) == []
+
+
+def test_a_sigterm_leaves_a_board_that_is_in_use_only_to_one_that_hands_over(group, using):
+    """Guards against a SIGTERM to the coordinator alone that takes the board from under the group."""
+    for hands_over in (True, False):
+        with CoordinatorProcess(group=group, dp_size=1, hands_over=hands_over) as process, Engine.attach(group, 0):
+            os.kill(process.proc.pid, signal.SIGTERM)
+            process.proc.join()
+            assert process.proc.exitcode == 0
+            assert (leftovers(group) != []) == hands_over
+        sweep(group)
 
 
 def test_it_ends_though_a_sibling_lives_on(group, using):

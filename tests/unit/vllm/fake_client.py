@@ -14,7 +14,7 @@ from typing import Any
 import zmq
 
 from dpshm.net.context import context
-from tests.unit.vllm.fake_core import Request
+from tests.unit.vllm.fake_core import Request, RequestType
 
 LATE = "late interaction"
 """The `pooling_params` of a request whose engine vLLM derives from its query."""
@@ -27,6 +27,9 @@ HOOKED = ("get_core_engine_for_request", "add_request_async")
 class DPAsyncMPClient:
     """A client with one engine."""
 
+    tells_of_first_requests = True
+    """As up to 0.32: since 0.33 the engine that gets a request wakes the others."""
+
     def __init__(self, stats_address: str | None, ranks: Iterable[int] = (0, 1), client_index: int = 0) -> None:
         self.stats_update_address = stats_address
         self.client_index = client_index
@@ -38,6 +41,8 @@ class DPAsyncMPClient:
         self.listening = False
         self.sent: list[tuple[str, bytes, int]] = []
         self.first_requests: list[bytes] = []
+        if self.tells_of_first_requests:
+            self.first_req_send_socket = SimpleNamespace(send=self._tell)
         self.on_send: Callable[[], object] | None = None
 
     @property
@@ -54,14 +59,24 @@ class DPAsyncMPClient:
     def _ensure_stats_update_task(self) -> None:
         self.listening = True
 
+    def dp_engines_running(self) -> bool:
+        """Whether the ranks run, for `AsyncLLM.wait_for_requests_to_drain`."""
+        return self.engines_running
+
+    async def _tell(self, engine: bytes) -> None:
+        self.first_requests.append(engine)
+
     async def add_request_async(self, request: Request) -> None:
         """Stamps, chooses, sends; tells the coordinator if the ranks were paused."""
         self._ensure_stats_update_task()
         request.current_wave = self.current_wave
         request.client_index = self.client_index
         engine = self.get_core_engine_for_request(request)
-        if not self.engines_running:
-            self.first_requests.append(engine)
+        if self.tells_of_first_requests and not self.engines_running:
+            await self.first_req_send_socket.send(engine)
+        await self._send_input(RequestType.ADD, request, engine)
+
+    async def _send_input(self, kind: RequestType, request: Request, engine: bytes) -> None:
         if self.on_send is not None:
             self.on_send()
         self.sent.append((request.request_id, engine, request.current_wave))

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
+
 from dpshm.vllm.engine_core import busy_loop
 
 Outputs = tuple[dict[int, SimpleNamespace] | None, bool]
@@ -28,6 +30,7 @@ class RequestType(enum.Enum):
 
     ADD = b"\x00"
     ABORT = b"\x01"
+    START_DP_WAVE = b"\x02"
     WAKEUP = b"\x05"
 
 
@@ -59,6 +62,25 @@ class Request:
         """Whether it finished or was aborted."""
         return self.ended
 
+    @classmethod
+    def from_engine_core_request(cls, sent: SentRequest, _block_hasher: object) -> Request:
+        """The scheduler's request of one that was sent."""
+        return cls(sent.request_id, len(sent.prompt_token_ids or ()))
+
+
+class SentRequest(msgspec.Struct):
+    """``EngineCoreRequest`` as it is sent: what the plugin's self-check makes of it."""
+
+    request_id: str
+    prompt_token_ids: list[int] | None
+    sampling_params: object
+    arrival_time: float
+    priority: int
+    client_index: int = 0
+    current_wave: int = 0
+    data_parallel_rank: int | None = None
+    pooling_params: object = None
+
 
 class Scheduler:
     """Computes prompts in chunks, gives each request a token a step, and tells one step later who finished."""
@@ -89,7 +111,7 @@ class Scheduler:
         """The same, or there is still something to tell."""
         return bool(self.requests or self.untold)
 
-    def add(self, request: Request) -> None:
+    def add_request(self, request: Request) -> None:
         """Queues a request."""
         self.requests[request.request_id] = request
         self.waiting.append(request)
@@ -206,10 +228,13 @@ class EngineCoreProc:
 
     def add_request(self, request: Request, wave: int) -> None:
         """Queues a request."""
-        self.scheduler.add(request)
+        self.scheduler.add_request(request)
 
     def _handle_request_preproc_error(self, request: Request) -> None:
         self.answered.append(request.request_id)
+
+    def _handle_request_validation_error(self, request: Request, error: object) -> None:
+        self.answered.append((request.request_id, error))
 
     def _handle_mm_cache_miss(self, request: Request, err: object) -> None:
         self.answered.append((request.request_id, err))
@@ -242,6 +267,12 @@ class DPEngineCoreProc(EngineCoreProc):
         """A request of a later wave moves this rank there."""
         super().add_request(request, wave)
         self.current_wave = max(self.current_wave, wave)
+
+    def _handle_client_request(self, request_type: RequestType, request: Any) -> None:
+        if request_type is not RequestType.START_DP_WAVE:
+            super()._handle_client_request(request_type, request)
+        elif not self.scheduler.paused and request[0] >= self.current_wave:
+            self.current_wave, self.engines_running = request[0], True
 
 
 def run(core: EngineCoreProc, body: Callable[[], Any]) -> Any:

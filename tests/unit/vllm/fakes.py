@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 from tests.unit.vllm.fake_client import DPAsyncMPClient, DPLBAsyncMPClient, late_interaction_engine
-from tests.unit.vllm.fake_core import DPEngineCoreProc, EngineCoreProc, RequestType, Scheduler
+from tests.unit.vllm.fake_core import (
+    DPEngineCoreProc,
+    EngineCoreProc,
+    Request,
+    RequestType,
+    Scheduler,
+    SentRequest,
+)
 
 HOOKED_CLASSES = (EngineCoreProc, DPEngineCoreProc, DPAsyncMPClient, DPLBAsyncMPClient)
 
@@ -37,10 +44,11 @@ class Vllm:
 
     def __init__(self, version: str = "0.32.0") -> None:
         self.modules: dict[str, ModuleType] = {}
-        self._module("vllm", __version__=version)
+        self._module("vllm", __version__=version, SamplingParams=SimpleNamespace)
         self._module("vllm.envs")
         self._module("vllm.utils", length_from_prompt_token_ids_or_embeds=_count_tokens)
-        self._module("vllm.v1.engine", EngineCoreRequestType=RequestType)
+        self._module("vllm.v1.engine", EngineCoreRequestType=RequestType, EngineCoreRequest=SentRequest)
+        self._module("vllm.v1.request", Request=Request)
         self._module("vllm.v1.core.sched.scheduler", Scheduler=Scheduler)
         self.core = self._module(
             "vllm.v1.engine.core", EngineCoreProc=EngineCoreProc, DPEngineCoreProc=DPEngineCoreProc

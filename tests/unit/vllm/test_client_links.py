@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dpshm.rules.waves import Phase
+from dpshm.vllm import client_links
 from dpshm.vllm.client_links import LINK
 from tests.support import polled, wait_until
 from tests.unit.vllm.fake_client import HOOKED, LATE, add, finish, hooked, raising
@@ -108,6 +109,25 @@ def test_without_an_engine_to_choose_vllm_chooses(make_client, board, engines, l
     assert hooked(client) == list(HOOKED)
 
 
+@pytest.mark.parametrize("pinned", [None, 0])
+def test_where_vllm_knows_better_the_booking_follows(make_client, vllm, board, monkeypatch, pinned):
+    """Guards against a booking at a rank that vLLM passes over: one that sleeps, or that was scaled away."""
+    client = make_client()
+    stock = vllm.client.DPLBAsyncMPClient.get_core_engine_for_request
+
+    def passes_over_rank_0(client, request):
+        request.data_parallel_rank = 1 if request.data_parallel_rank == 0 else request.data_parallel_rank
+        return stock(client, request)
+
+    monkeypatch.setattr(vllm.client.DPLBAsyncMPClient, "get_core_engine_for_request", passes_over_rank_0)
+    add(client, *(Request(f"r{i}", prompt=10, rank=pinned) for i in range(4)))
+    assert {engine for _, engine, _ in client.sent} == {client.core_engines[1]}
+    assert in_flight(board) == [0, 4]
+    assert board.snapshot()["in_flight_tokens"].tolist() == [0, 40]
+    finish(client, *(f"r{i}" for i in range(4)))
+    assert in_flight(board) == [0, 0]
+
+
 # Waves.
 
 
@@ -152,6 +172,52 @@ def test_a_client_that_was_made_outside_a_loop_wakes_ranks_with_its_first_reques
     add(client, Request("a"))
     assert client.first_requests == []  # it would wait: no task reads it
     wait_until(lambda: polled(engines))
+
+
+@pytest.mark.parametrize("kind", ["DPLBAsyncMPClient", "DPAsyncMPClient"])
+def test_the_flag_says_what_the_board_says(make_client, board, engines, kind):
+    """Guards against a drain that never ends: true while the ranks run, false while they wake up or sleep."""
+    client = make_client(kind)
+    seen = []
+    client.on_send = lambda: seen.append((client.engines_running, client.dp_engines_running()))
+    add(client, Request("a"))
+    assert seen == [(False, False)]
+    if kind == "DPLBAsyncMPClient":  # the other one's wake-up goes through vLLM's task
+        wait_until(lambda: board.phase is Phase.WAKING)
+        assert not client.dp_engines_running()
+        add(client, Request("b"))
+        assert not client.dp_engines_running()
+        wait_until(lambda: polled(engines))
+    else:
+        engines[0].receive(None, wave=0)
+    wait_until(lambda: board.phase is Phase.RUNNING)
+    assert client.dp_engines_running()
+    assert client.engines_running
+    wait_until(lambda: polled(engines))
+    for engine in engines:
+        engine.wave_complete()
+    wait_until(lambda: board.phase is Phase.PAUSED)
+    assert not client.dp_engines_running()
+
+
+def test_a_flag_that_cannot_be_read_is_false(make_client, monkeypatch):
+    """Guards against a reader in vLLM that fails because ours does."""
+    client = make_client()
+    add(client, Request("a"))
+    monkeypatch.setattr(client_links, "unpack_control", raising)
+    assert client.dp_engines_running() is False
+
+
+def test_from_033_on_no_client_tells_of_a_first_request(make_client, vllm, board, engines, monkeypatch):
+    """Guards against a message that the coordinator of that release logs as an error, and ranks woken twice."""
+    monkeypatch.setattr(vllm.client.DPAsyncMPClient, "tells_of_first_requests", False)
+    client = make_client()
+    messages = int(board.messages_received[0])
+    add(client, Request("a"), Request("b"))
+    engines[0].receive(None, wave=0)  # the engine that gets it says so: the next message after it
+    wait_until(lambda: board.phase is Phase.RUNNING)
+    assert int(board.messages_received[0]) == messages + 1
+    assert sum(in_flight(board)) == 2
 
 
 def test_a_client_behind_a_balancer_takes_the_wave_from_the_board(make_client, board, engines, log):

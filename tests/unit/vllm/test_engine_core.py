@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from types import SimpleNamespace
 
 import pytest
 
+from dpshm import Engine
+from dpshm.net.doorbell import DoorbellClient
 from tests.support import wait_until
 from tests.unit.vllm.fake_core import HOOKED, Request, RequestType, failing, hooked, run, send
 
@@ -132,6 +135,7 @@ def test_an_older_core_needs_no_more_than_it_has(vllm, make_core, board, log):
     """Guards against releases whose dense core reports nothing, and which have one kind of refusal."""
     del vllm.core.EngineCoreProc._maybe_publish_request_counts
     del vllm.core.EngineCoreProc._handle_mm_cache_miss
+    del vllm.core.EngineCoreProc._handle_request_validation_error
     core = make_core(waves=False)
 
     def body():
@@ -147,14 +151,49 @@ def test_an_older_core_needs_no_more_than_it_has(vllm, make_core, board, log):
     assert log("gives its row up") == 1
 
 
-@pytest.mark.parametrize("name", ["_handle_request_preproc_error", "_handle_mm_cache_miss"])
+@pytest.mark.parametrize("kv_transfer", [False, True])
+def test_a_request_that_a_paused_core_rejects_leaves_the_books_at_zero(
+    make_core, frontend, board, monkeypatch, kv_transfer
+):
+    """Guards against a receipt that comes after the answer: since 0.33 a paused core answers with an error."""
+    core = make_core()
+    core.scheduler.paused = True
+    routes = []
+
+    def rejects(request, wave):
+        core.answered.append(request.request_id)
+        routes[len(core.answered) - 1].done()  # the API server may have the answer before this method returns
+        if kv_transfer:  # the scheduler sees the request all the same, and ends it at once
+            core.scheduler.add_request(request)
+            core.scheduler.end(request.request_id)
+
+    monkeypatch.setattr(core, "add_request", rejects)
+
+    def body():
+        for i in range(3):
+            routes.append(frontend.route(12, dp_rank=0))
+            send(core, Request(f"r{i}", prompt=12))
+        core._process_input_queue()
+        assert core.answered == ["r0", "r1", "r2"]
+        assert (board.sent_requests[:, 0] == board.received_requests[0]).all()
+        assert (board.sent_tokens[:, 0] == board.received_tokens[0]).all()
+        assert int(board.sent_requests[:, 0].sum()) == 3
+        assert counters(board, "requests", "in_flight", "in_flight_tokens", "prefill_backlog") == (0, 0, 0, 0)
+
+    run(core, body)
+
+
+REFUSALS = ["_handle_request_preproc_error", "_handle_mm_cache_miss", "_handle_request_validation_error"]
+
+
+@pytest.mark.parametrize("name", REFUSALS)
 def test_a_request_refused_in_the_input_thread_is_counted(make_core, frontend, board, name):
     """Guards against a refused request that stays booked for ever: no queue of the engine ever has it."""
     core = make_core()
 
     def body():
         _booked = frontend.route(12, dp_rank=0)
-        arguments = (Request("a", prompt=12), "drift")[: 1 if name.endswith("error") else 2]
+        arguments = (Request("a", prompt=12), "drift")[: 1 if name == REFUSALS[0] else 2]
         arguments[0].client_index = 1
         thread = threading.Thread(target=getattr(core, name), args=arguments)
         thread.start()
@@ -187,7 +226,7 @@ def test_a_refused_request_whose_prompt_cannot_be_counted_is_counted(make_core, 
 
 def test_an_aborted_request_leaves_no_step_behind(make_core, board):
     """Guards against a sleeping rank that is called stalled: its only request was aborted within a step."""
-    core = make_core(queued_batches=True)
+    core = make_core(waves=False, queued_batches=True)
 
     def body():
         send(core, Request("a", prompt=4, max_tokens=9))
@@ -210,7 +249,7 @@ def test_an_aborted_request_leaves_no_step_behind(make_core, board):
 
 def test_an_abort_of_an_idle_engine_publishes(make_core, board):
     """Guards against a load that stays on the board after the last request was aborted, while the loop waits."""
-    core = make_core()
+    core = make_core(waves=False)
 
     def body():
         send(core, Request("a"))
@@ -295,6 +334,102 @@ def test_an_older_scheduler_gives_its_cache_usage(make_core, board):
     seen = []
     run(core, lambda: seen.append(float(row(board)["kv_cache_usage"])))
     assert seen == [pytest.approx(0.75, abs=1e-4)]
+
+
+# Doorbells.
+
+
+def started(core):
+    """The waves for which a rank was told to start, and has not yet handled."""
+    queued = list(core.input_queue.queue)
+    return [request[0] for kind, request in queued if kind is RequestType.START_DP_WAVE]
+
+
+def test_a_request_that_wakes_a_rank_wakes_the_others_of_the_node(make_core, group, using):
+    """Guards against ranks that sleep on, and a request that waits for them, while the coordinator is stopped."""
+    other = using(Engine.attach(group, 1))
+    core = make_core()
+
+    def body():
+        send(core, Request("a"), wave=3)
+        core._process_input_queue()
+        wait_until(other.poll)
+        assert other.wave == 3
+        assert core.engines_running  # itself too: the request may be aborted before its first step
+        send(core, Request("b"), wave=3)
+        core._process_input_queue()
+        assert started(core) == []  # awake by now
+
+    run(core, body)
+
+
+def test_a_sleeping_rank_hears_its_doorbell(make_core, board):
+    """Guards against ranks without a bell: only the coordinator could wake them."""
+    core = make_core()
+
+    def body():
+        bells = DoorbellClient(board.segment.sockets_path, 2)
+        bells.ring(5)
+        wait_until(lambda: started(core) == [5])
+        core._process_input_queue()
+        assert (core.current_wave, core.engines_running) == (5, True)
+        bells.ring(4)
+        bells.ring(6)
+        wait_until(lambda: started(core) == [4, 6])
+        bells.close()
+
+    run(core, body)
+    assert not any(thread.name == "dpshm-bell" for thread in threading.enumerate())
+
+
+def test_what_is_no_start_is_dropped_and_the_bell_is_heard_on(make_core, board, log):
+    """Guards against a thread that ends because another process wrote into the socket."""
+    core = make_core()
+
+    def body():
+        folder = board.segment.sockets_path
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
+            stranger.sendto(b"rubbish", str(folder / "bell-0"))
+        bells = DoorbellClient(folder, 2)
+        bells.ring(5)
+        wait_until(lambda: started(core) == [5])
+        bells.close()
+
+    run(core, body)
+    assert log("dropped what came through a doorbell") == 1
+
+
+def test_ranks_that_the_user_paused_are_not_rung(make_core, group, using):
+    """Guards against a request that wakes ranks which the user paused."""
+    other = using(Engine.attach(group, 1))
+    core = make_core()
+
+    def body():
+        core.scheduler.paused = True
+        send(core, Request("a"), wave=3)
+        core._process_input_queue()
+        assert started(core) == []
+        core.scheduler.paused = False
+        core.scheduler.end("a")
+        send(core, Request("b"), wave=4)
+        core._process_input_queue()
+        wait_until(other.poll)
+        assert other.wave == 4  # the first ring that came
+
+    run(core, body)
+
+
+def test_ranks_on_their_own_have_no_bells(make_core, board):
+    """Guards against dense ranks that wake each other."""
+    core = make_core(waves=False)
+
+    def body():
+        send(core, Request("a"))
+        core._process_input_queue()
+        assert core.input_queue.empty()
+        assert not any(thread.name == "dpshm-bell" for thread in threading.enumerate())
+
+    run(core, body)
 
 
 def missing():

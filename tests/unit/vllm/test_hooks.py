@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing.process
+
 import pytest
 
 from dpshm import vllm as plugin
@@ -16,6 +18,12 @@ HOOKS = (
     ("client", "DPAsyncMPClient.add_request_async"),
     ("client", "DPLBAsyncMPClient.process_engine_outputs"),
 )
+
+
+@pytest.fixture(autouse=True)
+def _anew():
+    """This process has said nothing yet."""
+    plugin._say_off.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -57,19 +65,28 @@ def test_each_hook_is_there_once(vllm):
     assert changed(vllm, after) == []
 
 
-def test_an_unknown_release_stays_as_it_is(vllm, log):
+def test_an_old_release_stays_as_it_is(vllm, log):
     """Guards against hooks on a vLLM whose behaviour was never seen; and against silence about it."""
-    vllm.modules["vllm"].__version__ = "9.9.0"
+    vllm.modules["vllm"].__version__ = "0.27.0"
     before = names(vllm)
     hooks.install(Options())
     hooks.install(Options())
     assert changed(vllm, before) == []
-    assert log("vLLM 9.9.0") == 1
+    assert log("vLLM 0.27.0") == 1
 
 
-def test_an_unknown_release_can_be_tried(vllm):
-    """Guards against a variable that changes nothing."""
+def test_a_new_release_is_tried(vllm, log):
+    """Guards against a plugin that is off on each new release until a list is edited."""
     vllm.modules["vllm"].__version__ = "9.9.0"
+    before = names(vllm)
+    hooks.install(Options())
+    assert len(changed(vllm, before)) == len(HOOKS)
+    assert log("vLLM 9.9.0 passed the self-check") == 1
+
+
+def test_an_old_release_can_be_tried(vllm):
+    """Guards against a variable that changes nothing."""
+    vllm.modules["vllm"].__version__ = "0.27.0"
     before = names(vllm)
     hooks.install(Options(any_version=True))
     assert len(changed(vllm, before)) == len(HOOKS)
@@ -116,7 +133,29 @@ def test_register_never_raises(vllm, monkeypatch, log):
     before = names(vllm)
     plugin.register()
     assert changed(vllm, before) == []
-    assert log("dpshm is off") == 1
+    assert log("dpshm is off: DPSHM is 'perhaps'") == 1
+
+
+def test_a_wrong_word_is_said_once_and_without_a_traceback(vllm, monkeypatch, caplog):
+    """Guards against tracebacks of every process for a mistake of the user, which the message names already."""
+    caplog.set_level("DEBUG", logger="vllm.dpshm")
+    monkeypatch.setenv("DPSHM_POLICY", "gess")
+    plugin.register()
+    plugin.register()
+    monkeypatch.setattr(multiprocessing.process, "parent_process", lambda: "a launcher")
+    plugin._say_off.cache_clear()
+    plugin.register()
+    assert [(record.levelname, record.exc_info) for record in caplog.records] == [
+        ("WARNING", None),
+        ("DEBUG", None),
+    ]
+
+
+def test_a_failure_of_ours_has_its_traceback(vllm, monkeypatch, caplog):
+    """Guards against a bug of ours that no report can show."""
+    monkeypatch.setattr(hooks, "install", lambda _: 1 / 0)
+    plugin.register()
+    assert [record.exc_info is not None for record in caplog.records] == [True]
 
 
 def test_the_page_shows_the_board_with_one_api_server_and_with_several(vllm, page, tmp_path):

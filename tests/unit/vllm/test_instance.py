@@ -24,3 +24,40 @@ def test_hooks_come_off_again():
     hooks.remove()
     hooks.remove()
     assert target.method() == "stock"
+
+
+class Flagged:
+    """Something with a flag, which a method reads."""
+
+    def __init__(self):
+        self.flag = False
+
+    def read(self):
+        """What the class does with it."""
+        return self.flag
+
+
+def test_a_view_is_read_by_all_and_comes_off_again():
+    """Guards against a flag that is right for readers of the attribute and not for the object's own methods."""
+    target, other = Flagged(), Flagged()
+    hooks, values = InstanceHooks(target), [True]
+    hooks.view("flag", lambda: values[0])
+    assert (target.flag, target.read(), other.flag) == (True, True, False)
+    values[0] = 0
+    target.flag = "stored"
+    assert (target.flag, target.read()) == (0, 0)
+    assert isinstance(target, Flagged)
+    hooks.remove()
+    assert target.read() == "stored"
+    assert type(target) is Flagged
+
+
+def test_a_replaced_attribute_comes_back():
+    """Guards against a socket of vLLM's that is lost with the link."""
+    target = Flagged()
+    hooks = InstanceHooks(target)
+    hooks.replace("flag", 1)
+    hooks.replace("flag", 2)
+    assert target.flag == 2
+    hooks.remove()
+    assert target.flag is False

@@ -57,6 +57,42 @@ def test_a_dead_coordinator_comes_back_at_the_same_addresses(group, watched, usi
 
 
 @pytest.mark.slow
+def test_a_coordinator_that_is_told_to_end_comes_back(group, watched, using, caplog):
+    """Guards against a server that ends because its coordinator alone got a SIGTERM."""
+    coordinator = watched()
+    engine = using(Engine.attach(group, 0))
+    engine.receive(None, wave=7)
+    with Board.attach(group) as board:
+        wait_until(lambda: board.wave == 7)
+        pid = coordinator.proc.pid
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: coordinator.restarts == 1)
+        assert coordinator.proc.pid != pid
+        assert coordinator.proc.is_alive()
+        assert not ended(coordinator.proc)
+        assert (board.wave, int(board.epoch[0])) == (7, 2)
+    assert "was told to end, and its server was not" in caplog.text
+
+
+@pytest.mark.parametrize("by", ["shutdown", "terminate"])
+def test_a_signal_to_the_whole_server_is_no_error(group, watched, using, caplog, by):
+    """Guards against an error in the log, and a coordinator that comes back, while the server is being stopped."""
+    caplog.set_level("INFO", logger="vllm.dpshm")
+    coordinator = watched()
+    using(Engine.attach(group, 0))  # it ends after its coordinator
+    child = coordinator.proc.process.proc
+    os.kill(child.pid, signal.SIGTERM)
+    child.join()
+    coordinator.shutdown() if by == "shutdown" else coordinator.proc.terminate()
+    coordinator._thread.join()
+    assert coordinator.restarts == 0
+    assert coordinator.proc.exitcode == 0
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    coordinator.shutdown()
+    assert not segment_path(group).exists()
+
+
+@pytest.mark.slow
 def test_when_the_board_died_too_the_watcher_is_told(watched):
     """Guards against a server that goes on with a coordinator which no engine can find."""
     coordinator = watched(balancing="hybrid")  # tcp: the next one has other ports; no process keeps the board

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from dpshm.vllm import versions
-from dpshm.vllm.versions import TRIED, Needed, why_not
+from dpshm.vllm.versions import OLDEST, TESTED, Needed, release_of, why_not
 
 
 @pytest.fixture
@@ -25,20 +25,52 @@ def release(monkeypatch):
     return install
 
 
-def test_a_tried_release_is_taken(release, monkeypatch):
-    """Guards against a plugin that is off where it was tried."""
+@pytest.fixture
+def passing(monkeypatch):
+    """The dry run passes: `test_dry_run` tests it."""
+    monkeypatch.setattr(versions, "dry_run", lambda: None)
+
+
+@pytest.mark.usefixtures("passing")
+@pytest.mark.parametrize(("version", "lines"), [(f"{next(iter(TESTED))}+cpu", 0), ("99.1.0", 1)])
+def test_a_release_whose_check_passes_is_taken(release, monkeypatch, log, version, lines):
+    """Guards against a plugin that is off on a new release which it could serve, or that hides that it is new."""
     monkeypatch.setattr(versions, "NEEDED", (Needed("vllm.part", "function", ("first",)),))
-    release(f"{TRIED[0]}+cpu")
+    release(version)
     assert why_not() is None
+    assert log("passed the self-check") == lines
 
 
-def test_an_unknown_release_is_named_and_can_be_tried(release, monkeypatch):
+@pytest.mark.usefixtures("passing")
+def test_an_old_release_is_named_and_can_be_tried(release, monkeypatch):
     """Guards against hooks on a vLLM that was never tested, and against no way to try it."""
     monkeypatch.setattr(versions, "NEEDED", ())
-    release("99.1.0")
-    assert "99.1.0" in why_not()
-    assert TRIED[0] in why_not()
+    release("0.27.9")
+    assert "0.27.9 is older than 0.28" in why_not()
     assert why_not(any_version=True) is None
+
+
+def test_a_dry_run_that_fails_keeps_the_plugin_off(release, monkeypatch):
+    """Guards against a release whose names are all there and which does something else."""
+
+    def fails():
+        raise RuntimeError("the wave is 0")
+
+    monkeypatch.setattr(versions, "NEEDED", ())
+    monkeypatch.setattr(versions, "dry_run", fails)
+    release("99.1.0")
+    assert "RuntimeError: the wave is 0" in why_not()
+    assert why_not(any_version=True) is not None
+
+
+@pytest.mark.parametrize(
+    ("version", "numbers"),
+    [("0.33.0+cpu", (0, 33, 0)), ("0.33.1rc2.dev5+gabc", (0, 33, 1)), ("dev", ()), ("0.1.dev9", (0, 1))],
+)
+def test_the_numbers_of_a_version(version, numbers):
+    """Guards against a candidate or a development build that ends the check with an error."""
+    assert release_of(version) == numbers
+    assert (numbers >= OLDEST) == version.startswith("0.33")
 
 
 @pytest.mark.parametrize(
@@ -53,5 +85,5 @@ def test_an_unknown_release_is_named_and_can_be_tried(release, monkeypatch):
 def test_what_is_missing_is_named(release, monkeypatch, needed, cause):
     """Guards against a server that breaks at its first request because a name was gone."""
     monkeypatch.setattr(versions, "NEEDED", (needed,))
-    release(TRIED[0])
+    release("0.32.0")
     assert cause in why_not()

@@ -55,7 +55,18 @@ class Rig:
 
     def send(self, request_id: int, rank: int, prompt_tokens: int, output_tokens: int):
         route = self.frontend.route(prompt_tokens, dp_rank=rank)
-        message = RequestMessage(request_id, self.frontend.index, route.wave, prompt_tokens, output_tokens, 0)
+        message = RequestMessage(
+            *(
+                request_id,
+                self.frontend.index,
+                route.wave,
+                prompt_tokens,
+                route.prompt_tokens,
+                output_tokens,
+                (),
+                0,
+            )
+        )
         self.requests[rank].send(msgspec.msgpack.encode(message))
         return route
 
@@ -111,8 +122,8 @@ def test_requests_wake_all_ranks_and_are_answered_once(rig):
 def test_impossible_request_is_refused_and_garbage_does_no_harm(rig):
     """Guards against an engine that dies of a message, or lets a request that cannot fit wait for ever."""
     rig.requests[1].send(b"\xc1")
-    rig.requests[1].send(msgspec.msgpack.encode(RequestMessage(1, 4000, 0, 1, 1, 0)))
-    rig.requests[1].send(msgspec.msgpack.encode(RequestMessage(2, rig.frontend.index, 0, 0, 1, 77)))
+    rig.requests[1].send(msgspec.msgpack.encode(RequestMessage(1, 4000, 0, 1, 1, 1, (), 0)))
+    rig.requests[1].send(msgspec.msgpack.encode(RequestMessage(2, rig.frontend.index, 0, 0, 0, 1, (), 77)))
     route = rig.send(3, 1, 400_000, 1)
     assert rig.reply().refused == [3]
     route.done()

@@ -40,7 +40,7 @@ def test_replay_replies_and_losses(pair, using):
     engines = [using(Engine.attach(pair, dp_rank=rank)) for rank in range(2)]
     engines[0].publish(waiting=50, running=0)
     engines[1].publish(waiting=0, running=0)
-    arrivals = [(0.0, 10, 1), (0.05, 20, 2), (0.1, 30, 3), (0.15, 40, 4)]
+    arrivals = [(0.0, 10, 1, ()), (0.05, 20, 2, ()), (0.1, 30, 3, ()), (0.15, 40, 4, ())]
     with Children() as children:
         child = children.start("front-end", "dpshm.sim.demo.frontend")
         child.tell(FrontendSettings(os.getpid(), pair, prefix, "board", "least_loaded", 0, 2, 1, arrivals))
@@ -52,7 +52,7 @@ def test_replay_replies_and_losses(pair, using):
         replies.connect(frontend_address(prefix, 0))
 
         requests = []
-        for due_s, prompt_tokens, output_tokens in arrivals:
+        for due_s, prompt_tokens, output_tokens, _ in arrivals:
             assert inboxes[1].poll(TIMEOUT_MS)
             requests.append(msgspec.msgpack.decode(inboxes[1].recv(), type=RequestMessage))
             assert time.monotonic_ns() >= start_ns + due_s * 1e9

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -153,6 +154,34 @@ class HandWatch(WatchThread):
     def close(self) -> None:
         """Ends it."""
         self.stop()
+
+
+class Interruption(BaseException):
+    """What a signal handler raises."""
+
+
+def interrupted(call: Callable[[], object], at: int) -> bool:
+    """Runs `call`, and raises where a handler could: at the `at`-th entry of a function, or return of a C one.
+
+    Returns whether it was interrupted; if not, `call` has fewer such places.
+    """
+    count = 0
+
+    def profile(_frame: object, event: str, _argument: object) -> None:
+        nonlocal count
+        if event in ("call", "c_return"):
+            count += 1
+            if count == at:
+                raise Interruption
+
+    sys.setprofile(profile)
+    try:
+        call()
+    except Interruption:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
 
 
 def leftovers(group_prefix: str) -> list[str]:

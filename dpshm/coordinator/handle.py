@@ -16,6 +16,7 @@ import weakref
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import ExitStack
 from functools import partial
+from operator import index
 from typing import Self
 
 from dpshm.board.board import Board
@@ -95,7 +96,7 @@ class CoordinatorThreads:
             SettingError: the board has no room for so many.
         """
         self._check_usable()
-        self._wave.scale(dp_size)
+        self._wave.scale(index(dp_size))
 
     def drain(self, dp_rank: int) -> None:
         """Takes a rank out of routing; it finishes the requests that it has.
@@ -104,7 +105,7 @@ class CoordinatorThreads:
             SettingError: there is no such rank.
         """
         self._check_usable()
-        self._wave.set_drained(dp_rank, True)
+        self._wave.set_drained(index(dp_rank), True)
 
     def undrain(self, dp_rank: int) -> None:
         """Puts a drained rank back into routing.
@@ -113,7 +114,7 @@ class CoordinatorThreads:
             SettingError: there is no such rank.
         """
         self._check_usable()
-        self._wave.set_drained(dp_rank, False)
+        self._wave.set_drained(index(dp_rank), False)
 
     def is_healthy(self) -> bool:
         """Whether both threads run."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal, Required, TypedDict
 
 import msgspec
+import numpy as np
 
 from dpshm.board import layout
 from dpshm.board.files import segment_path
@@ -145,6 +146,7 @@ def make_settings(**given: Any) -> Settings:
     unknown = sorted(given.keys() - set(Settings.__struct_fields__))
     if unknown:
         raise SettingError(f"unknown setting {unknown[0]!r}: choose from {', '.join(Settings.__struct_fields__)}")
+    given = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
     try:
         settings = msgspec.convert(given, Settings)
     except msgspec.ValidationError as e:

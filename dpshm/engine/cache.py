@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from operator import index
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,7 +122,7 @@ class EngineCache:
     def found(self, cached_tokens: int) -> None:
         """Counts prompt tokens of a request that were found in the cache and are not computed."""
         self._check()
-        self._cached_tokens = saturate(self._cached_tokens + cached_tokens)
+        self._cached_tokens = saturate(self._cached_tokens + index(cached_tokens))
         self._words[self._at_cached] = self._cached_tokens
 
     def show(self, *, blocks_in_use: int, held_tokens: int) -> None:
@@ -132,8 +133,8 @@ class EngineCache:
             held_tokens: tokens of KV cache that running requests hold.
         """
         self._check()
-        self._words[self._at_in_use] = saturate(blocks_in_use)
-        self._words[self._at_held] = saturate(held_tokens)
+        in_use, held = saturate(index(blocks_in_use)), saturate(index(held_tokens))
+        self._words[self._at_in_use], self._words[self._at_held] = in_use, held
 
     def close(self) -> None:
         """Takes the index away from front-ends. `dpshm.Engine.close` calls it."""

@@ -8,6 +8,7 @@ row (`dpshm.engine.row`) and begins in the wave of the control word.
 from __future__ import annotations
 
 import logging
+from operator import index
 from typing import Any, Self
 
 import zmq
@@ -120,9 +121,15 @@ class Engine(EngineRow):
         Raises:
             SettingError: there is no such front-end row.
         """
-        self.count_received(frontend, prompt_tokens)
+        self._check()
+        if wave.__class__ is not int:
+            wave = index(wave)
+        frontend, prompt_tokens = self._check_received(frontend, prompt_tokens)
         if wave > self._state.wave or not self._state.running:
             self._handle(RequestArrived(wave))
+        # Counted last, so that a call that raises, also from a signal handler, has counted nothing.
+        if frontend is not None:
+            self._count_received(frontend, prompt_tokens)
 
     def register(self, poller: zmq.Poller) -> None:
         """Registers `socket` and `bell` in a poller, so that it returns when `poll` has a message to handle."""

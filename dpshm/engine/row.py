@@ -10,6 +10,7 @@ machine.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from math import floor
@@ -36,8 +37,8 @@ from dpshm.board.words import (
     pack_load,
     pack_progress,
     pack_state,
-    queued,
     saturate,
+    unpack_load,
 )
 from dpshm.engine.cache import EngineCache
 from dpshm.engine.step import StepOffsets, StepTimer
@@ -46,6 +47,8 @@ from dpshm.linux import processes
 from dpshm.linux.descriptors import explained
 from dpshm.rules.liveness import Verdict
 from dpshm.version import version_word
+
+logger = logging.getLogger(__name__)
 
 _KV_TO_WAITING = MAX_WAITING.bit_length() - KV_ONE.bit_length()
 
@@ -102,6 +105,7 @@ class EngineRow:
             RowInUse: a live process has that rank.
             CapacityExceeded: the segment has no such row.
         """
+        dp_rank = index(dp_rank)
         board = Board(Segment.attach(group))
         try:
             if not 0 <= dp_rank < board.engines:
@@ -133,6 +137,12 @@ class EngineRow:
             except BaseException:
                 engine.close()
                 raise
+            if dp_rank >= board.dp_size:
+                logger.warning(
+                    "rank %d of group %r gets no requests: the group has ranks 0 to %d. If the number is right, "
+                    "scale the group (`Coordinator.scale`)",
+                    *(dp_rank, group, board.dp_size - 1),
+                )
         except BaseException:
             board.close()
             raise
@@ -172,6 +182,7 @@ class EngineRow:
             running: whether it steps, with work or to keep step with the others.
             paused: whether the user paused it.
         """
+        wave = index(wave)
         self._wave, self._progress = wave, pack_progress(wave, 0)
         flags = (RUNNING if running else 0) | (PAUSED_BY_USER if paused else 0)
         self._words[self._at_state] = pack_state(wave, flags)
@@ -187,18 +198,32 @@ class EngineRow:
             SettingError: there is no such front-end row.
         """
         self._check()
+        frontend, prompt_tokens = self._check_received(frontend, prompt_tokens)
+        if frontend is not None:
+            self._count_received(frontend, prompt_tokens)
+
+    def _check_received(self, frontend: int | None, prompt_tokens: int) -> tuple[int | None, int]:
+        """The arguments of `count_received` as ints in their range."""
         if frontend is None:
-            return
+            return None, 0
+        if not (frontend.__class__ is int is prompt_tokens.__class__):  # numpy's narrow integers would overflow
+            frontend, prompt_tokens = index(frontend), index(prompt_tokens)
         if not 0 <= frontend < len(self._received_requests):
             raise SettingError(f"frontend {frontend} is outside 0 to {len(self._received_requests) - 1}")
-        words, tokens = self._words, prompt_tokens
-        if not 0 <= tokens <= MAX_PROMPT_TOKENS:
-            tokens = 0 if tokens < 0 else MAX_PROMPT_TOKENS
+        if not 0 <= prompt_tokens <= MAX_PROMPT_TOKENS:
+            prompt_tokens = 0 if prompt_tokens < 0 else MAX_PROMPT_TOKENS
+        return frontend, prompt_tokens
+
+    def _count_received(self, frontend: int, prompt_tokens: int) -> None:
+        # Without a call or a loop: a signal handler that raises does so before this or after it.
+        words = self._words
+        total = self._received_tokens[frontend] + prompt_tokens
+        tokens = total if total < MAX_WORD else MAX_WORD
         self._all_requests += 1
-        self._all_tokens += tokens
+        self._all_tokens += prompt_tokens
         self._received_requests[frontend] = requests = self._received_requests[frontend] + 1
-        self._received_tokens[frontend] = tokens = saturate(self._received_tokens[frontend] + tokens)
-        # SYNC: tokens, then requests; `FrontendRow.settle` loads them the other way round.
+        self._received_tokens[frontend] = tokens
+        # SYNC: tokens, then requests; `FrontendRow.end` loads them the other way round.
         words[self._at_received_tokens + frontend] = tokens
         words[self._at_received_requests + frontend] = requests
 
@@ -234,7 +259,8 @@ class EngineRow:
             load, in_queue = waiting << WAITING_SHIFT | running << RUNNING_SHIFT | kv, waiting + running
         else:
             load = pack_load(waiting, running, kv_cache_usage)
-            in_queue = queued(load)
+            waiting, running, _ = unpack_load(load)
+            in_queue = waiting + running
         if not (backlog.__class__ is int is step.__class__ and 0 <= backlog <= MAX_WORD and 0 <= step <= MAX_STEP):
             backlog = saturate(int(backlog))
             step = int(step) if 0 <= step <= MAX_STEP else 0
@@ -258,13 +284,14 @@ class EngineRow:
             batch: requests that get a token from it. Neither of the two: a dummy step.
         """
         self._check()
-        self._step.prefill_tokens = prefill_tokens
-        self._step.batch = batch
-        return self._step
+        step = self._step
+        step.prefill_tokens, step.batch = index(prefill_tokens), index(batch)
+        return step
 
     def finished(self, requests: int = 1) -> None:
         """Counts requests that ended."""
         self._check()
+        requests = index(requests)
         self._finished += requests
         self._words[self._at_finished] = self._finished
         self._step.finished(requests)

@@ -51,7 +51,7 @@ class StepTimer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         duration_ns = time.monotonic_ns() - self._started_ns
-        prefill_tokens, batch = self.prefill_tokens, self.batch
+        prefill_tokens, batch = int(self.prefill_tokens), int(self.batch)  # numpy's narrow integers would overflow
         words, counters = self._words, self._counters
         counters[0] += 1
         if not prefill_tokens and not batch:

@@ -128,7 +128,7 @@ class Frontend:
             raise SettingError(f"owner {name!r} must be at most {layout.OWNER_BYTES} bytes, none of them zero")
         board = Board(Segment.attach(group))
         try:
-            only = None if ranks is None else sorted(set(ranks))
+            only = None if ranks is None else sorted(set(map(operator.index, ranks)))
             if only is not None and not (only and only[0] >= 0 and only[-1] < board.engines):
                 raise SettingError(f"ranks {only} must be some of 0 to {board.engines - 1}")
             keys = keys_for(board.segment.header, curve_dir)
@@ -174,35 +174,43 @@ class Frontend:
         """
         prompt_tokens = min(operator.index(prompt_tokens), MAX_PROMPT_TOKENS)
         if prompt is not None:
-            prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
+            prompt = _as_prompt(prompt)
             prompt_tokens = prompt_tokens or len(prompt)
         if not self._segment.usable:  # tested here too: in a forked child the lock may be held for ever
             raise self._segment.why_unusable()
-        with self._lock:
-            now_ns = self._begin()
-            exclusive = self._decision_lock
-            if exclusive is not None and not exclusive.enter():
-                exclusive = None
-            try:
-                cached = None if prompt is None else self._prefixes.cached(prompt, prompt_tokens)
-                if dp_rank is None:
-                    dp_rank = self._choose(Request(prompt_tokens, _key(key), cached), now_ns)
-                else:
-                    self._reader.check_pinned(dp_rank)
-                hit = 0 if cached is None else cached[dp_rank]
-                self._row.book(dp_rank, prompt_tokens - hit, now_ns)
-            finally:
-                if exclusive is not None:
-                    exclusive.leave()
-            # SYNC: the booking is stored before the phase is loaded. If the load moves before the stores (x86 lets
-            # a load pass an older store), the worst is a wake-up too few or too many; the engine wakes the others.
-            control = self._words[self._at_control]
-            wave = control >> WAVE_SHIFT & MAX_WAVE
-            if wake and control & PHASE_MASK not in AWAKE:
-                self._wakeup.wake(wave, self._reader.dp_size, receiver=dp_rank)
-        route = Route(self._bookings, dp_rank, wave, prompt_tokens - hit, hit)
-        if self._bookings.lost:
-            self._bookings.heal()
+        route = Route(self._bookings, prompt_tokens=prompt_tokens)  # closed until it is booked
+        try:
+            with self._lock:
+                now_ns = self._begin()
+                exclusive = self._decision_lock
+                try:
+                    if exclusive is not None:
+                        exclusive.enter()
+                    cached = None if prompt is None else self._prefixes.cached(prompt, prompt_tokens)
+                    if dp_rank is None:
+                        dp_rank = self._choose(Request(prompt_tokens, _key(key), cached), now_ns)
+                    else:
+                        dp_rank = self._reader.check_pinned(dp_rank)
+                    route.dp_rank = dp_rank
+                    if cached is not None:
+                        route.cached_tokens = hit = cached[dp_rank]
+                        route.prompt_tokens -= hit
+                    self._row.book(route, now_ns)
+                finally:
+                    if exclusive is not None:
+                        exclusive.leave()
+                # SYNC: the booking is stored before the phase is loaded. If the load moves before the stores (x86
+                # lets a load pass an older store), the worst is a wake-up too few or too many; the engine wakes
+                # the others.
+                control = self._words[self._at_control]
+                route.wave = wave = control >> WAVE_SHIFT & MAX_WAVE
+                if wake and control & PHASE_MASK not in AWAKE:
+                    self._wakeup.wake(wave, self._reader.dp_size, receiver=dp_rank)
+            if self._bookings.lost:
+                self._bookings.heal()
+        except BaseException:  # a signal handler's, too
+            route.cancel()
+            raise
         return route
 
     def choose(
@@ -221,7 +229,7 @@ class Frontend:
             raise self._segment.why_unusable()
         prompt_tokens = min(operator.index(prompt_tokens), MAX_PROMPT_TOKENS)
         if prompt is not None:
-            prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
+            prompt = _as_prompt(prompt)
             prompt_tokens = prompt_tokens or len(prompt)
         with self._lock:
             now_ns = self._begin()
@@ -237,7 +245,7 @@ class Frontend:
         Raises:
             SettingError: the prompt holds no token ids.
         """
-        prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
+        prompt = _as_prompt(prompt)
         if not self._segment.usable:
             raise self._segment.why_unusable()
         with self._lock:
@@ -330,6 +338,10 @@ class Frontend:
         if recorder is not None:
             recorder.record(now_ns, view, request, int(rank), beats)
         return int(rank)
+
+
+def _as_prompt(prompt: Prompt | Tokens) -> Prompt:
+    return prompt if isinstance(prompt, Prompt) else Prompt(prompt)
 
 
 def _key(key: int | str | bytes | None) -> int | None:

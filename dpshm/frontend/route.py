@@ -5,8 +5,12 @@ called from a signal handler or a finalizer in the thread that holds it.
 
 A Route that is collected while it is open gives its booking back as `Route.done` would, which is right whether or
 not the request was sent. The collector may run in any thread, also in one that holds a lock for which the
-front-end's lock holder waits. So a finalizer never waits and never logs: it notes the rank, and settles it only if
-the lock is free. Otherwise the thread that holds the lock settles it after its release.
+front-end's lock holder waits. So a finalizer never waits and never logs: it notes the Route, and settles it only
+if the lock is free. Otherwise the thread that holds the lock settles it after its release.
+
+A signal handler may raise at any call within these functions. A Route is open exactly while its booking counts
+(`FrontendRow.book` and `end` change both without a call between), so whatever is interrupted can be done again: by
+the caller, by the collector, or by the next call.
 """
 
 from __future__ import annotations
@@ -15,7 +19,6 @@ import logging
 import sys
 import threading
 from collections import deque
-from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -40,7 +43,7 @@ class Bookings:
         self._row = row
         self.lock = threading.RLock()
         self.lost = False
-        self._collected: deque[int] = deque()  # ranks of Routes that were collected while open
+        self._collected: deque[Route] = deque()  # while open
         self._warned = False
 
     def end(self, route: Route, *, unbook: bool) -> None:
@@ -48,28 +51,26 @@ class Bookings:
         if not self._segment.usable:  # in a forked child the lock may be held for ever
             return
         with self.lock:
-            if not route.open or not self._segment.usable:
-                return
-            route.open = False
-            if unbook:
-                self._row.unbook(route.dp_rank, route.prompt_tokens)
-            else:
-                self._row.end(route.dp_rank)
+            if self._segment.usable:
+                self._row.end(route, unbook=unbook)
         if self.lost:
             self.heal()
 
-    def end_collected(self, dp_rank: int) -> None:
-        """Ends the booking of a Route that was collected while open. Never waits and never logs."""
-        if not self._segment.usable or sys.is_finalizing():  # the row goes with the process
-            return
-        self._collected.append(dp_rank)
+    def end_collected(self, route: Route) -> None:
+        """Ends the booking of a Route that is collected while open. Never waits and never logs."""
         self.lost = True
-        self._settle_collected()
+        self._collected.append(route)  # it lives on until its booking is given back
+        if not sys.is_finalizing():  # the row goes with the process
+            self._settle_collected()
 
     def heal(self) -> None:
         """Ends the bookings of collected Routes, and warns once. Call it without the lock."""
         self.lost = False
-        self._settle_collected()
+        try:
+            self._settle_collected()
+        except BaseException:  # a signal handler raised
+            self.lost = True
+            raise
         if not self._warned:
             self._warned = True
             logger.warning(
@@ -83,9 +84,13 @@ class Bookings:
         # the lock is tried: if another thread holds it, that thread finds `lost` set after its release.
         if self.lock.acquire(blocking=False):
             try:
-                with suppress(IndexError):
-                    while self._segment.usable:
-                        self._row.end(self._collected.popleft())
+                while self._collected:
+                    route = self._collected[0]
+                    if self._segment.usable:
+                        self._row.end(route)
+                    # A finalizer that ran in this thread meanwhile has settled this one and others.
+                    if self._collected and self._collected[0] is route:
+                        self._collected.popleft()
             finally:
                 self.lock.release()
 
@@ -112,11 +117,11 @@ class Route(msgspec.Struct, eq=False):
     """
 
     _bookings: Bookings
-    dp_rank: int
-    wave: int
-    prompt_tokens: int
+    dp_rank: int = -1
+    wave: int = 0
+    prompt_tokens: int = 0
     cached_tokens: int = 0
-    open: bool = True
+    open: bool = False
     _was_sent: bool = False
 
     def sent(self) -> None:
@@ -141,7 +146,7 @@ class Route(msgspec.Struct, eq=False):
 
     def __del__(self) -> None:
         if self.open:
-            self._bookings.end_collected(self.dp_rank)
+            self._bookings.end_collected(self)
 
     def __repr__(self) -> str:
         return f"Route(dp_rank={self.dp_rank}, wave={self.wave}, prompt_tokens={self.prompt_tokens})"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,13 +26,17 @@ from dpshm.errors import CapacityExceeded, RowInUse
 from dpshm.linux import processes
 from dpshm.version import version_word
 
+if TYPE_CHECKING:
+    from dpshm.frontend.route import Route
+
 
 class FrontendRow:
     """The words of one front-end's row. Its calls are made under the front-end's lock.
 
-    `book` and `settle` contain no call and no loop. CPython runs signal handlers and the collector at calls and at
+    `book` and `end` contain no call and no loop. CPython runs signal handlers and the collector at calls and at
     backward jumps alone (3.11's collector also where a container is made; none is). So a handler or a finalizer
-    that ends another request in the thread that is booking runs before or after the booking, never within it.
+    that ends another request in the thread that is booking runs before or after the booking, never within it. And
+    if a handler raises, the counts and the Route agree: both are booked, or neither is.
 
     Attributes:
         own: unfinished requests of this front-end, by rank.
@@ -53,14 +58,14 @@ class FrontendRow:
         self._routed = words[self._at_routed] & COUNT_MASK
         self.own = [0] * board.engines
 
-    def book(self, dp_rank: int, prompt_tokens: int, now_ns: int) -> None:
-        """Counts a request that is about to be sent to an engine.
+    def book(self, route: Route, now_ns: int) -> None:
+        """Counts a request that is about to be sent to an engine, and opens its Route.
 
         Args:
-            dp_rank: the engine.
-            prompt_tokens: at most `MAX_PROMPT_TOKENS`; fewer than 0 count as 0.
+            route: where it goes. Its `prompt_tokens` are at most `MAX_PROMPT_TOKENS`; fewer than 0 count as 0.
             now_ns: CLOCK_MONOTONIC.
         """
+        dp_rank, prompt_tokens = route.dp_rank, route.prompt_tokens
         words = self._words
         # SYNC: requests and tokens are one store each; a reader between them sees the request without its tokens
         # for an instant. An engine that received a late message of the previous holder has counted more than was
@@ -75,37 +80,39 @@ class FrontendRow:
             self._sent_tokens[dp_rank] = sent = (sent if sent > received else received) + prompt_tokens
             words[self._at_sent_tokens + dp_rank] = sent
         self.own[dp_rank] += 1
+        route.open = True
         self._routed += 1
         words[self._at_routed] = self._routed
         words[self._at_beat] = now_ns
 
-    def end(self, dp_rank: int) -> None:
-        """Counts a request as ended, whether or not the engine received it."""
-        self.own[dp_rank] -= 1
-        self.settle(dp_rank)
+    def end(self, route: Route, *, unbook: bool = False) -> None:
+        """Closes a Route and counts its request as ended, once: clamps ``sent`` (rule 3).
 
-    def unbook(self, dp_rank: int, prompt_tokens: int) -> None:
-        """Takes a booking back: the request was not sent."""
-        self.own[dp_rank] -= 1
-        self._sent_requests[dp_rank] -= 1
-        if prompt_tokens > 0:
-            self._sent_tokens[dp_rank] -= prompt_tokens
-        self.settle(dp_rank)
+        ``sent`` comes into [received, received + unfinished], whether or not the engine received the request.
 
-    def settle(self, dp_rank: int) -> None:
-        """Clamps ``sent`` into [received, received + unfinished] (rule 3)."""
-        words = self._words
+        Args:
+            route: of the request; nothing happens if it is closed.
+            unbook: the request was not sent.
+        """
+        if not route.open:
+            return
+        words, dp_rank, own = self._words, route.dp_rank, self.own[route.dp_rank] - 1
         # SYNC: received requests are loaded before received tokens, and the engine stores them the other way round
         # (`EngineRow.count_received`): once its request count equals ours, the loaded token count is complete.
         received = words[self._at_received_requests[dp_rank]] & COUNT_MASK
-        sent, most = self._sent_requests[dp_rank], received + self.own[dp_rank]
+        received_tokens = words[self._at_received_tokens[dp_rank]] & COUNT_MASK
+        sent, most, tokens = self._sent_requests[dp_rank], received + own, self._sent_tokens[dp_rank]
+        if unbook:
+            sent -= 1
+            if route.prompt_tokens > 0:
+                tokens -= route.prompt_tokens
         sent = most if sent > most else sent
         sent = received if sent < received else sent
-        self._sent_requests[dp_rank] = words[self._at_sent_requests + dp_rank] = sent
-        received_tokens = words[self._at_received_tokens[dp_rank]] & COUNT_MASK
-        tokens = self._sent_tokens[dp_rank]
         if sent == received or tokens < received_tokens:
             tokens = received_tokens
+        route.open = False
+        self.own[dp_rank] = own
+        self._sent_requests[dp_rank] = words[self._at_sent_requests + dp_rank] = sent
         self._sent_tokens[dp_rank] = words[self._at_sent_tokens + dp_rank] = tokens
 
     def leave(self) -> None:

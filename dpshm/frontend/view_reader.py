@@ -7,6 +7,7 @@ board's revision changed, and every 100 ms.
 
 from __future__ import annotations
 
+import operator
 import time
 from math import gcd
 from typing import Any
@@ -131,13 +132,14 @@ class ViewReader:
         beats: list[int] = self._beats.tolist()
         return beats
 
-    def check_pinned(self, dp_rank: int) -> None:
-        """Checks that a request may be sent to a rank that its caller named.
+    def check_pinned(self, dp_rank: int) -> int:
+        """Checks that a request may be sent to a rank that its caller named. Returns it as an int.
 
         Raises:
             NoEngineAvailable: the rank is absent or dead.
             SettingError: this front-end may not choose the rank.
         """
+        dp_rank = operator.index(dp_rank)  # numpy's integers, too
         if not 0 <= dp_rank < self.dp_size or (self._only is not None and dp_rank not in self._only):
             allowed = sorted(self._only) if self._only is not None else f"0 to {self.dp_size - 1}"
             raise SettingError(f"dp_rank {dp_rank} is not one that this front-end may choose: {allowed}")
@@ -147,6 +149,7 @@ class ViewReader:
                 f"engine {dp_rank} of group {self._board.segment.group!r}, to which the request is pinned, is "
                 f"{verdict.name.lower()}"
             )
+        return dp_rank
 
     def why_none(self) -> str:
         """Why no rank is eligible, for an error."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from hashlib import blake2b
+from operator import index
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,4 +58,6 @@ def key_of(key: int | str | bytes) -> int:
     if isinstance(key, int):
         return mix(key & _BITS_64) & _BITS_63
     data = key.encode() if isinstance(key, str) else key
+    if hasattr(data, "__index__"):  # numpy's integers are the same keys as Python's
+        return key_of(index(data))
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little") & _BITS_63

@@ -28,7 +28,17 @@ from dpshm.linux import processes
 from dpshm.net import wire
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
-from tests.support import LoneBoard, Remote, RemoteError, count_fds, count_threads, gone, verdict, wait_until
+from tests.support import (
+    LoneBoard,
+    Remote,
+    RemoteError,
+    count_fds,
+    count_threads,
+    gone,
+    interrupted,
+    verdict,
+    wait_until,
+)
 
 
 @pytest.fixture
@@ -486,3 +496,71 @@ def test_frontends_see_a_report_at_once(coordinator, group, using):
             frontend_choice = frontend.route()
             assert frontend_choice.dp_rank == (1 if running == 99 else 0)
             frontend_choice.cancel()
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int32, np.uint64, np.int64])
+def test_integers_of_numpy(board, group, using, kind):
+    """Guards against counts that wrap, or a wave that cannot be sent: numpy's integers are narrow and no ints."""
+    engine = using(Engine.attach(group, kind(1)))
+    assert type(engine.dp_rank) is int
+    for _ in range(5):
+        engine.receive(kind(0), kind(100), kind(3))
+    assert int(board.received_tokens[1, 0]) == 500
+    assert type(engine.wave) is int
+    engine.wave_complete()  # its message names rank and wave
+    for _ in range(5):
+        with engine.step(kind(100), kind(100)) as step:
+            step.batch = kind(101)
+        engine.finished(kind(100))
+    engine.publish(waiting=kind(100), running=kind(100), prefill_backlog=kind(100), step=kind(100))
+    row = board.snapshot()[1]
+    assert (row["prompt_tokens"], row["generation_tokens"], row["requests_finished"]) == (500, 505, 500)
+    engine.show(kind(100), running=True)
+    assert board.snapshot()[1]["wave"] == 100
+
+
+@pytest.mark.parametrize("wrong", [1.0, "1", [1], np.float32(1)])
+def test_what_is_no_integer_is_refused_and_counts_nothing(board, group, using, wrong):
+    """Guards against half a call: a request that is counted and raises is counted again when it is tried again."""
+    engine = using(Engine.attach(group, 1))
+    for call in (
+        lambda: engine.receive(wrong, 5),
+        lambda: engine.receive(0, wrong),
+        lambda: engine.receive(0, 5, wrong),
+        lambda: engine.finished(wrong),
+        lambda: engine.step(wrong, 1),
+        lambda: engine.show(wrong, running=True),
+    ):
+        before = bytes(board.words.cast("B"))
+        with pytest.raises(TypeError):
+            call()
+        assert bytes(board.words.cast("B")) == before
+    with pytest.raises(TypeError):
+        Engine.attach(group, wrong)
+
+
+def test_an_interrupted_receipt_counts_nothing(board, group, using):
+    """Guards against sums that are wrong for ever because a signal handler raised within `receive`."""
+    engine = using(Engine.attach(group, 1))
+    at, received, went_through = 0, 0, False
+    while not went_through:
+        at += 1
+        went_through = not interrupted(lambda: engine.receive(0, 7, 5), at)
+        engine.publish(waiting=0, running=0)
+        count = int(board.received_requests[1, 0])
+        assert count - received in (0, 1)
+        received = count
+        assert int(board.received_tokens[1, 0]) == 7 * received
+        assert int(board.request_offset[1]) == -received
+        assert int(board.token_offset[1]) == -7 * received
+    assert (at > 3, received) == (True, 1)
+
+
+def test_a_rank_beyond_the_group_is_told(group, using, caplog):
+    """Guards against a mistyped rank that is healthy and gets no request, while another one is missing."""
+    using(Coordinator(group=group, dp_size=3))
+    using(Engine.attach(group, 7))
+    assert [m for m in caplog.messages if "rank 7" in m and "ranks 0 to 2" in m]
+    caplog.clear()
+    using(Engine.attach(group, 2))
+    assert not [m for m in caplog.messages if "gets no requests" in m]

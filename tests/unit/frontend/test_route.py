@@ -7,10 +7,13 @@ import logging
 import signal
 import threading
 
+import numpy as np
 import pytest
 
 from dpshm import Frontend
-from tests.support import LoneBoard
+from dpshm.rules.hashing import key_of
+from dpshm.rules.waves import CoordinatorState, Phase
+from tests.support import LoneBoard, interrupted, wait_until
 
 
 @pytest.fixture
@@ -190,3 +193,76 @@ def test_a_signal_may_end_requests_within_any_booking(board, frontend):
     opened.clear()
     assert frontend._row.own[0] == 0
     assert booked(board) == (0, 0)
+
+
+@pytest.mark.parametrize("form", ["route", "pinned", "exclusive", "asleep", "prompt"])
+def test_an_interrupted_route_leaves_no_booking(board, group, using, form):
+    """Guards against a request that a signal handler's exception (Ctrl-C, a timeout) leaves booked for ever."""
+    frontend = using(Frontend.attach(group, exclusive=form == "exclusive"))
+    if form != "asleep":
+        board.marks.set_control(CoordinatorState(0, Phase.RUNNING))
+    arguments = {"prompt_tokens": 7}
+    if form == "prompt":
+        arguments = {"prompt": list(range(7))}
+    elif form != "route":
+        arguments["dp_rank"] = 0
+    at, went_through = 0, False
+    while not went_through:
+        at += 1
+        routes = []
+        went_through = not interrupted(lambda routes=routes: routes.append(frontend.route(**arguments)), at)
+        routes.clear()
+        gc.collect()
+        assert frontend.snapshot()["requests"].tolist() == [0, 0], f"at call {at}"
+        assert frontend.snapshot()["prefill_backlog"].tolist() == [0, 0], f"at call {at}"
+        assert frontend._row.own == [0] * board.engines
+    assert at > 10
+
+
+@pytest.mark.parametrize("end", ["done", "cancel"])
+def test_an_interrupted_end_can_be_done_again(board, frontend, end):
+    """Guards against a Route that is closed and still booked, and one that is ended twice."""
+    at, went_through = 0, False
+    while not went_through:
+        at += 1
+        with frontend.route(7, dp_rank=0), frontend.route(5, dp_rank=0) as route:
+            went_through = not interrupted(getattr(route, end), at)
+            assert booked(board) == ((2, 12) if route.open else (1, 7 if end == "cancel" else 12))
+            getattr(route, end)()
+            assert booked(board)[0] == 1
+        assert booked(board) == (0, 0)
+    assert at > 2
+
+
+def test_an_interrupted_settlement_is_done_later(board, frontend):
+    """Guards against the booking of a collected Route that an interruption of the next call loses."""
+    for at in range(1, 40):
+        routes = [frontend.route(7, dp_rank=0) for _ in range(3)]
+        with frontend._lock:
+            threading.Thread(target=routes.clear).start()
+            wait_until(lambda: len(frontend._bookings._collected) == 3)
+        interrupted(frontend._bookings.heal, at)
+        frontend.choose()
+        assert booked(board) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int32, np.uint64, np.int64])
+def test_integers_of_numpy(board, group, using, kind):
+    """Guards against a rank that numpy chose: it was booked, and then its wake-up could not be encoded."""
+    frontend = using(Frontend.attach(group, ranks=np.arange(2, dtype=kind)))
+    with frontend.route(kind(100), dp_rank=kind(1), key=kind(7)) as route:
+        assert (type(route.dp_rank), type(route.prompt_tokens)) == (int, int)
+        assert int(board.sent_tokens[0, 1]) == 100
+    assert key_of(kind(7)) == key_of(7)
+
+
+@pytest.mark.parametrize("wrong", [1.0, "1", None, [1], np.float64(1), np.array([1, 2])])
+def test_what_is_no_integer_is_refused(board, frontend, wrong):
+    """Guards against an argument that is found to be wrong after the booking."""
+    with pytest.raises(TypeError):
+        frontend.route(wrong)
+    if wrong is not None:
+        with pytest.raises(TypeError):
+            frontend.route(5, dp_rank=wrong)
+    assert booked(board) == (0, 0)
+    assert int(board.sent_requests[0, 1]) == 0

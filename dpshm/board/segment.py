@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from dpshm.board import files, layout
@@ -173,6 +174,26 @@ class Segment:
             folder: from `dpshm.board.files.lock_sockets_folder`; closed with the segment.
         """
         self._folder = folder
+
+    def restore_sockets(self) -> bool:
+        """Makes the sockets' folder again if it was removed, and holds its lock. False if another process does.
+
+        Raises:
+            SegmentError: the folder cannot be made.
+            SettingError: something else is in its place.
+        """
+        held = self._folder
+        if held is not None:
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self.sockets_path, follow_symlinks=False), os.fstat(held.fd)):
+                    return True
+        folder = files.lock_sockets_folder(self.sockets_path)
+        if folder is None:
+            return False
+        self._folder = folder
+        if held is not None:
+            held.close()
+        return True
 
     def fileno(self) -> int:
         """The descriptor that carries the locks. Raises `HandleError` if the segment is closed."""

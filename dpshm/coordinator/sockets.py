@@ -17,6 +17,7 @@ the addresses can be bound again. And there is one ZAP address in a context (`dp
 from __future__ import annotations
 
 import errno
+import os
 from typing import TypeAlias
 
 import zmq
@@ -59,6 +60,7 @@ class Sockets:
     def __init__(self, keys: ServerKeys | None) -> None:
         self.keys = keys
         self._bound: dict[Socket, str] = {}
+        self._files: dict[str, os.stat_result] = {}  # of ipc sockets, by path
         self._open()
 
     def _open(self) -> None:
@@ -101,11 +103,19 @@ class Sockets:
             if s not in self._bound:
                 self._bind(s, address)
 
+    def are_linked(self) -> bool:
+        """Whether the files of the ipc sockets are there. If not, no peer can connect any more."""
+        try:
+            return all(os.path.samestat(os.stat(path), file) for path, file in self._files.items())
+        except OSError:
+            return False
+
     def unbind(self) -> None:
         """Unbinds all."""
         for s, address in self._bound.items():
             s.unbind(address)
         self._bound.clear()
+        self._files.clear()
 
     def renew(self) -> None:
         """Ends every connection, and binds new sockets to the same addresses.
@@ -125,6 +135,7 @@ class Sockets:
         for s in self.all:
             s.close()
         self._bound.clear()
+        self._files.clear()
         self._context.term()
         self._give_up()
 
@@ -135,7 +146,10 @@ class Sockets:
         try:
             with no_fork():  # a child that does not know the address yet would keep it
                 s.bind(address)
-                self._bound[s] = s.getsockopt_string(zmq.LAST_ENDPOINT)
+                self._bound[s] = bound = s.getsockopt_string(zmq.LAST_ENDPOINT)
+                if bound.startswith("ipc:"):
+                    path = bound.removeprefix("ipc://")
+                    self._files[path] = os.stat(path)
                 self._give_up()
         except zmq.ZMQError as e:
             unknown = "; no address, name or interface of this machine is called so" * (e.errno == errno.ENODEV)

@@ -31,7 +31,7 @@ from dpshm.coordinator.settings import Settings
 from dpshm.coordinator.sockets import Sockets
 from dpshm.coordinator.stock_peers import StockEngines
 from dpshm.coordinator.wave_driver import WaveDriver
-from dpshm.errors import SettingError, WireError
+from dpshm.errors import DpshmError, SettingError, WireError
 from dpshm.net import wire
 from dpshm.net.context import Socket
 from dpshm.rules.waves import FirstRequest, WaveCompleted, WaveStarted
@@ -96,6 +96,7 @@ class WaveThread(threading.Thread):
         self.ranks = Ranks(settings, sockets, board, row, self.stock, watch=watch)
         self.all_ready = self.ranks.all_ready
         self._next_scan_ns = 0
+        self._removed = False  # the files of the ipc sockets are gone, and their folder is there
 
     # From other threads.
 
@@ -123,7 +124,7 @@ class WaveThread(threading.Thread):
             poller = self._make_poller(handlers)
             while not self.mailbox.end_asked:
                 self._turn(dict(poller.poll(self._wait_ms())), handlers)
-                if self.flood.flood:
+                if self.flood.flood or self._removed:
                     self._renew()
                     handlers = self._handlers()
                     poller = self._make_poller(handlers)
@@ -187,11 +188,33 @@ class WaveThread(threading.Thread):
         self._row.count_drop(reason)
         self.dropped.note(reason, detail)
 
+    def _check_files(self) -> None:
+        """Notes that the files of the ipc sockets were removed, once their folder is there again."""
+        segment = self._board.segment
+        if self._sockets.are_linked() or not segment.linked:
+            return
+        try:
+            self._removed = segment.restore_sockets()
+            if not self._removed:
+                self.dropped.note("the sockets' folder cannot be made again yet", "another process holds it")
+        except (DpshmError, OSError) as e:
+            self.dropped.note("the sockets' folder cannot be made again yet", e)
+
     def _renew(self) -> None:
         """Ends every connection: see `dpshm.coordinator.sockets`. Honest peers subscribe again."""
-        self._drop(
-            "flood", f"{self.flood.flood}: every connection was ended; honest peers come back by themselves"
-        )
+        if self.flood.flood:
+            self._drop(
+                "flood", f"{self.flood.flood}: every connection was ended; honest peers come back by themselves"
+            )
+        if self._removed:
+            segment = self._board.segment
+            logger.warning(
+                "sockets of group %r were removed from %s: they are made again, and peers connect again. Find "
+                "what cleans that folder (systemd's RemoveIPC?)",
+                segment.group,
+                segment.sockets_path,
+            )
+        self._removed = False
         self.publisher.on_disconnect()
         self.ranks.readiness.on_disconnect()
         while not self.mailbox.end_asked:
@@ -212,6 +235,7 @@ class WaveThread(threading.Thread):
     def _on_time(self, now_ns: int) -> None:
         if now_ns >= self._next_scan_ns:
             self.flood.check_growth()
+            self._check_files()
             at_rest = self.waves.scan(now_ns)
             at_rest &= self.ranks.readiness.settled
             self._next_scan_ns = now_ns + (REST_INTERVAL_NS if at_rest else SCAN_INTERVAL_NS)

@@ -165,6 +165,7 @@ class Engine(EngineRow):
         wave; it receives the START that corrects it only between two all-reduces.
         """
         self._check()
+        self._restore_bell()  # before it is needed
         self._handle(AllIdle())
 
     def pause(self) -> None:
@@ -195,6 +196,20 @@ class Engine(EngineRow):
             self._output.close()
         super().close()
 
+    def _restore_bell(self) -> None:
+        """Binds the doorbell again if its path was removed, or could not be bound before."""
+        segment = self._segment
+        if not segment.header.waves or not segment.linked:
+            return
+        try:
+            if self._doorbell is not None:
+                self._doorbell.restore()
+            elif (doorbell := open_doorbell(segment.sockets_path, self.dp_rank)) is not None:
+                self._doorbell, self.bell = doorbell, doorbell.socket.fileno()
+                self._poller.register(self.bell, zmq.POLLIN)
+        except OSError as e:
+            logger.warning("rank %d has no doorbell and wakes up a little later: %s", self.dp_rank, e)
+
     def _handle_message(self, frames: list[bytes]) -> None:
         try:
             match frames:
@@ -203,6 +218,7 @@ class Engine(EngineRow):
                     self._handle(StartReceived(start.wave, start.exclude))
                 case [wire.READY]:
                     self.ready = True
+                    self._restore_bell()  # the coordinator may have made the sockets' folder again
                 case _:
                     raise WireError(f"not from a coordinator: {len(frames)} frames, the first {frames[0]!r:.20}")
         except WireError as e:

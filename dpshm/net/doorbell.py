@@ -54,17 +54,35 @@ class Doorbell:
             OSError: the path cannot be bound.
         """
         self._path = _path(folder, dp_rank)
+        self.socket, self._file = self._bind()
+
+    def _bind(self) -> tuple[socket.socket, os.stat_result]:
         with suppress(FileNotFoundError):
             Path(self._path).unlink()
         with no_fork():
-            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-            give_up(self.socket, close_socket)
+            s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            give_up(s, close_socket)
         try:
-            self.socket.bind(self._path)
-            self._file = Path(self._path).stat()
+            s.bind(self._path)
+            return s, Path(self._path).stat()
         except BaseException:
-            self.socket.close()
+            s.close()
             raise
+
+    def restore(self) -> None:
+        """Binds the path again if it was removed. The socket's descriptor keeps its number.
+
+        A poll(2) of the number goes on as before. An epoll(7) that has it has to register it again.
+
+        Raises:
+            OSError: the path cannot be bound.
+        """
+        with suppress(FileNotFoundError):
+            if os.path.samestat(Path(self._path).stat(), self._file):
+                return
+        s, self._file = self._bind()
+        os.dup2(s.fileno(), self.socket.fileno(), inheritable=False)
+        s.close()
 
     def drain(self) -> list[bytes]:
         """The datagrams received since the last call, oldest first: second frames of STARTs, or other bytes."""

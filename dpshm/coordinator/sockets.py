@@ -51,7 +51,7 @@ class Sockets:
         frontends: XPUB: publications to stock front-ends, and what front-ends send.
         to_engines: XPUB: READY and START, and engines' subscriptions.
         from_engines: PULL: what engines report.
-        authenticator: decides on peers, where there are keys.
+        authenticator: decides on peers over tcp.
 
     Raises:
         OSError: no file descriptor is left.
@@ -66,7 +66,7 @@ class Sockets:
     def _open(self) -> None:
         check_spare()
         self._context: zmq.Context[Socket] = zmq.Context()
-        self.authenticator = Authenticator(self._context, self.keys) if self.keys else None
+        self.authenticator = Authenticator(self._context, self.keys)
         self.frontends = self._context.socket(zmq.XPUB)
         self.to_engines = self._context.socket(zmq.XPUB)
         self.from_engines = self._context.socket(zmq.PULL)
@@ -130,8 +130,7 @@ class Sockets:
 
     def close(self) -> None:
         """Closes all sockets; returns once the addresses are free."""
-        if self.authenticator is not None:
-            self.authenticator.close()
+        self.authenticator.close()
         for s in self.all:
             s.close()
         self._bound.clear()
@@ -140,7 +139,7 @@ class Sockets:
         self._give_up()
 
     def _bind(self, s: Socket, address: str) -> str:
-        if self.authenticator is not None and address.startswith("tcp:"):
+        if address.startswith("tcp:"):
             self.authenticator.guard(s)
         allow_ipv6(s, address)
         try:

@@ -138,9 +138,8 @@ class WaveThread(threading.Thread):
             self._sockets.to_engines: self._from_engine_subscription,
             self._sockets.from_engines: self._from_engine,
         }
-        if self._sockets.authenticator is not None:
-            for s, handle in self._sockets.authenticator.handlers.items():
-                handlers[s] = partial(self._from_authenticator, handle)
+        for s, handle in self._sockets.authenticator.handlers.items():
+            handlers[s] = partial(self._from_authenticator, handle)
         return handlers
 
     def _make_poller(self, handlers: dict[Socket, Handler]) -> zmq.Poller:
@@ -296,3 +295,5 @@ class WaveThread(threading.Thread):
     def _from_authenticator(self, handle: Callable[[list[bytes]], str | None], frames: list[bytes]) -> None:
         if (refused := handle(frames)) is not None:
             self._drop("peer refused", refused)
+        if self._sockets.authenticator.exhausted:
+            self.flood.flood = "peers opened connections until hardly a file descriptor was left"

@@ -10,6 +10,7 @@ from contextlib import ExitStack, closing
 import pytest
 
 from dpshm import Coordinator, Engine, Frontend
+from dpshm.net.keys import make_keys
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
 from tests.support import TIMEOUT_S, Remote, leftovers, polled, publish_forever, verdict, wait_until
@@ -175,4 +176,33 @@ def test_idle_connections_leave_a_coordinator_its_descriptors(group, using):
         wait_until(lambda: polled(engines) or all(engine.ready for engine in engines))
         with urllib.request.urlopen(f"http://{address[0]}:{address[1]}/metrics", timeout=TIMEOUT_S) as answer:
             assert b"dpshm_coordinator_up" in answer.read()
+    server.run("coordinator.close()")
+
+
+@pytest.mark.parametrize("with_keys", [True, False])
+def test_strangers_at_a_tcp_port_leave_a_coordinator_its_descriptors(group, using, tmp_path, with_keys):
+    """Guards against peers without keys, or that say nothing, which end the coordinator of all others."""
+    keys = str(tmp_path / "keys") if with_keys else None
+    if keys is not None:
+        make_keys(keys)
+    server = using(Remote())
+    server.run(
+        "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
+        "coordinator = Coordinator(group=group, dp_size=2, balancing='hybrid', curve_dir=keys)\n"
+        "address = coordinator.stats_publish_address",
+        group=group,
+        keys=keys,
+    )
+    host, _, port = server.eval("address").removeprefix("tcp://").rpartition(":")
+    engines = [using(Engine.attach(group, 0, curve_dir=keys))]
+    frontend = using(Frontend.attach(group, curve_dir=keys))
+    with ExitStack() as stack:
+        for _ in range(400):
+            stack.enter_context(closing(socket.create_connection((host, int(port)), timeout=TIMEOUT_S)))
+        engines.append(using(Engine.attach(group, 1, curve_dir=keys)))
+        wait_until(lambda: polled(engines) or all(engine.ready for engine in engines))
+        wait_until(lambda: server.eval("len(os.listdir('/proc/self/fd'))") < 150)
+        frontend.wake()  # the first message of this front-end: it connects now
+        wait_until(lambda: polled(engines))
+        wait_until(lambda: server.eval("coordinator.board.phase.name") == "RUNNING")
     server.run("coordinator.close()")

@@ -8,8 +8,8 @@ one ZAP address in a context, so sockets with keys live in a context of their ow
 The monitor also bounds what peers can hold before they have said who they are, with keys or without. libzmq
 accepts every connection, and it aborts if no descriptor is left for an ipc socket. So at most `MAX_STRANGERS`
 connections may be without a finished handshake: one more ends the oldest of them. The last quarter of the
-descriptors is kept for ipc: a peer over tcp whose connection has a number in it is ended at once. libzmq itself ends
-a connection whose handshake takes longer than `HANDSHAKE_TIMEOUT_MS`.
+descriptors is kept for ipc: a peer over tcp whose connection has a number in it is ended at once. libzmq itself
+ends a connection whose handshake takes longer than `HANDSHAKE_TIMEOUT_MS`.
 """
 
 from __future__ import annotations

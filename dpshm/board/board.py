@@ -283,8 +283,11 @@ class Board:
         )
 
     def engine_clock_agrees(self, e: int) -> bool:
-        """Whether an engine's times can be compared with this process's clock: both have one time namespace."""
-        return int(self.engine_time_namespace[e]) == _time_namespace()
+        """Whether an engine's times can be compared with this process's clock: both have one time namespace.
+
+        True also where the engine does not say which it has (a stock one, or no ``/proc``).
+        """
+        return int(self.engine_time_namespace[e]) in (0, _time_namespace())
 
     def counted_frontends(self) -> list[int]:
         """The rows whose bookings count: taken, and not those of a front-end that died."""

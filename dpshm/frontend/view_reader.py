@@ -93,6 +93,9 @@ class ViewReader:
         if self._sees_work:
             self._tokens = board.outstanding_tokens(counted)
             self._steps = board.step_model[:n, : len(layout.STEP_WORDS)]
+            # The rest of a running step is known where clocks agree. It counts for all ranks or for none: a rank
+            # without it would look less busy than the others.
+            self._clocks_agree = all(board.engine_clock_agrees(e) for e in range(n))
             models = board.step_model[:n, len(layout.STEP_WORDS) :]
             # Copied here and not in each decision: step models change slowly.
             # Ranks that have waves step together.
@@ -128,9 +131,9 @@ class ViewReader:
         return View(ListColumns(ranks, self._load_words.tolist(), counts, own, frontends, few))
 
     def read_beats(self) -> list[int]:
-        """By rank, CLOCK_MONOTONIC ns of its newest report."""
+        """By rank, CLOCK_MONOTONIC ns of its newest report; 0 for a rank whose clock is another."""
         beats: list[int] = self._beats.tolist()
-        return beats
+        return [beat if self._board.engine_clock_agrees(e) else 0 for e, beat in enumerate(beats)]
 
     def check_pinned(self, dp_rank: int) -> int:
         """Checks that a request may be sent to a rank that its caller named. Returns it as an int.
@@ -159,7 +162,13 @@ class ViewReader:
         return f"no engine of group {group!r} may be chosen: {states or 'there are none'}{only}"
 
     def _few_work(self, now_ns: int) -> ListWork:
-        return ListWork(self._tokens.count().tolist(), self._steps.tolist(), self._models, now_ns)
+        steps = self._steps.tolist()
+        if not self._clocks_agree:
+            steps = [[0, step_tokens] for _, step_tokens in steps]
+        return ListWork(self._tokens.count().tolist(), steps, self._models, now_ns)
 
     def _many_work(self, now_ns: int) -> ArrayWork:
-        return ArrayWork(self._tokens.count(), np.positive(self._steps), self._models, now_ns)
+        steps = np.positive(self._steps)
+        if not self._clocks_agree:
+            steps[:, 0] = 0
+        return ArrayWork(self._tokens.count(), steps, self._models, now_ns)

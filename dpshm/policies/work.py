@@ -2,7 +2,7 @@
 
 What a new request waits for, at an engine that serves first come, first served with chunked prefill:
 
-    seconds = rest of the step that runs now
+    seconds = rest of the step that runs now (at most `REST_STEPS` times what such a step takes)
             + the longer of
                 steps * (base + per_request * (requests + 1)) + per_token * tokens
                 ending * (requests + 1 - max_running)
@@ -46,6 +46,9 @@ LIKE = 1.25
 by some hundredths where equal steps vary by half. A rank that is slower by less loses little by being taken for
 equal."""
 _REFERENCE_BATCH, _REFERENCE_TOKENS = 16, 512
+REST_STEPS = 4
+"""The rest of a running step counts as at most so many steps of its kind: neither a clock that jumps nor a damaged
+word keeps a rank out of routing."""
 _NO_LIMIT = 1 << 40
 """Tokens or requests."""
 
@@ -105,7 +108,7 @@ def expected_of_few(columns: ListColumns, request: Request) -> list[int]:
         if requests > max_running:
             ns = max(ns, ending * (requests - max_running))
         if step_end > now:
-            ns += step_end - now
+            ns += min(step_end - now, REST_STEPS * (base + per_request * requests + per_token * step_tokens))
         scores.append(ns)
     return scores
 
@@ -126,7 +129,8 @@ def expected_of_many(columns: ArrayColumns, request: Request) -> Words:
     ns *= -(-tokens // chunk)
     ns += per_token * tokens
     ns = np.maximum(ns, (requests - max_running) * ending)
-    ns += np.maximum(step_end - work.now_ns, 0)
+    most = REST_STEPS * (base + per_request * requests + per_token * step_tokens)
+    ns += np.minimum(np.maximum(step_end - work.now_ns, 0), most)
     return ns
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 
 import pytest
 
-from dpshm import Frontend
+from dpshm import Engine, Frontend
 from dpshm.frontend.view_reader import first_turn
 from dpshm.rules.liveness import Verdict
 from tests.support import LoneBoard
@@ -64,3 +65,37 @@ def test_frontends_that_saw_one_rank_first_spread(group, using):
             chosen[route.dp_rank] += 1
             route.cancel()
     assert chosen == dict.fromkeys(range(5), 2)
+
+
+@pytest.mark.parametrize("count", [3, 40])
+@pytest.mark.parametrize("ahead_s", [1000, -1000])
+def test_times_of_another_clock_are_not_used(group, using, count, ahead_s):
+    """Guards against a rank in a container with its own clock that gets no requests, or all of them."""
+    board = using(LoneBoard(group, engines=count, dp_size=count))
+    engines = [using(Engine.attach(group, e)) for e in range(count)]
+    frontend = using(Frontend.attach(group, policy="least_work"))
+    now_ns = time.monotonic_ns()
+    for e, engine in enumerate(engines):
+        engine.publish(waiting=0, running=0)
+        board.step_model[e] = [now_ns + 3_000_000, 100, 4_000_000, 1000, 1000, 0, 0, 0]
+    board.step_model[1, 0] += ahead_s * 10**9
+    board.engine_time_namespace[1] += 1
+    chosen = Counter()
+    for _ in range(10 * count):
+        with frontend.route(10) as route:
+            chosen[route.dp_rank] += 1
+    assert chosen == dict.fromkeys(range(count), 10)
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_the_rest_of_a_step_has_a_bound(group, using, count):
+    """Guards against one damaged word, or a clock that jumped, that keeps an idle rank out for ever."""
+    board = using(LoneBoard(group, engines=count, dp_size=count))
+    engines = [using(Engine.attach(group, e)) for e in range(count)]
+    for engine in engines:
+        engine.publish(waiting=0, running=0)
+    board.step_model[:, 2:] = [4_000_000, 1_000_000, 1000, 0, 0, 0]
+    board.step_model[1, 0] = (1 << 62) - 1
+    frontend = using(Frontend.attach(group, policy="least_work"))
+    routes = [frontend.route(10) for _ in range(30 * count)]
+    assert 2 <= sum(route.dp_rank == 1 for route in routes) < 30

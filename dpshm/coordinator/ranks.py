@@ -63,25 +63,47 @@ class Ranks:
         self._stock = stock
         self._watch = watch
         self._log = RateLimitedLog(logger, lines=100, level=logging.INFO)
-        self.readiness = Readiness(time.monotonic_ns(), round(self._timeout_s * _S), ready=row.ready)
+        self._connections = stock.connections
+        self.readiness = Readiness(
+            *(time.monotonic_ns(), round(self._timeout_s * _S), self._connections, self._held), ready=row.ready
+        )
+        self._returned = self._greeted = False
         self.all_ready: Future[None] = Future()
         if self.readiness.ready:
             self.all_ready.set_result(None)
 
-    def on_join(self) -> None:
-        """An engine subscribed."""
-        self._watch.notify()
-        self._apply(self.readiness.on_join(time.monotonic_ns(), self._board.dp_size, self._every_row_is_held))
+    def on_join(self, name: int | None) -> None:
+        """An engine subscribed: to everything (None), or to the name of its rank."""
+        self._connections.on_join(name)
+        if name is None:
+            self._watch.notify()
+            self._apply(self.readiness.on_join(time.monotonic_ns(), self._board.dp_size))
 
-    def on_leave(self) -> None:
-        """An engine unsubscribed."""
-        self.readiness.on_leave(time.monotonic_ns())
-        if not self.readiness.subscribed:
+    def on_leave(self, name: int | None) -> None:
+        """A subscription ended."""
+        self._connections.on_leave(name)
+        self.readiness.on_change(time.monotonic_ns())
+        if not self._connections.count:
             self._stock.forget()
+
+    def on_disconnect(self) -> None:
+        """Every connection was ended; engines that live subscribe again."""
+        self._connections.on_disconnect()
+        self._stock.on_disconnect(time.monotonic_ns())
+
+    def greet(self) -> bool:
+        """Sends READY if engines joined a ready group since the last call; true if READY was sent since."""
+        greeted, self._greeted = self._greeted, False
+        if self._returned:
+            self._returned = False
+            self._sockets.to_engines.send(wire.READY)
+            return True
+        return greeted
 
     def on_time(self, now_ns: int) -> None:
         """Time has passed."""
         self._apply(self.readiness.on_time(now_ns, self._board.dp_size))
+        self._stock.drop_unconnected(now_ns)
 
     def give_up(self, reason: str) -> None:
         """Ends the wait for ranks that have not come."""
@@ -104,7 +126,7 @@ class Ranks:
         self._stock.keep_only(dp_size)
         self._log.note("steering", f"group {self._group!r} scaled from {old} to {dp_size} ranks")
         self._watch.notify()
-        self.readiness.on_resize(time.monotonic_ns())
+        self.readiness.on_change(time.monotonic_ns())
 
     def set_drained(self, dp_rank: int, drained: bool) -> None:
         """Takes a rank out of routing, or puts it back.
@@ -120,26 +142,26 @@ class Ranks:
                 "steering", f"engine {dp_rank} is {'drained' if drained else 'undrained'} by an operator"
             )
 
-    def _every_row_is_held(self) -> bool:
-        return all(map(self._board.engine_alive, range(self._board.dp_size)))
+    def _held(self) -> list[bool]:
+        return list(map(self._board.engine_alive, range(self._board.dp_size)))
 
     def _apply(self, events: list[ReadinessEvent]) -> None:
         for event in events:
             match event:
                 case ReadinessEvent.ENGINE_RETURNED:
-                    self._sockets.to_engines.send(wire.READY)
-                case ReadinessEvent.ALL_CONNECTED:
-                    self._stock.mark_missing_rows()
+                    self._returned = True  # many may come at once, and each hears what is sent to one
                 case ReadinessEvent.BECAME_READY:
                     self._row.set_ready()
                     self._sockets.to_engines.send(wire.READY)
+                    self._greeted = True
                     logger.info("all %d engines of group %r are ready", self._board.dp_size, self._group)
                     if not self.all_ready.done():  # it may have failed at its deadline
                         self.all_ready.set_result(None)
                 case ReadinessEvent.TIMED_OUT:
-                    missing = [e for e in range(self._board.dp_size) if not self._board.engine_alive(e)]
+                    held = self._held()
+                    missing = [e for e, row in enumerate(held) if not row]
                     reason = (
-                        f"{self.readiness.subscribed} of {self._board.dp_size} engines of group {self._group!r} "
+                        f"{self._connections.ranks(held)} of {len(held)} engines of group {self._group!r} "
                         f"connected within {self._timeout_s:g} s; ranks without a row on the board: {missing} "
                         "(a stock engine never takes one). See the logs of these ranks"
                     )

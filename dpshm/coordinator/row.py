@@ -122,10 +122,6 @@ class CoordinatorRow:
         """Whether the coordinator writes this engine's row on its behalf."""
         return bool(self.engine(dp_rank) & ON_BEHALF)
 
-    def has_stock_engines(self) -> bool:
-        """Whether there are engines whose rows do not say whether they step."""
-        return any(map(self.is_stock, range(self._board.dp_size)))
-
     def engine_verdict(self, dp_rank: int) -> Verdict:
         """The verdict in an engine's mark."""
         return Verdict(self.engine(dp_rank) & VERDICT_MASK)

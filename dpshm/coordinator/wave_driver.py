@@ -14,6 +14,7 @@ from dpshm.board.words import ON_BEHALF, VERDICT_MASK, unpack_state
 from dpshm.coordinator.publisher import Publisher
 from dpshm.coordinator.settings import Settings
 from dpshm.coordinator.sockets import Sockets
+from dpshm.coordinator.stock_peers import StockEngines
 from dpshm.net import wire
 from dpshm.rules.liveness import HANGING, Verdict
 from dpshm.rules.reconciler import RowState, WaveReconciler
@@ -46,13 +47,21 @@ class WaveDriver:
     """
 
     def __init__(
-        self, settings: Settings, sockets: Sockets, board: Board, row: CoordinatorRow, publisher: Publisher
+        self,
+        settings: Settings,
+        sockets: Sockets,
+        board: Board,
+        row: CoordinatorRow,
+        *,
+        publisher: Publisher,
+        stock: StockEngines,
     ) -> None:
         self._settings = settings
         self._sockets = sockets
         self._board = board
         self._row = row
         self._publisher = publisher
+        self._stock = stock
         self._reconciler = WaveReconciler(settings.resend_interval_ms * _MS, round(settings.wake_timeout_s * _S))
         self._waking_since_ns = time.monotonic_ns()
         self.state = row.control
@@ -69,7 +78,7 @@ class WaveDriver:
             before,
             event,
             exclude_named=exclude_named,
-            repeat_start=exclude_named or (late and self._row.has_stock_engines()),
+            repeat_start=exclude_named or (late and self._stock.count() > 0),
         )
         running_before, running = before.phase is Phase.RUNNING, self.state.phase is Phase.RUNNING
         if self.state != before:
@@ -98,14 +107,12 @@ class WaveDriver:
         if not self._settings.waves:
             return True
         rows = []
-        stock = 0
         for e, word in enumerate(self._board.engine_state[: self._board.dp_size].tolist()):
             mark = self._row.engine(e)
-            if mark & ON_BEHALF:
-                stock += 1
-            elif mark & VERDICT_MASK in (Verdict.ALIVE, *HANGING):
+            if not mark & ON_BEHALF and mark & VERDICT_MASK in (Verdict.ALIVE, *HANGING):
                 wave, running, _ = unpack_state(word)
                 rows.append(RowState(e, wave, running))
+        stock = self._stock.count()
         for event in self._reconciler.events(now_ns, self.state, rows, unobserved_ranks=stock):
             self.handle(event)
         wave, phase = self.state

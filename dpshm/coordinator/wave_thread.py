@@ -34,7 +34,7 @@ from dpshm.coordinator.wave_driver import WaveDriver
 from dpshm.errors import DpshmError, SettingError, WireError
 from dpshm.net import wire
 from dpshm.net.context import Socket
-from dpshm.rules.waves import FirstRequest, WaveCompleted, WaveStarted
+from dpshm.rules.waves import FirstRequest, RankConnected, WaveCompleted, WaveStarted
 
 if TYPE_CHECKING:
     from dpshm.board.board import Board
@@ -92,7 +92,7 @@ class WaveThread(threading.Thread):
         self.flood = FloodGuard(own_process=own_process)
         self.stock = StockEngines(board, row)
         self.publisher = Publisher(settings, sockets, row, self.stock)
-        self.waves = WaveDriver(settings, sockets, board, row, self.publisher)
+        self.waves = WaveDriver(settings, sockets, board, row, publisher=self.publisher, stock=self.stock)
         self.ranks = Ranks(settings, sockets, board, row, self.stock, watch=watch)
         self.all_ready = self.ranks.all_ready
         self._next_scan_ns = 0
@@ -154,6 +154,7 @@ class WaveThread(threading.Thread):
         for s, handle in handlers.items():
             if s in readable:
                 self._receive(s, handle)
+        self._greet()
         now_ns = time.monotonic_ns()
         if readable:
             self._next_scan_ns = min(self._next_scan_ns, now_ns + SCAN_INTERVAL_NS)
@@ -215,7 +216,7 @@ class WaveThread(threading.Thread):
             )
         self._removed = False
         self.publisher.on_disconnect()
-        self.ranks.readiness.on_disconnect()
+        self.ranks.on_disconnect()
         while not self.mailbox.end_asked:
             try:
                 self._sockets.renew()
@@ -239,7 +240,13 @@ class WaveThread(threading.Thread):
             at_rest &= self.ranks.readiness.settled
             self._next_scan_ns = now_ns + (REST_INTERVAL_NS if at_rest else SCAN_INTERVAL_NS)
             self.ranks.on_time(now_ns)
+            self._greet()
         self.publisher.on_time(now_ns, self.waves.state)
+
+    def _greet(self) -> None:
+        """Tells engines that connected what they missed: READY, then START if the group is not paused."""
+        if self.ranks.greet():
+            self.waves.handle(RankConnected())
 
     # Messages.
 
@@ -270,13 +277,18 @@ class WaveThread(threading.Thread):
 
     def _from_engine_subscription(self, frames: list[bytes]) -> None:
         data = frames[0]
-        if data[:1] == wire.SUBSCRIBE:
-            self.flood.on_subscription(data)
-            self.ranks.on_join()
-        elif data[:1] == wire.UNSUBSCRIBE:
-            self.ranks.on_leave()
-        else:
+        if data[:1] not in (wire.SUBSCRIBE, wire.UNSUBSCRIBE):
             raise WireError("engines only subscribe on this socket")
+        topic = data[1:]
+        name = wire.decode_name(topic)
+        honest = not topic or (name is not None and name < self._board.engines)
+        if data[:1] == wire.SUBSCRIBE:
+            if honest:
+                self.ranks.on_join(name)
+            else:
+                self.flood.on_subscription(data)
+        elif honest:
+            self.ranks.on_leave(name)
 
     def _from_engine(self, frames: list[bytes]) -> None:
         message = wire.decode_engine_message(frames[0])

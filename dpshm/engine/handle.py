@@ -66,6 +66,7 @@ class Engine(EngineRow):
             s.reconnect_ivl = 50
             s.maxmsgsize = wire.MAX_MESSAGE_BYTES
         connect(self.socket, header.engine_input_address, keys)
+        self.socket.subscribe(wire.encode_name(dp_rank))
         self.socket.subscribe(b"")
         connect(self._output, header.engine_output_address, keys)
         self._doorbell = open_doorbell(board.segment.sockets_path, dp_rank) if header.waves else None

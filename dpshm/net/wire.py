@@ -8,6 +8,8 @@
                                        [waiting, running, kv_cache_usage], or [waiting, running] in 2025
     front-ends -> coordinator   XSUB   0x01 / 0x00 (subscribe, unsubscribe); (engine or nil, wave);
                                        ("SCALE_ELASTIC_EP", n)
+    engine -> coordinator       SUB    0x01 / 0x00 (subscribe, unsubscribe), then the topic: empty (everything);
+                                       engines with dpshm's own link also `dpshm-rank`, rank (2 bytes)
     operator -> coordinator     XSUB   ("DPSHM_DRAIN", rank), ("DPSHM_UNDRAIN", rank)
 
 All payloads are msgpack. What does not decode strictly to these raises `WireError`; nothing is unpickled,
@@ -39,6 +41,7 @@ MAX_UPSTREAM_BYTES: Final = 1 << 10
 MAX_TOPIC_BYTES: Final = 1 << 20
 """Of topics that peers subscribe to, all together, before it is called a flood: honest ones have the empty one."""
 
+_NAME: Final = b"dpshm-rank"
 ENGINE_LIMIT: Final = 1 << 16
 """Ranks are named by two bytes at most."""
 ENGINE_IDENTITY_BYTES: Final = 2
@@ -48,6 +51,18 @@ Wave = Annotated[int, msgspec.Meta(ge=0, le=MAX_WAVE)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 _EMPTY = msgspec.Raw(b"\x90")
 _NIL = msgspec.Raw(b"\xc0")
+
+
+def encode_name(dp_rank: int) -> bytes:
+    """The topic by which an engine tells the coordinator whose connection this is. No message has it."""
+    return _NAME + dp_rank.to_bytes(ENGINE_IDENTITY_BYTES, "little")
+
+
+def decode_name(topic: bytes) -> int | None:
+    """The rank that a topic names; None if it is another topic."""
+    if len(topic) != len(_NAME) + ENGINE_IDENTITY_BYTES or not topic.startswith(_NAME):
+        return None
+    return int.from_bytes(topic[len(_NAME) :], "little")
 
 
 class Counts(msgspec.Struct, array_like=True, frozen=True):

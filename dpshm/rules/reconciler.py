@@ -108,7 +108,10 @@ class WaveReconciler:
             self._next_wake_ns = now_ns + self._resend_ns
         elif now_ns >= self._next_wake_ns and not is_running:
             self._next_wake_ns = now_ns + self._resend_ns
-            return [WakeTimer(expired=now_ns - self._waking_since_ns >= self._wake_timeout_ns)]
+            expired = now_ns - self._waking_since_ns >= self._wake_timeout_ns
+            if expired:
+                self._waking_since_ns = None  # the next wake-up may begin before the next look, in the same wave
+            return [WakeTimer(expired)]
         return []
 
 

@@ -15,8 +15,10 @@ In words, for the coordinator, whose wave never falls:
   gets START too, because it may refuse the request or never get it, and would then sleep while the others wait
   for it.
 - An engine that says that it runs, or whose row shows it, ends the wake-up. In a newer wave it takes the group
-  there. The others get START. A message of an old wave wakes a paused group in the present wave; a row in an
-  old wave says nothing, because the row is about to change, and `RanksSplit` comes if it does not.
+  there. The others get START. A message of an old wave says nothing: it may be one that was sent before that wave
+  ended and that `WaveCompleted` overtook. A row in an old wave is about to change, and `RanksSplit` comes if it
+  does not.
+- A rank that connects while the group is not paused missed START, or may have. START is sent again.
 - A wave that is complete, in the present wave or a newer one, pauses the group in the wave after it.
 - An unanswered wake-up repeats START, and ends with a warning.
 - Rows are the truth and messages are hints (rule 4). `RanksSplit` sends START to all; `RanksIdle` pauses the
@@ -34,8 +36,8 @@ Two options leave a START out or narrow it. ``exclude_named`` leaves the engine 
 ``repeat_start=False`` suits groups whose rows tell who sleeps: no second START when the first engine confirms,
 and none for a first request of an old wave.
 
-Source: the behaviour of vLLM's ``DPCoordinator`` (August 2025 and 0.32); `WAKING`, the two ``Ranks`` events and
-the old-wave row of `WaveStarted` are dpshm's.
+Source: the behaviour of vLLM's ``DPCoordinator`` (August 2025 and 0.32); `WAKING`, `RankConnected` and the two
+``Ranks`` events are dpshm's.
 """
 
 from __future__ import annotations
@@ -98,6 +100,10 @@ class SeenRunning(NamedTuple):
     wave: int
 
 
+class RankConnected(NamedTuple):
+    """The connection of an engine was made, or made again: what was sent before, it may not have heard."""
+
+
 class WakeTimer(NamedTuple):
     """Time passed while waking: enough to send START again, or (`expired`) to give up."""
 
@@ -116,7 +122,9 @@ class RanksIdle(NamedTuple):
     wave: int
 
 
-CoordinatorEvent = FirstRequest | WaveCompleted | WaveStarted | SeenRunning | WakeTimer | RanksSplit | RanksIdle
+CoordinatorEvent = (
+    FirstRequest | WaveCompleted | WaveStarted | SeenRunning | RankConnected | WakeTimer | RanksSplit | RanksIdle
+)
 
 
 class Attached(NamedTuple):
@@ -213,7 +221,8 @@ COORDINATOR: tuple[Row, ...] = (
     Row(_RUNS, ("w == wave", "paused"), ("running",), ("StartWave, without e", "PublishState")),
     Row(_RUNS, ("w == wave", "waking", "repeat_start"), ("running",), ("StartWave, without e", "PublishState")),
     Row(_RUNS, ("w == wave", "waking"), ("running",), ("PublishState",)),
-    Row((WaveStarted,), ("w < wave", "paused"), ("waking",), ("StartWave",)),
+    Row((RankConnected,), ("waking",), (), ("StartWave",)),
+    Row((RankConnected,), ("running",), (), ("StartWave",)),
     Row((WakeTimer,), ("waking", "expired"), ("paused",), ("WarnWakeFailed", "PublishState")),
     Row((WakeTimer,), ("waking",), (), ("StartWave",)),
     Row((RanksSplit,), ("w > wave", "running"), ("w",), ("StartWave", "PublishState")),

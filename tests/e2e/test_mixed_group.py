@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections import Counter
 
-from dpshm import Coordinator, Engine, Frontend
+import pytest
+
+from dpshm import Coordinator, Engine, Frontend, NoEngineAvailable, StartupTimeout
 from dpshm.net import wire
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
@@ -29,6 +33,8 @@ def mixed(group, using, **settings):
         assert engine.heard() == [wire.READY]
     for engine in ours:
         wait_until(lambda engine=engine: engine.poll(10) or engine.ready)
+    for engine in stock:
+        engine.report(0, 0)
     wait_until(lambda: [verdict(coordinator.board, e) for e in range(4)] == [Verdict.ALIVE] * 4)
     return coordinator, ours, stock
 
@@ -174,3 +180,112 @@ def test_stock_engines_survive_a_coordinator(group, using):
     wait_until(lambda: second.board.snapshot()[1]["running"] == 20)
     assert {frontend.route().dp_rank for _ in range(4)} == {0}
     assert stock.heard()[0] in (wire.READY, wire.START_FRAME)
+
+
+class Worker:
+    """A process that outlives the one that forked it."""
+
+    def __init__(self, pid):
+        self.pid = pid
+
+    def close(self):
+        """Ends it."""
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def test_a_rank_that_never_came_is_not_there(group, using):
+    """Guards against the connection that a forked worker keeps, taken for a stock engine that no process is."""
+    coordinator = using(Coordinator(group=group, dp_size=2))
+    frontend = using(Frontend.attach(group))
+    for _ in range(2):
+        engine = using(Remote())
+        engine.run("engine = Engine.attach(group, 0)", group=group)
+        worker = using(Worker(engine.eval("os.fork() or (time.sleep(60), os._exit(0))")))
+        wait_until(lambda: verdict(coordinator.board, 0) is Verdict.ALIVE)
+        engine.kill()
+        wait_until(lambda: verdict(coordinator.board, 0) is Verdict.DEAD)
+    again = using(Engine.attach(group, 0))
+    with pytest.raises(StartupTimeout, match=r"\[1\]"):
+        coordinator.wait_ready(0.3)
+    assert not again.poll()
+    assert not again.ready
+    assert {frontend.route(wake=False).dp_rank for _ in range(6)} == {0}
+    assert coordinator.board.snapshot()["state"].tolist() == ["idle", "absent"]
+
+
+def test_connections_alone_make_no_stock_engine(group, using):
+    """Guards against requests to a rank of which nothing but a connection was seen."""
+    coordinator = using(Coordinator(group=group, dp_size=2))
+    stock = [using(StockEngine(coordinator.engine_addresses, e)) for e in range(2)]
+    for engine in stock:
+        assert engine.heard() == [wire.READY]
+    frontend = using(Frontend.attach(group))
+    with pytest.raises(NoEngineAvailable):
+        frontend.route()
+    stock[1].report(0, 0)
+    wait_until(lambda: verdict(coordinator.board, 1) is Verdict.ALIVE)
+    assert {frontend.route().dp_rank for _ in range(4)} == {1}
+
+
+def test_a_stock_engine_that_leaves_is_left_out(group, using):
+    """Guards against a mark on behalf that outlives its engine; the next report of those that stay proves them."""
+    coordinator, _, stock = mixed(group, using)
+    frontend = using(Frontend.attach(group))
+    stock[1].close()
+    wait_until(lambda: verdict(coordinator.board, 3) is Verdict.ABSENT)
+    stock[0].report(0, 0)
+    wait_until(lambda: verdict(coordinator.board, 2) is Verdict.ALIVE)
+    routes = [frontend.route() for _ in range(9)]
+    assert {route.dp_rank for route in routes} == {0, 1, 2}
+    stock[0].close()
+    wait_until(lambda: verdict(coordinator.board, 2) is Verdict.ABSENT)
+    routes += [frontend.route() for _ in range(6)]
+    assert {route.dp_rank for route in routes[9:]} == {0, 1}
+
+
+def test_the_last_report_of_an_engine_that_left_proves_nothing(group, using):
+    """Guards against a report that comes after its engine gave up its row in good order, and marks the rank."""
+    coordinator, ours, _ = mixed(group, using)
+    left = using(StockEngine(coordinator.engine_addresses, 0))
+    ours[0].close()
+    wait_until(lambda: verdict(coordinator.board, 0) is Verdict.ABSENT)
+    left.report(3, 0)
+    wait_until(lambda: verdict(coordinator.board, 0) is Verdict.ALIVE)  # as of a stock engine in its place
+    left.close()
+    wait_until(lambda: verdict(coordinator.board, 0) is Verdict.ABSENT)
+
+
+def start_heard(engine):
+    """The next START, past any READY."""
+    while (frames := engine.heard())[0] != wire.START_FRAME:
+        assert frames == [wire.READY]
+    return wire.decode_start(frames[1])
+
+
+def test_stock_ranks_that_reconnect_late_get_the_present_wave(group, using):
+    """Guards against ranks that missed START while a coordinator was replaced, and whom none calls again."""
+    first = using(Remote())
+    first.run("coordinator = Coordinator(group=group, dp_size=2)", group=group)
+    addresses = first.eval("coordinator.engine_addresses")
+    ours = using(Engine.attach(group, 0))
+    stock = StockEngine(addresses, 1)
+    assert stock.heard() == [wire.READY]
+    stock.close()
+    first.kill()
+    second = using(Coordinator(group=group, dp_size=2))
+    ours.receive(None, wave=0)
+    wait_until(lambda: second.board.phase is Phase.RUNNING)
+    late = using(StockEngine(addresses, 1))
+    assert late.heard() == [wire.READY]
+    assert start_heard(late) == wire.StartMessage(0, None)
+
+
+def test_after_a_flood_ranks_get_the_present_wave(group, using):
+    """Guards against a START that was lost with the connections that a flood ended."""
+    coordinator, ours, stock = mixed(group, using)
+    ours[0].receive(None, wave=0)
+    for engine in stock:
+        assert start_heard(engine).wave == 0
+    coordinator._wave.mailbox.call(lambda: setattr(coordinator._wave.flood, "flood", "a test"))
+    for engine in stock:
+        assert start_heard(engine) == wire.StartMessage(0, None)

@@ -153,7 +153,7 @@ def test_ready_comes_again_for_a_late_engine(group, using):
     """Guards against an engine that scaled in, or was restarted, and waits for READY for ever."""
     coordinator, engines = start(using, 2, group=group)
     engines[1].close()
-    wait_until(lambda: coordinator._wave.ranks.readiness.subscribed == 1)
+    wait_until(lambda: coordinator._wave.stock.connections.count == 1)
     assert using(StockEngine(coordinator.engine_addresses, 1)).heard() == READY
     assert engines[0].heard() == READY
 

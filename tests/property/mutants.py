@@ -154,7 +154,6 @@ def compared(kind: type[Any], how: int, *phases: Phase) -> Callable[[Coordinator
 
 
 NO_REQUEST_WAKES = silent_engine(is_a(RequestArrived))
-NO_OLD_WAVE_ROW = coordinator_without(compared(WaveStarted, -1, Phase.PAUSED))
 NO_FIRST_REQUEST = coordinator_without(is_a(FirstRequest))
 NO_WAVE_COMPLETED = silent_engine(is_a(AllIdle))
 NO_CONFIRMATION = silent_engine(is_a(StartReceived))
@@ -212,7 +211,6 @@ CAUGHT = [
 """Rules whose loss does harm."""
 
 SPARE = [
-    Mutant("WaveStarted in an old wave, paused", CHANGES, None, NO_OLD_WAVE_ROW),
     Mutant("the stamp of a request", CHANGES, None, Rules(engine=deaf_to_stamps)),
     Mutant("rank 0's confirmation of START", CHANGES, None, NO_CONFIRMATION),
     Mutant("the front-ends' first requests", FAULTS, None, NO_FIRST_REQUEST),

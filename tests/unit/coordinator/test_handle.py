@@ -55,7 +55,7 @@ def word(coordinator, name):
 
 def subscribed(coordinator):
     """How many engines are connected, as the coordinator counts them."""
-    return coordinator._wave.ranks.readiness.subscribed
+    return coordinator._wave.stock.connections.count
 
 
 # Start and end.
@@ -395,7 +395,7 @@ def test_an_engine_that_comes_back_counts_once(group, using):
     assert coordinator.board.snapshot()["state"].tolist() == ["absent", "absent"]
     other = using(StockEngine(coordinator.engine_addresses, 1))
     assert [again.heard(), other.heard()] == [[wire.READY]] * 2
-    assert coordinator.board.snapshot()["stock"].tolist() == [True, True]
+    assert coordinator.board.snapshot()["stock"].tolist() == [False, False]  # neither has reported
 
 
 def test_a_close_ends_the_wait(group):

@@ -373,6 +373,8 @@ def test_a_stock_engines_report_is_on_the_board(coordinator, stock, group, using
     """Guards against dpshm's front-ends that see nothing of stock engines, or count a request twice."""
     board = coordinator.board
     frontend = using(Frontend.attach(group))
+    for engine in stock:
+        engine.report(0, 0)
     wait_until(lambda: [verdict(board, e) for e in (0, 1)] == [Verdict.ALIVE] * 2)
     _booked = [frontend.route(10, dp_rank=1) for _ in range(2)]
     stock[1].report(2, 5, 0.5, step=8, wave=3)

@@ -76,6 +76,15 @@ def test_ranks_that_stay_split_are_told_apart(state: CoordinatorState, shown: li
     assert rows_.events(T + 2 * RESEND, state, shown) == [RanksSplit(wave)]
 
 
+def test_a_wake_up_after_one_that_was_given_up_has_its_own_time():
+    """Guards against a timer that has expired once and then ends each wake-up of that wave at the next look."""
+    rows_ = watch()
+    for begin in (T, T + 5000, T + 10_000):  # the coordinator never looks while the group is paused
+        assert rows_.events(begin, WAKING, rows(-5, -5)) == []
+        said = [rows_.events(begin + t, WAKING, rows(-5, -5)) for t in range(RESEND, TIMEOUT + 1, RESEND)]
+        assert said == [[WakeTimer(expired=False)]] * (len(said) - 1) + [[WakeTimer(expired=True)]]
+
+
 def test_a_split_that_healed_counts_anew():
     """Guards against adding up the short splits at the start and end of every wave."""
     rows_ = watch()

@@ -18,6 +18,7 @@ from dpshm.rules.waves import (
     FirstRequest,
     Phase,
     PublishState,
+    RankConnected,
     RanksIdle,
     RanksSplit,
     RequestArrived,
@@ -54,7 +55,8 @@ COORDINATOR: list[tuple[CoordinatorEvent, object, object, object]] = [
     (WaveCompleted(4), KEEPS, KEEPS, KEEPS),
     (WaveCompleted(5), (6, PAUSED, [PUBLISH]), (6, PAUSED, [PUBLISH]), (6, PAUSED, [PUBLISH])),
     (WaveCompleted(6), (7, PAUSED, [PUBLISH]), (7, PAUSED, [PUBLISH]), (7, PAUSED, [PUBLISH])),
-    (WaveStarted(2, 4), (5, WAKING, [start(5)]), KEEPS, KEEPS),
+    (WaveStarted(2, 4), KEEPS, KEEPS, KEEPS),
+    (RankConnected(), KEEPS, (5, WAKING, [start(5)]), (5, RUNNING, [start(5)])),
     (WaveStarted(2, 5), (5, RUNNING, [start(5, 2), PUBLISH]), (5, RUNNING, [start(5, 2), PUBLISH]), KEEPS),
     (
         WaveStarted(2, 6),

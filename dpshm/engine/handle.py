@@ -19,7 +19,7 @@ from dpshm.engine.row import EngineRow
 from dpshm.errors import WireError
 from dpshm.net import wire
 from dpshm.net.context import context
-from dpshm.net.doorbell import open_doorbell
+from dpshm.net.doorbell import DoorbellClient, open_doorbell
 from dpshm.net.keys import Folder, connect, keys_for
 from dpshm.rules.waves import (
     AllIdle,
@@ -70,6 +70,7 @@ class Engine(EngineRow):
         self.socket.subscribe(b"")
         connect(self._output, header.engine_output_address, keys)
         self._doorbell = open_doorbell(board.segment.sockets_path, dp_rank) if header.waves else None
+        self._bells: DoorbellClient | None = None  # of the other ranks
         self.bell = None if self._doorbell is None else self._doorbell.socket.fileno()
         self._poller = zmq.Poller()  # made once: making one costs more than handling a START
         self.register(self._poller)
@@ -193,6 +194,8 @@ class Engine(EngineRow):
             self._check()
             if self._doorbell is not None:
                 self._doorbell.close()
+            if self._bells is not None:
+                self._bells.close()
             self.socket.close()
             self._output.close()
         super().close()
@@ -225,6 +228,18 @@ class Engine(EngineRow):
         except WireError as e:
             logger.warning("dropped a message: %s", e)
 
+    def _ring(self, wave: int) -> None:
+        """Wakes the other ranks: no coordinator may be running, and the front-end's view may have been old."""
+        if self._doorbell is None or not self._segment.linked:
+            return
+        try:
+            if self._bells is None:
+                self._bells = DoorbellClient(self._segment.sockets_path, self.board.dp_size)
+            self._bells.expect(self.board.dp_size)
+            self._bells.ring(wave, leave_out=self.dp_rank)
+        except OSError as e:  # no descriptor for a socket
+            logger.warning("could not ring the other ranks: %s; the coordinator will wake them", e)
+
     def _handle(self, event: EngineEvent) -> None:
         self._state, commands = handle_engine(self._state, event, self.dp_rank)
         wave, running, paused = self._state
@@ -234,6 +249,8 @@ class Engine(EngineRow):
             encode = (
                 wire.encode_wave_complete if isinstance(command, SendWaveCompleted) else wire.encode_wave_started
             )
+            if isinstance(event, RequestArrived):
+                self._ring(wave)
             try:
                 self._output.send(encode(self.dp_rank, command.wave), zmq.NOBLOCK)
             except zmq.ZMQError as e:

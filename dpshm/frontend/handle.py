@@ -84,6 +84,7 @@ class Frontend:
         self._decision_lock = DecisionLock(board.segment) if exclusive else None
         self._recorder: Recorder | None = None
         self._next_refresh_ns = 0
+        self._alone = False  # the coordinator of a group with waves has ended, or is stopped
         self._warned_unlinked = False
 
     @classmethod
@@ -204,8 +205,8 @@ class Frontend:
                 # the others.
                 control = self._words[self._at_control]
                 route.wave = wave = control >> WAVE_SHIFT & MAX_WAVE
-                if wake and control & PHASE_MASK not in AWAKE:
-                    self._wakeup.wake(wave, self._reader.dp_size, receiver=dp_rank)
+                if wake and (self._alone or control & PHASE_MASK not in AWAKE):
+                    route.wave = self._wake(wave, receiver=dp_rank)
             if self._bookings.lost:
                 self._bookings.heal()
         except BaseException:  # a signal handler's, too
@@ -266,9 +267,8 @@ class Frontend:
         with self._lock:
             self._begin()
             control = self._words[self._at_control]
-            if control & PHASE_MASK not in AWAKE:
-                wave, dp_size = control >> WAVE_SHIFT & MAX_WAVE, self._reader.dp_size
-                self._wakeup.wake(wave, dp_size, receiver=None, ring=ring)
+            if self._alone or control & PHASE_MASK not in AWAKE:
+                self._wake(control >> WAVE_SHIFT & MAX_WAVE, receiver=None, ring=ring)
         if self._bookings.lost:
             self._bookings.heal()
 
@@ -311,6 +311,16 @@ class Frontend:
             self._refresh(now_ns)
         return now_ns
 
+    def _wake(self, wave: int, *, receiver: int | None, ring: bool = True) -> int:
+        """Wakes ranks that sleep; returns the wave that they are woken for, `wave` or a newer one.
+
+        The control word may be old: a coordinator that was killed or stopped ends no wave. The rows tell.
+        """
+        wave, asleep = self._reader.read_wave(wave)
+        if asleep or not self._alone:
+            self._wakeup.wake(*(wave, self._reader.dp_size), receiver=receiver, ring=ring, again=self._alone)
+        return wave
+
     def _refresh(self, now_ns: int) -> None:
         self._next_refresh_ns = now_ns + REFRESH_INTERVAL_NS
         if not self._warned_unlinked and not self._segment.linked:
@@ -321,6 +331,7 @@ class Frontend:
                 self._segment.group,
                 self._segment.path.parent,
             )
+        self._alone = self._segment.header.waves and not self.board.is_watched()
         self._reader.refresh()
         self._prefixes.refresh()
         self._wakeup.expect(self._reader.dp_size)

@@ -16,7 +16,7 @@ import numpy as np
 
 from dpshm.board import layout
 from dpshm.board.board import Board
-from dpshm.board.words import DRAINED
+from dpshm.board.words import DRAINED, ON_BEHALF, unpack_state
 from dpshm.errors import NoEngineAvailable, SettingError
 from dpshm.policies import View, comparable
 from dpshm.policies.columns import VECTOR_FROM, ArrayColumns, ArrayWork, ListColumns, ListWork
@@ -103,7 +103,14 @@ class ViewReader:
             learnt = comparable(models.tolist(), lockstep=board.segment.header.waves, idle=idle)
             self._models: Any = np.array(learnt, np.int64, order="F") if n >= VECTOR_FROM else learnt
         self._verdicts = board.engine_verdicts()
-        drained = [bool(mark & DRAINED) for mark in board.engine_mark[:n].tolist()]
+        marks = board.engine_mark[:n].tolist()
+        drained = [bool(mark & DRAINED) for mark in marks]
+        self._states = board.engine_state[:n]
+        self._with_rows = [
+            e
+            for e, verdict in enumerate(self._verdicts)
+            if verdict in (Verdict.ALIVE, *HANGING) and not marks[e] & ON_BEHALF
+        ]
         eligible = [
             e
             for e, verdict in enumerate(self._verdicts)
@@ -129,6 +136,17 @@ class ViewReader:
         few = self._few_work(now_ns) if self._sees_work else None
         counts = self._requests.count().tolist()
         return View(ListColumns(ranks, self._load_words.tolist(), counts, own, frontends, few))
+
+    def read_wave(self, least: int) -> tuple[int, bool]:
+        """The highest wave of live rows, at least `least`; and whether a rank sleeps that the wave may need.
+
+        A rank that the user paused does not wake. A stock engine's row shows no wave.
+        """
+        states = self._states.tolist()
+        rows = [unpack_state(states[e]) for e in self._with_rows]
+        wave = max((row[0] for row in rows), default=least)
+        wave = max(wave, least)
+        return wave, any(not paused and not (running and at == wave) for at, running, paused in rows)
 
     def read_beats(self) -> list[int]:
         """By rank, CLOCK_MONOTONIC ns of its newest report; 0 for a rank whose clock is another."""

@@ -34,7 +34,9 @@ class Wakeup:
         if self._doorbells is not None:
             self._doorbells.expect(dp_size)
 
-    def wake(self, wave: int, dp_size: int, *, receiver: int | None, ring: bool = True) -> None:
+    def wake(
+        self, wave: int, dp_size: int, *, receiver: int | None, ring: bool = True, again: bool = False
+    ) -> None:
         """Wakes all ranks of a paused group; does nothing in a group without waves.
 
         Args:
@@ -42,11 +44,12 @@ class Wakeup:
             dp_size: how many ranks there are.
             receiver: the rank that a request is about to wake; None: no rank.
             ring: whether to ring the doorbells.
+            again: rings also if it has rung for this wave: no coordinator repeats START.
         """
         if not self._segment.header.waves:
             return
         try:
-            if ring and wave != self._rung and self._segment.linked:
+            if ring and (again or wave != self._rung) and self._segment.linked:
                 if self._doorbells is None:
                     self._doorbells = DoorbellClient(self._segment.sockets_path, dp_size)
                 self._doorbells.ring(wave, leave_out=receiver)

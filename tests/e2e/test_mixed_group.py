@@ -200,7 +200,7 @@ def test_a_rank_that_never_came_is_not_there(group, using):
     for _ in range(2):
         engine = using(Remote())
         engine.run("engine = Engine.attach(group, 0)", group=group)
-        worker = using(Worker(engine.eval("os.fork() or (time.sleep(60), os._exit(0))")))
+        using(Worker(engine.eval("os.fork() or (time.sleep(60), os._exit(0))")))
         wait_until(lambda: verdict(coordinator.board, 0) is Verdict.ALIVE)
         engine.kill()
         wait_until(lambda: verdict(coordinator.board, 0) is Verdict.DEAD)

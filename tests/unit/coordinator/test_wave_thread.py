@@ -147,7 +147,7 @@ def test_start_is_repeated_and_given_up(group, using, caplog):
     for _ in range(2):
         assert engine.heard() == wire.encode_start(0, None)
     wait_until(lambda: control(coordinator) == (0, Phase.PAUSED))
-    assert any("no engine woke up for wave 0" in r.message for r in caplog.records)
+    wait_until(lambda: any("no engine woke up for wave 0" in r.message for r in caplog.records))
 
 
 def test_ranks_that_the_user_paused_are_no_reason_to_warn(group, using, caplog):

@@ -611,6 +611,7 @@ def test_a_start_message_of_an_engine_arrives_after_the_restart(group, using):
     engines = [using(Engine.attach(group, dp_rank)) for dp_rank in (0, 1)]
     wait_until(lambda: engines[1].poll(10) or engines[1].ready)
     first.kill()
+    (files.sockets_path(group) / "bell-0").unlink()  # nor does rank 1 wake it
     engines[1].receive(None, wave=0)
     assert not engines[0].poll(20)
     using(Coordinator(group=group, dp_size=2))

@@ -131,6 +131,8 @@ CACHE_WORDS = (
     "blocks_in_use",  # of those, held by requests
     "held_tokens",  # tokens of KV cache that running requests hold
     "cached_tokens",  # prompt tokens that were found in the cache; only grows within an incarnation
+    "indexed_blocks",  # different blocks that the prefix index holds
+    "dropped_blocks",  # blocks that found no place in it; only grows with each index
 )
 # What a front-end stores in its row, its name (`owner`, OWNER_BYTES) after them.
 FRONTEND_WORDS = (

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dpshm.board.layout import CACHE_WORDS
 from dpshm.board.words import DRAINED, ON_BEHALF, unpack_load, unpack_progress, unpack_state
 from dpshm.rules.liveness import is_silent, state_of
 from dpshm.rules.waves import Phase
@@ -45,6 +46,8 @@ SNAPSHOT_DTYPE = np.dtype(
         ("prompt_tokens", np.int64),
         ("generation_tokens", np.int64),
         ("requests_finished", np.int64),
+        ("has_index", np.bool_),
+        *((name, np.int64) for name in CACHE_WORDS[1:]),
     ]
 )
 """One row a rank. `requests` and `prefill_backlog` count what is in flight in; ages are -1 where unknown."""
@@ -97,6 +100,10 @@ def take_snapshot(board: Board, now_ns: int | None, counted: Sequence[int], watc
         row["incarnation"], row["pid"] = board.engine_incarnation[e], board.engine_pid[e]
         for name in _COUNTERS:
             row[name] = getattr(board, name)[e]
+        index, *cache = board.cache_state[e].tolist()
+        row["has_index"] = index != 0
+        for name, value in zip(CACHE_WORDS[1:], cache, strict=True):
+            row[name] = _sane(value)
     return out
 
 

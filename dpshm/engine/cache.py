@@ -63,6 +63,7 @@ class EngineCache:
         self._at = {name: board.index("cache_state", dp_rank, i) for i, name in enumerate(CACHE_WORDS)}
         self._at_cached = self._at["cached_tokens"]
         self._at_in_use, self._at_held = self._at["blocks_in_use"], self._at["held_tokens"]
+        self._at_indexed, self._at_dropped = self._at["indexed_blocks"], self._at["dropped_blocks"]
         self._cached_tokens = 0
         self._index: PrefixIndexWriter | None = None
         incarnation = int(board.engine_incarnation[dp_rank]) << _NUMBER_BITS | number & (1 << _NUMBER_BITS) - 1
@@ -126,7 +127,7 @@ class EngineCache:
         self._words[self._at_cached] = self._cached_tokens
 
     def show(self, *, blocks_in_use: int, held_tokens: int) -> None:
-        """Stores how full the cache is.
+        """Stores how full the cache and the index are.
 
         Args:
             blocks_in_use: blocks that requests hold.
@@ -135,6 +136,9 @@ class EngineCache:
         self._check()
         in_use, held = saturate(index(blocks_in_use)), saturate(index(held_tokens))
         self._words[self._at_in_use], self._words[self._at_held] = in_use, held
+        if self._index is not None:
+            self._words[self._at_indexed] = len(self._index)
+            self._words[self._at_dropped] = self._index.dropped
 
     def close(self) -> None:
         """Takes the index away from front-ends. `dpshm.Engine.close` calls it."""

@@ -66,6 +66,15 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
         prompt_tokens_per_s: prompt tokens computed.
         generation_tokens_per_s: tokens generated.
         steps: this and the five fields after it count since this incarnation began.
+        has_index: whether front-ends can see what its KV cache holds (the prefix index).
+        block_tokens: tokens a block of its KV cache; 0 if it does not say, as the fields after it.
+        num_blocks: blocks of its KV cache.
+        blocks_in_use: blocks that requests hold.
+        held_tokens: tokens of KV cache that running requests hold.
+        cached_tokens: prompt tokens that were found in the cache, since this incarnation began.
+        indexed_blocks: different blocks in the prefix index.
+        dropped_blocks: blocks that found no place in it.
+        cached_share: prompt tokens found in the cache, of all prompt tokens of the rates' window.
     """
 
     dp_rank: int
@@ -92,11 +101,20 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     generation_tokens: int
     requests_finished: int
+    has_index: bool = False
+    block_tokens: int = 0
+    num_blocks: int = 0
+    blocks_in_use: int = 0
+    held_tokens: int = 0
+    cached_tokens: int = 0
+    indexed_blocks: int = 0
+    dropped_blocks: int = 0
     step_ms: float | None = None
     busy: float | None = None
     requests_per_s: float | None = None
     prompt_tokens_per_s: float | None = None
     generation_tokens_per_s: float | None = None
+    cached_share: float | None = None
 
 
 class Frontend(msgspec.Struct, frozen=True, kw_only=True):

@@ -83,6 +83,24 @@ PANELS = (
     Panel("Waiting requests", "short", _rank("dpshm_rank_waiting_requests")),
     Panel("Running requests", "short", _rank("dpshm_rank_running_requests")),
     Panel("KV cache", "percentunit", _rank("dpshm_rank_kv_cache_usage_ratio")),
+    Panel("KV-cache tokens of running requests", "short", _rank("dpshm_rank_held_tokens")),
+    Panel(
+        "KV-cache blocks in use",
+        "percentunit",
+        [
+            (
+                f"dpshm_rank_kv_blocks_in_use{{{_R}}} / dpshm_rank_kv_blocks{{{_R}}}",
+                f"{_WHERE} rank {{{{dp_rank}}}}",
+            )
+        ],
+    ),
+    Panel("Blocks in the prefix index", "short", _rank("dpshm_rank_indexed_blocks")),
+    Panel(
+        "Blocks without a place in the prefix index",
+        "short",
+        _rank("dpshm_rank_dropped_blocks"),
+        help="They are computed again. Above 0 the index is too small, which should not happen.",
+    ),
     Panel(
         "Prefill backlog", "short", _rank("dpshm_rank_prefill_backlog_tokens"), help="Prompt tokens to compute."
     ),
@@ -94,6 +112,12 @@ PANELS = (
     ),
     Panel("Age of stats", "s", _rank("dpshm_rank_stats_age_seconds"), help="Time since the rank's last publish."),
     Panel("Tokens generated", "short", _rate("dpshm_rank_generation_tokens_total")),
+    Panel(
+        "Prompt tokens cached",
+        "short",
+        _rate("dpshm_rank_cached_tokens_total"),
+        help="Prompt tokens that ranks found in their KV cache.",
+    ),
     Panel("Prompt tokens computed", "short", _rate("dpshm_rank_prompt_tokens_total")),
     Panel("Requests finished", "reqps", _rate("dpshm_rank_requests_finished_total")),
     Panel(

@@ -48,12 +48,18 @@ _RANK_GAUGES: tuple[tuple[str, str, Callable[[Rank], float | None]], ...] = (
     ("step_age_seconds", "Time since the present step began; 0 between steps.", lambda r: r.step_age_s or 0.0),
     ("routable", "1 if front-ends may choose the engine.", lambda r: int(r.routable)),
     ("incarnation", "Number of processes that have had this rank.", lambda r: r.incarnation),
+    ("kv_blocks", "Blocks of the KV cache; 0 if the engine does not say.", lambda r: r.num_blocks),
+    ("kv_blocks_in_use", "Blocks of the KV cache that requests hold.", lambda r: r.blocks_in_use),
+    ("held_tokens", "Tokens of KV cache that running requests hold.", lambda r: r.held_tokens),
+    ("indexed_blocks", "Blocks of prompts in the prefix index.", lambda r: r.indexed_blocks),
+    ("dropped_blocks", "Blocks that found no place in the prefix index.", lambda r: r.dropped_blocks),
 )  # fmt: skip
 _RANK_COUNTERS: tuple[tuple[str, str, Callable[[Rank], float]], ...] = (
     ("steps", "Steps of the model, including dummy steps.", lambda r: r.steps),
     ("dummy_steps", "Steps without work, which keep the rank in step with the others.", lambda r: r.dummy_steps),
     ("step_seconds", "Time spent in steps.", lambda r: r.busy_s),
     ("prompt_tokens", "Prompt tokens computed.", lambda r: r.prompt_tokens),
+    ("cached_tokens", "Prompt tokens found in the KV cache.", lambda r: r.cached_tokens),
     ("generation_tokens", "Tokens generated.", lambda r: r.generation_tokens),
     ("requests_finished", "Requests that ended.", lambda r: r.requests_finished),
 )

@@ -11,7 +11,7 @@ import time
 import numpy as np
 
 from dpshm.board.board import Board
-from dpshm.board.layout import DROP_REASONS
+from dpshm.board.layout import CACHE_WORDS, DROP_REASONS
 from dpshm.board.words import VERDICT_MASK, WAKE_LIMITS_MS
 from dpshm.linux import processes
 from dpshm.ops.frame import SCHEMA_VERSION, Coordinator, Frame, Frontend, Rank
@@ -125,7 +125,7 @@ def _ranks(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Rank]:
 _SAME = (
     *("dp_rank", "drained", "stock", "waiting", "running", "in_flight", "requests", "prefill_backlog"),
     *("kv_cache_usage", "wave", "step", "pid", "incarnation", "steps", "dummy_steps", "prompt_tokens"),
-    *("generation_tokens", "requests_finished"),
+    *("generation_tokens", "requests_finished", "has_index", *CACHE_WORDS[1:]),
 )
 
 

@@ -84,6 +84,7 @@ def _rank(before: Rank | None, now: Rank, seconds: float) -> Rank:
     if before is None or (before.incarnation, before.pid) != (now.incarnation, now.pid) or now.stock:
         return now  # the counters start again with each process
     steps, busy_s = now.steps - before.steps, now.busy_s - before.busy_s
+    computed, cached = now.prompt_tokens - before.prompt_tokens, now.cached_tokens - before.cached_tokens
     return msgspec.structs.replace(
         now,
         step_ms=busy_s * 1e3 / steps if steps else None,
@@ -91,6 +92,7 @@ def _rank(before: Rank | None, now: Rank, seconds: float) -> Rank:
         requests_per_s=(now.requests_finished - before.requests_finished) / seconds,
         prompt_tokens_per_s=(now.prompt_tokens - before.prompt_tokens) / seconds,
         generation_tokens_per_s=(now.generation_tokens - before.generation_tokens) / seconds,
+        cached_share=cached / (cached + computed) if now.num_blocks and cached + computed > 0 else None,
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 
 from dpshm.board.board import Board
-from dpshm.errors import DpshmError
+from dpshm.board.prefix_index import PrefixIndexReader, index_path
+from dpshm.errors import DpshmError, SegmentError
 from dpshm.linux import processes
 from dpshm.net.keys import keys_for
 from dpshm.ops.doctor.finding import Finding
@@ -33,6 +35,7 @@ def check_group(board: Board) -> list[Finding]:
         *_holders(board, after),
         *_namespaces(board),
         *_capacity(after),
+        *_prefix_indexes(board, after),
     ]
 
 
@@ -308,6 +311,49 @@ def _capacity(frame: Frame) -> Iterator[Finding]:
             why="the next front-end cannot attach",
             fix="restart the group with a larger max_frontends",
         )
+
+
+def _prefix_indexes(board: Board, frame: Frame) -> Iterator[Finding]:
+    """Finds ranks whose prefix indexes differ in kind, or cannot be read."""
+    kinds: dict[tuple[int, int], list[str]] = defaultdict(list)
+    lost, unindexed = [], []
+    for rank in frame.ranks:
+        if rank.state in ("absent", "dead") or not rank.num_blocks:
+            continue
+        if not rank.has_index:
+            unindexed.append(rank)
+            continue
+        path = index_path(board.segment.sockets_path, rank.dp_rank)
+        try:
+            reader = PrefixIndexReader.open(path)
+        except SegmentError:
+            if os.access(path.parent, os.R_OK | os.X_OK):  # else the folder is another user's, and stays closed
+                lost.append(rank)
+            continue
+        kinds[reader.block_tokens, reader.identity].append(f"rank {rank.dp_rank}")
+    if len(kinds) > 1:
+        words = "; ".join(f"{tokens} tokens a block: {_some(who)}" for (tokens, _), who in sorted(kinds.items()))
+        yield Finding(
+            severity="warning",
+            check="prefix index",
+            group=frame.group,
+            what=f"ranks disagree in block size or hash of their prefix caches: {words}",
+            why="a prompt is hashed once for each kind, and hits of one kind cannot be compared with another's",
+            fix="start all engines with the same block size, hash function and PYTHONHASHSEED",
+        )
+    for ranks, what in (
+        (lost, "the file of the prefix index is gone or damaged"),
+        (unindexed, "the engine caches prompts and has no prefix index: there was no room, or it failed"),
+    ):
+        if ranks:
+            yield Finding(
+                severity="warning",
+                check="prefix index",
+                group=frame.group,
+                what=f"{_names(ranks)}: {what}",
+                why="requests go to these ranks by load alone, and prefixes are computed again",
+                fix=f"look at the engine's log and at: df {board.segment.path.parent}; then restart the engine",
+            )
 
 
 def _names(ranks: list[Rank]) -> str:

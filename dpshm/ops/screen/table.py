@@ -92,6 +92,11 @@ def kv_cell(usage: float, glyphs: Glyphs, width: int) -> Text:
     return text.append(f" {usage:4.0%}", "default")
 
 
+def hit_cell(rank: Rank) -> str:
+    """The share of prompt tokens that were cached."""
+    return "-" if rank.cached_share is None else f"{rank.cached_share:.0%}"
+
+
 def rank_columns(glyphs: Glyphs, *, wide: bool = False) -> list[Column[Rank]]:
     """The columns of ranks, except the history."""
     kv = 15 if wide else 8
@@ -105,6 +110,7 @@ def rank_columns(glyphs: Glyphs, *, wide: bool = False) -> list[Column[Rank]]:
         Column(
             "KV", kv, 3, lambda r: kv_cell(r.kv_cache_usage, glyphs, kv), lambda r: -r.kv_cache_usage, left=True
         ),
+        Column("hit", 4, 7, hit_cell, lambda r: -_or_less(r.cached_share)),
         Column("req/s", 5, 5, lambda r: count(r.requests_per_s), lambda r: -_or_less(r.requests_per_s)),
         Column("tok/s", 5, 4, lambda r: count(r.generation_tokens_per_s), lambda r: -_or_less(_tokens(r))),
         Column("step", 5, 6, lambda r: duration(_step_s(r)), lambda r: -_or_less(_step_s(r))),

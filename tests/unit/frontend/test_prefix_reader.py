@@ -196,7 +196,7 @@ def test_without_room_there_is_no_index(group, using, caplog, monkeypatch):
     cache.clear()
     cache.show(blocks_in_use=5, held_tokens=70)
     cache.found(3)
-    assert board.cache_state[0].tolist() == [0, 16, 100, 5, 70, 3]
+    assert board.cache_state[0].tolist() == [0, 16, 100, 5, 70, 3, 0, 0]
     frontend = using(Frontend.attach(group))
     assert frontend.route(prompt=PROMPT).cached_tokens == 0
 

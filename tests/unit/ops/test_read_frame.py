@@ -81,8 +81,9 @@ def test_the_fields_of_schema_1_are_these(coordinator, seen):
     assert " ".join(frame["ranks"][0]) == (
         "dp_rank state routable drained stock waiting running in_flight requests prefill_backlog kv_cache_usage "
         "wave step age_s step_age_s pid incarnation version steps dummy_steps busy_s prompt_tokens "
-        "generation_tokens requests_finished step_ms busy requests_per_s prompt_tokens_per_s "
-        "generation_tokens_per_s"
+        "generation_tokens requests_finished has_index block_tokens num_blocks blocks_in_use held_tokens "
+        "cached_tokens indexed_blocks dropped_blocks step_ms busy requests_per_s prompt_tokens_per_s "
+        "generation_tokens_per_s cached_share"
     )
 
 

@@ -91,6 +91,11 @@ class EngineCache:
         """Whether there is an index."""
         return self._index is not None
 
+    @property
+    def index(self) -> PrefixIndexWriter | None:
+        """The index, for an engine that inserts and evicts one block at a time in its own thread."""
+        return self._index
+
     def insert(self, fingerprints: Iterable[int] | NDArray[np.uint64]) -> None:
         """Blocks have been computed and are in the cache.
 

@@ -24,20 +24,27 @@ class PromptedRequest(Protocol):
 
 
 class _Followed:
-    """A request whose prompt is not computed, and how many tokens of it were left at the last update."""
+    """A request whose prompt is not computed.
 
-    __slots__ = ("left", "prefill_stats", "request")
+    Attributes:
+        request: the request.
+        expected: prompt tokens that its front-end expects to be cached.
+        left: prompt tokens that were to be computed at the last update.
+    """
 
-    def __init__(self, request: PromptedRequest, left: int) -> None:
+    __slots__ = ("expected", "left", "prefill_stats", "request")
+
+    def __init__(self, request: PromptedRequest, expected: int) -> None:
         self.request = request
-        self.left = left
+        self.expected = expected
+        self.left = self.count()
         # Kept from the start: the scheduler fills it in, and removes it from the request at the first token.
         self.prefill_stats: Any = getattr(request, "prefill_stats", None)
 
-    def cached(self) -> int:
-        """Tokens of its prompt that were found in a cache; 0 from the second call on."""
-        stats, self.prefill_stats = self.prefill_stats, None
-        return getattr(stats, "num_cached_tokens", 0)
+    def count(self) -> int:
+        """Prompt tokens that are to be computed; while it waits, without those expected to be cached."""
+        request = self.request
+        return max(0, request.num_prompt_tokens - (request.num_computed_tokens or self.expected))
 
 
 class PrefillBacklog:
@@ -45,18 +52,25 @@ class PrefillBacklog:
 
     Attributes:
         tokens: the backlog at the last update.
+        cached: prompt tokens of all requests so far that were found in the engine's own cache.
     """
 
     def __init__(self) -> None:
         self._followed: dict[str, _Followed] = {}
         self.tokens = 0
+        self.cached = 0
 
-    def add(self, request: PromptedRequest) -> None:
-        """Follows a request that came into the queue."""
-        left = request.num_prompt_tokens - request.num_computed_tokens
-        if left > 0 and not request.is_finished():
-            self._followed[request.request_id] = _Followed(request, left)
-            self.tokens += left
+    def add(self, request: PromptedRequest, expected: int = 0) -> None:
+        """Follows a request that came into the queue.
+
+        Args:
+            request: the request.
+            expected: prompt tokens that its front-end did not book, because it expects them to be cached.
+        """
+        known = _Followed(request, expected)
+        if known.left > 0 and not request.is_finished():
+            self._followed[request.request_id] = known
+            self.tokens += known.left
 
     def update(
         self, batch: Collection[PromptedRequest], num_waiting: int, everything: Iterable[PromptedRequest]
@@ -92,11 +106,21 @@ class PrefillBacklog:
     def _update_request(self, known: _Followed) -> int:
         """Prompt tokens of one request that were computed since its last update."""
         request, before = known.request, known.left
-        left = max(0, request.num_prompt_tokens - request.num_computed_tokens)
-        computed = max(0, before - left - known.cached()) if left != before else 0
+        left, computed = known.count(), 0
+        if left != before:
+            computed = max(0, before - left - self._surprise(known))
         known.left = left
         self.tokens += left - before
         if not left or request.is_finished():
             self.tokens -= left
             del self._followed[request.request_id]
         return computed
+
+    def _surprise(self, known: _Followed) -> int:
+        """How many tokens more than expected were found in a cache; counts them, once a request."""
+        stats, known.prefill_stats = known.prefill_stats, None
+        if stats is None:
+            return 0
+        found = stats.num_cached_tokens
+        self.cached += getattr(stats, "num_local_cached_tokens", found)
+        return int(found) - known.expected

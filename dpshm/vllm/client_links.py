@@ -26,7 +26,6 @@ at all. When a link gives up, the hooks come off and the client begins to listen
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -40,17 +39,17 @@ from dpshm.frontend.handle import Frontend
 from dpshm.frontend.route import Route
 from dpshm.rules.waves import Phase
 from dpshm.vllm import metrics
+from dpshm.vllm.booked import BookedWriter
 from dpshm.vllm.find import owner_name
 from dpshm.vllm.instance import InstanceHooks
 from dpshm.vllm.log import logger
 from dpshm.vllm.options import Options
+from dpshm.vllm.prompts import PromptHasher, RequestPrompt
 
 LINK = "_dpshm_link"
 """The attribute of a client that holds its link: None once there is none, absent before anything was tried."""
 _FIRST_REQUESTS = "first_req_send_socket"
 """The attribute of a client that tells of first requests; clients have it up to vLLM 0.32."""
-KEY_TOKENS = 256
-"""How many tokens of a prompt make its key for the policy `affinity`."""
 
 
 class _Nowhere:
@@ -159,6 +158,13 @@ class BookingLink(ClientLink):
             ranks=client.engine_ranks_managed,
             policy=options.policy,
         )
+        self._prompts = PromptHasher(client)
+        self._booked: BookedWriter | None = None
+        if self._prompts.works:
+            try:
+                self._booked = BookedWriter(self._frontend.board, self._frontend.index)
+            except Exception:
+                self._prompts.leave("engines cannot be told what is booked", exc_info=True)
         choose, add_request_async = client.get_core_engine_for_request, client.add_request_async
 
         async def add(request: Any) -> Any:
@@ -201,15 +207,28 @@ class BookingLink(ClientLink):
         """Takes the hooks off and leaves the board."""
         super().close()
         self._frontend.close()
+        if self._booked is not None:
+            self._booked.close()
+            self._booked = None
 
     def _tokens(self, request: Any) -> int:
         return int(self._count_tokens(request.prompt_token_ids, getattr(request, "prompt_embeds", None)))
 
-    def _key(self, request: Any) -> bytes | None:
-        """The key for the policy `affinity`: the first tokens of the prompt. None for other policies."""
-        if not self._needs_key or request.prompt_token_ids is None:
-            return None
-        return array("q", request.prompt_token_ids[:KEY_TOKENS]).tobytes()
+    def _prompt(self, request: Any) -> RequestPrompt | None:
+        """What is looked up in the ranks' prefix indexes; None for a later part of a streamed input, or to look up
+        nothing.
+        """
+        return (
+            None if self._routes.get(request.request_id) else self._prompts.prompt(request, self._tokens(request))
+        )
+
+    def _key(self, request: Any) -> str | None:
+        """The key for the policy `affinity`: the session that the client names. None for other policies.
+
+        No key is made of the prompt's first tokens: prompts that all begin alike would all have one key. Without a
+        key `affinity` chooses as `least_work` does, by what each rank has cached of the prompt.
+        """
+        return getattr(request, "session_id", None) or None if self._needs_key else None
 
     def _is_pinned(self, request: Any) -> bool:
         client = self._client
@@ -224,13 +243,17 @@ class BookingLink(ClientLink):
         client = self._client
         rank = client.engine_ranks_managed[client.core_engines.index(engine)]
         try:
-            return self._note(request, self._frontend.route(self._tokens(request), dp_rank=rank, wake=False))
+            prompt = self._prompt(request)
+            route = self._frontend.route(self._tokens(request), prompt=prompt, dp_rank=rank, wake=False)
+            return self._note(request, route)
         except NoEngineAvailable as e:
             logger.debug("dpshm: not booked: %s", e)
             return None
 
     def _note(self, request: Any, route: Route) -> Route:
         self._routes.setdefault(request.request_id, []).append(route)
+        if self._booked is not None:
+            self._booked.tell(request.request_id, route.cached_tokens)
         return route
 
 
@@ -310,8 +333,9 @@ class BoardLink(BookingLink):
 
     def _route(self, request: Any) -> Route | None:
         try:
-            key = self._key(request)
-            return self._note(request, self._frontend.route(self._tokens(request), key=key, wake=False))
+            prompt, key = self._prompt(request), self._key(request)
+            route = self._frontend.route(self._tokens(request), prompt=prompt, key=key, wake=False)
+            return self._note(request, route)
         except NoEngineAvailable as e:
             if not self._warned_none:
                 self._warned_none = True

@@ -14,6 +14,8 @@ hooks the instance:
     _maybe_publish_request_counts     sends nothing: the row replaces the message to the coordinator
     step_fn, execute_dummy_batch      mark the step as begun, time it, count its tokens
 
+The prefix cache is mirrored in the rank's index (`dpshm.vllm.prefix_cache`).
+
 The wave stays vLLM's own, with its rules and its messages. The row shows the state of those rules.
 
 A request is counted before vLLM handles it. vLLM may answer at once, in shutdown and (since 0.33) while the user
@@ -31,9 +33,11 @@ from dpshm.engine.row import EngineRow
 from dpshm.engine.step import StepTimer
 from dpshm.vllm.backlog import PrefillBacklog
 from dpshm.vllm.bells import Bells
+from dpshm.vllm.booked import BookedReader
 from dpshm.vllm.find import group_at, owner_name
 from dpshm.vllm.instance import InstanceHooks
 from dpshm.vllm.log import logger
+from dpshm.vllm.prefix_cache import PrefixCache
 
 REFUSALS = ("_handle_request_preproc_error", "_handle_request_validation_error", "_handle_mm_cache_miss")
 """The methods with which vLLM's input thread refuses a request; older ones lack the second (up to
@@ -93,10 +97,13 @@ class EngineLink:
         self._row: EngineRow | None = row
         self._scheduler = core.scheduler
         self._backlog = PrefillBacklog()
+        self._booked = BookedReader(row.board)
+        self._prefix = PrefixCache.open(row, core.scheduler, core.engine_index)
+        self._expected = self._cached_tokens = self._held_tokens = 0
         self._inputs = list(core.addresses.inputs)
         self._frontends: dict[int, int] = {}
         self._seen_frontends = -1
-        self._refused: deque[tuple[int, int]] = deque()  # (client, tokens), from the input thread
+        self._refused: deque[tuple[int, str, int]] = deque()  # (client, request, tokens), from the input thread
         self._steps = 0
         self._step: StepTimer | None = None
         types = import_module("vllm.v1.engine").EngineCoreRequestType
@@ -119,6 +126,8 @@ class EngineLink:
         self._hooks.remove()
         self._core.step_fn = self._stock_step_fn
         self._close_bells()
+        if self._prefix is not None:
+            self._prefix.close()
         row, self._row = self._row, None
         if row is not None:
             row.close()
@@ -190,7 +199,7 @@ class EngineLink:
             tokens = self._count_tokens(request.prompt_token_ids, getattr(request, "prompt_embeds", None))
         except Exception:
             tokens = 0  # the API server cannot count them either, so it booked none
-        self._refused.append((request.client_index, tokens))
+        self._refused.append((request.client_index, request.request_id, tokens))
         self._core.input_queue.put_nowait((self._wakeup, None))
 
     def _safely(self, function: Callable[..., None], *args: Any) -> None:
@@ -228,6 +237,8 @@ class EngineLink:
             self._forget_step()  # its requests were aborted
         running, waiting = scheduler.get_request_counts()
         self._backlog.update(scheduler.running, waiting, scheduler.requests.values())
+        if self._prefix is not None:
+            self._show_cache(self._prefix, running)
         # Not `has_work`: that is also true while the engine has only to tell which requests finished. It is in the
         # next wave by then, and would wake all ranks for nothing.
         running_wave = core.engines_running or scheduler.has_unfinished_requests()
@@ -240,18 +251,23 @@ class EngineLink:
             step=self._steps,
         )
 
+    def _show_cache(self, prefix: PrefixCache, running: int) -> None:
+        if self._backlog.cached != self._cached_tokens:
+            prefix.cache.found(self._backlog.cached - self._cached_tokens)
+            self._cached_tokens = self._backlog.cached
+        prefix.show(self._held_tokens if running else 0)
+
     def _kv_cache_usage(self) -> float:
         get = getattr(self._scheduler, "get_kv_cache_usage", None)  # after 0.24
         return float(get() if get is not None else self._scheduler.kv_cache_manager.usage)
 
     def _count_received(self, added: Any) -> None:
-        assert self._row is not None
-        self._row.count_received(self._frontend_of(added.client_index), added.num_prompt_tokens)
+        self._expected = self._count(added.client_index, added.request_id, added.num_prompt_tokens)
 
     def _handled(self, request_type: Any, request: Any, was_asleep: bool) -> None:
         core = self._core
         if request_type == self._add and (added := request[0]).request_id in self._scheduler.requests:
-            self._backlog.add(added)
+            self._backlog.add(added, self._expected)
             if was_asleep and self._bells is not None and not core.is_scheduler_paused():
                 self._bells.ring(core.current_wave)
         if not core.has_work():
@@ -268,8 +284,15 @@ class EngineLink:
     def _count_refused(self) -> None:
         assert self._row is not None
         while self._refused:
-            client_index, tokens = self._refused.popleft()
-            self._row.count_received(self._frontend_of(client_index), tokens)
+            self._count(*self._refused.popleft())
+
+    def _count(self, client_index: int, request_id: str, tokens: int) -> int:
+        """Counts a request as its API server booked it; gives the tokens that it expects to be cached."""
+        assert self._row is not None
+        frontend = self._frontend_of(client_index)
+        cached = 0 if frontend is None else min(tokens, self._booked.cached_tokens(frontend, request_id))
+        self._row.count_received(frontend, tokens - cached)
+        return cached
 
     def _frontend_of(self, client_index: int) -> int | None:
         """The row of an API server; None while it has none."""
@@ -316,6 +339,8 @@ class EngineLink:
             self._row.finished(finished)
         waiting = self._scheduler.get_request_counts()[1]
         prefilled = self._backlog.update(self._scheduler.running, waiting, self._scheduler.requests.values())
+        if self._prefix is not None:  # once a step, because it goes through the batch
+            self._held_tokens = sum([request.num_computed_tokens for request in self._scheduler.running])
         if result is not None and not tokens and not prefilled:
             if not self._core.batch_queue:
                 self._forget_step()  # it only told which requests had finished

@@ -31,30 +31,42 @@ class ShadowTally:
         self._theirs = 0
         self._ours = 0
         self._worst = 0
+        self._their_cached = 0
+        self._our_cached = 0
 
-    def count(self, theirs: int, ours: int, requests: Sequence[int]) -> None:
+    def count(self, theirs: int, ours: int, requests: Sequence[int], cached: Sequence[int] = ()) -> None:
         """One decision.
 
         Args:
             theirs: the rank that vLLM chose.
             ours: the rank that dpshm would have chosen.
             requests: by rank, requests waiting, running and in flight.
+            cached: by rank, tokens of the prompt that it has cached; empty if that is not known.
         """
         self.decisions += 1
         self.agreed += theirs == ours
         self._theirs += requests[theirs]
         self._ours += requests[ours]
         self._worst = max(self._worst, requests[theirs] - requests[ours])
+        if cached:
+            self._their_cached += cached[theirs]
+            self._our_cached += cached[ours]
 
     def summary(self) -> str:
         """One line for the log."""
         n = self.decisions
         if not n:
             return "no decisions yet"
+        cached = ""
+        if self._their_cached or self._our_cached:
+            cached = (
+                f". Prompt tokens cached there: vLLM {self._their_cached}, dpshm {self._our_cached}; "
+                f"vLLM's choices gave {self._our_cached - self._their_cached} away"
+            )
         return (
             f"{n} decisions, {self.agreed} the same ({100 * self.agreed / n:.0f} %). Requests already at the "
             f"chosen engine: vLLM {self._theirs / n:.2f}, dpshm {self._ours / n:.2f} on average; "
-            f"vLLM's engine had up to {self._worst} more"
+            f"vLLM's engine had up to {self._worst} more{cached}"
         )
 
 
@@ -72,12 +84,14 @@ class ShadowLink(BookingLink):
         atexit.register(self._log)
 
     def _choose(self, stock: Callable[[Any], Any], request: Any) -> Any:
+        ours: int | None = None
+        requests: list[int] = []
+        cached: list[int] = []
         try:
-            ours = (
-                None
-                if self._is_pinned(request)
-                else self._frontend.choose(self._tokens(request), key=self._key(request))
-            )
+            if not self._is_pinned(request):
+                prompt = self._prompt(request)
+                ours = self._frontend.choose(self._tokens(request), prompt=prompt, key=self._key(request))
+                cached = [] if prompt is None else self._frontend.cached(prompt)
             requests = self._frontend.snapshot()["requests"].tolist()
         except NoEngineAvailable:
             ours = None
@@ -88,7 +102,7 @@ class ShadowLink(BookingLink):
         try:
             route = self._book(request, engine)
             if ours is not None and route is not None:
-                self._tally.count(route.dp_rank, ours, requests)
+                self._tally.count(route.dp_rank, ours, requests, cached)
             if time.monotonic() >= self._next_log:
                 self._log()
         except Exception:

@@ -39,6 +39,9 @@ class DPAsyncMPClient:
         self.input_socket.bind("tcp://127.0.0.1:*")
         self.current_wave, self.engines_running = 0, False
         self.listening = False
+        self.vllm_config = SimpleNamespace(
+            cache_config=SimpleNamespace(enable_prefix_caching=True, prefix_caching_hash_algo="sha256")
+        )
         self.sent: list[tuple[str, bytes, int]] = []
         self.first_requests: list[bytes] = []
         if self.tells_of_first_requests:

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from dpshm.vllm.engine_core import busy_loop
+from tests.unit.vllm.fake_cache import BlockPool, FullAttentionManager, kv_cache_manager
 
 Outputs = tuple[dict[int, SimpleNamespace] | None, bool]
 """What a step gives: outputs by client, None if a batch was queued; and whether the model ran."""
@@ -45,10 +46,18 @@ class Request:
         *,
         rank: int | None = None,
         pooling: object = None,
+        tokens: list[int] | None = None,
+        session_id: str | None = None,
     ) -> None:
         self.request_id = request_id
-        self.prompt_token_ids: list[int] | None = list(range(prompt))
-        self.num_prompt_tokens = prompt
+        self.prompt_token_ids: list[int] | None = list(range(prompt)) if tokens is None else tokens
+        self.num_prompt_tokens = prompt if tokens is None else len(tokens)
+        self.prefill_stats: SimpleNamespace | None = SimpleNamespace(num_cached_tokens=0)
+        self.sampling_params: object = None
+        self.mm_features: list[object] | None = None
+        self.lora_request: object = None
+        self.cache_salt: str | None = None
+        self.session_id = session_id
         self.num_computed_tokens = 0
         self.max_tokens = max_tokens
         self.made = 0
@@ -94,6 +103,7 @@ class Scheduler:
         self.untold: set[str] = set()
         self.kv_cache_usage = 0.25
         self.paused = False
+        self.kv_cache_manager = kv_cache_manager(BlockPool(enable_caching=False))
 
     def get_request_counts(self) -> tuple[int, int]:
         """(running, waiting)."""
@@ -111,6 +121,14 @@ class Scheduler:
         """The same, or there is still something to tell."""
         return bool(self.requests or self.untold)
 
+    @property
+    def cache(self) -> FullAttentionManager | None:
+        """The prefix cache, if there is one."""
+        if not self.kv_cache_manager.block_pool.enable_caching:
+            return None
+        manager: FullAttentionManager = self.kv_cache_manager.coordinator.single_type_managers[0]
+        return manager
+
     def add_request(self, request: Request) -> None:
         """Queues a request."""
         self.requests[request.request_id] = request
@@ -120,6 +138,8 @@ class Scheduler:
         """A request finished, or was aborted."""
         request = self.requests.pop(request_id)
         request.ended = True
+        if self.cache is not None:
+            self.cache.end(request_id)
         for part in (self.waiting, self.running):
             if request in part:
                 part.remove(request)
@@ -130,6 +150,11 @@ class Scheduler:
         if not self.requests:
             self.untold.clear()
             return {}, False
+        for request in self.waiting:
+            if self.cache is not None:
+                request.num_computed_tokens = hit = self.cache.hit(request)
+                assert request.prefill_stats is not None
+                request.prefill_stats.num_cached_tokens = hit
         self.running += self.waiting
         self.waiting.clear()
         outputs: dict[int, SimpleNamespace] = {}
@@ -138,6 +163,8 @@ class Scheduler:
             request.num_computed_tokens += min(left, self.chunk) if left > 0 else 1
             if left > self.chunk:
                 continue
+            if not request.made and self.cache is not None:
+                self.cache.computed(request)
             request.made += 1
             done = request.made == request.max_tokens
             of_client = outputs.setdefault(request.client_index, SimpleNamespace(outputs=[]))

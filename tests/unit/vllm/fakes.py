@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType, SimpleNamespace
 
+from tests.unit.vllm.fake_cache import SEED, hash_function, request_block_hasher
 from tests.unit.vllm.fake_client import DPAsyncMPClient, DPLBAsyncMPClient, late_interaction_engine
 from tests.unit.vllm.fake_core import (
     DPEngineCoreProc,
@@ -40,6 +41,7 @@ class Vllm:
         core: the module of engine cores.
         client: the module of clients.
         utils: the module with the coordinator's name.
+        hashes: the module with the hashes of blocks.
     """
 
     def __init__(self, version: str = "0.32.0") -> None:
@@ -50,6 +52,13 @@ class Vllm:
         self._module("vllm.v1.engine", EngineCoreRequestType=RequestType, EngineCoreRequest=SentRequest)
         self._module("vllm.v1.request", Request=Request)
         self._module("vllm.v1.core.sched.scheduler", Scheduler=Scheduler)
+        self._module("vllm.utils.hashing", get_hash_fn_by_name={"sha256": hash_function}.__getitem__)
+        self.hashes = self._module(
+            "vllm.v1.core.kv_cache_utils",
+            NONE_HASH=hash_function(SEED),
+            get_request_block_hasher=request_block_hasher,
+            resolve_none_hash_seed=lambda _: SEED,
+        )
         self.core = self._module(
             "vllm.v1.engine.core", EngineCoreProc=EngineCoreProc, DPEngineCoreProc=DPEngineCoreProc
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
+
 from dpshm.vllm.backlog import PrefillBacklog
 
 
@@ -85,3 +87,43 @@ def test_a_preempted_request_counts_again():
     a.num_computed_tokens = 0  # preempted: it waits beside b, and is not followed
     assert backlog.update([], 2, [a, b]) == 0
     assert backlog.tokens == 110
+
+
+def test_what_is_expected_in_a_cache_is_no_backlog():
+    """Guards against a sum that counts as work what the engine finds cached, while the request waits."""
+    a = Prompted("a", 100)
+    backlog = PrefillBacklog()
+    backlog.add(a, 48)
+    assert backlog.tokens == 52
+    assert backlog.update([], 1, [a]) == 0
+    assert backlog.tokens == 52
+    a.prefill_stats.num_cached_tokens, a.num_computed_tokens = 48, 80
+    assert backlog.update([a], 0, [a]) == 32
+    assert (backlog.tokens, backlog.cached) == (20, 48)
+    a.num_computed_tokens = 100
+    assert backlog.update([a], 0, [a]) == 20
+    assert (backlog.tokens, backlog.cached) == (0, 48)
+
+
+@pytest.mark.parametrize("found", [0, 16, 96])
+def test_another_hit_than_expected_is_counted_as_it_is(found):
+    """Guards against tokens that were computed and count as cached, because they were expected there."""
+    a = Prompted("a", 100)
+    backlog = PrefillBacklog()
+    backlog.add(a, 48)
+    a.prefill_stats.num_cached_tokens, a.num_computed_tokens = found, found + 2
+    assert backlog.update([a], 0, [a]) == 2
+    assert (backlog.tokens, backlog.cached) == (98 - found, found)
+    a.num_computed_tokens = 100
+    assert backlog.update([a], 0, [a]) == 98 - found
+    assert backlog.tokens == 0
+
+
+def test_tokens_from_another_engine_are_no_hit_of_this_cache():
+    """Guards against a hit rate that counts what came over the network from a prefill engine."""
+    a = Prompted("a", 100)
+    backlog = backlog_of(a)
+    a.prefill_stats.num_cached_tokens, a.prefill_stats.num_local_cached_tokens = 64, 16
+    a.num_computed_tokens = 100
+    assert backlog.update([a], 0, [a]) == 36
+    assert backlog.cached == 16

@@ -68,11 +68,18 @@ def test_a_session_stays_where_it_is(make_client, board):
     assert in_flight(board) == [0, 0]
 
 
-def test_affinity_keeps_equal_prompts_together(make_client, board):
-    """Guards against a key that is not the prompt's beginning."""
+def test_affinity_keeps_a_session_together(make_client, board):
+    """Guards against the requests of a session that meet on no rank."""
     client = make_client(policy="affinity:epsilon=10")
-    add(client, *(Request(f"r{i}", prompt=300) for i in range(2)))
-    assert sorted(in_flight(board)) == [0, 2]
+    add(client, *(Request(f"r{i}", prompt=10 + i, session_id="s") for i in range(4)))
+    assert sorted(in_flight(board)) == [0, 4]
+
+
+def test_affinity_has_no_key_in_a_common_beginning(make_client, board):
+    """Guards against one key for all requests: prompts that all begin alike would all go to one rank."""
+    client = make_client(policy="affinity:epsilon=10")
+    add(client, *(Request(f"r{i}", prompt=300) for i in range(4)))
+    assert in_flight(board) == [2, 2]
 
 
 def test_a_prompt_of_embeddings_has_no_key(make_client, board):

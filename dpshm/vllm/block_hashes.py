@@ -1,0 +1,48 @@
+"""vLLM's hashes of prompt blocks: which kind an engine uses, and whether an API server can make the same.
+
+A block's hash covers its prefix, and what its tokens alone do not tell: adapter, multimodal content, cache salt.
+The chain begins with a value that vLLM derives from a seed, ``NONE_HASH``. The seed is the same in every process
+for sha256, and where PYTHONHASHSEED is set. For other functions it is random in each process, so no other process
+can make an engine's hashes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from hashlib import blake2b
+from importlib import import_module
+from typing import Any
+
+
+def identity_of(key: int, block_tokens: int, hash_tokens: int, first: bytes) -> int:
+    """The identity of a rank's hashes, for the header of its index: 63 bits.
+
+    Args:
+        key: the group's secret.
+        block_tokens: tokens a block of the index.
+        hash_tokens: tokens a block of vLLM's hashes; some of them make a block of the index.
+        first: the value with which the chain of hashes begins; it differs by function and seed.
+    """
+    data = f"vllm-1:{block_tokens}:{hash_tokens}:".encode() + first
+    return int.from_bytes(blake2b(data, key=key.to_bytes(8, "little"), digest_size=8).digest(), "little") >> 1
+
+
+def first_of_engine() -> bytes:
+    """The value with which the engine of this process begins its chains."""
+    return bytes(import_module("vllm.v1.core.kv_cache_utils").NONE_HASH)
+
+
+def first_of_any_engine(function: Callable[[Any], bytes]) -> bytes | None:
+    """The value with which each engine of the deployment begins its chains; None if each has one of its own.
+
+    vLLM's functions need it in this process too, so it is set where it is missing.
+    """
+    utils = import_module("vllm.v1.core.kv_cache_utils")
+    if not hasattr(utils, "NONE_HASH"):
+        seed = getattr(
+            utils, "resolve_none_hash_seed", lambda _: object()
+        )  # before 0.32: random, or PYTHONHASHSEED
+        if seed(function) != seed(function):
+            return None
+        utils.init_none_hash(function)
+    return bytes(utils.NONE_HASH)

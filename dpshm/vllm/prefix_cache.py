@@ -1,0 +1,187 @@
+"""An engine's prefix cache, mirrored in its rank's prefix index (`dpshm.board.prefix_index`).
+
+Every block that enters or leaves vLLM's prefix cache goes through one map of the block pool,
+``cached_block_hash_to_block``: ``insert`` and ``pop``. The hook wraps both on that map. A key of the map is a
+block's hash and four bytes of its KV cache group. The index holds a fingerprint exactly while the map holds the
+key, however many blocks share it. A reset of the cache gives the pool a new map: the index is cleared, and the new
+map hooked.
+
+Which group. The index has the keys of one KV cache group, the first with full attention over all tokens: such a
+group finds a prompt's longest run of blocks from the start. In a model with that group alone the match is the hit.
+In a model that has other groups too (sliding window, Mamba), the hit is at most the match. Without such a group
+there is no index. With speculative decoding by EAGLE or MTP a hit is one block shorter than the match.
+
+All of it runs in the thread that owns the scheduler. If code of dpshm raises, that is logged once, the hooks come
+off and front-ends no longer see the index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+from dpshm.engine.cache import EngineCache
+from dpshm.engine.row import EngineRow
+from dpshm.rules.prefix_hash import DigestReducer
+from dpshm.vllm.block_hashes import first_of_engine, identity_of
+from dpshm.vllm.instance import InstanceHooks
+from dpshm.vllm.log import logger
+
+GROUP_BYTES = 4
+"""How many bytes of a key name its KV cache group."""
+_FULL_ATTENTION = ("FullAttentionManager", "SinkFullAttentionManager")
+
+
+def _is_full_attention(manager: Any) -> bool:
+    cacheable = getattr(getattr(manager, "kv_cache_spec", None), "prefix_cacheable", True)  # 0.32 on: some are not
+    return bool(type(manager).__name__ in _FULL_ATTENTION and cacheable)
+
+
+class PrefixCache:
+    """The hooks on one engine's block pool, and its index.
+
+    Attributes:
+        cache: the engine's cache on the board.
+    """
+
+    def __init__(self, row: EngineRow, managers: Sequence[Any], group: int, engine: int) -> None:
+        """Makes the index, with what the cache holds already, and hooks the pool.
+
+        Args:
+            row: the engine's row.
+            managers: vLLM's managers of all KV cache groups.
+            group: the number of the group that is indexed.
+            engine: for the log.
+        """
+        manager = managers[group]
+        self._pool = pool = manager.block_pool
+        self._one_group = len(managers) == 1
+        self._engine = engine
+        key = row.board.segment.header.prefix_key
+        first = first_of_engine()
+        if not 16 <= len(first) <= 32:
+            raise ValueError(f"vLLM's block hashes have {len(first)} bytes, and the index is for 16 to 32")
+        self._reducer = DigestReducer(key)
+        self._group = group.to_bytes(GROUP_BYTES, "big")
+        self.cache: EngineCache = row.open_cache(
+            pool.num_gpu_blocks,
+            manager.block_size,
+            identity=identity_of(key, manager.block_size, pool.hash_block_size, first),
+        )
+        self._pool_hooks, self._map_hooks = InstanceHooks(pool), InstanceHooks(None)
+        if self.cache.has_index:
+            self._hook_pool()
+
+    @classmethod
+    def open(cls, row: EngineRow, scheduler: Any, engine: int) -> Self | None:
+        """Mirrors the prefix cache of a scheduler; None if it has none, or none that can be mirrored."""
+        try:
+            managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+            if not scheduler.kv_cache_manager.block_pool.enable_caching:
+                return None
+            group = next((i for i, manager in enumerate(managers) if _is_full_attention(manager)), None)
+            if group is None:
+                logger.info(
+                    "dpshm: engine %d has no KV cache group with full attention, so front-ends do not see its "
+                    "prefix cache",
+                    engine,
+                )
+                return None
+            made = cls(row, managers, group, engine)
+        except Exception:
+            if row.cache is not None:
+                row.cache.close()
+            logger.warning("dpshm: front-ends do not see the prefix cache of engine %d", engine, exc_info=True)
+            return None
+        if made.cache.has_index:
+            logger.info(
+                "dpshm: engine %d shows its prefix cache: %d blocks of %d tokens%s",
+                *(engine, made._pool.num_gpu_blocks, managers[group].block_size),
+                "" if len(managers) == 1 else f", group {group} of {len(managers)}",
+            )
+        return made
+
+    def show(self, held_tokens: int) -> None:
+        """Stores how full the cache is.
+
+        Args:
+            held_tokens: tokens of KV cache that running requests hold.
+        """
+        pool = self._pool
+        in_use = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is vLLM's null block
+        self.cache.show(blocks_in_use=in_use, held_tokens=held_tokens)
+
+    def close(self) -> None:
+        """Takes the hooks off. The row closes its cache."""
+        self._pool_hooks.remove()
+        self._map_hooks.remove()
+
+    def _hook_pool(self) -> None:
+        pool = self._pool
+        reset_prefix_cache = pool.reset_prefix_cache
+
+        def reset(*args: Any, **kwargs: Any) -> Any:
+            before = pool.cached_block_hash_to_block
+            try:
+                return reset_prefix_cache(*args, **kwargs)
+            finally:
+                if pool.cached_block_hash_to_block is not before:
+                    self._begin_anew()
+
+        self._hook_map()
+        self._pool_hooks.put("reset_prefix_cache", reset)
+
+    def _begin_anew(self) -> None:
+        try:
+            self._map_hooks.remove()
+            self.cache.clear()
+            self._hook_map()
+        except Exception:
+            self._fail()
+
+    def _hook_map(self) -> None:
+        """Indexes what the pool's map holds, and hooks it."""
+        held = self._pool.cached_block_hash_to_block
+        keys: dict[bytes, Any] = held._cache
+        index, group, fingerprint = self.cache.index, self._group, self._reducer.fingerprint
+        assert index is not None
+        one_group = self._one_group
+        insert_one, evict_one = index.insert_one, index.evict_one
+        for key in keys:
+            if key.endswith(group):
+                insert_one(fingerprint(key[:-GROUP_BYTES]))
+        stock_insert, stock_pop = held.insert, held.pop
+
+        def insert(key: bytes, block: Any) -> Any:
+            before = len(keys)
+            result = stock_insert(key, block)
+            if len(keys) != before and (one_group or key.endswith(group)):
+                try:
+                    insert_one(fingerprint(key[:-GROUP_BYTES]))
+                except Exception:
+                    self._fail()
+            return result
+
+        def pop(key: bytes, block_id: int) -> Any:
+            before = len(keys)
+            result = stock_pop(key, block_id)
+            if len(keys) != before and (one_group or key.endswith(group)):
+                try:
+                    evict_one(fingerprint(key[:-GROUP_BYTES]))
+                except Exception:
+                    self._fail()
+            return result
+
+        self._map_hooks = hooks = InstanceHooks(held)
+        hooks.put("insert", insert)
+        hooks.put("pop", pop)
+
+    def _fail(self) -> None:
+        logger.warning(
+            "dpshm: front-ends no longer see the prefix cache of engine %d", self._engine, exc_info=True
+        )
+        try:
+            self.close()
+            self.cache.close()
+        except Exception:
+            logger.debug("dpshm: the prefix index could not be closed", exc_info=True)

@@ -1,0 +1,187 @@
+"""The prompts of an API server's requests, as front-ends look them up in the ranks' prefix indexes.
+
+An engine's index holds fingerprints of vLLM's own block hashes (`dpshm.vllm.prefix_cache`). The API server
+makes the same hashes with vLLM's own function, from what it is about to send: token ids, adapter, multimodal
+content, cache salt. It makes them block by block, only as far as some rank has the prompt: at most twice as
+many as match. A prompt that no rank has costs one hash.
+
+Without a prompt a request is routed by load alone: where prefix caching is off, for prompts of embeddings, and for
+requests that must not read the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from dpshm.rules.prefix_hash import DigestReducer, Prompt
+from dpshm.vllm.block_hashes import first_of_any_engine, identity_of
+from dpshm.vllm.log import logger
+
+_NOTHING = 1  # a fingerprint that no block has, unless by the chance that any has
+_Hasher = Callable[[Any], list[bytes]]
+
+
+class PromptHasher:
+    """Makes block hashes equal to those of the engines. One for each client.
+
+    Attributes:
+        works: whether prompts can be hashed.
+    """
+
+    def __init__(self, client: Any) -> None:
+        """Looks for vLLM's hash function in the configuration of a client.
+
+        Args:
+            client: vLLM's client. If its engines have no prefix cache, `works` is false.
+        """
+        self._client_index = client.client_index
+        self._hashers: dict[int, tuple[_Hasher, int, DigestReducer] | None] = {}
+        self.works = False
+        try:
+            config = client.vllm_config.cache_config
+            if config.enable_prefix_caching:
+                name = config.prefix_caching_hash_algo
+                self._function = import_module("vllm.utils.hashing").get_hash_fn_by_name(name)
+                self._make = import_module("vllm.v1.core.kv_cache_utils").get_request_block_hasher
+                self._first = first_of_any_engine(self._function)
+                if self._first is None:
+                    self.leave(
+                        f"the seed of {name} is random in each process. Set PYTHONHASHSEED for all processes, or "
+                        "use --prefix-caching-hash-algo sha256"
+                    )
+                else:
+                    self.works = True
+        except Exception:
+            self.leave("their hash function cannot be called", exc_info=True)
+
+    def prompt(self, request: Any, num_tokens: int) -> RequestPrompt | None:
+        """The prompt of a request; None if it is not to be looked up.
+
+        Args:
+            request: vLLM's ``EngineCoreRequest``.
+            num_tokens: of its prompt.
+        """
+        if not self.works or not request.prompt_token_ids or getattr(request, "prompt_embeds", None) is not None:
+            return None
+        for parameters in (request.sampling_params, request.pooling_params):
+            if getattr(parameters, "skip_reading_prefix_cache", None):
+                return None
+        return RequestPrompt(self, request, num_tokens)
+
+    def of_index(self, block_tokens: int, identity: int, key: int) -> tuple[_Hasher, int, DigestReducer] | None:
+        """What makes the hashes of an index: vLLM's hasher, how many of its blocks make one of the index, and what
+        makes fingerprints of them. None if the index is of another hash.
+        """
+        if identity not in self._hashers:
+            found = None
+            first = self._first
+            if first is not None:
+                for parts in range(1, block_tokens + 1):
+                    size, rest = divmod(block_tokens, parts)
+                    if not rest and identity_of(key, block_tokens, size, first) == identity:
+                        found = self._make(size, self._function), parts, DigestReducer(key)
+            if found is None:
+                logger.warning(
+                    "dpshm: API server %d cannot make the block hashes of an engine, and does not see what that "
+                    "engine has cached: another hash function or another seed (said once for each kind of hash)",
+                    self._client_index,
+                )
+            self._hashers[identity] = found
+        return self._hashers[identity]
+
+    def failed(self) -> None:
+        """Called in the handler of an exception of a hash: requests are routed by load alone from now on."""
+        if self.works:
+            self.leave("a prompt could not be hashed", exc_info=True)
+
+    def leave(self, why: str, **kwargs: Any) -> None:
+        """Looks nothing up from now on, and logs why."""
+        self.works = False
+        logger.warning(
+            "dpshm: API server %d does not see what engines have cached: %s", self._client_index, why, **kwargs
+        )
+
+
+class RequestPrompt(Prompt):
+    """One request's prompt."""
+
+    growth = 2
+
+    def __init__(self, hasher: PromptHasher, request: Any, num_tokens: int) -> None:
+        self._hasher = hasher
+        self._request = request
+        self._num_tokens = num_tokens
+        self._blocks: dict[int, Blocks | None] = {}
+
+    def __len__(self) -> int:
+        """How many tokens it has."""
+        return self._num_tokens
+
+    def fingerprints(self, block_tokens: int, identity: int, key: int) -> Blocks | None:
+        """See `dpshm.rules.prefix_hash.Prompt`."""
+        try:
+            return self._blocks[identity]
+        except KeyError:
+            how = self._hasher.of_index(block_tokens, identity, key)
+            made = (
+                None if how is None else Blocks(self._hasher, how, self._request, self._num_tokens, block_tokens)
+            )
+            self._blocks[identity] = made
+            return made
+
+
+class Blocks:
+    """The fingerprints of one prompt's blocks, made on demand.
+
+    It stands for the request in vLLM's hasher, which reads the public attributes and hashes what `block_hashes`
+    lacks of the first `num_tokens`.
+    """
+
+    def __init__(
+        self,
+        hasher: PromptHasher,
+        how: tuple[_Hasher, int, DigestReducer],
+        request: Any,
+        num_tokens: int,
+        block_tokens: int,
+    ) -> None:
+        self._hasher = hasher
+        self._hash, self._parts, self._reducer = how
+        self._block_tokens = block_tokens
+        # vLLM always computes the last token, so a block that ends with it is never found.
+        self._count = max(0, num_tokens - 1) // block_tokens
+        self._made: list[int] = []
+        self.all_token_ids = request.prompt_token_ids
+        self.mm_features = request.mm_features or []
+        self.lora_request = request.lora_request
+        self.cache_salt = request.cache_salt
+        self.prompt_embeds = None
+        self.block_hashes: list[bytes] = []
+        self.num_tokens = 0
+
+    def __len__(self) -> int:
+        """How many blocks can be found."""
+        return self._count
+
+    def item(self, index: int, /) -> int:
+        """The fingerprint of a block; if vLLM's hasher fails, one that no engine has."""
+        made = self._made
+        if index >= len(made):
+            try:
+                self._extend(index + 1)
+            except Exception:
+                self._hasher.failed()
+                self._count = 0
+                return _NOTHING
+        return made[index]
+
+    def _extend(self, blocks: int) -> None:
+        # Where multimodal inputs are, releases before 0.32 continue a chain wrongly: all of it is hashed at once.
+        blocks = self._count if self.mm_features else blocks
+        self.num_tokens = blocks * self._block_tokens
+        self.block_hashes.extend(self._hash(self))
+        parts, fingerprint, made = self._parts, self._reducer.fingerprint, self._made
+        for i in range(len(made) + 1, blocks + 1):
+            made.append(fingerprint(self.block_hashes[i * parts - 1]))

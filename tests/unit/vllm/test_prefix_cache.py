@@ -1,0 +1,185 @@
+"""Tests of `dpshm.vllm.prefix_cache`: the index of a rank is what vLLM's pool holds, on a real board."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from dpshm.board.layout import CACHE_WORDS
+from dpshm.board.prefix_index import PrefixIndexReader, PrefixIndexWriter, index_path
+from dpshm.engine.row import EngineRow
+from dpshm.rules.prefix_hash import DigestReducer
+from dpshm.vllm.prefix_cache import PrefixCache
+from tests.unit.vllm.fake_cache import (
+    Block,
+    BlockPool,
+    FullAttentionManager,
+    SlidingWindowManager,
+    hash_function,
+    kv_cache_manager,
+)
+from tests.unit.vllm.fake_client import raising
+from tests.unit.vllm.fake_core import Request, Scheduler, run, send
+
+GROUP_0, GROUP_1 = bytes(4), b"\0\0\0\1"
+
+
+@pytest.fixture
+def row(vllm, group, using, coordinator):
+    """The row of rank 0."""
+    return using(EngineRow.attach(group, 0))
+
+
+def scheduler_with(pool, managers=None):
+    """A scheduler with a prefix cache."""
+    scheduler = Scheduler()
+    scheduler.kv_cache_manager = kv_cache_manager(pool, managers)
+    return scheduler
+
+
+def reader_of(row):
+    """A front-end's end of the index."""
+    return PrefixIndexReader.open(index_path(row.board.segment.sockets_path, row.dp_rank))
+
+
+def word(board, name):
+    """A word of rank 0's cache."""
+    return board.words[board.index("cache_state", 0, CACHE_WORDS.index(name))]
+
+
+def mirrors(row, pool, group=GROUP_0):
+    """Whether the index holds exactly the keys of a group."""
+    reader, reducer = reader_of(row), DigestReducer(row.board.segment.header.prefix_key)
+    keys = [key for key in pool.cached_block_hash_to_block._cache if key.endswith(group)]
+    return reader.counters()["held"] == len(keys) and all(
+        reader.has(reducer.fingerprint(key[:-4])) for key in keys
+    )
+
+
+def test_the_index_is_the_cache(row):
+    """Guards against a block that leaves the index while another block still has its content, or that stays."""
+    pool = BlockPool()
+    managers = [FullAttentionManager(pool), SlidingWindowManager(pool, 1)]
+    hashes = [hash_function(i) for i in range(40)]
+    pool.cached_block_hash_to_block.insert(hashes[0] + GROUP_0, Block(1000))  # before the hooks
+    prefix = PrefixCache.open(row, scheduler_with(pool, managers), 0)
+    assert prefix is not None
+    assert mirrors(row, pool)
+    rng = random.Random(4)
+    held = pool.cached_block_hash_to_block
+    for step in range(3000):
+        key, block_id = rng.choice(hashes) + rng.choice((GROUP_0, GROUP_0, GROUP_1)), rng.randrange(3)
+        if rng.random() < 0.5:
+            held.insert(key, Block(block_id))
+        else:
+            held.pop(key, block_id)
+        if step % 100 == 0:
+            assert mirrors(row, pool)
+    assert mirrors(row, pool)
+    assert reader_of(row).counters()["inserted"] > 100
+
+
+def test_a_reset_empties_the_index_and_the_next_map_is_hooked(row):
+    """Guards against an index that goes on telling of a cache which was emptied, or is deaf afterwards."""
+    pool = BlockPool()
+    assert PrefixCache.open(row, scheduler_with(pool), 0) is not None
+    first = pool.cached_block_hash_to_block
+    block = pool.take(hash_function(1) + GROUP_0)
+    assert not pool.reset_prefix_cache()  # a block is in use: vLLM keeps its map
+    assert pool.cached_block_hash_to_block is first
+    assert mirrors(row, pool)
+    pool.free.append(block)
+    assert pool.reset_prefix_cache()
+    assert reader_of(row).counters()["held"] == 0
+    pool.take(hash_function(2) + GROUP_0)
+    assert mirrors(row, pool)
+    first.insert(hash_function(3) + GROUP_0, Block(1))
+    assert mirrors(row, pool)
+
+
+def test_of_a_hybrid_model_the_full_attention_is_indexed(row, log):
+    """Guards against an index with the blocks of a sliding window, whose prompts have holes."""
+    pool = BlockPool()
+    managers = [SlidingWindowManager(pool, 0), FullAttentionManager(pool, 1)]
+    assert PrefixCache.open(row, scheduler_with(pool, managers), 0) is not None
+    for i, group in enumerate((GROUP_0, GROUP_1, GROUP_1)):
+        pool.take(hash_function(i) + group)
+    assert mirrors(row, pool, GROUP_1)
+    assert reader_of(row).counters()["held"] == 2
+    assert log("group 1 of 2") == 1
+
+
+def test_without_full_attention_there_is_no_index(row, log):
+    """Guards against a match of prompts that the engine would not find."""
+    pool = BlockPool()
+    assert PrefixCache.open(row, scheduler_with(pool, [SlidingWindowManager(pool)]), 0) is None
+    assert log("no KV cache group with full attention") == 1
+    assert word(row.board, "index_incarnation") == 0
+
+
+def test_without_prefix_caching_there_is_no_index(row, log):
+    """Guards against memory for an index that stays empty."""
+    assert PrefixCache.open(row, scheduler_with(BlockPool(enable_caching=False)), 0) is None
+    assert word(row.board, "index_incarnation") == 0
+    assert log("prefix cache") == 0
+
+
+@pytest.mark.parametrize("broken", ["insert_one", "evict_one", "clear"])
+def test_a_failure_of_ours_ends_the_index_and_not_the_cache(row, log, monkeypatch, broken):
+    """Guards against a bug of dpshm that breaks vLLM's cache, that is logged for each block, or leaves a lie."""
+    pool = BlockPool(num_gpu_blocks=5)
+    assert PrefixCache.open(row, scheduler_with(pool), 0) is not None
+    monkeypatch.setattr(PrefixIndexWriter, broken, raising)
+    if broken != "clear":  # the hooks have the writer's own methods
+        row.cache.release()
+    for i in range(6):
+        pool.free.append(pool.take(hash_function(i) + GROUP_0))
+    assert len(pool.cached_block_hash_to_block._cache) == 4
+    assert pool.reset_prefix_cache()
+    assert pool.cached_block_hash_to_block._cache == {}
+    pool.take(hash_function(1) + GROUP_0)
+    assert log("no longer see the prefix cache of engine 0") == 1
+    assert word(row.board, "index_incarnation") == 0
+    assert "insert" not in vars(pool.cached_block_hash_to_block)
+    assert "reset_prefix_cache" not in vars(pool)
+
+
+@pytest.mark.parametrize("unlike", ["map", "hash"])
+def test_a_pool_of_another_release_is_left_alone(row, log, vllm, unlike):
+    """Guards against an engine without a row because its cache has other names, or hashes, than those known."""
+    pool = BlockPool()
+    if unlike == "map":
+        del pool.cached_block_hash_to_block._cache
+    else:
+        vllm.hashes.NONE_HASH = b"short"
+    assert PrefixCache.open(row, scheduler_with(pool), 0) is None
+    assert log("do not see the prefix cache of engine 0") == 1
+    assert word(row.board, "index_incarnation") == 0
+
+
+def test_the_row_shows_the_cache(make_core, board):
+    """Guards against counters of the cache that stand still, or count a hit twice."""
+    core = make_core()
+    core.scheduler.kv_cache_manager = kv_cache_manager(BlockPool())
+
+    def body():
+        assert word(board, "num_blocks") == 65
+        assert word(board, "block_tokens") == 4
+        send(core, Request("a", prompt=30, max_tokens=3))
+        core.turn()
+        assert word(board, "blocks_in_use") == 7
+        assert word(board, "held_tokens") == 30
+        send(core, Request("b", prompt=30, max_tokens=1))
+        core.turn()
+        assert word(board, "cached_tokens") == 28
+        core.turn()
+        assert word(board, "held_tokens") == word(board, "blocks_in_use") == 0
+        send(core, Request("c", prompt=10, max_tokens=1))
+        core.turn()
+        assert word(board, "cached_tokens") == 36
+        assert int(board.snapshot()[0]["prompt_tokens"]) == 70 - 36
+
+    run(core, body)
+    assert "insert" not in vars(core.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block)
+    assert word(board, "index_incarnation") == 0

@@ -97,9 +97,10 @@ def coordinator(
 ) -> None:
     r"""Run a group's coordinator in the foreground, for systemd and containers.
 
-    If engines and front-ends of the group are alive, it takes their board over, and needs no setting but the
-    group. SIGTERM ends it and leaves the board for the next coordinator. Ctrl-C ends the group and removes the
-    board. With systemd's Type=notify it tells systemd when it is ready.
+    If engines and front-ends of the group are alive, it takes their board over. Then it needs no setting but the
+    group: it keeps the settings of the group's last coordinator, except those that you give. SIGTERM ends it and
+    leaves the board for the next coordinator. Ctrl-C ends the group and removes the board. With systemd's
+    Type=notify it tells systemd when it is ready.
 
     \b
     Exit status:

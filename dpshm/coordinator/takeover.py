@@ -19,6 +19,7 @@ from dpshm.board.board import Board
 from dpshm.board.files import sockets_path
 from dpshm.board.header import make_header
 from dpshm.board.segment import Segment, sweep
+from dpshm.coordinator import kept_settings
 from dpshm.coordinator.row import CoordinatorRow
 from dpshm.coordinator.settings import IMMUTABLE, Settings
 from dpshm.coordinator.sockets import Sockets
@@ -57,6 +58,7 @@ def open_board(settings: Settings, sockets: Sockets) -> tuple[Segment, Board, Co
         board = Board(segment)
         row = CoordinatorRow(board)
         row.begin(settings.dp_size)
+        kept_settings.keep(board, settings)
     except BaseException:
         leave_board(segment)
         raise
@@ -114,6 +116,8 @@ def _take_over(segment: Segment, settings: Settings, keys: ServerKeys | None) ->
         return False
     _check_settings(segment, settings, keys)
     logger.info("taking over the live board of group %r at wave %d", segment.group, board.wave)
+    if found := kept_settings.differences(board, settings):
+        logger.warning("group %r: other settings than its last coordinator's: %s", segment.group, "; ".join(found))
     if settings.dp_size != board.dp_size:
         logger.warning(
             "group %r keeps its %d ranks: dp_size %d is for a new board (see `scale`)",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dpshm.board.board import Board
+from dpshm.coordinator.kept_settings import kept
 from dpshm.coordinator.settings import IMMUTABLE
 from dpshm.errors import SegmentError, SettingError
 from dpshm.linux import descriptors, processes
@@ -51,13 +52,15 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def settings_of_live_group(group: str) -> dict[str, Any]:
-    """The settings that a coordinator needs to take over the group's live board; none if no process uses one."""
+    """The settings of a live board's last coordinator, for the next one; none if no process uses the board."""
     try:
         with Board.attach(group) as board:
             if not board.segment.locks.is_shared():
                 return {}
             header = board.segment.header.settings
-            return {"dp_size": board.dp_size} | {name: header[name] for name in IMMUTABLE if name in header}
+            own = {name: value for name, value in kept(board).items() if value is not None}
+            shared = {name: header[name] for name in IMMUTABLE if name in header}
+            return own | shared | {"dp_size": board.dp_size}
     except SegmentError:
         return {}
 

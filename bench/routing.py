@@ -78,7 +78,7 @@ def traced(name: str, table: str, label: str, trace: str, rate: float, **more: A
 
 def scenarios() -> list[Scenario]:
     """All of them, in the order of the tables."""
-    return [*chats(), *traces(), *prefixes()]
+    return [*chats(), *traces(), *prefixes(), *defaults()]
 
 
 def chats() -> list[Scenario]:
@@ -167,15 +167,47 @@ def traces() -> list[Scenario]:
 
 def prefixes() -> list[Scenario]:
     """Those whose prompts share prefixes, with and without the prefix index."""
-    usual: dict[str, Any] = {"policies": INDEXED, "requests": 3000, "seeds": 5, "oracle": True}
+    usual: dict[str, Any] = {"policies": INDEXED, "requests": 3000, "seeds": 3, "oracle": True}
     found = [
         traced(f"index-{rate:g}", "index", f"{rate:g}x ({rate * 3.4:.1f}/s)", CHAT, rate, **usual)
         for rate in (1.0, 2.0, 3.0)
     ]
     for workload in ("agents", "fan-out"):
-        for rate in (20.0, 40.0, 60.0):
+        for rate in (20.0, 40.0):
             more = usual | {"workload": workload}
             found.append(chat(f"{workload}-{rate:g}", workload, f"{rate:g}/s", rate, {}, **more))
+    return found
+
+
+def defaults() -> list[Scenario]:
+    """What a user gets without choosing, with and without noise, beside counting requests and vLLM."""
+    three: dict[str, Any] = {"policies": ("vllm", "least_loaded", "least_work"), "requests": 3000, "seeds": 4}
+    found = []
+    for noise in (0.0, 0.3):
+        for rate in (26.4, 44.8, 69.0):
+            plant = {"noise": noise}
+            found.append(
+                chat(
+                    f"default-chat-{rate:g}-{noise:g}",
+                    "default",
+                    f"chat {rate:g}/s, noise {noise:g}",
+                    rate,
+                    plant,
+                    **three,
+                )
+            )
+        for rate in (3.0, 10.0, 25.0):
+            found.append(
+                traced(
+                    f"default-code-{rate:g}-{noise:g}",
+                    "default",
+                    f"code {rate:g}x, noise {noise:g}",
+                    CODE,
+                    rate,
+                    plant=Plant(noise=noise),
+                    **three,
+                )
+            )
     return found
 
 

@@ -21,6 +21,7 @@ from dpshm.errors import NoEngineAvailable, SettingError
 from dpshm.policies import View, comparable
 from dpshm.policies.columns import VECTOR_FROM, ArrayColumns, ArrayWork, ListColumns, ListWork
 from dpshm.policies.idle_ranks import IdleRanks
+from dpshm.policies.work import prepare
 from dpshm.rules.liveness import HANGING, Verdict
 
 GOLDEN_RATIO = (5**0.5 + 1) / 2
@@ -96,12 +97,14 @@ class ViewReader:
             # The rest of a running step is known where clocks agree. It counts for all ranks or for none: a rank
             # without it would look less busy than the others.
             self._clocks_agree = all(board.engine_clock_agrees(e) for e in range(n))
+            self._step_columns = list(self._steps.T)
             models = board.step_model[:n, len(layout.STEP_WORDS) :]
             # Copied here and not in each decision: step models change slowly.
             # Ranks that have waves step together.
             idle = self._idle.look(board.steps[:n].tolist(), time.monotonic_ns())
             learnt = comparable(models.tolist(), lockstep=board.segment.header.waves, idle=idle)
-            self._models: Any = np.array(learnt, np.int64, order="F") if n >= VECTOR_FROM else learnt
+            self._models: Any = np.array(learnt, np.int64) if n >= VECTOR_FROM else learnt
+            self._prepared = prepare(self._models) if n >= VECTOR_FROM else None
         self._verdicts = board.engine_verdicts()
         marks = board.engine_mark[:n].tolist()
         drained = [bool(mark & DRAINED) for mark in marks]
@@ -186,7 +189,9 @@ class ViewReader:
         return ListWork(self._tokens.count().tolist(), steps, self._models, now_ns)
 
     def _many_work(self, now_ns: int) -> ArrayWork:
-        steps = np.positive(self._steps)
+        # Column by column: at 1024 ranks a fifth of the time of one copy of all.
+        steps = np.empty((len(layout.STEP_WORDS), self.dp_size), np.int64)
+        steps[0], steps[1] = self._step_columns
         if not self._clocks_agree:
-            steps[:, 0] = 0
-        return ArrayWork(self._tokens.count(), steps, self._models, now_ns)
+            steps[0] = 0
+        return ArrayWork(self._tokens.count(), steps.T, self._models, now_ns, self._prepared)

@@ -45,13 +45,35 @@ class ListWork(msgspec.Struct, eq=False, gc=False):
     now_ns: int
 
 
+class PreparedModels(msgspec.Struct, eq=False, gc=False):
+    """Models of many ranks, worked out once for many decisions: arrays by rank, and the least of two of them.
+
+    Attributes:
+        base_and_request: of a step with the new request alone.
+    """
+
+    base_and_request: Words
+    per_request: Words
+    per_token: Words
+    chunk: Words
+    chunk_less_one: Words
+    running_less_one: Words
+    ending: Words
+    least_chunk: int
+    least_running: int
+
+
 class ArrayWork(msgspec.Struct, eq=False, gc=False):
-    """The same of many ranks: `tokens` of shape (ranks,), `steps` (ranks, 2), `models` (ranks, 6)."""
+    """The same of many ranks: `tokens` of shape (ranks,), `steps` (ranks, 2), `models` (ranks, 6).
+
+    `prepared` is `dpshm.policies.work.prepare` of `models`, where it was made before.
+    """
 
     tokens: Words
     steps: Words
     models: Words
     now_ns: int
+    prepared: PreparedModels | None = None
 
 
 class ListColumns(msgspec.Struct, eq=False, gc=False):

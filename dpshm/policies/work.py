@@ -37,7 +37,7 @@ import msgspec
 import numpy as np
 
 from dpshm.board.layout import MODEL_WORDS
-from dpshm.policies.columns import ArrayColumns, ListColumns, Words
+from dpshm.policies.columns import ArrayColumns, ListColumns, PreparedModels, Words
 from dpshm.policies.counts import least_loaded
 from dpshm.policies.view import Request, View
 
@@ -49,6 +49,8 @@ _REFERENCE_BATCH, _REFERENCE_TOKENS = 16, 512
 REST_STEPS = 4
 """The rest of a running step counts as at most so many steps of its kind: neither a clock that jumps nor a damaged
 word keeps a rank out of routing."""
+_REST_STEPS_ARRAY = np.array(REST_STEPS)
+_LOOK_FROM = 256
 _NO_LIMIT = 1 << 40
 """Tokens or requests."""
 
@@ -96,19 +98,18 @@ def expected_of_few(columns: ListColumns, request: Request) -> list[int]:
     scores = []
     # One item a rank in each; `strict` would cost a tenth of the decision.
     by_rank = zip(columns.requests, work.tokens, work.steps, work.models, prompts)  # noqa: B905
-    for requests, waiting, step, model, prompt in by_rank:
-        step_end, step_tokens = step
+    for requests, waiting, (step_end, step_tokens), model, tokens in by_rank:
         base, per_request, per_token, chunk, max_running, ending = model
-        requests += 1  # noqa: PLW2901
-        tokens = waiting - step_tokens + prompt if waiting > step_tokens else prompt
-        ns = base + per_request * requests
-        if 0 < chunk < tokens:
+        if waiting > step_tokens:
+            tokens += waiting - step_tokens  # noqa: PLW2901
+        ns = base + per_request * (requests + 1)
+        if tokens > chunk:
             ns *= -(-tokens // chunk)
         ns += per_token * tokens
-        if requests > max_running:
-            ns = max(ns, ending * (requests - max_running))
+        if requests >= max_running:
+            ns = max(ns, ending * (requests + 1 - max_running))
         if step_end > now:
-            ns += min(step_end - now, REST_STEPS * (base + per_request * requests + per_token * step_tokens))
+            ns += min(step_end - now, REST_STEPS * (base + per_request * (requests + 1) + per_token * step_tokens))
         scores.append(ns)
     return scores
 
@@ -116,22 +117,49 @@ def expected_of_few(columns: ListColumns, request: Request) -> list[int]:
 def expected_of_many(columns: ArrayColumns, request: Request) -> Words:
     """The same for arrays."""
     work = columns.work
-    requests = columns.requests + 1
     if work is None or not work.models[0, 0]:
-        return requests
-    step_end, step_tokens = work.steps.T
-    base, per_request, per_token, chunk, max_running, ending = work.models.T
-    own: int | Words = max(1, request.prompt_tokens)
+        return columns.requests + 1
+    models = work.prepared or prepare(work.models)
+    requests, steps = columns.requests, work.steps
+    # Each call of numpy costs more than its arithmetic, and one with a Python number twice as much.
+    own = np.array(max(1, request.prompt_tokens))
     if request.cached is not None:
         own = np.maximum(own - np.array(request.cached), 1)
-    tokens = np.maximum(work.tokens - step_tokens, 0) + own
-    ns: Words = base + per_request * requests
-    ns *= -(-tokens // chunk)
-    ns += per_token * tokens
-    ns = np.maximum(ns, (requests - max_running) * ending)
-    most = REST_STEPS * (base + per_request * requests + per_token * step_tokens)
-    ns += np.minimum(np.maximum(step_end - work.now_ns, 0), most)
+    step_tokens = steps[:, 1]
+    tokens = np.maximum(work.tokens, step_tokens)
+    tokens -= step_tokens
+    tokens += own
+    ns: Words = models.per_request * requests
+    ns += models.base_and_request
+    most = models.per_token * step_tokens
+    most += ns
+    most *= _REST_STEPS_ARRAY
+    # To divide many costs more than to look whether any has to be divided.
+    if models.least_chunk < _NO_LIMIT and (
+        len(tokens) < _LOOK_FROM or np.maximum.reduce(tokens) > models.least_chunk
+    ):
+        ns *= (tokens + models.chunk_less_one) // models.chunk
+    tokens *= models.per_token
+    ns += tokens
+    if models.least_running < _NO_LIMIT:
+        wait = requests - models.running_less_one
+        wait *= models.ending
+        np.maximum(ns, wait, out=ns)
+    now = np.array(work.now_ns)
+    rest = np.maximum(steps[:, 0], now)
+    rest -= now
+    np.minimum(rest, most, out=rest)
+    ns += rest
     return ns
+
+
+def prepare(models: Words) -> PreparedModels:
+    """Models of many ranks as decisions need them; from the array form of what `comparable` gives."""
+    base, per_request, per_token, chunk, max_running, ending = np.ascontiguousarray(models.T)
+    least = int(chunk.min()), int(max_running.min())
+    return PreparedModels(
+        base + per_request, per_request, per_token, chunk, chunk - 1, max_running - 1, ending, *least
+    )
 
 
 def comparable(models: list[list[int]], *, lockstep: bool = False, idle: Sequence[bool] = ()) -> list[list[int]]:

@@ -103,8 +103,9 @@ class ViewReader:
             # Ranks that have waves step together.
             idle = self._idle.look(board.steps[:n].tolist(), time.monotonic_ns())
             learnt = comparable(models.tolist(), lockstep=board.segment.header.waves, idle=idle)
-            self._models: Any = np.array(learnt, np.int64) if n >= VECTOR_FROM else learnt
-            self._prepared = prepare(self._models) if n >= VECTOR_FROM else None
+            many = np.array(learnt, np.int64) if n >= VECTOR_FROM else None
+            self._models: Any = learnt if many is None else many
+            self._prepared = None if many is None else prepare(many)
         self._verdicts = board.engine_verdicts()
         marks = board.engine_mark[:n].tolist()
         drained = [bool(mark & DRAINED) for mark in marks]

@@ -102,14 +102,15 @@ def expected_of_few(columns: ListColumns, request: Request) -> list[int]:
         base, per_request, per_token, chunk, max_running, ending = model
         if waiting > step_tokens:
             tokens += waiting - step_tokens  # noqa: PLW2901
-        ns = base + per_request * (requests + 1)
+        ns = alone = base + per_request * (requests + 1)
         if tokens > chunk:
             ns *= -(-tokens // chunk)
         ns += per_token * tokens
-        if requests >= max_running:
-            ns = max(ns, ending * (requests + 1 - max_running))
-        if step_end > now:
-            ns += min(step_end - now, REST_STEPS * (base + per_request * (requests + 1) + per_token * step_tokens))
+        if requests >= max_running and (wait := ending * (requests + 1 - max_running)) > ns:
+            ns = wait
+        if (rest := step_end - now) > 0:
+            most = REST_STEPS * (alone + per_token * step_tokens)
+            ns += rest if rest < most else most
         scores.append(ns)
     return scores
 

@@ -25,7 +25,7 @@ START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 60.0
 REQUEST_TIMEOUT_S = 120.0
 SCALE_OUT_SINCE = (0, 31)  # in 0.28, /inference/v1/generate was there unasked
-_SIZES = {
+SIZES = {
     "hidden_size": 256,
     "intermediate_size": 512,
     "num_hidden_layers": 2,
@@ -55,7 +55,7 @@ def executor(name: str) -> list[str]:
 
 
 NO_MODEL = executor("bench.sleeping_executor.SleepingExecutor")
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
@@ -79,7 +79,7 @@ class Server:
     def __init__(self, folder: Path, model: str, *arguments: str, **env: str) -> None:
         config = folder / model
         config.mkdir(parents=True, exist_ok=True)
-        (config / "config.json").write_text(json.dumps(_SIZES | MODELS[model]))
+        (config / "config.json").write_text(json.dumps(SIZES | MODELS[model]))
         self.port = free_port()
         self._log_path = folder / "server.log"
         command = [
@@ -97,7 +97,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=inherited | _ENVIRONMENT | env,
+                env=inherited | ENVIRONMENT | env,
                 cwd=folder,
                 start_new_session=True,
             )

@@ -51,8 +51,9 @@ class Bells:
 
     def ring(self, wave: int) -> None:
         """Wakes all ranks of this node for a wave, this one among them. Never waits."""
-        self._others.expect(self._board.dp_size)  # a rank that started later has a doorbell by now
-        self._others.ring(wave, leave_out=self._dp_rank)
+        if self._board.segment.linked:  # else the folder may be that of a new group of this name
+            self._others.expect(self._board.dp_size)  # a rank that started later has a doorbell by now
+            self._others.ring(wave, leave_out=self._dp_rank)
         self._hear(wave)
 
     def close(self) -> None:

@@ -34,7 +34,10 @@ def coordinator_factory(stock: Callable[..., Any], options: Options) -> Callable
         waves = bool(kwargs.get("enable_wave_coordination", args[0] if args else True))
         try:
             _sweep_the_dead()
-            coordinator = WatchedCoordinator(**_settings(parallel_config, waves, options))
+            settings = _settings(parallel_config, waves, options)
+            if options.group is None:
+                settings["group"] = _free_name(settings["group"])
+            coordinator = WatchedCoordinator(**settings)
         except DpshmError as e:
             logger.warning("dpshm's coordinator did not start: %s. vLLM starts its own", e)
             return stock(parallel_config, *args, **kwargs)
@@ -52,6 +55,18 @@ def _sweep_the_dead() -> None:
     for group in files.groups():
         if group.startswith(GROUP_PREFIX):
             sweep_group(group)
+
+
+def _free_name(group: str) -> str:
+    """A default name, or one with this user's number where another user has a board of that name.
+
+    Such a board may be stale: only its owner can remove it, and pids come again.
+    """
+    try:
+        owner = files.segment_path(group).stat().st_uid
+    except OSError:
+        return group
+    return group if owner == os.geteuid() else f"{group}-u{os.geteuid()}"
 
 
 def _why_stay_out(parallel_config: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -98,3 +99,14 @@ def test_a_server_on_a_network_starts_as_it_does_without_us(parallel_config):
     given = module._settings(parallel_config, True, Options())
     settings = make_settings(**given)
     assert (settings.host, settings.needs_tcp, settings.curve_dir) == ("10.0.0.1", True, None)
+
+
+def test_a_stale_board_of_another_user_is_stepped_around(tmp_path, monkeypatch):
+    """Guards against a server that runs without dpshm because another user left a board under its default name."""
+    monkeypatch.setenv("DPSHM_DIR", str(tmp_path))
+    assert module._free_name("vllm-7") == "vllm-7"
+    files.segment_path("vllm-7").touch()
+    assert module._free_name("vllm-7") == "vllm-7"  # this user's: it can be swept
+    ours = os.geteuid()
+    monkeypatch.setattr(module.os, "geteuid", lambda: ours + 1)
+    assert module._free_name("vllm-7") == f"vllm-7-u{ours + 1}"

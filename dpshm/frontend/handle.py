@@ -127,7 +127,7 @@ class Frontend:
         encoded = name.encode()
         if len(encoded) > layout.OWNER_BYTES or "\0" in name:
             raise SettingError(f"owner {name!r} must be at most {layout.OWNER_BYTES} bytes, none of them zero")
-        board = Board(Segment.attach(group))
+        board, index = Board(Segment.attach(group)), -1
         try:
             only = None if ranks is None else sorted(set(map(operator.index, ranks)))
             if only is not None and not (only and only[0] >= 0 and only[-1] < board.engines):
@@ -139,8 +139,10 @@ class Frontend:
             board.wait_for_coordinator(lambda: board.frontend_mark[index] == Verdict.ALIVE)
             if record is not False:
                 path = default_path(group, index) if record is True else Path(record)
-                frontend._recorder = Recorder.create(path, engines=board.engines, group=group, frontend=index)
+                frontend._recorder = Recorder.create(path, engines=board.dp_size, group=group, frontend=index)
         except BaseException:
+            if index >= 0:
+                board.frontend_pid[index] = 0  # left, not died
             board.close()
             raise
         return frontend

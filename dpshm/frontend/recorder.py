@@ -15,10 +15,12 @@ slot, and stores the number last. The reader checks it, so it never takes half a
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
@@ -30,9 +32,13 @@ from dpshm.errors import SettingError
 from dpshm.policies import Request, View
 from dpshm.policies.columns import ListColumns, ListWork, columns_of
 
+logger = logging.getLogger(__name__)
+
 MAGIC = b"DPSHMREC"
 VERSION = 1
-DEFAULT_SLOTS = 16_384
+RING_BYTES = 4 << 20
+"""The most that a ring takes, unless one record needs more: eight front-ends fit into a container's 64 MiB."""
+MAX_SLOTS = 16_384
 _PREAMBLE = struct.Struct("<8sII")
 _MAX_RING_BYTES = 1 << 32
 
@@ -98,9 +104,17 @@ def slot_bytes(engines: int) -> int:
 
 
 class Recorder:
-    """The writer of one front-end's ring. Call it under the front-end's lock."""
+    """The writer of one front-end's ring. Call it under the front-end's lock.
 
-    def __init__(self, mapped: mmap.mmap, header: RingHeader) -> None:
+    Attributes:
+        path: the file.
+        header: of the present ring.
+    """
+
+    def __init__(self, path: Path, mapped: mmap.mmap, header: RingHeader) -> None:
+        self.path = path
+        self.header = header
+        self._recording = True
         self._bytes = memoryview(mapped)
         self._words = self._bytes.cast("q")
         self._slots = header.slots
@@ -112,22 +126,40 @@ class Recorder:
         self._encoded_models = msgspec.Raw()
 
     @classmethod
-    def create(
-        cls, path: Path, *, engines: int, group: str, frontend: int, slots: int = DEFAULT_SLOTS
-    ) -> Recorder:
-        """Makes a ring with room for `engines` engines; replaces a file of that name.
+    def create(cls, path: Path, *, engines: int, group: str, frontend: int, slots: int | None = None) -> Recorder:
+        """Makes a ring; replaces a file of that name.
+
+        Args:
+            path: the file.
+            engines: ranks that there are. If there are more later, the ring is made anew and begins empty.
+            group: the group's name.
+            frontend: the front-end's index.
+            slots: decisions that it holds; default: what `RING_BYTES` hold, at most `MAX_SLOTS`.
 
         Raises:
             SettingError: the file cannot be made.
         """
+        engines = max(1, engines)
+        if slots is None:
+            slots = max(1, min(MAX_SLOTS, (RING_BYTES - PAGE_BYTES - WORD_BYTES) // slot_bytes(engines)))
         if slots < 1:
             raise SettingError(f"a ring of {slots} slots holds no decision: choose 1 or more")
         header = RingHeader(VERSION, group, frontend, engines, slots, os.getpid())
+        mapped = cls._make(path, header)
+        logger.info(
+            "front-end %d of group %r records its newest %d decisions in %s, %d KiB",
+            *(frontend, group, slots, path, _ring_bytes(header) // 1024),
+        )
+        return cls(path, mapped, header)
+
+    @staticmethod
+    def _make(path: Path, header: RingHeader) -> mmap.mmap:
         blob = msgspec.json.encode(header)
         size = _ring_bytes(header)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            path.parent.mkdir(mode=0o700, exist_ok=True)
+            if path == default_path(header.group, header.frontend):
+                path.parent.mkdir(mode=0o700, exist_ok=True)
             fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 # With ftruncate alone a full tmpfs would kill the front-end with SIGBUS later.
@@ -138,15 +170,31 @@ class Recorder:
                 os.close(fd)
             draft.replace(path)
         except OSError as e:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.unlink()
             raise SettingError(
                 f"cannot make the decision ring {path} of {size // 1024} KiB: {e.strerror}. Name another file"
             ) from e
-        return cls(mapped, header)
+        return mapped
+
+    def _grow(self, engines: int) -> bool:
+        """Makes a ring with room for more ranks; false if it cannot be made, and then nothing more is recorded."""
+        header = self.header
+        self.close()
+        try:
+            grown = Recorder.create(self.path, engines=engines, group=header.group, frontend=header.frontend)
+        except SettingError as e:
+            logger.warning("no decision is recorded any more: %s", e)
+            return False
+        self.__dict__.update(vars(grown))
+        return True
 
     def record(self, now_ns: int, view: View, request: Request, choice: int, beats: list[int]) -> None:
         """Stores one decision over the oldest one."""
         columns = view.columns
+        if len(columns.own) > self.header.engines and not (self._recording and self._grow(len(columns.own))):
+            self._recording = False
+            return
         work: Any = columns.work
         rows: Any = None
         if isinstance(columns, ListColumns):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from dpshm.board import files
 from dpshm.board.layout import PAGE_BYTES
 from dpshm.board.words import pack_load
 from dpshm.errors import SettingError
-from dpshm.frontend.recorder import Recorder, default_path, read, slot_bytes
+from dpshm.frontend.recorder import MAX_SLOTS, RING_BYTES, Recorder, default_path, read, slot_bytes
 from dpshm.policies import Request, View
 from dpshm.policies.columns import VECTOR_FROM, ListColumns, ListWork, columns_of
+from dpshm.rules.liveness import Verdict
 from tests.support import LoneBoard
 
 NOW = 123_456_789_000
@@ -180,3 +182,49 @@ def test_a_frontend_records_its_decisions(group, using, tmp_path, policy, where)
         frontend.close()
         path.unlink()
         path.parent.rmdir()
+
+
+@pytest.mark.parametrize("engines", [1, 2, 8, 64, 256, 1024])
+def test_a_ring_is_small(tmp_path, engines):
+    """Guards against a ring for the board's capacity: 141 MiB where a container has 64 for all of /dev/shm."""
+    recorder = Recorder.create(tmp_path / "ring", engines=engines, group="g", frontend=0)
+    size = (tmp_path / "ring").stat().st_size
+    assert size <= max(RING_BYTES, PAGE_BYTES + 8 + slot_bytes(engines))
+    assert recorder.header.slots == MAX_SLOTS or size + slot_bytes(engines) > RING_BYTES
+    recorder.close()
+
+
+def test_a_ring_grows_with_the_group(group, using, tmp_path):
+    """Guards against records that run over their slots when a group is scaled."""
+    board = using(LoneBoard(group, engines=40, dp_size=2))
+    frontend = using(Frontend.attach(group, record=tmp_path / "ring"))
+    frontend.choose(5)
+    small = (tmp_path / "ring").stat().st_size
+    board.marks.set_dp_size(40)
+    board.mark(range(40), Verdict.ALIVE)
+    chosen = [frontend.choose(i) for i in range(50)]
+    header, decisions = read(tmp_path / "ring")
+    assert (header.engines, [d.choice for d in decisions]) == (40, chosen)
+    assert max(small, (tmp_path / "ring").stat().st_size) <= RING_BYTES
+
+
+def test_a_ring_that_cannot_grow_ends_no_routing(group, using, tmp_path, caplog):
+    """Guards against a full tmpfs that stops requests because their record has no room."""
+    board = using(LoneBoard(group, engines=4, dp_size=2))
+    (tmp_path / "folder").mkdir()
+    frontend = using(Frontend.attach(group, record=tmp_path / "folder" / "ring"))
+    shutil.rmtree(tmp_path / "folder")
+    (tmp_path / "folder").write_text("in the way")
+    board.marks.set_dp_size(4)
+    board.mark(range(4), Verdict.ALIVE)
+    assert {frontend.choose(5) for _ in range(8)} == {0, 1, 2, 3}
+    assert len([m for m in caplog.messages if "no decision is recorded any more" in m]) == 1
+
+
+def test_a_frontend_without_its_ring_has_left(group, using):
+    """Guards against an event of a front-end that died, where its attach failed."""
+    board = using(LoneBoard(group))
+    with pytest.raises(SettingError, match="cannot make the decision ring"):
+        Frontend.attach(group, record="/nonexistent/x/ring")
+    assert board.frontend_incarnation.tolist() == [1, 0, 0, 0]
+    assert board.frontend_pid.tolist() == [0, 0, 0, 0]

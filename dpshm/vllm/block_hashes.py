@@ -2,12 +2,13 @@
 
 A block's hash covers its prefix, and what its tokens alone do not tell: adapter, multimodal content, cache salt.
 The chain begins with a value that vLLM derives from a seed, ``NONE_HASH``. The seed is the same in every process
-for sha256, and where PYTHONHASHSEED is set. For other functions it is random in each process, so no other process
-can make an engine's hashes.
+for sha256 (in 0.32 and 0.33), and where PYTHONHASHSEED is set. Otherwise it is random in each process, so no other
+process can make an engine's hashes.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from hashlib import blake2b
 from importlib import import_module
@@ -39,10 +40,8 @@ def first_of_any_engine(function: Callable[[Any], bytes]) -> bytes | None:
     """
     utils = import_module("vllm.v1.core.kv_cache_utils")
     if not hasattr(utils, "NONE_HASH"):
-        seed = getattr(
-            utils, "resolve_none_hash_seed", lambda _: object()
-        )  # before 0.32: random, or PYTHONHASHSEED
-        if seed(function) != seed(function):
+        seed = getattr(utils, "resolve_none_hash_seed", None)  # in releases that had none all seeds are random
+        if os.getenv("PYTHONHASHSEED") is None and (seed is None or seed(function) != seed(function)):
             return None
         utils.init_none_hash(function)
     return bytes(utils.NONE_HASH)

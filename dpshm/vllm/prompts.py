@@ -48,8 +48,8 @@ class PromptHasher:
                 self._first = first_of_any_engine(self._function)
                 if self._first is None:
                     self.leave(
-                        f"the seed of {name} is random in each process. Set PYTHONHASHSEED for all processes, or "
-                        "use --prefix-caching-hash-algo sha256"
+                        f"the seed of {name} is random in each process. Set PYTHONHASHSEED for all processes (or "
+                        "use sha256, from vLLM 0.32 on)"
                     )
                 else:
                     self.works = True

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import http
+import json
+import os
 import random
+import subprocess
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -81,6 +84,25 @@ def compared(folder: Path, number: int) -> tuple[int, int, int]:
     assert expected.keys() == reported.keys()
     equal = sum(expected[request_id] == tokens for request_id, tokens in reported.items())
     return equal, sum(expected.values()), sum(reported.values())
+
+
+def test_the_match_is_the_hit_of_vllms_own_cache(group, capsys):
+    """Guards against hashes, or a mirror of the cache, that differ from vLLM's, also while it evicts."""
+    command = [environment.folder() / "bin" / "python", "-m", "tests.e2e.vllm.real_cache", group, "400", "2000"]
+    environ = os.environ | {"PYTHONPATH": str(environment.ROOT), "OMP_NUM_THREADS": "1"}
+    if environment.installed() < (0, 32):
+        environ["PYTHONHASHSEED"] = "7"  # the seed is random there
+    done = subprocess.run(
+        command, cwd=environment.ROOT, env=environ, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    with capsys.disabled():
+        print(f"\nvLLM's own cache manager: {found}")
+    assert found["equal"] == found["requests"]
+    assert found["hits"] > 100 * found["requests"]
+    assert found["evicted"] > 2000
+    assert found["held"] == 0
 
 
 def test_the_match_is_what_the_engine_reports(probed, capsys):

@@ -246,21 +246,29 @@ def test_later_parts_of_a_streamed_input_are_booked_in_full(pair, board):
     pair(body)
 
 
-def test_random_seeds_are_said_once(vllm, make_client, log):
+@pytest.mark.parametrize("release", ["0.32", "0.28"])
+def test_random_seeds_are_said_once(vllm, make_client, log, monkeypatch, release):
     """Guards against matches of hashes that each process makes with a seed of its own."""
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     del vllm.hashes.NONE_HASH
-    vllm.hashes.resolve_none_hash_seed = lambda _: random.random()
     vllm.hashes.init_none_hash = raising
+    vllm.hashes.resolve_none_hash_seed = lambda _: random.random()
+    if release == "0.28":
+        del vllm.hashes.resolve_none_hash_seed
     client = make_client()
     add(client, Request("a"), Request("b"))
     assert log("does not see what engines have cached: the seed of sha256 is random") == 1
     assert hooked(client)
 
 
-def test_a_seed_that_all_processes_share_is_set(vllm, make_client, log):
+@pytest.mark.parametrize("release", ["0.32", "0.28"])
+def test_a_seed_that_all_processes_share_is_set(vllm, make_client, log, monkeypatch, release):
     """Guards against an API server that cannot hash because vLLM has not set its seed there."""
     del vllm.hashes.NONE_HASH
     vllm.hashes.init_none_hash = lambda function: setattr(vllm.hashes, "NONE_HASH", function(b"seed"))
+    if release == "0.28":
+        del vllm.hashes.resolve_none_hash_seed
+        monkeypatch.setenv("PYTHONHASHSEED", "7")
     add(make_client(), Request("a"))
     assert hash_function(b"seed") == vllm.hashes.NONE_HASH
     assert log("does not see") == 0

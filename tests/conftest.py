@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -20,7 +21,22 @@ _numbers = itertools.count()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _nothing_stays() -> Iterator[None]:
+def _own_directory() -> Iterator[None]:
+    """A directory of segments for this process: any start removes dead groups, also those that a test needs."""
+    path = tempfile.mkdtemp(prefix="dpt-", dir=files.directory())
+    os.chmod(path, 0o1777)  # as /dev/shm: some tests are of another user
+    before = os.environ.get("DPSHM_DIR")
+    os.environ["DPSHM_DIR"] = path
+    yield
+    if before is None:
+        del os.environ["DPSHM_DIR"]
+    else:
+        os.environ["DPSHM_DIR"] = before
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_stays(_own_directory: None) -> Iterator[None]:
     """Fails the run if any of its groups is left in the directory of segments."""
     yield
     assert leftovers(_PREFIX) == []

@@ -76,6 +76,14 @@ def groups() -> list[str]:
     return sorted(names)
 
 
+def stray_sockets_folders() -> list[Path]:
+    """The sockets' folders without their segment. A coordinator that is starting has one, and holds its lock."""
+    folders = directory().glob(f"{FILE_PREFIX}*{SOCKETS_SUFFIX}")
+    return sorted(
+        f for f in folders if f.is_dir() and not f.with_name(f.name.removesuffix(SOCKETS_SUFFIX)).exists()
+    )
+
+
 # The segment's file.
 
 

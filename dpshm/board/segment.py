@@ -24,7 +24,15 @@ from dpshm.board import files, layout
 from dpshm.board.header import Header, encode_header, read_header
 from dpshm.board.layout import Layout
 from dpshm.board.locks import Locks, coordinator_byte
-from dpshm.errors import HandleClosed, HandleError, HandleForked, SegmentInvalid, SegmentNotFound
+from dpshm.errors import (
+    HandleClosed,
+    HandleError,
+    HandleForked,
+    SegmentError,
+    SegmentInvalid,
+    SegmentNotFound,
+    SettingError,
+)
 from dpshm.linux.forks import PrivateFd, give_up, give_up_sockets
 
 
@@ -262,3 +270,27 @@ def sweep(group: str) -> bool:
         return True
     finally:
         segment.close()
+
+
+def sweep_dead() -> list[str]:
+    """Removes what dead groups of this user have left in the directory; returns the groups' names.
+
+    A group's name may be one that never comes again, so that no later start of the group removes it. A file that
+    is no board, or another user's, is left alone, and so is every group of which one process lives.
+    """
+    removed = []
+    for group in files.groups():
+        with suppress(SegmentError, SettingError, OSError):
+            path = files.segment_path(group)
+            if path.stat(follow_symlinks=False).st_uid == os.geteuid() and _is_board(path) and sweep(group):
+                removed.append(group)
+    with suppress(OSError):
+        for folder in files.stray_sockets_folders():
+            if folder.stat(follow_symlinks=False).st_uid == os.geteuid():
+                files.remove_sockets_folder(folder)
+    return removed
+
+
+def _is_board(path: Path) -> bool:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+        return file.read(len(layout.MAGIC)) == layout.MAGIC

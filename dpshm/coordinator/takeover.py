@@ -18,7 +18,7 @@ from dpshm.board import files
 from dpshm.board.board import Board
 from dpshm.board.files import sockets_path
 from dpshm.board.header import make_header
-from dpshm.board.segment import Segment, sweep
+from dpshm.board.segment import Segment, sweep, sweep_dead
 from dpshm.coordinator import kept_settings
 from dpshm.coordinator.row import CoordinatorRow
 from dpshm.coordinator.settings import IMMUTABLE, Settings
@@ -45,6 +45,8 @@ def open_board(settings: Settings, sockets: Sockets) -> tuple[Segment, Board, Co
     """
     folder = _lock_folder(settings.group)
     try:
+        if removed := sweep_dead():
+            logger.info("removed what dead groups left: %s", ", ".join(removed))
         segment = _attach_or_create(settings, sockets)
     except BaseException:
         with suppress(OSError):

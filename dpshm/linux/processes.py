@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
+from hashlib import blake2s
 from pathlib import Path
 
 PR_SET_NAME = 15  # prctl(2)
@@ -40,6 +42,20 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return ""
+
+
+def tag(pid: int) -> str:
+    """A short name of a process that no other process shares: its pid, and six digits of what tells it apart.
+
+    The first process of every container has pid 1. What differs is the pid namespace, when the process started,
+    and as a rule the host's name. The same process always gets the same tag.
+    """
+    try:
+        namespace = os.stat(f"/proc/{pid}/ns/pid").st_ino
+    except OSError:
+        namespace = 0
+    facts = f"{boot_id()} {socket.gethostname()} {namespace} {start_time(pid)}"
+    return f"{pid}-{blake2s(facts.encode(), digest_size=3).hexdigest()}"
 
 
 def open_pidfd(pid: int, started: int) -> int | None:

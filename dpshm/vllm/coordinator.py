@@ -14,10 +14,11 @@ from typing import Any
 from dpshm.board import files
 from dpshm.coordinator.settings import Settings
 from dpshm.errors import DpshmError
+from dpshm.linux import processes
 from dpshm.version import __version__
 from dpshm.vllm.log import logger
 from dpshm.vllm.options import Options
-from dpshm.vllm.supervisor import WatchedCoordinator, sweep_group
+from dpshm.vllm.supervisor import WatchedCoordinator
 
 GROUP_PREFIX = "vllm-"
 FRONTENDS_TO_SPARE = 8
@@ -33,7 +34,6 @@ def coordinator_factory(stock: Callable[..., Any], options: Options) -> Callable
             return stock(parallel_config, *args, **kwargs)
         waves = bool(kwargs.get("enable_wave_coordination", args[0] if args else True))
         try:
-            _sweep_the_dead()
             settings = _settings(parallel_config, waves, options)
             if options.group is None:
                 settings["group"] = _free_name(settings["group"])
@@ -48,13 +48,6 @@ def coordinator_factory(stock: Callable[..., Any], options: Options) -> Callable
         return coordinator
 
     return dp_coordinator
-
-
-def _sweep_the_dead() -> None:
-    """Removes the boards of killed servers. Their names hold a pid, so no later server reuses them."""
-    for group in files.groups():
-        if group.startswith(GROUP_PREFIX):
-            sweep_group(group)
 
 
 def _free_name(group: str) -> str:
@@ -83,7 +76,7 @@ def _settings(parallel_config: Any, waves: bool, options: Options) -> dict[str, 
     hybrid = getattr(parallel_config, "data_parallel_hybrid_lb", False)
     api_servers = getattr(parallel_config, "_api_process_count", 1)
     return {
-        "group": options.group or f"{GROUP_PREFIX}{os.getpid()}",
+        "group": options.group or f"{GROUP_PREFIX}{processes.tag(os.getpid())}",
         "dp_size": parallel_config.data_parallel_size,
         "dp_size_local": parallel_config.data_parallel_size_local,
         "balancing": "external" if external else "hybrid" if hybrid else "internal",

@@ -21,7 +21,8 @@ class Options(msgspec.Struct, frozen=True):
     Attributes:
         mode: ``DPSHM``: on (1, the default), off (0), or shadow: fill the board, let vLLM choose, compare.
         policy: ``DPSHM_POLICY``: how API servers choose, see `dpshm.policies`.
-        group: ``DPSHM_GROUP``: the deployment's name on this node; default ``vllm-PID``, of the launcher.
+        group: ``DPSHM_GROUP``: the deployment's name on this node; default ``vllm-PID-XXXXXX``, of the launcher
+            (`dpshm.linux.processes.tag`).
         stall_timeout_s: ``DPSHM_STALL_TIMEOUT_S``: see `dpshm.coordinator.settings.Settings`.
         shadow_log_s: ``DPSHM_SHADOW_LOG_S``: interval in seconds between the summaries of shadow mode.
         any_version: ``DPSHM_ANY_VLLM=1``: also run on releases of vLLM on which the plugin was not tested.

@@ -6,10 +6,12 @@ import os
 import random
 import signal
 import time
+from contextlib import closing
 
 import pytest
 
 from dpshm import Board, Coordinator, Engine, Frontend
+from dpshm.board import files
 from dpshm.board.words import unpack_load, unpack_progress
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
@@ -135,3 +137,17 @@ def test_a_frontend_killed_and_restarted_on_its_row(group, using):
         wait_until(lambda row=row: not board.frontend_alive(row))
         assert (row, board.frontend_incarnation[row]) == (1, life)
         assert observer.snapshot()["in_flight"].tolist() == [0, 0]
+
+
+def test_any_start_removes_what_dead_groups_left(group, using):
+    """Guards against a /dev/shm that fills up with groups whose names never come again."""
+    dead, live = f"{group}-killed", f"{group}-live"
+    using(Coordinator(group=live, dp_size=1))
+    with closing(Remote()) as victim:
+        victim.run("kept = Coordinator(group=group, dp_size=1)", group=dead)
+        assert dead in files.groups()
+        victim.kill()
+    using(Coordinator(group=group, dp_size=1))
+    assert dead not in files.groups()
+    assert not files.sockets_path(dead).exists()
+    assert {group, live} <= set(files.groups())

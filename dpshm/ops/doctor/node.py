@@ -91,7 +91,7 @@ def check_leftovers(found: list[Found]) -> Iterator[Finding]:
             check="leftover",
             group=dead[0] if len(dead) == 1 else None,
             what=f"segments in {directory()} remain of groups that no process uses: {names}",
-            why="they take memory until the next coordinator of the same name removes them",
+            why="they take memory until the next start of a coordinator of this user removes them",
             fix="dpshm doctor --sweep",
         )
     for group in found:
@@ -104,7 +104,7 @@ def check_leftovers(found: list[Found]) -> Iterator[Finding]:
                 why="nothing can attach to it; if its processes still run, they run unseen",
                 fix=f"fuser {segment_path(group.group)}    (no output: rm it; else use one dpshm version for all)",
             )
-    for folder in stray_folders():
+    for folder in files.stray_sockets_folders():
         yield Finding(
             severity="warning",
             check="leftover",
@@ -115,14 +115,6 @@ def check_leftovers(found: list[Found]) -> Iterator[Finding]:
         )
 
 
-def stray_folders() -> list[Path]:
-    """Finds socket folders without their segment."""
-    folders = directory().glob(f"{FILE_PREFIX}*{SOCKETS_SUFFIX}")
-    return sorted(
-        f for f in folders if f.is_dir() and not f.with_name(f.name.removesuffix(SOCKETS_SUFFIX)).exists()
-    )
-
-
 def sweep_leftovers(found: list[Found]) -> list[str]:
     """Removes the leftovers that `check_leftovers` finds, if no process uses them; returns what was removed."""
     removed = []
@@ -131,7 +123,7 @@ def sweep_leftovers(found: list[Found]) -> list[str]:
             with suppress(SegmentError):
                 if sweep(group.group):
                     removed.append(str(segment_path(group.group)))
-    for folder in stray_folders():
+    for folder in files.stray_sockets_folders():
         files.remove_sockets_folder(folder)  # not if a coordinator holds it
         if not folder.exists():
             removed.append(str(folder))

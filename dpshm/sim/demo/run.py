@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from dpshm.board.board import Board
-from dpshm.board.files import groups
 from dpshm.board.segment import sweep
 from dpshm.errors import DpshmError, StartupTimeout
 from dpshm.rules.waves import Phase
@@ -99,7 +98,6 @@ def run_demo(settings: DemoSettings, show: Show) -> Report:
 
         workload = make_workload(settings, show_reading)
         flag.check()
-        sweep_dead_demos()
         with ExitStack() as stack:
             demo = _Demo(settings, workload, show, flag, stack)
             try:
@@ -109,13 +107,6 @@ def run_demo(settings: DemoSettings, show: Show) -> Report:
             except DpshmError:
                 flag.check()  # the signal may have reached a child as well and caused this error
                 raise
-
-
-def sweep_dead_demos() -> None:
-    """Removes the boards of demos whose processes were all killed."""
-    for group in groups():
-        if group.startswith(GROUP_PREFIX):
-            _sweep(group)
 
 
 def _sweep(group: str) -> None:

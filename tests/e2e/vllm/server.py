@@ -18,6 +18,7 @@ from typing import Any
 
 from dpshm import Board
 from dpshm.board import files
+from dpshm.linux import processes
 from tests.e2e.vllm import environment
 from tests.support import wait_until
 
@@ -102,7 +103,7 @@ class Server:
                 start_new_session=True,
             )
         self.pid = self._popen.pid
-        self.group = env.get("DPSHM_GROUP", f"vllm-{self.pid}")
+        self.group = env.get("DPSHM_GROUP", f"vllm-{processes.tag(self.pid)}")
 
     def wait_ready(self) -> None:
         """Waits until it answers.

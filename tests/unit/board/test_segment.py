@@ -12,7 +12,7 @@ import pytest
 
 from dpshm.board import files, layout
 from dpshm.board.locks import coordinator_byte, engine_byte
-from dpshm.board.segment import Segment, sweep
+from dpshm.board.segment import Segment, sweep, sweep_dead
 from dpshm.errors import (
     HandleClosed,
     SegmentInvalid,
@@ -165,3 +165,26 @@ def test_sweep_removes_what_no_version_understands(folder: Path, content: bytes)
     with pytest.raises(SegmentInvalid):
         Segment.attach("g")
     assert sweep("g")
+
+
+def test_sweep_dead_removes_the_dead_of_this_user(folder: Path):
+    """Guards against dead groups that fill the tmpfs, and against a start that removes what it should leave."""
+    live = Segment.create(header("live"))
+    for name in ("dead-1", "dead-2"):
+        Segment.create(header(name)).close()
+        files.sockets_path(name).mkdir(0o700)
+        (files.sockets_path(name) / "frontends").touch()
+    Segment.create(header("other-user")).close()
+    os.chown(folder / "dpshm-other-user", 12345, -1)
+    (folder / "dpshm-notes").write_bytes(b"my notes")
+    (folder / "dpshm-link").symlink_to(folder / "dpshm-notes")
+    os.mkfifo(folder / "dpshm-fifo")
+    files.sockets_path("stray").mkdir(0o700)
+    starting = files.lock_sockets_folder(files.sockets_path("starting"))
+    assert starting is not None
+    assert sweep_dead() == ["dead-1", "dead-2"]
+    left = {entry.name.removeprefix("dpshm-") for entry in folder.iterdir()}
+    assert left == {"live", "other-user", "notes", "link", "fifo", "starting.sockets"}
+    live.close()
+    starting.close()
+    assert sweep_dead() == ["live"]

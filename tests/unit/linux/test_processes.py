@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import subprocess
 import sys
@@ -133,3 +134,33 @@ def test_namespaces_and_boot_have_names():
     assert processes.namespace_inode("pid") == os.stat("/proc/self/ns/pid").st_ino > 0
     assert processes.namespace_inode("no such kind") == 0
     assert processes.boot_id() == Path("/proc/sys/kernel/random/boot_id").read_text().strip() != ""
+
+
+def test_a_tag_is_of_one_process():
+    """Guards against two names for one process, and one name for two: each container's first process has pid 1."""
+    own = processes.tag(os.getpid())
+    assert own == processes.tag(os.getpid())
+    assert re.fullmatch(rf"{os.getpid()}-[0-9a-f]{{6}}", own)
+    with child(IDLE) as process:
+        assert processes.tag(process.pid).partition("-")[2] != own.partition("-")[2]
+
+
+def test_first_processes_of_two_pid_namespaces_have_two_tags():
+    """Guards against two containers that share /dev/shm and give their groups the same name."""
+    code = "import os; from dpshm.linux import processes; print(os.getpid(), processes.tag(os.getpid()))"
+    command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code]
+    done = [
+        subprocess.run(
+            command,
+            env={**os.environ, "PYTHONPATH": str(PACKAGE_ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for _ in range(2)
+    ]
+    if any(one.returncode for one in done):
+        pytest.skip(f"pid namespaces cannot be made here: {done[0].stderr.strip()}")
+    (pid_1, tag_1), (pid_2, tag_2) = (one.stdout.split() for one in done)
+    assert pid_1 == pid_2 == "1"
+    assert tag_1 != tag_2

@@ -35,8 +35,8 @@ def test_no_group(alone: Path):
 
 def test_the_only_live_group_is_meant(alone: Path):
     """Guards against a name that must be typed where there is no choice, and against dead groups as a choice."""
-    Segment.create(make_header("dead", 1, 1, settings={}, **dict.fromkeys(ADDRESSES, ""))).close()
     with Coordinator(group="a", dp_size=1), open_group(None) as board:
+        Segment.create(make_header("dead", 1, 1, settings={}, **dict.fromkeys(ADDRESSES, ""))).close()
         assert board.segment.group == "a"
         assert board.segment.readonly
         assert [(f.group, f.state) for f in find_groups()] == [("a", "alive"), ("dead", "dead")]

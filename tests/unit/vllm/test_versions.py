@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -32,7 +33,7 @@ def passing(monkeypatch):
 
 
 @pytest.mark.usefixtures("passing")
-@pytest.mark.parametrize(("version", "lines"), [(f"{next(iter(TESTED))}+cpu", 0), ("99.1.0", 1)])
+@pytest.mark.parametrize(("version", "lines"), [(f"{TESTED[0]}+cpu", 0), ("99.1.0", 1)])
 def test_a_release_whose_check_passes_is_taken(release, monkeypatch, log, version, lines):
     """Guards against a plugin that is off on a new release which it could serve, or that hides that it is new."""
     monkeypatch.setattr(versions, "NEEDED", (Needed("vllm.part", "function", ("first",)),))
@@ -87,3 +88,12 @@ def test_what_is_missing_is_named(release, monkeypatch, needed, cause):
     monkeypatch.setattr(versions, "NEEDED", (needed,))
     release("0.32.0")
     assert cause in why_not()
+
+
+def test_the_page_has_the_same_releases():
+    """Guards against a page for operators that says that other releases were tested than the log says."""
+    page = (Path(versions.__file__).parent / "README.md").read_text()
+    table = page[page.index("## Versions") : page.index("## When it does not help")]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| 0.")]
+    tested = [release.strip() for names, runs in rows if runs.strip() == "yes" for release in names.split(",")]
+    assert tuple(tested) == TESTED

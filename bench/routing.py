@@ -43,9 +43,9 @@ INDEXED = (
         "least_work@live-index:100",
         "least_work@live-index:1000",
     ),
-    *("least_work@live-index-own", "least_work@live-index-ahead", "lmetric@live-index-ahead"),
 )
-"""With and without the prefix index, live, late and ahead, and the rivals."""
+AHEAD = ("least_work@live-index-own", "least_work@live-index-ahead", "lmetric@live-index-ahead")
+"""With and without the prefix index, live and late, and the rivals; and what is about to be cached."""
 
 
 class Scenario(NamedTuple):
@@ -174,7 +174,7 @@ def prefixes() -> list[Scenario]:
     ]
     for workload in ("agents", "fan-out"):
         for rate in (20.0, 40.0):
-            more = usual | {"workload": workload}
+            more = usual | {"workload": workload, "policies": INDEXED + AHEAD}
             found.append(chat(f"{workload}-{rate:g}", workload, f"{rate:g}/s", rate, {}, **more))
     return found
 

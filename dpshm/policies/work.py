@@ -10,6 +10,14 @@ What a new request waits for, at an engine that serves first come, first served 
     tokens = sent and not computed - those of the running step + its own that are not cached
     steps = ceil(tokens / chunk)
 
+That is what this request waits. But each prompt token that is computed also delays the requests that are running
+there, so a sixteenth of that delay is added before ranks are compared:
+
+    per_token * own tokens that are not cached * requests / 16
+
+Without it long prompts meet on ranks with many running requests, whose tokens then come late: on the Azure code
+trace at 10x the time per output token was 85 ms; with it, it is 78, and the first token comes no later.
+
 Of ranks with equal times the one that has more of the prompt cached is taken: a cached token counts as one
 nanosecond, a ten-thousandth of what it takes to compute one.
 
@@ -50,6 +58,10 @@ REST_STEPS = 4
 """The rest of a running step counts as at most so many steps of its kind: neither a clock that jumps nor a damaged
 word keeps a rank out of routing."""
 _REST_STEPS_ARRAY = np.array(REST_STEPS)
+DELAY_SHIFT = 4
+"""The delay of others counts as a sixteenth. Counted in full it would send long prompts to ranks with few requests
+whatever waits there. A sixteenth decides between ranks at which this request would wait about equally long."""
+_DELAY_SHIFT_ARRAY = np.array(DELAY_SHIFT)
 _LOOK_FROM = 256
 _NO_LIMIT = 1 << 40
 """Tokens or requests."""
@@ -66,16 +78,10 @@ class LeastWork(msgspec.Struct, frozen=True):
         if isinstance(columns, ListColumns):
             if columns.work is None or not columns.work.models[0][0]:
                 return least_loaded(view, request)
-            scores = expected_of_few(columns, request)
-            if request.cached is not None:
-                scores = [ns - cached for ns, cached in zip(scores, request.cached, strict=False)]
-            return columns.least(scores)
+            return columns.least(expected_of_few(columns, request, compared=True))
         if columns.work is None or not columns.work.models[0, 0]:
             return least_loaded(view, request)
-        many = expected_of_many(columns, request)
-        if request.cached is not None:
-            many -= np.array(request.cached, np.int64)
-        return columns.least(many)
+        return columns.least(expected_of_many(columns, request, compared=True))
 
     def expected_ns(self, view: View, request: Request) -> list[int]:
         """By rank, nanoseconds from now to this request's first token; if none has learnt, a count of requests."""
@@ -86,8 +92,8 @@ class LeastWork(msgspec.Struct, frozen=True):
         return expected
 
 
-def expected_of_few(columns: ListColumns, request: Request) -> list[int]:
-    """`LeastWork.expected_ns` of few ranks."""
+def expected_of_few(columns: ListColumns, request: Request, *, compared: bool = False) -> list[int]:
+    """`LeastWork.expected_ns` of few ranks; if they are `compared`, with the delay of others and the tie-break."""
     work = columns.work
     # A view of vLLM's broadcast has no tokens, and at first no engine has learnt anything: see `comparable`.
     if work is None or not work.models[0][0]:
@@ -98,13 +104,16 @@ def expected_of_few(columns: ListColumns, request: Request) -> list[int]:
     scores = []
     # One item a rank in each; `strict` would cost a tenth of the decision.
     by_rank = zip(columns.requests, work.tokens, work.steps, work.models, prompts)  # noqa: B905
-    for requests, waiting, (step_end, step_tokens), model, tokens in by_rank:
+    for requests, waiting, (step_end, step_tokens), model, uncached in by_rank:
         base, per_request, per_token, chunk, max_running, ending = model
+        tokens = uncached
         if waiting > step_tokens:
-            tokens += waiting - step_tokens  # noqa: PLW2901
+            tokens += waiting - step_tokens
         ns = alone = base + per_request * (requests + 1)
         if tokens > chunk:
             ns *= -(-tokens // chunk)
+        if compared:
+            tokens += uncached * requests >> DELAY_SHIFT
         ns += per_token * tokens
         if requests >= max_running and (wait := ending * (requests + 1 - max_running)) > ns:
             ns = wait
@@ -112,10 +121,12 @@ def expected_of_few(columns: ListColumns, request: Request) -> list[int]:
             most = REST_STEPS * (alone + per_token * step_tokens)
             ns += rest if rest < most else most
         scores.append(ns)
+    if compared and request.cached is not None:
+        return [ns - hit for ns, hit in zip(scores, request.cached, strict=False)]
     return scores
 
 
-def expected_of_many(columns: ArrayColumns, request: Request) -> Words:
+def expected_of_many(columns: ArrayColumns, request: Request, *, compared: bool = False) -> Words:
     """The same for arrays."""
     work = columns.work
     if work is None or not work.models[0, 0]:
@@ -140,6 +151,10 @@ def expected_of_many(columns: ArrayColumns, request: Request) -> Words:
         len(tokens) < _LOOK_FROM or np.maximum.reduce(tokens) > models.least_chunk
     ):
         ns *= (tokens + models.chunk_less_one) // models.chunk
+    if compared:
+        delay = own * requests
+        delay >>= _DELAY_SHIFT_ARRAY
+        tokens += delay
     tokens *= models.per_token
     ns += tokens
     if models.least_running < _NO_LIMIT:
@@ -151,6 +166,8 @@ def expected_of_many(columns: ArrayColumns, request: Request) -> Words:
     rest -= now
     np.minimum(rest, most, out=rest)
     ns += rest
+    if compared and request.cached is not None:
+        ns -= np.array(request.cached, np.int64)
     return ns
 
 

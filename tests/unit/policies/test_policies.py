@@ -263,7 +263,19 @@ def test_least_work_waits_for_a_place():
     models = [learnt(**full), learnt(base_ns=20_000_000, **full)]
     for running, chosen in ((60, 0), (63, 0), (64, 1), (65, 1)):
         load = [pack_load(0, running, 0), pack_load(0, 10, 0)]
-        assert choose(LeastWork(), [0, 1], load, models=models) == chosen
+        assert choose(LeastWork(), [0, 1], load, models=models, request=Request(1)) == chosen
+
+
+def test_least_work_spares_those_that_run():
+    """Guards against long prompts that meet on the rank with most running requests and make all of them wait."""
+    load = [pack_load(0, 40, 0), pack_load(0, 4, 0)]
+    # Rank 1 has to compute what takes 0.2 ms more than the 36 requests more of rank 0.
+    tokens = [0, 76]
+    assert choose(LeastWork(), [0, 1], load, tokens=tokens, request=Request(1)) == 0
+    assert choose(LeastWork(), [0, 1], load, tokens=tokens, request=Request(4000)) == 1
+    # What is cached delays no request.
+    request = Request(4000, cached=[3999, 3999])
+    assert choose(LeastWork(), [0, 1], load, tokens=tokens, request=request) == 0
 
 
 def test_least_work_counts_the_steps_of_a_long_backlog():
@@ -399,7 +411,7 @@ def test_least_work_counts_uncached_tokens():
     request = Request(10_000, cached=[9000, 0])
     assert choose(LeastWork(), **two, tokens=[0, 0], request=request) == 0
     assert choose(LeastWork(), **two, tokens=[8000, 0], request=request) == 0
-    assert choose(LeastWork(), **two, tokens=[10_000, 0], request=request) == 1
+    assert choose(LeastWork(), **two, tokens=[12_000, 0], request=request) == 1
     # A prompt that is cached as a whole still computes one token.
     whole = LeastWork().expected_ns(seen(False, **two), Request(100, cached=[100, 99]))
     assert whole[0] == 10_000_000 + 4 * 100_000 + 50_000

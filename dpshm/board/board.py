@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpshm.board import layout
+from dpshm.board.header import printable
 from dpshm.board.locks import coordinator_byte, engine_byte, frontend_byte
 from dpshm.board.outstanding import Outstanding, Words
 from dpshm.board.segment import Segment
@@ -235,7 +236,7 @@ class Board:
 
     def owner_of(self, index: int) -> str:
         """The name under which a front-end took its row."""
-        return bytes(self.owner[index].tobytes()).rstrip(b"\0").decode("utf-8", "replace")
+        return printable(bytes(self.owner[index].tobytes()).rstrip(b"\0").decode("utf-8", "replace"))
 
     def is_watched(self) -> bool:
         """Whether a coordinator keeps the marks up to date: its beat is fresh."""

@@ -105,6 +105,27 @@ def group_in(page: bytes) -> str | None:
     return group if isinstance(group, str) else None
 
 
+def printable(text: str) -> str:
+    """A text from a board, for people: what a terminal would obey is replaced."""
+    return (
+        text
+        if text.isprintable()
+        else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    )
+
+
+def _is_printable(value: Any) -> bool:
+    """Whether every text in a decoded JSON value is printable."""
+    match value:
+        case str():
+            return value.isprintable()
+        case dict():
+            return all(map(_is_printable, (*value.keys(), *value.values())))
+        case list():
+            return all(map(_is_printable, value))
+    return True
+
+
 def read_header(path: Path, page: bytes, size: int, group: str, readonly: bool) -> Header:
     """The header in a first page.
 
@@ -141,6 +162,8 @@ def read_header(path: Path, page: bytes, size: int, group: str, readonly: bool) 
         header = msgspec.json.decode(blob, type=Header)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise refuse("the header", str(e), "a header of this version") from None
+    if not _is_printable(msgspec.json.decode(blob)):
+        raise refuse("the header's text", "such that a terminal would obey it", "printable")
     if header.size != size:
         raise refuse("the file's size", size, header.size)
     if header.group != group:
@@ -159,6 +182,10 @@ def _check_columns(header: Header, refuse: Any, *, exact: bool) -> None:
     ours = layout.make_layout(header.engines, header.frontends).columns
     if exact and header.columns != ours:
         raise refuse("the column table", "another", "that of this version")
+    for offset, sent in (("request_offset", "sent_requests"), ("token_offset", "sent_tokens")):
+        first, table = header.columns.get(offset), header.columns.get(sent)
+        if first and table and (len(table.strides) < 1 or first.offset + table.strides[0] != table.offset):
+            raise refuse(f"column {offset!r}", first, f"one row before {sent!r}")
     for name, mine in ours.items():
         column = header.columns.get(name)
         if column is None:

@@ -35,6 +35,9 @@ from dpshm.errors import (
 )
 from dpshm.linux.forks import PrivateFd, give_up, give_up_sockets
 
+FOREIGN_BYTES = 16 << 20
+"""The largest file of another user that tools read: ten times the board of 64 engines and 256 front-ends."""
+
 
 class Segment:
     """One open segment of a group: its words, its header and its locks.
@@ -103,8 +106,8 @@ class Segment:
         Args:
             group: the group's name.
             readonly: never to write to it.
-            any_owner: read it also if it is another user's. That user can store any number in it, and ends the
-                reader with SIGBUS by truncating it. So only tools may ask for this, and `readonly` with it.
+            any_owner: read it also if it is another user's. That user can store any number in it and truncate it,
+                so `words` are a copy then, as new as the last `refresh`. Only for tools, and with `readonly`.
 
         Raises:
             SegmentNotFound: there is none.
@@ -144,7 +147,10 @@ class Segment:
         try:
             page = os.pread(map_fd, layout.PAGE_BYTES, 0)
             self.header = read_header(self.path, page, size, self.group, self.readonly)
-            self.words = memoryview(mmap.mmap(map_fd, size, access=access)).cast("q")
+            if self.is_ours:
+                self.words = memoryview(mmap.mmap(map_fd, size, access=access)).cast("q")
+            else:
+                self._copy(size)
             if (
                 not self.readonly
             ):  # this process speaks in the group, and its children must not keep its connections
@@ -152,6 +158,25 @@ class Segment:
                 give_up_sockets(self, (h.stats_address, h.engine_input_address, h.engine_output_address))
         finally:
             os.close(map_fd)
+
+    def _copy(self, size: int) -> None:
+        """Reads another user's file. A map of it would end this process (SIGBUS) when that user truncates it."""
+        if size > FOREIGN_BYTES:
+            raise SegmentInvalid(
+                f"{self.path} is another user's and has {size} bytes; of those, tools read at most {FOREIGN_BYTES}"
+            )
+        self.words = memoryview(bytearray(size)).cast("q")
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads another user's file again. The words of an own segment are always the present ones."""
+        if not self.is_ours:
+            os.preadv(self.fileno(), [self.words], 0)  # what was cut off keeps its last values
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process's user owns the file."""
+        return os.fstat(self.fileno()).st_uid == os.geteuid()
 
     @property
     def layout(self) -> Layout:

@@ -73,6 +73,17 @@ def examine(found: list[Found]) -> list[Finding]:
                     findings += check_group(board)
             except DpshmError:
                 continue  # it ended while we looked
+            except Exception as e:  # one group must not keep the doctor from the others
+                findings.append(
+                    Finding(
+                        severity="error",
+                        check="unreadable",
+                        group=group.group,
+                        what=f"the board cannot be examined: {e!r}",
+                        why="its words are damaged, or this version has a fault",
+                        fix="stop the group's processes, and start the group again",
+                    )
+                )
     return sorted(findings, key=lambda f: (list(SIGNS).index(f.severity), f.group or ""))
 
 

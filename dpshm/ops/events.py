@@ -175,6 +175,7 @@ class EventReader:
 
     def read(self) -> list[Event]:
         """The events since the last call, the oldest first."""
+        self.board.segment.refresh()
         now, now_ns = time.time(), time.monotonic_ns()
         events = self._recorded(now, now_ns)
         noticed = [*self._of_coordinator(now_ns), *self._of_waves(), *self._of_ranks(), *self._of_segment()]

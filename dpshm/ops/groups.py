@@ -43,6 +43,8 @@ def _describe(group: str) -> Found:
             return Found(group, "dead", f"{ranks}, no process is attached")
     except SegmentError as e:
         return Found(group, "unreadable", str(e))
+    except Exception as e:  # one group must not keep a tool from the others
+        return Found(group, "unreadable", f"the board cannot be read: {e!r}")
 
 
 def open_group(group: str | None) -> Board:

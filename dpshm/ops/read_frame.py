@@ -24,6 +24,7 @@ SILENT_AFTER_S = 1.0
 
 def read_frame(board: Board) -> Frame:
     """Reads one frame, without rates."""
+    board.segment.refresh()
     now_ns, now = time.monotonic_ns(), time.time()
     ages = clocks_agree(board)
     coordinator = _coordinator(board, now_ns if ages else None)

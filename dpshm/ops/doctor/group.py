@@ -64,6 +64,16 @@ def _coordinator(frame: Frame) -> Iterator[Finding]:
 def _sockets(board: Board, frame: Frame) -> Iterator[Finding]:
     if frame.coordinator.state == "none":
         return
+    if not board.segment.is_ours:  # its header may name any address
+        yield Finding(
+            severity="note",
+            check="sockets",
+            group=frame.group,
+            what="the group is another user's, so its sockets were not asked",
+            why="whether its coordinator answers is not known",
+            fix="run this command as that user",
+        )
+        return
     header = board.segment.header
     named = {
         "front-ends'": header.stats_address,

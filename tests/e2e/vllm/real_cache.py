@@ -1,10 +1,11 @@
 """vLLM's own KV-cache manager and requests beside the prefix index, in one process and without a server.
 
-    python -m tests.e2e.vllm.real_cache GROUP REQUESTS BLOCKS
+    python -m tests.e2e.vllm.real_cache GROUP KIND REQUESTS BLOCKS
 
 Each request is looked up as an API server does it, and then given to vLLM's manager as the scheduler does it.
-With few blocks the manager evicts all the time. Prints a line of JSON: requests, requests whose match was the
-hit, tokens that were hits, and blocks that were evicted; and whether the index was empty after a reset.
+With few blocks the manager evicts all the time. Prints a line of JSON: requests; of these, whose match equals
+the hit, and whose match covers it; tokens that were hits; blocks that were evicted; blocks in the index after a
+reset.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.request import Request
 
 from dpshm import Coordinator, Frontend
@@ -37,11 +38,20 @@ BLOCK = 16
 ADAPTER = LoRARequest("adapter", 1, "/nowhere")
 
 
-def manager(blocks: int) -> Any:
-    """A cache manager of a model with one layer of full attention."""
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
-    config = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["l"], spec)])
-    sizes = {"hash_block_size": BLOCK, "scheduler_block_size": BLOCK, "max_in_flight_tokens": 8192}
+def manager(kind: str, blocks: int) -> Any:
+    """A cache manager: of a model with full attention, or of one ("hybrid") with a sliding window too."""
+    full = BLOCK
+    groups = []
+    if kind == "hybrid":  # pages are as large in both: a block of full attention has twice the tokens
+        full = 2 * BLOCK
+        window = SlidingWindowSpec(
+            block_size=BLOCK, num_kv_heads=1, head_size=2, dtype=torch.float32, sliding_window=4 * BLOCK
+        )
+        groups.append(KVCacheGroupSpec(["window"], window))
+    spec = FullAttentionSpec(block_size=full, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    groups.append(KVCacheGroupSpec(["full"], spec))
+    config = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+    sizes = {"hash_block_size": BLOCK, "scheduler_block_size": full, "max_in_flight_tokens": 8192}
     known = inspect.signature(KVCacheManager).parameters  # releases differ
     wanted = {name: size for name, size in sizes.items() if name in known}
     return KVCacheManager(config, max_model_len=40_000, enable_caching=True, **wanted)
@@ -62,7 +72,7 @@ def request(number: int, tokens: list[int], adapter: LoRARequest | None, salt: s
     )
 
 
-def main(group: str, requests: int, blocks: int) -> None:
+def main(group: str, kind: str, requests: int, blocks: int) -> None:
     """Compares; prints the result."""
     config = SimpleNamespace(enable_prefix_caching=True, prefix_caching_hash_algo=ALGORITHM)
     client = SimpleNamespace(client_index=0, vllm_config=SimpleNamespace(cache_config=config))
@@ -71,7 +81,7 @@ def main(group: str, requests: int, blocks: int) -> None:
     function = get_hash_fn_by_name(ALGORITHM)
     kv_cache_utils.init_none_hash(function)
     hasher = kv_cache_utils.get_request_block_hasher(BLOCK, function)
-    cache, rng = manager(blocks), random.Random(1)
+    cache, rng = manager(kind, blocks), random.Random(1)
     with (
         Coordinator(group=group, dp_size=1),
         EngineRow.attach(group, 0) as row,
@@ -80,7 +90,7 @@ def main(group: str, requests: int, blocks: int) -> None:
         prefix = PrefixCache.open(row, SimpleNamespace(kv_cache_manager=cache), 0)
         assert prefix is not None
         known = [[rng.randrange(50_000) for _ in range(500)]]
-        equal = hits = 0
+        equal = covered = hits = 0
         for number in range(requests):
             tokens = rng.choice(known[-30:])[: rng.randrange(1, 6000)]
             tokens = tokens + [rng.randrange(50_000) for _ in range(rng.randrange(200))]
@@ -92,6 +102,7 @@ def main(group: str, requests: int, blocks: int) -> None:
             received = Request.from_engine_core_request(sent, hasher)
             computed, hit = cache.get_computed_blocks(received)[:2]
             equal += expected == hit
+            covered += expected >= hit
             hits += hit
             assert cache.allocate_slots(received, len(tokens) - hit, hit, computed) is not None
             cache.free(received)
@@ -99,8 +110,9 @@ def main(group: str, requests: int, blocks: int) -> None:
         evicted = reader.counters()["evicted"]
         assert cache.reset_prefix_cache()
         held = reader.counters()["held"]
-        print(json.dumps({"requests": requests, "equal": equal, "hits": hits, "evicted": evicted, "held": held}))
+        found = {"equal": equal, "covered": covered, "hits": hits, "evicted": evicted, "held": held}
+        print(json.dumps({"requests": requests} | found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -122,6 +122,30 @@ def test_ctrl_c_ends_it(group, using, terminal):
 
 @needs_tmux
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variables", "size"),
+    [
+        ("NO_COLOR=1", {}),
+        ("TERM=dumb", {}),
+        ("TERM=dumb NO_COLOR=1", {"width": 20, "height": 10}),
+        ("LANG=C LC_ALL=C", {"width": 20}),
+        ("LANG=C LC_ALL=C NO_COLOR=1", {"width": 20, "height": 6}),
+    ],
+)
+def test_poor_terminals(group, using, variables, size):
+    """Guards against a traceback where there are no colours, few columns, or no blocks."""
+    using(LoneBoard(group, dp_size=4))
+    command = f"env {variables} {sys.executable} -m dpshm top -g {group} -i 0.2"
+    top = using(Terminal(group, command, **size))
+    top.wait_for("4 ranks", "rank", without="Traceback")
+    for key in ("Down", "Tab", "Tab", "s", "r"):
+        top.keys(key)
+    top.keys("q")
+    top.wait_for("ended 0", without="Traceback")
+
+
+@needs_tmux
+@pytest.mark.slow
 def test_256_ranks_scroll(group, using, terminal):
     """Guards against ranks beyond the screen that cannot be reached."""
     using(LoneBoard(group, engines=256, dp_size=256))

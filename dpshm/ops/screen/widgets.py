@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 from textual.app import ComposeResult
@@ -57,9 +58,11 @@ class Rows(ScrollView, can_focus=True):
         """One line of the screen."""
         at = y + int(self.scroll_offset.y)
         if at >= self._count:
-            return Strip.blank(self.size.width)
-        segments = list(self._line(at).render(self.app.console))
-        strip = Strip(segments).adjust_cell_length(self.size.width)
+            return Strip.blank(self.size.width, Style.null())
+        # Every segment with a style: textual's filter for NO_COLOR fails at one without.
+        rendered = self._line(at).render(self.app.console)
+        segments = [Segment(text, style or Style.null(), control) for text, style, control in rendered]
+        strip = Strip(segments).adjust_cell_length(self.size.width, Style.null())
         return strip.apply_style(_CURSOR) if at == self.cursor else strip
 
     class Moved(Message):

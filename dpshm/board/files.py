@@ -19,11 +19,12 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from dpshm.errors import SegmentError, SegmentInvalid, SegmentNoSpace, SettingError
+from dpshm.errors import GroupInUse, SegmentError, SegmentInvalid, SegmentNoSpace, SettingError
 from dpshm.linux.forks import PrivateFd
 
 FILE_PREFIX = "dpshm-"
 SOCKETS_SUFFIX = ".sockets"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 SOCKET_NAMES = ("frontends", "to-engines", "from-engines")
 """The ipc sockets in the folder."""
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,47}")
@@ -166,14 +167,25 @@ def reserve(folder: int, name: Path, size: int) -> int:
     except OSError as e:
         if fd >= 0:
             os.close(fd)
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
-            raise SegmentNoSpace(_no_space(name, size)) from e
+        if e.errno in NO_SPACE:
+            raise SegmentNoSpace(why_no_space(name, size)) from e
         raise SegmentError(f"cannot create a segment in {name}: {e.strerror}") from e
     return fd
 
 
-def _no_space(folder: Path, size: int) -> str:
+def why_no_space(folder: Path, size: int) -> str:
+    """What a file system has too little of, for an error: inodes (one for each file, folder and socket), or bytes.
+
+    Args:
+        folder: a folder on it.
+        size: bytes that are needed.
+    """
     free = os.statvfs(folder)
+    if free.f_files and not free.f_favail:
+        return (
+            f"{folder} has no inode left of {free.f_files}, and a group needs one for each file and socket: "
+            "remove files there, allow more (mount -o remount,nr_inodes=N), or set DPSHM_DIR to another tmpfs"
+        )
     return (
         f"{folder} has {free.f_bavail * free.f_frsize // 1024} KiB free and the board needs {size // 1024} KiB: "
         "free some, enlarge it (containers: --shm-size, or an emptyDir of medium Memory), lower the "
@@ -208,7 +220,9 @@ def lock_sockets_folder(folder: Path) -> PrivateFd | None:
         A descriptor that holds the lock, and which forked children close; None if another process holds it.
 
     Raises:
+        SegmentNoSpace: the file system has no inode left.
         SegmentError: the folder cannot be made.
+        GroupInUse: it is another user's.
         SettingError: something else is in its place, or others may enter it.
     """
     while True:
@@ -219,6 +233,8 @@ def lock_sockets_folder(folder: Path) -> PrivateFd | None:
         except FileExistsError:
             pass
         except OSError as e:
+            if e.errno in NO_SPACE:
+                raise SegmentNoSpace(why_no_space(folder.parent, 0)) from e
             raise SegmentError(
                 f"cannot make {folder}: {e.strerror}. Set DPSHM_DIR to a folder on a tmpfs that you may write to"
             ) from e
@@ -259,6 +275,12 @@ def clear_sockets_folder(folder: Path) -> None:
 
 def _check_sockets_folder(folder: Path) -> None:
     info = folder.lstat()
+    if info.st_uid != os.geteuid():
+        raise GroupInUse(
+            f"{folder} belongs to uid {info.st_uid} and this process is uid {os.geteuid()}: that user may have a "
+            "live group of this name. Use another group name; if the group is dead, that user removes it with "
+            "dpshm doctor --sweep"
+        )
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
         raise SettingError(
             f"{folder} is not a folder that only uid {os.geteuid()} can enter "

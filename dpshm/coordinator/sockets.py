@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 from typing import TypeAlias
 
 import zmq
 
+from dpshm.board.files import NO_SPACE, why_no_space
 from dpshm.coordinator.authenticator import Authenticator
-from dpshm.errors import SettingError
+from dpshm.errors import SegmentNoSpace, SettingError
 from dpshm.linux.descriptors import check_spare
 from dpshm.linux.forks import give_up_sockets, no_fork
 from dpshm.net import wire
@@ -122,6 +124,7 @@ class Sockets:
 
         Raises:
             SettingError: an address is in use; try again.
+        SegmentNoSpace: no inode is left for it; try again.
             OSError: no file descriptor is left; try again.
         """
         self.close()
@@ -151,6 +154,9 @@ class Sockets:
                     self._files[path] = os.stat(path)
                 self._give_up()
         except zmq.ZMQError as e:
+            if e.errno in NO_SPACE and address.startswith("ipc:"):
+                folder = Path(address.removeprefix("ipc://")).parent
+                raise SegmentNoSpace(why_no_space(folder, 0)) from e
             unknown = "; no address, name or interface of this machine is called so" * (e.errno == errno.ENODEV)
             raise SettingError(f"cannot bind {address}: {e.strerror}{unknown}") from e
         return self._bound[s]

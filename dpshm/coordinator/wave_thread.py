@@ -31,7 +31,7 @@ from dpshm.coordinator.settings import Settings
 from dpshm.coordinator.sockets import Sockets
 from dpshm.coordinator.stock_peers import StockEngines
 from dpshm.coordinator.wave_driver import WaveDriver
-from dpshm.errors import DpshmError, SettingError, WireError
+from dpshm.errors import DpshmError, SegmentNoSpace, SettingError, WireError
 from dpshm.net import wire
 from dpshm.net.context import Socket
 from dpshm.rules.waves import FirstRequest, RankConnected, WaveCompleted, WaveStarted
@@ -221,7 +221,7 @@ class WaveThread(threading.Thread):
             try:
                 self._sockets.renew()
                 break
-            except (SettingError, OSError) as e:
+            except (SettingError, SegmentNoSpace, OSError) as e:
                 self.dropped.note("the sockets cannot be opened again yet", e)
                 time.sleep(RENEW_PAUSE_S)
         self.flood.on_disconnect()

@@ -21,6 +21,8 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
+from dpshm.board.files import NO_SPACE, why_no_space
+from dpshm.errors import SegmentNoSpace
 from dpshm.linux.forks import close_socket, give_up, no_fork
 from dpshm.net import wire
 
@@ -51,10 +53,16 @@ class Doorbell:
             dp_rank: a rank whose row this process holds, so no other process binds this path.
 
         Raises:
+            SegmentNoSpace: the file system has no inode left.
             OSError: the path cannot be bound.
         """
         self._path = _path(folder, dp_rank)
-        self.socket, self._file = self._bind()
+        try:
+            self.socket, self._file = self._bind()
+        except OSError as e:
+            if e.errno in NO_SPACE:
+                raise SegmentNoSpace(why_no_space(folder, 0)) from e
+            raise
 
     def _bind(self) -> tuple[socket.socket, os.stat_result]:
         with suppress(FileNotFoundError):

@@ -71,6 +71,14 @@ def check_directory() -> Iterator[Finding]:
             why="no coordinator can start, and other programs that use shared memory die with SIGBUS",
             fix=f"mount -o remount,size=1G {path}    (containers: --shm-size=1g, or an emptyDir of medium Memory)",
         )
+    elif space.f_files and not space.f_favail:
+        yield Finding(
+            severity="error",
+            check="space",
+            what=f"{path} has no inode left of {space.f_files}",
+            why="every file and socket needs one: no coordinator can start, no engine can attach",
+            fix=f"remove files in {path}, or mount -o remount,nr_inodes=1M {path}",
+        )
     elif kind == "tmpfs" and total <= DOCKER_SHM_BYTES:
         yield Finding(
             severity="warning",
@@ -105,6 +113,17 @@ def check_leftovers(found: list[Found]) -> Iterator[Finding]:
                 fix=f"fuser {segment_path(group.group)}    (no output: rm it; else use one dpshm version for all)",
             )
     for folder in files.stray_sockets_folders():
+        owner = folder.stat().st_uid
+        if owner != os.geteuid():
+            yield Finding(
+                severity="warning",
+                check="leftover",
+                group=_group_of(folder),
+                what=f"the socket folder {folder} of uid {owner} is there and its segment is not",
+                why="no other user can start a group of that name; that user's group may still live",
+                fix=f"as uid {owner}: dpshm doctor --sweep    (or use another group name)",
+            )
+            continue
         yield Finding(
             severity="warning",
             check="leftover",

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--api-servers", type=int, default=4)
     parser.add_argument("--model", choices=("dense", "moe"), default="dense", help="moe: ranks in lockstep")
-    parser.add_argument("--policy", default="least_loaded", help="DPSHM_POLICY of dpshm's arm")
+    parser.add_argument("--policy", default="least_work", help="DPSHM_POLICY of dpshm's arm")
     parser.add_argument("--step-ms", default="15,0.1,0.2", help="of a step: base, per prompt token, per request")
     parser.add_argument("--json", action="store_true", help="print the result for machines, and no table")
     options = parser.parse_args(argv)

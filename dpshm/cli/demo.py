@@ -47,7 +47,7 @@ def demo(
     ] = None,
     time_unit: TimeUnitOption = "",
     rate: Annotated[float, typer.Option(help="Speed of the trace, as a multiple of the recorded speed.")] = 1.0,
-    policy: Annotated[str, typer.Option(help=f"How an engine is chosen: {', '.join(NAMES)}.")] = "least_loaded",
+    policy: Annotated[str, typer.Option(help=f"How an engine is chosen: {', '.join(NAMES)}.")] = "least_work",
     stats: Annotated[
         StatsPath,
         typer.Option(help="What front-ends decide from: the board, or a broadcast every 100 ms."),

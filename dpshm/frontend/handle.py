@@ -95,7 +95,7 @@ class Frontend:
         *,
         owner: str | None = None,
         ranks: Iterable[int] | None = None,
-        policy: str | Policy = "least_loaded",
+        policy: str | Policy = "least_work",
         exclusive: bool = False,
         record: bool | str | Path = False,
         curve_dir: Folder | None = None,

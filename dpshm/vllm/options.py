@@ -29,7 +29,7 @@ class Options(msgspec.Struct, frozen=True):
     """
 
     mode: Mode = "on"
-    policy: str = "least_loaded"
+    policy: str = "least_work"
     group: str | None = None
     stall_timeout_s: float = 60.0
     shadow_log_s: float = 60.0

@@ -51,7 +51,7 @@ class DemoSettings:
     trace: Path | None = None
     time_unit: str = ""
     stats: Stats = "board"
-    policy: str = "least_loaded"
+    policy: str = "least_work"
     seed: int = 0
     engine: EngineKind = "sim"
     prefix_index: bool = True

@@ -50,6 +50,9 @@ def _run() -> None:
         sys.stderr.write(f"dpshm: error: {e}. Install the command line with: pip install 'dpshm[cli]'\n")
         raise SystemExit(EXIT_USAGE) from None
 
+    # A stream that was closed before the start: what is written to it is lost, and raises nothing.
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     # Plain text throughout: it can be grepped, and looks the same in a log.
     app = typer.Typer(
         name="dpshm",
@@ -78,11 +81,16 @@ def _run() -> None:
         # A raw docstring holds the characters \b where click wants a backspace, "do not fill this paragraph".
         app.command(name, help=(inspect.getdoc(command) or "").replace(r"\b", "\b"))(command)
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except DpshmError as e:
         sys.stderr.write(f"dpshm: error: {e}\n")
         raise SystemExit(EXIT_USAGE) from None
-    except BrokenPipeError:
-        # The reader of our output is gone. Without this the flush at exit would raise once more.
+    except OSError as e:
+        # Without this the flush at exit would raise once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(e, BrokenPipeError):  # there the reader of our output is gone, and asked for no more
+            sys.stderr.write(f"dpshm: error: {e.strerror or e}{f': {e.filename}' if e.filename else ''}\n")
         raise SystemExit(1) from None

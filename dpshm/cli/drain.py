@@ -38,7 +38,8 @@ def drain(
     group: GroupOption = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until they are empty.")] = True,
     timeout: Annotated[
-        float | None, typer.Option(metavar="S", min=0.0, help="Longest wait; then the exit status is 1.")
+        float | None,
+        typer.Option(metavar="S", min=0.0, max=31_536_000, help="Longest wait; then the exit status is 1."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Drain even if no rank is left to route to.")] = False,
     as_json: JsonOption = False,

@@ -21,7 +21,7 @@ def events(
     group: GroupOption = None,
     as_json: JsonOption = False,
     history: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Begin with the newest N recorded events.")
+        int, typer.Option(metavar="N", min=0, max=1_000_000_000, help="Begin with the newest N recorded events.")
     ] = 20,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Print new events until Ctrl-C.")] = True,
     waves: Annotated[

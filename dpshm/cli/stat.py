@@ -24,10 +24,11 @@ def stat(
     group: GroupOption = None,
     as_json: JsonOption = False,
     watch: Annotated[
-        float | None, typer.Option(metavar="S", min=0.05, help="Print again every S seconds, until Ctrl-C.")
+        float | None,
+        typer.Option(metavar="S", min=0.05, max=86_400, help="Print again every S seconds, until Ctrl-C."),
     ] = None,
     over: Annotated[
-        float, typer.Option(metavar="S", min=0.0, help="Window of the rates in seconds. 0: no rates.")
+        float, typer.Option(metavar="S", min=0.0, max=86_400, help="Window of the rates in seconds. 0: no rates.")
     ] = 0.5,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of --json and exit.")] = False,
     ascii_only: AsciiOption = False,

@@ -24,7 +24,7 @@ ONCE_LOOKS, ONCE_S = 10, 0.1
 def top(
     group: GroupOption = None,
     interval: Annotated[
-        float, typer.Option("--interval", "-i", metavar="S", min=0.1, help="Between frames.")
+        float, typer.Option("--interval", "-i", metavar="S", min=0.1, max=86_400, help="Between frames.")
     ] = 1.0,
     once: Annotated[
         bool, typer.Option("--once", help="Print one frame, with rates over one second, and exit.")

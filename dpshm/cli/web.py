@@ -25,7 +25,7 @@ def web(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0: any free port.")] = 8765,
     interval: Annotated[
-        float, typer.Option("--interval", "-i", metavar="S", min=0.1, help="Between frames.")
+        float, typer.Option("--interval", "-i", metavar="S", min=0.1, max=86_400, help="Between frames.")
     ] = 1.0,
 ) -> None:
     r"""Serve one self-contained page with a group's ranks, waves and events, live.

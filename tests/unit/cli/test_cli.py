@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import subprocess
 import sys
 
@@ -61,3 +62,45 @@ def test_groups_are_completed(group, using):
         check=False,
     )
     assert group in done.stdout.split(), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["--help"], ["stat", "--schema"], ["simulate", "--help"]])
+def test_outputs_that_are_full_or_closed(arguments):
+    """Guards against a traceback where a disk is full, a reader is gone, or an output was closed."""
+    command = shlex.join([sys.executable, "-m", "dpshm", *arguments])
+    for redirected, statuses, said in (
+        (f"{command} > /dev/full", {1}, "dpshm: error: No space left on device"),
+        (f"{command} >&-", {0}, ""),
+        (f"{command} 2>&- | true", {0}, ""),
+    ):
+        run = subprocess.run(
+            ["bash", "-c", redirected], capture_output=True, text=True, check=False, env=environment()
+        )
+        assert (run.returncode in statuses, run.stderr.strip()) == (True, said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["stat", "--watch", "inf"],
+        ["stat", "--over", "inf"],
+        ["stat", "--over", "nan"],
+        ["top", "--interval", "inf"],
+        ["web", "--interval", "1e400"],
+        ["drain", "0", "--timeout", "inf"],
+        ["drain", "²"],
+        ["events", "--history", "1" * 30],
+        ["demo", "--seconds", "inf"],
+        ["simulate", "--rate", "nan"],
+        ["coordinator", "-g", "x", "--dp-size", "9" * 30],
+        ["coordinator", "-g", "x", "--dp-size", "1", "--stall-timeout", "inf"],
+    ],
+)
+def test_numbers_that_are_none_are_refused(arguments):
+    """Guards against a traceback, or an endless wait, where a number is infinite, huge or no number."""
+    command = [sys.executable, "-m", "dpshm", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), timeout=60)
+    assert (run.returncode, "Traceback" in run.stderr) == (2, False), run.stderr
+    assert "rror" in run.stderr

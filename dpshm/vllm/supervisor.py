@@ -150,10 +150,13 @@ class WatchedCoordinator:
                 poller.register(fd, select.POLLIN)
             if self._stop_fd in dict(poller.poll()):
                 return
+            child.join()  # another thread may be about to reap it, and then `exitcode` is None
             exitcode = child.exitcode
             told_to_end = not exitcode  # it ended in good order
             if told_to_end:
+                logger.debug("dpshm's coordinator (pid %d) was told to end: is its server, too?", child.pid)
                 poller.unregister(child.sentinel)
+                poller.register(self.proc.sentinel, select.POLLIN)
                 if poller.poll(GRACE_S * 1000):
                     return  # the server ends
             if self.proc.exitcode is not None:

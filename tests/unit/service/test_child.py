@@ -119,13 +119,14 @@ def test_one_that_hands_over_outlives_its_parent_as_long_as_its_group(group, usi
     parent = using(Remote())
     parent.run("process = CoordinatorProcess(group=group, dp_size=2, hands_over=True)", group=group)
     child = parent.eval("process.proc.pid")
-    first = Engine.attach(group, 0)
+    engine, board = Engine.attach(group, 0), using(Board.attach(group))
     parent.kill()
-    with Engine.attach(group, 1) as second:  # a living coordinator has marked it alive
-        first.receive(None, wave=3)
-        wait_until(lambda: second.poll() and second.wave == 3)
-        first.close()
-        assert not gone(child)
+    for _ in range(8):  # its watch goes on for longer than it takes to notice that the parent is gone
+        beat = int(board.coordinator_beat[0])
+        wait_until(lambda beat=beat: int(board.coordinator_beat[0]) != beat)
+    assert not gone(child)
+    Engine.attach(group, 1).close()  # a living coordinator has marked it alive
+    engine.close()
     wait_until(lambda: gone(child))
     assert leftovers(group) == []
 

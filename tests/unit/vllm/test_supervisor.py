@@ -75,14 +75,15 @@ def test_a_coordinator_that_is_told_to_end_comes_back(group, watched, using, cap
 
 
 @pytest.mark.parametrize("by", ["shutdown", "terminate"])
-def test_a_signal_to_the_whole_server_is_no_error(group, watched, using, caplog, by):
+def test_a_signal_to_the_whole_server_is_no_error(group, watched, using, monkeypatch, caplog, by):
     """Guards against an error in the log, and a coordinator that comes back, while the server is being stopped."""
-    caplog.set_level("INFO", logger="vllm.dpshm")
+    caplog.set_level("DEBUG", logger="vllm.dpshm")
+    monkeypatch.setattr(supervisor, "GRACE_S", 60.0)
     coordinator = watched()
     using(Engine.attach(group, 0))  # it ends after its coordinator
     child = coordinator.proc.process.proc
     os.kill(child.pid, signal.SIGTERM)
-    child.join()
+    wait_until(lambda: "is its server, too?" in caplog.text)
     coordinator.shutdown() if by == "shutdown" else coordinator.proc.terminate()
     coordinator._thread.join()
     assert coordinator.restarts == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -12,9 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from dpshm.board import files, segment
 from tests.support import leftovers
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As under nohup and many CI wrappers. Tests send SIGINT to themselves and to children, which inherit this.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes is the machine's affair.
+settings.register_profile("dpshm", deadline=None)
+settings.load_profile("dpshm")
 
 _PREFIX = f"test{os.getpid()}-"
 _numbers = itertools.count()

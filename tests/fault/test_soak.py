@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -51,3 +52,19 @@ def test_the_soak_can_fail():
     """Guards against books that always balance: one request that was sent and never answered must show."""
     result = Spoiled(1.0, engines=3, frontends=3).run()
     assert result["problems"] == ["front-end 0: sent and without an answer: 1, expected 0"]
+
+
+class Late(Soak):
+    """A soak that reads its totals some time after its last round."""
+
+    def _compare(self):
+        time.sleep(0.3)
+        super()._compare()
+
+
+def test_totals_are_of_a_group_at_rest():
+    """Guards against counters that still move while they are compared."""
+    result = Late(1.0, engines=3, frontends=3).run()
+    assert result["problems"] == []
+    answered = result["completed"] + result["lost_with_their_engine"] + result["lost_with_their_frontend"]
+    assert result["sent"] == answered

@@ -163,6 +163,7 @@ class Soak:
     # A round.
 
     def _round(self, number: int) -> None:
+        self._ledger.paused = False  # only now: after the last round nothing may move, since the totals are read
         kill_coordinator = number < self._rounds // 2
         # What the rounds before took longer is made up for, but for a part of the time there is always load.
         share = self._seconds / self._rounds
@@ -184,7 +185,6 @@ class Soak:
         self._wait_for_quiet()
         self._check_books()
         self._take_census()
-        self._ledger.paused = False
 
     def _chaos(self) -> None:
         """Does one random act to a random process."""

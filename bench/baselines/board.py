@@ -149,8 +149,11 @@ class BoardFrontend:
         self._open[dp_rank].popleft().done()
 
     def first_request(self, send: Callable[[int, int], None]) -> None:
-        self._waking = route = self._frontend.route()
+        # The request first: a rank that START wakes before its request comes may be idle again by then, and the
+        # request begins a second wave.
+        self._waking = route = self._frontend.route(wake=False)
         send(route.dp_rank, route.wave)
+        self._frontend.wake()
 
     def paused(self) -> bool:
         if self._waking is not None:  # that request is answered, after the ranks woke up

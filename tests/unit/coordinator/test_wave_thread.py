@@ -138,6 +138,18 @@ def test_dense_models_have_no_waves_and_their_counts_are_published(group, using)
     assert coordinator.dropped == {}
 
 
+def test_a_message_that_the_end_of_its_wave_overtook_begins_no_wave(coordinator, stock):
+    """Guards against a wave that no request asked for: two ranks' messages come in any order."""
+    stock[0].send(wire.encode_wave_complete(0, 0))
+    wait_until(lambda: control(coordinator) == (1, Phase.PAUSED))
+    stock[1].send(wire.encode_wave_started(1, 0))
+    stock[1].send(wire.encode_wave_started(1, 1))  # comes next, and is the first that counts
+    for engine in stock:
+        assert engine.heard() == wire.encode_start(1, 1)
+    assert control(coordinator) == (1, Phase.RUNNING)
+    assert counter(coordinator, "waves_started") == 1
+
+
 def test_start_is_repeated_and_given_up(group, using, caplog):
     """Guards against a wake-up that one lost message prevents, and one that is repeated for ever."""
     coordinator = using(Coordinator(group=group, dp_size=1, resend_interval_ms=20, wake_timeout_s=1.0))

@@ -319,6 +319,8 @@ class Frontend:
         The control word may be old: a coordinator that was killed or stopped ends no wave. The rows tell.
         """
         wave, asleep = self._reader.read_wave(wave)
+        if self._alone:
+            receiver = None  # it may refuse the request, and no coordinator wakes it then
         if asleep or not self._alone:
             self._wakeup.wake(*(wave, self._reader.dp_size), receiver=receiver, ring=ring, again=self._alone)
         return wave

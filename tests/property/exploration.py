@@ -31,6 +31,8 @@ from tests.property.group_parts import Bounds, Rules, Violation, World
 MESSAGES = Bounds(faults=False, ticks=False, messages=9)
 """No message is lost, and the rows are not scanned: messages alone must suffice."""
 CHANGES = Bounds(restarts=True, scaling=True, patient=True, messages=1)
+REPLACED = MESSAGES._replace(ticks=True, messages=2, replaced=True)
+ABSENCE = MESSAGES._replace(ticks=True, messages=3, absence=True)
 
 QUICK = {
     "messages alone": MESSAGES._replace(engines=3),
@@ -40,6 +42,10 @@ QUICK = {
     "restarts": CHANGES._replace(scaling=False),
     "scaling": CHANGES._replace(restarts=False),
     "first requests exclude whom they name": Bounds(exclude_named=True, repeat_start=True, messages=1),
+    "coordinators are replaced": REPLACED,
+    "stock ranks connect late": REPLACED._replace(stock=True, repeat_start=True),
+    "no coordinator, for a time or for ever": ABSENCE,
+    "no coordinator for a time, and faults": Bounds(absence=True, messages=1),
 }
 """What the suite explores."""
 FULL = {
@@ -48,6 +54,8 @@ FULL = {
     "START repeated": Bounds(engines=3, repeat_start=True, messages=1),
     "many messages": Bounds(frontends=2, waves=3, messages=3),
     "scaling, 3 engines": CHANGES._replace(engines=3, waves=3, restarts=False),
+    "stock ranks connect late, 3 engines": REPLACED._replace(stock=True, repeat_start=True, engines=3, messages=1),
+    "no coordinator for several waves": ABSENCE._replace(waves=3),
     "restarts, pauses and scaling": CHANGES._replace(pauses=True),
     "pauses, 3 engines": Bounds(engines=3, pauses=True, messages=1),
     "restarts, many messages": CHANGES._replace(scaling=False, messages=3),

@@ -36,6 +36,16 @@ agreement. Ranks that agree in some steps only (vLLM's in every 32nd) take START
 all are in one wave. With `Bounds.patient` they do: no two agreements without a step between, and no rank enters
 a collective while START is on its way to it.
 
+**Without a coordinator.** With `Bounds.absence` the coordinator stops at any time, for a time or for ever. What is
+sent to it waits. A rank that a request wakes rings the others, and front-ends ring for any wave up to that of the
+rows. A group whose coordinator stays away must come to rest all the same, once a front-end has rung for the wave of
+the rows, which it does with its next request; nothing is asked of the phase then. A ring is not lost here.
+
+**Connections.** With `Bounds.replaced` another coordinator takes over at any time. What was on its way to or from the
+old one is lost, and each rank connects when it likes; START that is sent before does not reach it. With
+`Bounds.stock` all ranks but 0 are stock engines: the coordinator does not see what their rows would say, and they
+have no doorbell. Their reports are not lost: a PUSH socket keeps what the old coordinator did not accept.
+
 **Waves** are counted from the coordinator's. The rules see only differences of waves (a test checks that), so the
 graph has no last wave; `Bounds.waves` says how many different ones there may be at once. A message so old that
 no state makes it more than noise is left out, and all others that are older than the receiver count as one wave
@@ -55,6 +65,7 @@ from dpshm.rules.waves import (
     CoordinatorState,
     FirstRequest,
     Phase,
+    RankConnected,
     RanksIdle,
     RanksSplit,
     SeenRunning,
@@ -120,27 +131,36 @@ class Group(Ranks):
 
     # What may happen.
 
-    def moves(self, world: World) -> list[Move]:  # noqa: C901 - one branch for each kind of move
+    def moves(self, world: World) -> list[Move]:  # noqa: C901, PLR0912 - a branch for each move
         """Everything that may happen next, faults and users included, within the bounds."""
         bounds, ids = self.bounds, world[1:]
         facts = [self._facts[i] for i in ids]
         out = self._collective(world, facts, alone=False)
+        away = self._heads[world[0]].away
         room = sum(f.open for f in facts) < bounds.frontends
         for at, i in enumerate(ids):
             if at > 1 and i == ids[at - 1]:
                 continue  # does what its equal does
             for label, new in self._own_moves(i, True):
-                out.append((label, with_rank(world, at, new)))
-            for label, event, new in self._mail(i, bounds.faults):
-                self._coordinate(out, label, world, event, at, rank=new)
+                out.append((label, self._woken(world, at, new)))
+            if not away:
+                for label, event, new in self._mail(i, bounds.faults):
+                    self._coordinate(out, label, world, event, at, rank=new)
+                self._connect(out, world, at)
             if room:
                 out += self._sent(world, at)
             if bounds.restarts:
                 out.append(("a rank restarts", self._settled(with_rank(world, at, self._revived(i)))))
-        if bounds.faults and bounds.ticks:
+        if bounds.absence:
+            head = self._heads.of(self._heads[world[0]]._replace(away=not away))
+            out.append((f"the coordinator {'goes on' if away else 'stops'}", (head, *ids)))
+        if bounds.replaced and not away:
+            cut = [self._disconnected(i) for i in ids]
+            out.append(("the coordinator is replaced", (world[0], *ordered(cut))))
+        if bounds.faults and bounds.ticks and not away:
             phase = self._heads[world[0]].phase
             for at in range(len(ids)):
-                for label, event in self._looks(phase, facts[at].row, at == 0):
+                for label, event in self._looks(phase, facts[at].row, at == 0) if facts[at].shows else ():
                     self._coordinate(out, label, world, event, at)
         if bounds.scaling:
             out += self._scaled(world)
@@ -150,15 +170,16 @@ class Group(Ranks):
         """A request to that rank: alone, with a first request, or with that and START to all or to the others."""
         out: list[Move] = []
         oldest = min(-1, *(self._facts[i].row[0] for i in world[1:]))
+        newest = max(0, *(self._facts[i].row[0] for i in world[1:])) if self.bounds.absence else 0
         for label, new in self._new_requests(world[1 + at]):
             sent = [*world[1 : 1 + at], new, *world[2 + at :]]
             out.append((label, (world[0], *ordered(sent))))
-            for wave in range(oldest, 1):
+            for wave in range(oldest, newest + 1):
                 ids = list(sent)
                 if not self.bounds.exclude_named:
                     ids[0] = self._named(ids[0], wave)
                     out.append((f"{label}, and a first request({wave})", (world[0], *ordered(ids))))
-                rung = [self._with_start(i, wave) for i in ids]
+                rung = [self._rung(i, wave) if self._facts[i].shows else i for i in ids]
                 out.append((f"{label}, and all are rung for wave {wave}", (world[0], *ordered(rung))))
                 rung[at] = ids[at]
                 out.append((f"{label}, and the others are rung for wave {wave}", (world[0], *ordered(rung))))
@@ -169,24 +190,33 @@ class Group(Ranks):
         ids = world[1:]
         facts = [self._facts[i] for i in ids]
         out = self._collective(world, facts, alone=True)
+        away = self._heads[world[0]].away
         for at, i in enumerate(ids):
             if at > 1 and i == ids[at - 1]:
                 continue
             for label, new in self._own_moves(i, False):
-                out.append((label, with_rank(world, at, new)))
-            for label, event, new in self._mail(i, False):
-                self._coordinate(out, label, world, event, at, rank=new)
-        if self.bounds.ticks:
-            rows = tuple([f.row for f in facts])
+                out.append((label, self._woken(world, at, new)))
+            if not away:
+                for label, event, new in self._mail(i, False):
+                    self._coordinate(out, label, world, event, at, rank=new)
+                self._connect(out, world, at)
+        if self.bounds.ticks and not away:
+            rows = tuple([f.row for f in facts if f.shows])
             for event, at in self._watched(world[0], rows)[0]:
                 self._coordinate(out, "look", world, event, at)
             out = [move for move in out if move[1] != world]
             if not out:
                 out += self._look_long(world, rows)
-        return out
+        return out or (self._rung_again(world, facts) if away else [])
 
     def left_alone(self, world: World) -> list[World]:
         """The worlds in which `alone` begins: the user is done; and, if all ranks are paused, is not yet."""
+        head = self._heads[world[0]]
+        if head.away and not head.lasting:
+            back = self.left_alone((self._heads.of(head._replace(away=False)), *world[1:]))
+            if self.bounds.faults:
+                return back  # a ring may be lost, and there is no coordinator to repeat it
+            return back + self.left_alone((self._heads.of(head._replace(lasting=True)), *world[1:]))
         parts = [self._facts[i].part for i in world[1:]]
         done = world
         if any(part.asked for part in parts):
@@ -206,6 +236,8 @@ class Group(Ranks):
             wrong.append("a rank waits in a collective that another will never enter")
         if any(r.work or r.requests for r in ranks) and not head.kept:
             wrong.append("a request is never run")
+        if head.away:
+            return wrong
         if head.phase != Phase.PAUSED:
             wrong.append(f"the phase stays {Phase(head.phase).name}")
         if running and head.phase == Phase.PAUSED:
@@ -221,6 +253,31 @@ class Group(Ranks):
         return "; ".join(
             [f"{Phase(head.phase).name}{result}", *(describe_rank(i, r) for i, r in enumerate(ranks))]
         )
+
+    def _woken(self, world: World, at: int, new: int) -> World:
+        """The world with another rank at that place; a rank that a request woke has rung the others."""
+        before, after = self._ranks[world[1 + at]], self._ranks[new]
+        rings = self.bounds.absence and self.rules.rings and after.work > before.work
+        if not (rings and after.running and not before.running):
+            return with_rank(world, at, new)
+        ids = [new if k == at else self._rung(i, after.wave) for k, i in enumerate(world[1:])]
+        return (world[0], *ordered(ids))
+
+    def _rung_again(self, world: World, facts: list[Facts]) -> list[Move]:
+        """The next request of a front-end that knows that it has no coordinator: it rings if a rank sleeps."""
+        wave = max(0, *(f.row[0] for f in facts)) if self.rules.rows_tell else 0
+        if not any(f.part.running for f in facts) or all(f.row == (wave, True) for f in facts):
+            return []
+        after = (world[0], *ordered([self._rung(i, wave) for i in world[1:]]))
+        return [("a front-end rings all", after)] if after != world else []
+
+    def _connect(self, out: list[Move], world: World, at: int) -> None:
+        """A rank connects to the new coordinator."""
+        i = world[1 + at]
+        if not self._facts[i].connected:
+            made = with_rank(world, at, self._connected(i))
+            where = made.index(self._connected(i), 1) - 1
+            self._coordinate(out, "a rank connects", made, self._event(RankConnected()), where)
 
     # Collectives: over all ranks.
 
@@ -327,9 +384,11 @@ class Group(Ranks):
     def _watched(self, head_number: int, rows: tuple[tuple[int, bool], ...]) -> list[list[tuple[int, int]]]:
         """What the real watch says, look by look, of rows that stay as they are: (event, rank that it names)."""
         watch = WaveReconciler(RESEND, TIMEOUT)
+        stock = self.bounds.engines - 1 if self.bounds.stock else 0
         state = CoordinatorState(BASE, Phase(self._heads[head_number].phase))
         shown = [RowState(at, BASE + wave, running) for at, (wave, running) in enumerate(rows)]
-        looks = [watch.events(now, state, shown) for now in range(0, TIMEOUT + RESEND + 1, LOOK)]
+        times = range(0, TIMEOUT + RESEND + 1, LOOK)
+        looks = [watch.events(now, state, shown, unobserved_ranks=stock) for now in times]
         return [[(self._event(event), getattr(event, "engine", 0)) for event in events] for events in looks]
 
     def _look_long(self, world: World, rows: tuple[tuple[int, bool], ...]) -> list[Move]:

@@ -53,6 +53,9 @@ class Bounds(NamedTuple):
         exclude_named: the coordinator's setting.
         repeat_start: as `handle_coordinator` is told.
         patient: there is a step between two agreements, and START is faster than a step; see the module.
+        stock: ranks but 0 are stock engines: their rows show no wave.
+        replaced: the coordinator is replaced: what was on its way is lost, and ranks connect again one by one.
+        absence: the coordinator stops for any time, or for ever. What is sent to it waits.
     """
 
     engines: int = 2
@@ -67,6 +70,9 @@ class Bounds(NamedTuple):
     exclude_named: bool = False
     repeat_start: bool = False
     patient: bool = False
+    stock: bool = False
+    replaced: bool = False
+    absence: bool = False
 
 
 class Rules(NamedTuple):
@@ -75,10 +81,14 @@ class Rules(NamedTuple):
     Attributes:
         coordinator: as `handle_coordinator`.
         engine: as `handle_engine`.
+        rings: a rank that a request wakes rings the others.
+        rows_tell: front-ends without a coordinator ring for the wave of the rows, and not of the control word.
     """
 
     coordinator: Callable[..., Any] = handle_coordinator
     engine: Callable[..., Any] = handle_engine
+    rings: bool = True
+    rows_tell: bool = True
 
 
 class Head(NamedTuple):
@@ -90,6 +100,8 @@ class Head(NamedTuple):
         rang: an unanswered wake-up was repeated; it is given up next.
         kept: the user will not resume the ranks.
         stepped: ranks that are left alone have made a step since they last agreed.
+        away: the coordinator is stopped.
+        lasting: and does not go on.
     """
 
     phase: int
@@ -97,6 +109,8 @@ class Head(NamedTuple):
     rang: bool = False
     kept: bool = False
     stepped: bool = False
+    away: bool = False
+    lasting: bool = False
 
 
 class Rank(NamedTuple):
@@ -114,6 +128,7 @@ class Rank(NamedTuple):
     started: tuple[int, ...] = ()  # from it: WaveStarted
     completed: tuple[int, ...] = ()  # from it: WaveCompleted
     first: tuple[int, ...] = ()  # FirstRequest that names it (any, if the name makes no difference)
+    connected: bool = True
 
 
 T = TypeVar("T")
@@ -159,6 +174,8 @@ class Facts(NamedTuple):
     row: tuple[int, bool]
     open: int
     inside: bool
+    connected: bool
+    shows: bool
 
 
 def facts_of(rank: Rank, bounds: Bounds) -> Facts:
@@ -168,6 +185,8 @@ def facts_of(rank: Rank, bounds: Bounds) -> Facts:
         part=Part(rank.place, rank.running, rank.paused, rank.asked, rank.work > 0),
         row=(rank.wave, rank.running),
         open=len(rank.requests) + rank.work,
+        connected=rank.connected,
+        shows=rank.leads or not bounds.stock,
         inside=-bounds.waves < rank.wave < bounds.waves and on_their_way <= bounds.messages,
     )
 
@@ -251,6 +270,7 @@ def describe_rank(at: int, rank: Rank) -> str:
         "WaveStarted": rank.started,
         "WaveCompleted": rank.completed,
         "FirstRequest": rank.first,
+        "not connected": not rank.connected,
     }
     more = "".join(f", {name} {value}" for name, value in rest.items() if value)
     return f"rank {at} {state} in wave {rank.wave:+d}{place}{more}"

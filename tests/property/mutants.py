@@ -21,6 +21,7 @@ from dpshm.rules.waves import (
     EngineState,
     FirstRequest,
     Phase,
+    RankConnected,
     RanksIdle,
     RanksSplit,
     RequestArrived,
@@ -33,7 +34,7 @@ from dpshm.rules.waves import (
     handle_coordinator,
     handle_engine,
 )
-from tests.property.exploration import CHANGES, MESSAGES, describe, explore, result
+from tests.property.exploration import ABSENCE, CHANGES, MESSAGES, REPLACED, describe, explore, result
 from tests.property.group_parts import Bounds, Rules
 
 WAITS = "waits in a collective"
@@ -47,6 +48,7 @@ ROUND = "it goes round"
 FAULTS = Bounds(messages=1)
 NAMED = MESSAGES._replace(exclude_named=True, repeat_start=True)
 PAUSES = FAULTS._replace(pauses=True)
+STOCK = REPLACED._replace(stock=True, repeat_start=True)
 JOINING = CHANGES._replace(restarts=False, repeat_start=True)
 
 
@@ -161,6 +163,8 @@ NO_SEEN_RUNNING = coordinator_without(is_a(SeenRunning))
 NO_TICK = coordinator_without(is_a(SeenRunning, WakeTimer, RanksSplit, RanksIdle))
 NO_CATCHING_UP = engine_without(lambda state, event: isinstance(event, StartReceived) and state.running)
 
+OLD_CONTROL = Rules(rows_tell=False)
+
 CAUGHT = [
     Mutant("an engine that a request wakes says nothing", MESSAGES, WAITS, NO_REQUEST_WAKES),
     Mutant("an engine's WaveStarted is not heard", MESSAGES, WAITS, coordinator_without(is_a(WaveStarted))),
@@ -207,10 +211,14 @@ CAUGHT = [
     Mutant("START of an old wave is taken", MESSAGES, FALLS, Rules(engine=set_back_by_start)),
     Mutant("an old stamp is taken", MESSAGES, FALLS, Rules(engine=set_back_by_stamp)),
     Mutant("a running engine does not take the wave of START", JOINING, ROUND, NO_CATCHING_UP),
+    Mutant("ranks that connect hear no START", STOCK, WAITS, coordinator_without(is_a(RankConnected))),
+    Mutant("front-ends believe the control word of a coordinator that is away", ABSENCE, WAITS, OLD_CONTROL),
+    Mutant("no rank that a request wakes rings, and so", ABSENCE, WAITS, OLD_CONTROL._replace(rings=False)),
 ]
 """Rules whose loss does harm."""
 
 SPARE = [
+    Mutant("a rank that a request wakes rings no other", ABSENCE, None, Rules(rings=False)),
     Mutant("the stamp of a request", CHANGES, None, Rules(engine=deaf_to_stamps)),
     Mutant("rank 0's confirmation of START", CHANGES, None, NO_CONFIRMATION),
     Mutant("the front-ends' first requests", FAULTS, None, NO_FIRST_REQUEST),

@@ -169,7 +169,23 @@ class Ranks:
 
     def _with_start(self, i: int, wave: int) -> int:
         rank = self._ranks[i]
+        if not rank.connected:
+            return i
         return self._rank(rank._replace(starts=(*rank.starts, wave)))
+
+    def _rung(self, i: int, wave: int) -> int:
+        rank = self._ranks[i]
+        return self._rank(rank._replace(starts=(*rank.starts, wave)))
+
+    def _disconnected(self, i: int) -> int:
+        """The coordinator was replaced: what was on its way is lost, and the rank is not yet connected."""
+        lost: dict[str, tuple[int, ...]] = {"starts": (), "first": ()}
+        if self._facts[i].shows:  # a stock rank's PUSH socket sends what the dead coordinator did not accept
+            lost |= {"started": (), "completed": ()}
+        return self._rank(_with_lists(self._ranks[i]._replace(connected=False), lost))
+
+    def _connected(self, i: int) -> int:
+        return self._rank(self._ranks[i]._replace(connected=True))
 
     def _shifted(self, i: int, by: int) -> int:
         """The coordinator's wave has grown: all counts from it fall."""

@@ -38,11 +38,11 @@ a collective while START is on its way to it.
 
 **Without a coordinator.** With `Bounds.absence` the coordinator stops at any time, for a time or for ever. What is
 sent to it waits. A rank that a request wakes rings the others, and front-ends ring for any wave up to that of the
-rows. A group whose coordinator stays away must come to rest all the same, once a front-end has rung for the wave of
-the rows, which it does with its next request; nothing is asked of the phase then. A ring is not lost here.
+rows. A group whose coordinator stays away must come to rest all the same, once a front-end has rung for the wave
+of the rows, which it does with its next request; nothing is asked of the phase then. A ring is not lost here.
 
-**Connections.** With `Bounds.replaced` another coordinator takes over at any time. What was on its way to or from the
-old one is lost, and each rank connects when it likes; START that is sent before does not reach it. With
+**Connections.** With `Bounds.replaced` another coordinator takes over at any time. What was on its way to or from
+the old one is lost, and each rank connects when it likes; START that is sent before does not reach it. With
 `Bounds.stock` all ranks but 0 are stock engines: the coordinator does not see what their rows would say, and they
 have no doorbell. Their reports are not lost: a PUSH socket keeps what the old coordinator did not accept.
 

@@ -195,6 +195,7 @@ def test_a_signal_may_end_requests_within_any_booking(board, frontend):
     assert booked(board) == (0, 0)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a generator that is closed
 @pytest.mark.parametrize("form", ["route", "pinned", "exclusive", "asleep", "prompt"])
 def test_an_interrupted_route_leaves_no_booking(board, group, using, form):
     """Guards against a request that a signal handler's exception (Ctrl-C, a timeout) leaves booked for ever."""

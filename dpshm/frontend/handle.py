@@ -189,13 +189,14 @@ class Frontend:
                 try:
                     if exclusive is not None:
                         exclusive.enter()
-                    cached = None if prompt is None else self._prefixes.cached(prompt, prompt_tokens)
+                    cached = None if prompt is None else self._prefixes.expected(prompt, prompt_tokens, now_ns)
                     if dp_rank is None:
                         dp_rank = self._choose(Request(prompt_tokens, _key(key), cached), now_ns)
                     else:
                         dp_rank = self._reader.check_pinned(dp_rank)
                     route.dp_rank = dp_rank
-                    if cached is not None:
+                    if prompt is not None and cached is not None:
+                        self._prefixes.sent(prompt, dp_rank, now_ns)
                         route.cached_tokens = hit = cached[dp_rank]
                         route.prompt_tokens -= hit
                     self._row.book(route, now_ns)
@@ -236,7 +237,7 @@ class Frontend:
             prompt_tokens = prompt_tokens or len(prompt)
         with self._lock:
             now_ns = self._begin()
-            cached = None if prompt is None else self._prefixes.cached(prompt, prompt_tokens)
+            cached = None if prompt is None else self._prefixes.expected(prompt, prompt_tokens, now_ns)
             dp_rank = self._choose(Request(prompt_tokens, _key(key), cached), now_ns)
         if self._bookings.lost:
             self._bookings.heal()

@@ -11,6 +11,7 @@ import logging
 from dpshm.board.board import Board
 from dpshm.board.prefix_index import PrefixIndexReader, index_path
 from dpshm.errors import SegmentError
+from dpshm.frontend.sent_prompts import SentPrompts
 from dpshm.rules.prefix_hash import Prompt
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ class PrefixReader:
         self._key = board.segment.header.prefix_key
         self._known: list[int] = []  # by rank: the incarnation that was looked at last
         self._readers: dict[int, PrefixIndexReader] = {}
+        self._sent = SentPrompts()
         self._warned = False
 
     def refresh(self) -> None:
@@ -35,20 +37,38 @@ class PrefixReader:
         for dp_rank, incarnation in enumerate(shown):
             if dp_rank >= len(self._known) or self._known[dp_rank] != incarnation:
                 self._readers.pop(dp_rank, None)
+                self._sent.forget(dp_rank)
                 if incarnation:
                     self._open(dp_rank, incarnation)
         for dp_rank in range(len(shown), len(self._known)):
             self._readers.pop(dp_rank, None)
         self._known = shown
 
+    def expected(self, prompt: Prompt, prompt_tokens: int, now_ns: int) -> list[int]:
+        """As `cached`, and what this front-end sent to a rank a moment ago counts as cached there."""
+        return self._cached(prompt, prompt_tokens, now_ns)
+
+    def sent(self, prompt: Prompt, dp_rank: int, now_ns: int) -> None:
+        """The prompt goes to that rank."""
+        if (reader := self._readers.get(dp_rank)) is not None:
+            fingerprints = prompt.fingerprints(reader.block_tokens, reader.identity, self._key)
+            if fingerprints is not None:
+                self._sent.add(dp_rank, fingerprints, now_ns)
+
     def cached(self, prompt: Prompt, prompt_tokens: int) -> list[int]:
         """By rank, how many of the prompt's tokens the rank would find cached; at least one is always computed."""
+        return self._cached(prompt, prompt_tokens, None)
+
+    def _cached(self, prompt: Prompt, prompt_tokens: int, now_ns: int | None) -> list[int]:
         found = [0] * self._board.dp_size
         most = max(0, prompt_tokens - 1)
         for dp_rank, reader in self._readers.items():
             fingerprints = prompt.fingerprints(reader.block_tokens, reader.identity, self._key)
             if fingerprints is not None and dp_rank < len(found):
-                found[dp_rank] = min(most, reader.match(fingerprints, prompt.growth) * reader.block_tokens)
+                blocks = reader.match(fingerprints, prompt.growth)
+                if now_ns is not None:
+                    blocks = self._sent.match(dp_rank, fingerprints, blocks, now_ns)
+                found[dp_rank] = min(most, blocks * reader.block_tokens)
         return found
 
     def _open(self, dp_rank: int, incarnation: int) -> None:

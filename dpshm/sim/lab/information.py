@@ -120,6 +120,8 @@ class LiveIndex(Live):
         self._delay_s = delay_s
         self._delayed = [DelayedCache(delay_s, rank.cache.block_tokens) for rank in ranks] if delay_s else []
         self._followed: list[SimRank | None] = [None] * len(ranks)
+        for rank in range(len(ranks) if delay_s else 0):
+            self._follow(rank)
 
     def published(self, rank: int, now_s: float) -> None:
         if self._delayed and self.ranks[rank] is not self._followed[rank]:

@@ -50,6 +50,7 @@ def test_a_request_goes_where_its_prefix_is(engines, group, using):
         route.done()
     assert frontend.choose(prompt=PROMPT) == 1
     engines[1].cache.clear()
+    frontend._prefixes._sent.forget(1)  # instead of a second
     assert {frontend.choose(prompt=PROMPT) for _ in range(2)} == {0, 1}
 
 
@@ -103,7 +104,8 @@ def test_policies_see_what_each_rank_has(engines, group, using):
     insert(engines[0], PROMPT[:16])
     insert(engines[1], PROMPT[:80])
     routes = [frontend.route(prompt=PROMPT), frontend.route(150, prompt=PROMPT), frontend.route(100)]
-    assert seen == [(100, [16, 80]), (150, [16, 80]), (100, None)]
+    # What went to rank 0 the first time is about to be cached there.
+    assert seen == [(100, [16, 80]), (150, [96, 80]), (100, None)]
     assert len(routes) == 3
 
 
@@ -156,7 +158,7 @@ def test_a_new_index_is_found(engines, group, using):
     frontend._next_refresh_ns = 0  # instead of a tenth of a second
     assert frontend.route(prompt=PROMPT, dp_rank=0).cached_tokens == 0
     insert(engines[0], PROMPT[:48])
-    assert frontend.route(prompt=PROMPT, dp_rank=0).cached_tokens == 48
+    assert frontend.cached(PROMPT)[0] == 48
 
 
 def test_a_rank_that_leaves_takes_its_index_along(engines, group, board, using):
@@ -245,3 +247,24 @@ def test_across_processes_and_a_killed_engine(group, using):
     again.run("engine = Engine.attach(group, 0); engine.open_cache(100)", group=group)
     wait_until(lambda: frontend.snapshot()[0]["verdict"] == "alive")
     wait_until(lambda: frontend.route(prompt=PROMPT).cached_tokens == 0)
+
+
+def test_a_burst_on_one_new_prompt_stays_together(engines, group, board, using):
+    """Guards against a fan-out whose context is computed on every rank, because no index shows it yet."""
+    board.step_model[:2, 2:5] = (8_000_000, 200_000, 40_000)  # as both have learnt it
+    frontend = using(Frontend.attach(group))
+    engines[1].publish(waiting=1, running=0, prefill_backlog=3000)  # so the first one goes to rank 0
+    context = np.arange(4000)
+    routes = [frontend.route(prompt=np.concatenate((context, [own] * 20))) for own in range(6)]
+    assert {route.dp_rank for route in routes} == {0}
+    assert [route.cached_tokens for route in routes] == [0] + [4000] * 5
+    assert frontend.cached(context) == [0, 0]  # it is expected there, and not there yet
+    # The engine subtracts what was booked, so nothing stays in the sums.
+    for route in routes:
+        engines[0].receive(frontend.index, route.prompt_tokens)
+    for engine in engines:
+        engine.publish(waiting=0, running=0, prefill_backlog=0)
+    for route in routes:
+        route.done()
+    assert board.snapshot()["requests"].tolist() == [0, 0]
+    assert board.outstanding_tokens([frontend.index]).count().tolist() == [0, 0]

@@ -116,8 +116,6 @@ def send_prompt(world: World, frontend: int, rank: int, now_s: float) -> None:
 def test_when_cached_blocks_are_known(name: str, at_once: int, sent: int, others: int):
     """Guards against an index that is older or newer than its name says."""
     world = World(name)
-    world.information.published(0, 0.0)
-    world.information.published(1, 0.0)
     send_prompt(world, 0, 1, 0.0)
     assert cached(world, 0.001) == [0, sent]
     assert cached(world, 0.001, frontend=1) == [0, others]

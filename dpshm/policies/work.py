@@ -110,7 +110,7 @@ def expected_of_few(columns: ListColumns, request: Request, *, compared: bool = 
         if waiting > step_tokens:
             tokens += waiting - step_tokens
         ns = alone = base + per_request * (requests + 1)
-        if tokens > chunk:
+        if 0 < chunk < tokens:
             ns *= -(-tokens // chunk)
         if compared:
             tokens += uncached * requests >> DELAY_SHIFT

@@ -72,19 +72,28 @@ _CONFTEST = '''
 
 from pathlib import Path
 
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
 HERE = Path(__file__).parent
-_make, _generate, _add = AsyncLLM.from_engine_args, AsyncLLM.generate, AsyncLLM.add_request
+_init, _generate, _add = AsyncEngineArgs.__init__, AsyncLLM.generate, AsyncLLM.add_request
 
 
-def from_engine_args(args, *rest, **named):
-    args.model = args.tokenizer = str(HERE / ("moe" if "MoE" in args.model else "dense"))
-    args.load_format, args.dtype, args.skip_tokenizer_init = "dummy", "float32", True
-    args.max_model_len, args.max_num_seqs = 2048, 128
-    args.distributed_executor_backend = "bench.sleeping_executor.SleepingExecutor"
-    args.async_scheduling = False
-    return _make(args, *rest, **named)
+def init(self, *, model, **named):
+    # In the constructor, which looks a model up by its name.
+    folder = str(HERE / ("moe" if "MoE" in model else "dense"))
+    replaced = dict(
+        model=folder,
+        tokenizer=folder,
+        load_format="dummy",
+        dtype="float32",
+        skip_tokenizer_init=True,
+        max_model_len=2048,
+        max_num_seqs=128,
+        distributed_executor_backend="bench.sleeping_executor.SleepingExecutor",
+        async_scheduling=False,
+    )
+    _init(self, **(named | replaced))
 
 
 def tokens(prompt):
@@ -99,7 +108,7 @@ def add_request(self, request_id, prompt, *rest, **named):
     return _add(self, request_id, tokens(prompt), *rest, **named)
 
 
-AsyncLLM.from_engine_args = staticmethod(from_engine_args)
+AsyncEngineArgs.__init__ = init
 AsyncLLM.generate, AsyncLLM.add_request = generate, add_request
 '''
 
@@ -118,7 +127,8 @@ def main(arguments: list[str]) -> int:
         *others,
         str(where / "test_async_llm_dp.py"),
     ]
-    env = os.environ | server.ENVIRONMENT | ({"DPSHM": "0"} if stock else {})
+    steps = {"SLEEPER_STEP_MS": "10,0.02,0.05"}  # a test wants 400 tokens to take more than two seconds
+    env = os.environ | server.ENVIRONMENT | steps | ({"DPSHM": "0"} if stock else {})
     return subprocess.run(command, env=env, cwd=where, check=False).returncode
 
 

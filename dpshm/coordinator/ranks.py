@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dpshm.board.words import DRAINED
@@ -64,6 +65,9 @@ class Ranks:
         self._watch = watch
         self._log = RateLimitedLog(logger, lines=100, level=logging.INFO)
         self._connections = stock.connections
+        self._held = partial(
+            _held, board
+        )  # not a method: a cycle would keep the board mapped until it is collected
         self.readiness = Readiness(
             *(time.monotonic_ns(), round(self._timeout_s * _S), self._connections, self._held), ready=row.ready
         )
@@ -142,9 +146,6 @@ class Ranks:
                 "steering", f"engine {dp_rank} is {'drained' if drained else 'undrained'} by an operator"
             )
 
-    def _held(self) -> list[bool]:
-        return list(map(self._board.engine_alive, range(self._board.dp_size)))
-
     def _apply(self, events: list[ReadinessEvent]) -> None:
         for event in events:
             match event:
@@ -167,3 +168,8 @@ class Ranks:
                     )
                     logger.error("%s", reason)
                     self.give_up(reason)
+
+
+def _held(board: Board) -> list[bool]:
+    """By rank, whether a process holds its row."""
+    return list(map(board.engine_alive, range(board.dp_size)))

@@ -156,7 +156,7 @@ def test_a_folder_and_a_segment_of_another_user(group):
     folder = sockets_path(group)
     folder.mkdir(mode=0o700)
     os.chown(folder, NOBODY, NOBODY)
-    with pytest.raises(SettingError, match=f"can enter .* uid {NOBODY}\\): remove it"):
+    with pytest.raises(GroupInUse, match=f"belongs to uid {NOBODY} and this process is uid 0"):
         Coordinator(group=group, dp_size=1)
     folder.rmdir()
     with Coordinator(group=group, dp_size=1):

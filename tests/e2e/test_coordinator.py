@@ -185,7 +185,11 @@ def test_errors_say_what_to_do_and_have_their_status(group, using, tmp_path: Pat
         (["-g", group, "--dp-size", "1", "--mode", "0666"], 2, "file_mode is 0o666"),
         (["-g", group, "--dp-size", "1", "--mode", "rw"], 2, "is not octal"),
         (["-g", group, "--dp-size", "1", "--file-group", "no such"], 2, "no group of this machine"),
-        (["-g", group, "--dp-size", "1", "--metrics-host", "300.1.1.1", "--metrics-port", "0"], 2, "cannot serve"),
+        (
+            ["-g", group, "--dp-size", "1", "--metrics-host", "300.1.1.1", "--metrics-port", "0"],
+            2,
+            "cannot listen on",
+        ),
     ):
         found, _, err = line.run("coordinator", *arguments)
         assert (found, words in err) == (status, True), err

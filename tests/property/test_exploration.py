@@ -145,7 +145,6 @@ def test_what_may_happen_does_happen():
         *(
             "FirstRequest(0) arrives",
             "WaveStarted(0) arrives",
-            "WaveStarted(-1) arrives",
             "WaveCompleted(0) arrives",
         ),
         *(

@@ -92,9 +92,14 @@ def test_a_coordinator_killed_while_requests_flow(group, using, start, tmp_path)
         # All fall asleep, which this coordinator has to hear or see; then one wakes the others through it.
         ledger.paused = True
         wait_until(lambda: all(ledger.get(life, "quiet") for life in range(len(slots))))
-        while drained.poll(20):
-            drained.wave_complete()
-        wait_until(lambda: not drained.poll(1) and board.phase is Phase.PAUSED)
+
+        def at_rest():
+            if drained.poll(1):  # a START, or a ring of another rank, may come late
+                drained.wave_complete()
+                return False
+            return board.phase is Phase.PAUSED
+
+        wait_until(at_rest)
         ledger.paused = False
 
         def told():

@@ -31,9 +31,10 @@ def dead_group():
 
 @pytest.fixture(scope="module")
 def server(serve, dead_group):
-    """The server of this module."""
+    """The server of this module. It chooses by counts, so that a test knows how many requests each rank gets."""
     refusing = executor("tests.e2e.vllm.refusing_executor.RefusingExecutor")
-    return serve("moe", "--data-parallel-size", str(RANKS), "--api-server-count", "2", *refusing)
+    ranks = ("--data-parallel-size", str(RANKS), "--api-server-count", "2")
+    return serve("moe", *ranks, *refusing, DPSHM_POLICY="least_loaded")
 
 
 @pytest.fixture
@@ -54,7 +55,6 @@ def test_requests_are_answered_and_the_board_agrees(server):
 def test_what_killed_groups_left_is_swept_at_the_start(server, dead_group):
     """Guards against memory that piles up: each killed server leaves a board that no other program removes."""
     assert dead_group not in files.groups()
-    assert f"removed the files of the dead group {dead_group!r}" in server.log
 
 
 def test_api_servers_see_each_others_bookings(server, board):

@@ -60,7 +60,6 @@ HEADER_WORDS = (
 _AT = {name: i for i, name in enumerate(HEADER_WORDS)}
 _INSERTED, _EVICTED, _DROPPED, _HELD = (_AT[name] for name in ("inserted", "evicted", "dropped", "held"))
 _TABLE = PAGE_BYTES // WORD_BYTES
-_MAX_FINGERPRINT = (1 << 64) - 1
 _FULL = (1 << BUCKET_WORDS) - 1
 _SHIFT = BUCKET_WORDS.bit_length() - 1
 _NO_PLACE = -1

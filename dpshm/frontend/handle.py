@@ -189,7 +189,7 @@ class Frontend:
                 try:
                     if exclusive is not None:
                         exclusive.enter()
-                    cached = None if prompt is None else self._prefixes.expected(prompt, prompt_tokens, now_ns)
+                    cached = None if prompt is None else self._prefixes.cached(prompt, prompt_tokens, now_ns)
                     if dp_rank is None:
                         dp_rank = self._choose(Request(prompt_tokens, _key(key), cached), now_ns)
                     else:
@@ -237,7 +237,7 @@ class Frontend:
             prompt_tokens = prompt_tokens or len(prompt)
         with self._lock:
             now_ns = self._begin()
-            cached = None if prompt is None else self._prefixes.expected(prompt, prompt_tokens, now_ns)
+            cached = None if prompt is None else self._prefixes.cached(prompt, prompt_tokens, now_ns)
             dp_rank = self._choose(Request(prompt_tokens, _key(key), cached), now_ns)
         if self._bookings.lost:
             self._bookings.heal()

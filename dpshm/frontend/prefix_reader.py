@@ -44,10 +44,6 @@ class PrefixReader:
             self._readers.pop(dp_rank, None)
         self._known = shown
 
-    def expected(self, prompt: Prompt, prompt_tokens: int, now_ns: int) -> list[int]:
-        """As `cached`, and what this front-end sent to a rank a moment ago counts as cached there."""
-        return self._cached(prompt, prompt_tokens, now_ns)
-
     def sent(self, prompt: Prompt, dp_rank: int, now_ns: int) -> None:
         """The prompt goes to that rank."""
         if (reader := self._readers.get(dp_rank)) is not None:
@@ -55,11 +51,15 @@ class PrefixReader:
             if fingerprints is not None:
                 self._sent.add(dp_rank, fingerprints, now_ns)
 
-    def cached(self, prompt: Prompt, prompt_tokens: int) -> list[int]:
-        """By rank, how many of the prompt's tokens the rank would find cached; at least one is always computed."""
-        return self._cached(prompt, prompt_tokens, None)
+    def cached(self, prompt: Prompt, prompt_tokens: int, now_ns: int | None = None) -> list[int]:
+        """By rank, how many of the prompt's tokens the rank would find cached; at least one is always computed.
 
-    def _cached(self, prompt: Prompt, prompt_tokens: int, now_ns: int | None) -> list[int]:
+        Args:
+            prompt: the prompt.
+            prompt_tokens: how many tokens it has.
+            now_ns: CLOCK_MONOTONIC: what this front-end sent to a rank a moment before counts as cached there.
+                None: only what the ranks' indexes hold.
+        """
         found = [0] * self._board.dp_size
         most = max(0, prompt_tokens - 1)
         for dp_rank, reader in self._readers.items():

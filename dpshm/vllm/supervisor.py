@@ -19,7 +19,6 @@ from collections import deque
 from contextlib import suppress
 from typing import Any
 
-from dpshm.board import segment
 from dpshm.board.board import Board
 from dpshm.errors import SegmentError, SettingError
 from dpshm.service.child import START_TIMEOUT_S, STOP_TIMEOUT_S, CoordinatorProcess
@@ -32,13 +31,6 @@ GRACE_S = 1.0
 """How long a coordinator that was told to end stays down, in case its server was told to end with it."""
 RESTART_PAUSE_S = 0.2
 """The pause after the first failed attempt at a restart; it doubles with each."""
-
-
-def sweep_group(group: str) -> None:
-    """Removes the files of a dead group; leaves a live group's, and another user's, alone."""
-    with suppress(SegmentError, SettingError):
-        if segment.sweep(group):
-            logger.info("dpshm: removed the files of the dead group %r", group)
 
 
 def remove_group(group: str) -> None:

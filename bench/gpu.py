@@ -106,9 +106,7 @@ class Driver:
         number = self._next_id
         self._next_id += 1
         route = self.out[number] = self.frontend.route(prompt_tokens, dp_rank=rank)
-        message = RequestMessage(
-            *(number, self.frontend.index, route.wave, prompt_tokens, route.prompt_tokens, output_tokens, (), 0)
-        )
+        message = RequestMessage.of(number, self.frontend.index, route, output_tokens)
         self._requests[rank].send(self._encode(message))
         return number
 

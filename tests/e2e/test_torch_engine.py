@@ -38,7 +38,7 @@ from tests.support import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = "torch==2.13.0+cpu"
-NEEDS = (TORCH, "numpy", "pyzmq", "msgspec", "typer", "rich", "pytest", "pytest-timeout")
+NEEDS = (TORCH, "numpy", "pyzmq", "msgspec", "typer", "rich", "pytest", "pytest-timeout", "hypothesis")
 HERE = "runs in an environment of its own: see test_in_an_environment_with_torch"
 HAS_TORCH = find_spec("torch") is not None
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason=f"no torch here; {HERE}")
@@ -58,7 +58,7 @@ def environment() -> Path:
         interpreter = folder / "bin" / "python"
         if not interpreter.exists():
             subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        has_all = [interpreter, "-c", "import torch, pytest_timeout, msgspec, zmq, typer"]
+        has_all = [interpreter, "-c", "import torch, pytest_timeout, hypothesis, msgspec, zmq, typer"]
         if subprocess.run(has_all, capture_output=True, check=False).returncode:
             install = [interpreter, "-m", "pip", "install", "--quiet", "--only-binary=:all:", *NEEDS]
             done = subprocess.run(install, capture_output=True, text=True, check=False)
@@ -164,7 +164,7 @@ class Rig:
 
     def send(self, request_id: int, rank: int, prompt_tokens: int, output_tokens: int):
         route = self.frontend.route(prompt_tokens, dp_rank=rank)
-        message = RequestMessage(request_id, self.frontend.index, route.wave, prompt_tokens, output_tokens, 0)
+        message = RequestMessage.of(request_id, self.frontend.index, route, output_tokens)
         self.requests[rank].send(msgspec.msgpack.encode(message))
         return route
 
@@ -274,7 +274,7 @@ def test_a_stuck_rank_makes_the_others_tell_where_they_stand(rig):
         wait_until(lambda: rig.read() or rig.ranks[0].ended)
         said = rig.ranks[0].said
         assert "exit status 4" in rig.ranks[0].obituary()
-        assert "torch_ranks.py" in said
+        assert "sim/torch/ranks.py" in said
         assert "its step has lasted over 2 s" in said
     finally:
         os.kill(stopped, signal.SIGCONT)
@@ -291,7 +291,8 @@ def test_demo(tmp_path):
     lines = [{"timestamp": 150 * i, "input_length": 30 + 40 * i, "output_length": 4} for i in range(12)]
     trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = ["demo", "--engine", "torch", "--engines", "2", "--frontends", "2", "--trace", str(trace), "--json"]
+    command = ["demo", "--engine", "torch", "--engines", "2", "--frontends", "2", "--trace", str(trace)]
+    command += ["--time-unit", "ms", "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "dpshm", *command],
         cwd=tmp_path,

@@ -113,15 +113,10 @@ class SimFrontend:
         except DpshmError:
             return  # no engine accepts it: it counts as lost, because it was sent and never answered
         self._out[request_id] = (due_s, route)
-        message = RequestMessage(
-            request_id,
-            self._router.frontend.index,
-            route.wave,
-            prompt_tokens,
-            route.prompt_tokens,
-            output_tokens,
-            blocks,
-            self._settings.index,
+        message = RequestMessage.of(
+            *(request_id, self._router.frontend.index, route, output_tokens),
+            blocks=blocks,
+            reply_to=self._settings.index,
         )
         self._engines[route.dp_rank].send(self._encoder.encode(message))
 

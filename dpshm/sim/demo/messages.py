@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import os
 import secrets
-from typing import Literal
+from typing import Literal, Self
 
 import msgspec
+
+from dpshm.frontend.route import Route
 
 Stats = Literal["board", "pub"]
 EngineKind = Literal["sim", "torch"]
@@ -119,6 +121,32 @@ class RequestMessage(msgspec.Struct, array_like=True, frozen=True):
     output_tokens: int
     blocks: tuple[int, ...]  # hashes of the prompt's blocks
     reply_to: int  # which front-end of the demo; `frontend` is its row on the board
+
+    @classmethod
+    def of(
+        cls,
+        request_id: int,
+        frontend: int,
+        route: Route,
+        output_tokens: int,
+        *,
+        blocks: tuple[int, ...] = (),
+        reply_to: int = 0,
+    ) -> Self:
+        """The message of a request that was routed."""
+        prompt_tokens = route.prompt_tokens + route.cached_tokens
+        return cls(
+            *(
+                request_id,
+                frontend,
+                route.wave,
+                prompt_tokens,
+                route.prompt_tokens,
+                output_tokens,
+                blocks,
+                reply_to,
+            )
+        )
 
 
 class ReplyMessage(msgspec.Struct, array_like=True, frozen=True):

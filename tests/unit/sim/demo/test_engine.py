@@ -55,18 +55,7 @@ class Rig:
 
     def send(self, request_id: int, rank: int, prompt_tokens: int, output_tokens: int):
         route = self.frontend.route(prompt_tokens, dp_rank=rank)
-        message = RequestMessage(
-            *(
-                request_id,
-                self.frontend.index,
-                route.wave,
-                prompt_tokens,
-                route.prompt_tokens,
-                output_tokens,
-                (),
-                0,
-            )
-        )
+        message = RequestMessage.of(request_id, self.frontend.index, route, output_tokens)
         self.requests[rank].send(msgspec.msgpack.encode(message))
         return route
 

@@ -200,7 +200,7 @@ class CoordinatorRow:
             slot = revision % layout.CHANGES
             # SYNC: the change and its record, then the revision; a front-end loads the revision, then what
             # changed. On Arm it may see the new revision with the old mark; it reads the marks again every
-            # LOOK_INTERVAL_NS. A reader of the records loads the revision before and after them.
+            # REFRESH_INTERVAL_NS. A reader of the records loads the revision before and after them.
             words[at] = value
             words[self._at_change_time + slot] = time.monotonic_ns()
             words[self._at_change + slot] = pack_change(revision, kind, row, before, value)

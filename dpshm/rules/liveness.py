@@ -1,8 +1,8 @@
 """Verdicts: what a row shows of its process, as pure functions (rule 5) of what was read and for how long.
 
 - *dead*: the process is gone. Only its lock says so: a held lock always means that it lives, and a
-  free lock under a row that a process took always means dead. (A pid may belong to another namespace, or be reused; a pidfd only tells
-  *when* to test the lock.)
+  free lock under a row that a process took always means dead. (A pid may belong to another namespace, or be
+  reused; a pidfd only tells *when* to test the lock.)
 - *stalled*: alive, not paused by the user, has work, and showed no sign of life for ``stall_timeout``. The
   watcher measures that by its own clock, so it does not matter which clock the beat was taken from. The
   timeout has to exceed the longest step.

@@ -146,7 +146,8 @@ _from_frontend = msgspec.msgpack.Decoder(_FromFrontend)
 def _decode(decoder: msgspec.msgpack.Decoder[T], what: str, data: bytes) -> T:
     try:
         return decoder.decode(data)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as e:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, TypeError) as e:
+        # TypeError: msgspec 0.19 puts a map as a key into a dict.
         raise WireError(f"not {what}: {e} ({len(data)} bytes)") from None
 
 

@@ -304,7 +304,7 @@ def test_the_child_is_light(group, using):
     """Guards against a child that imports the server again: the parent's main module is none of its business."""
     process = using(CoordinatorProcess(group=group, dp_size=1))
     maps = Path(f"/proc/{process.proc.pid}/maps").read_text(encoding="utf-8")
-    assert "_zmq" in maps
+    assert "/zmq/backend/" in maps
     assert "_pytest" not in maps
     assert "rpds" not in maps
     command = Path(f"/proc/{process.proc.pid}/comm").read_text(encoding="utf-8").strip()

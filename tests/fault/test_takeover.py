@@ -13,8 +13,8 @@ from dpshm import Board, Engine, Frontend, SegmentNotFound
 from dpshm.net import wire
 from dpshm.rules.waves import Phase
 from tests.e2e.load import environment, run
+from tests.soak.group import BEGIN
 from tests.soak.ledger import Ledger
-from tests.soak.soak import BEGIN
 from tests.support import Remote, StockFrontend, wait_until
 
 pytestmark = pytest.mark.slow
@@ -55,7 +55,14 @@ def test_a_coordinator_killed_while_requests_flow(group, using, start, tmp_path)
     for life, (role, slot) in enumerate(slots):
         remotes[life].run("os.nice(10)")  # they take all there is, and the coordinator has to start beside them
         remotes[life].begin(
-            BEGIN, role=role, group=group, ledger=str(tmp_path / "ledger"), peers=RANKS + 1, slot=slot, life=life
+            BEGIN,
+            role=role,
+            group=group,
+            ledger=str(tmp_path / "ledger"),
+            peers=RANKS + 1,
+            slot=slot,
+            life=life,
+            fork=False,
         )
     frontends = range(RANKS, RANKS + FRONTENDS)
     drained = using(Engine.attach(group, RANKS))

@@ -17,6 +17,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--minutes", type=float, default=10.0, help="how long (10)")
     parser.add_argument("--engines", type=int, default=16, help="engine processes (16)")
+    parser.add_argument("--stock", type=int, default=2, help="of them, how many speak vLLM's messages alone (2)")
+    parser.add_argument("--readers", type=int, default=2, help="processes that only read the board (2)")
     parser.add_argument("--frontends", type=int, default=16, help="front-end processes (16)")
     parser.add_argument("--seed", type=int, default=0, help="of the lots who is killed when (0)")
     parser.add_argument("--json", action="store_true", help="print the result for machines")
@@ -27,7 +29,13 @@ def main(argv: list[str]) -> int:
         print(f"{time.monotonic() - began:6.1f} s  {line}", file=sys.stderr, flush=True)
 
     result = Soak(
-        options.minutes * 60, engines=options.engines, frontends=options.frontends, seed=options.seed, say=say
+        options.minutes * 60,
+        engines=options.engines,
+        stock=options.stock,
+        frontends=options.frontends,
+        readers=options.readers,
+        seed=options.seed,
+        say=say,
     ).run()
     if options.json:
         print(json.dumps(result))

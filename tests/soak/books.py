@@ -8,18 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy.typing as npt
+
 from dpshm import Board
-from tests.soak.ledger import Ledger
+from tests.soak.frontends import WINDOW
+from tests.soak.group import SoakGroup
 from tests.soak.members import UNTOUCHED, Member
-from tests.soak.processes import WINDOW
 
 
 class Books:
     """What all processes, the dead too, have counted."""
 
-    def __init__(self, ledger: Ledger, engines: Sequence[Member], frontends: Sequence[Member]) -> None:
-        self._ledger = ledger
-        self._engines, self._frontends = engines, frontends
+    def __init__(self, group: SoakGroup) -> None:
+        self._ledger = group.ledger
+        self._engines, self._frontends, self._readers = group.engines, group.frontends, group.readers
         self._problems: list[str] = []
 
     def totals(self) -> dict[str, int]:
@@ -34,26 +36,39 @@ class Books:
             "no_engine": sum(self._ledger.get(life, "no_engine") for life in frontends),
             "finished": sum(self._ledger.get(life, "finished") for life in engines),
             "undeliverable": sum(self._ledger.get(life, "undeliverable") for life in engines),
+            "reads": sum(self._ledger.get(life, "attempted") for m in self._readers for life in m.lives),
         }
 
     def check(self, board: Board) -> list[str]:
         """What does not add up."""
         rows = board.snapshot()
-        for name in ("waiting", "running", "in_flight", "in_flight_tokens", "prefill_backlog"):
-            self._expect(f"{name} by rank", rows[name].tolist(), [0] * len(rows))
+        self._check_rest(rows)
         for engine in self._engines:
             finished = self._ledger.get(engine.life, "finished")
-            self._expect(f"{engine}: requests_finished", int(rows["requests_finished"][engine.slot]), finished)
+            if engine.role == "engine":
+                shown = int(rows["requests_finished"][engine.slot])
+                self._expect(f"{engine}: requests_finished", shown, finished)
             self._expect(f"{engine}: taken in", self._sum("taken", [engine.life]), finished)
             for frontend in self._frontends:
                 self._check_bookings(board, engine, frontend)
         for frontend in self._frontends:
             for life in frontend.lives:
                 self._check_life(frontend, life)
+        for life in (life for reader in self._readers for life in reader.lives):
+            self._expect("reads that are not possible", self._ledger.get(life, "unexpected"), 0)
         for engine in self._engines[:UNTOUCHED]:
             for frontend in self._frontends:
                 self._check_pair(engine, frontend)
         return self._problems
+
+    def _check_rest(self, rows: npt.NDArray[Any]) -> None:
+        """Nothing is under way."""
+        for name in ("in_flight", "in_flight_tokens", "prefill_backlog"):
+            self._expect(f"{name} by rank", rows[name].tolist(), [0] * len(rows))
+        # A stock engine reports what changed and no more: a report that died with a coordinator is not repeated.
+        own = [engine.slot for engine in self._engines if engine.role == "engine"]
+        for name in ("waiting", "running"):
+            self._expect(f"{name} by rank", rows[name][own].tolist(), [0] * len(own))
 
     def _sum(self, name: str, lives: Sequence[int]) -> int:
         return sum(sum(self._ledger.by_peer(life, name)) for life in lives)

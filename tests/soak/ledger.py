@@ -13,6 +13,7 @@ PER_PEER = ("sent", "refused", "completed", "lost", "taken")
 """One count a peer: a front-end's by rank, an engine's (`taken`) by front-end slot."""
 SINGLE = ("quiet", "index", "attempted", "no_engine", "unexpected", "finished", "undeliverable")
 MAX_LIVES = 1 << 15
+NOT_STOCK, NO_STOCK = 0, -1
 _WORD_BYTES = 8
 
 
@@ -27,7 +28,7 @@ class Ledger:
     def __init__(self, path: Path | str, peers: int) -> None:
         self._peers = peers
         self._row_words = len(SINGLE) + len(PER_PEER) * peers
-        size = (1 + MAX_LIVES * self._row_words) * _WORD_BYTES
+        size = (1 + peers + MAX_LIVES * self._row_words) * _WORD_BYTES
         with open(path, "ab") as file:
             if file.tell() < size:
                 file.truncate(size)  # sparse
@@ -36,7 +37,7 @@ class Ledger:
 
     def at(self, life: int, name: str, peer: int = 0) -> int:
         """Where a word of a life is in `words`."""
-        row = 1 + life * self._row_words
+        row = 1 + self._peers + life * self._row_words
         if name in PER_PEER:
             return row + len(SINGLE) + PER_PEER.index(name) * self._peers + peer
         return row + SINGLE.index(name)
@@ -49,6 +50,14 @@ class Ledger:
         """The counts of one kind, by peer."""
         at = self.at(life, name)
         return self.words[at : at + self._peers].tolist()
+
+    def stock(self, dp_rank: int) -> int:
+        """Which stock engine is a rank now, by a number of its own; `NO_STOCK`: none, or `NOT_STOCK`."""
+        return self.words[1 + dp_rank]
+
+    def set_stock(self, dp_rank: int, number: int) -> None:
+        """Says so. No board does: a stock engine takes no row."""
+        self.words[1 + dp_rank] = number
 
     @property
     def paused(self) -> bool:

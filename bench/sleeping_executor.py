@@ -5,9 +5,17 @@ vLLM's own; only the model is missing, so a whole deployment runs on two cores w
 
     vllm serve ... --distributed-executor-backend bench.sleeping_executor.SleepingExecutor --no-async-scheduling
 
-A step takes ``base + per_prompt_token * prompt tokens + per_request * requests``; the environment variable
-``SLEEPER_STEP_MS`` gives the three as ``base,per_prompt_token,per_request`` in milliseconds (default 4,0.02,0.05).
-``SLEEPER_KV_BYTES`` is the size of the KV cache that is pretended.
+A step takes ``base + per_prompt_token * prompt tokens + per_request * requests + per_held_token * held tokens``.
+Held tokens are the context of the step's requests, which attention reads; `dpshm.sim.step_cost` has the same formula,
+with sources. Environment variables:
+
+- ``SLEEPER_STEP_MS``: ``base,per_prompt_token,per_request,per_held_token`` in milliseconds, the last may be left out
+  (default 4,0.02,0.05);
+- ``SLEEPER_KV_BYTES``: the size of the KV cache that is pretended;
+- ``SLEEPER_LOCKSTEP``: ``host:port``; the ranks take each step together, and it is as long as the longest of them,
+  as the all-to-all of a mixture of experts makes it. For such models alone, whose ranks all step while one does;
+- ``SLEEPER_LOG``: a folder; each step adds a line to its file ``rank-N``: when it was entered (CLOCK_MONOTONIC), how
+  long it waited for the other ranks, how long it slept (all in seconds), requests, prompt tokens, held tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +23,7 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,20 +41,29 @@ class SleepingExecutor(Executor):
     supports_pp = False
 
     def _init_executor(self) -> None:
-        base, per_prompt_token, per_request = os.environ.get("SLEEPER_STEP_MS", "4,0.02,0.05").split(",")
-        self._base_s = float(base) / 1e3
-        self._per_prompt_token_s = float(per_prompt_token) / 1e3
-        self._per_request_s = float(per_request) / 1e3
+        costs = [float(cost) / 1e3 for cost in os.environ.get("SLEEPER_STEP_MS", "4,0.02,0.05").split(",")]
+        self._base_s, self._per_prompt_token_s, self._per_request_s, self._per_held_token_s = [*costs, 0.0][:4]
         self._left: dict[str, int] = {}  # prompt tokens not computed, by request
+        parallel = self.vllm_config.parallel_config
+        rank = getattr(parallel, "data_parallel_index", None)
+        rank = parallel.data_parallel_rank if rank is None else rank
+        self._log = self._ranks = None
+        if folder := os.environ.get("SLEEPER_LOG"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self._log = Path(folder, f"rank-{rank}").open("w", encoding="ascii", buffering=1)
+        if (address := os.environ.get("SLEEPER_LOCKSTEP")) and parallel.data_parallel_size > 1:
+            self._ranks = _join(address, parallel.data_parallel_rank, parallel.data_parallel_size)
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
         """One step: sleeps, then gives a token to each request whose prompt is computed."""
-        prompt_tokens = 0
+        prompt_tokens = held_tokens = 0
         for new in scheduler_output.scheduled_new_reqs:
             prompt = new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds
             self._left[new.req_id] = len(prompt) - new.num_computed_tokens
+            held_tokens += new.num_computed_tokens
         resumed = scheduler_output.scheduled_cached_reqs
         for req_id, computed in zip(resumed.req_ids, resumed.num_computed_tokens, strict=True):
+            held_tokens += computed
             if req_id in resumed.resumed_req_ids:
                 scheduled = scheduler_output.num_scheduled_tokens[req_id]
                 self._left[req_id] = max(scheduled, self._left.get(req_id, 0)) if computed == 0 else scheduled
@@ -59,9 +77,7 @@ class SleepingExecutor(Executor):
         for req_id in scheduler_output.finished_req_ids:
             self._left.pop(req_id, None)
         if req_ids:
-            time.sleep(
-                self._base_s + prompt_tokens * self._per_prompt_token_s + len(req_ids) * self._per_request_s
-            )
+            self._step(len(req_ids), prompt_tokens, held_tokens)
         output = ModelRunnerOutput(req_ids, {r: i for i, r in enumerate(req_ids)}, tokens)
         if not non_block:
             return output
@@ -71,7 +87,25 @@ class SleepingExecutor(Executor):
 
     def execute_dummy_batch(self) -> None:
         """A step without requests."""
-        time.sleep(self._base_s)
+        self._step(0, 0, 0)
+
+    def _step(self, requests: int, prompt_tokens: int, held_tokens: int) -> None:
+        entered = time.monotonic()
+        seconds = (
+            self._base_s
+            + prompt_tokens * self._per_prompt_token_s
+            + requests * self._per_request_s
+            + held_tokens * self._per_held_token_s
+        )
+        if self._ranks is not None:
+            longest = torch.tensor([seconds], dtype=torch.float64)
+            torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX, group=self._ranks)
+            seconds = float(longest[0])
+        waited = time.monotonic() - entered
+        time.sleep(seconds)
+        if self._log is not None:
+            line = f"{entered:.6f} {waited:.6f} {seconds:.6f} {requests} {prompt_tokens} {held_tokens}\n"
+            self._log.write(line)
 
     def collective_rpc(
         self,
@@ -106,3 +140,11 @@ class SleepingExecutor(Executor):
 
     def shutdown(self) -> None:
         """Nothing to end."""
+
+
+def _join(address: str, rank: int, size: int) -> Any:
+    """The group in which the ranks agree how long a step is."""
+    from vllm.distributed.utils import stateless_init_torch_distributed_process_group
+
+    host, port = address.rsplit(":", 1)
+    return stateless_init_torch_distributed_process_group(host, int(port), rank, size, backend="gloo")

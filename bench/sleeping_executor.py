@@ -6,16 +6,16 @@ vLLM's own; only the model is missing, so a whole deployment runs on two cores w
     vllm serve ... --distributed-executor-backend bench.sleeping_executor.SleepingExecutor --no-async-scheduling
 
 A step takes ``base + per_prompt_token * prompt tokens + per_request * requests + per_held_token * held tokens``.
-Held tokens are the context of the step's requests, which attention reads; `dpshm.sim.step_cost` has the same formula,
-with sources. Environment variables:
+Held tokens are the context of the step's requests, which attention reads. The laboratory has the same
+formula, with sources. Environment variables:
 
-- ``SLEEPER_STEP_MS``: ``base,per_prompt_token,per_request,per_held_token`` in milliseconds, the last may be left out
-  (default 4,0.02,0.05);
+- ``SLEEPER_STEP_MS``: ``base,per_prompt_token,per_request,per_held_token`` in milliseconds (4,0.02,0.05,0); the
+  last may be left out;
 - ``SLEEPER_KV_BYTES``: the size of the KV cache that is pretended;
 - ``SLEEPER_LOCKSTEP``: ``host:port``; the ranks take each step together, and it is as long as the longest of them,
   as the all-to-all of a mixture of experts makes it. For such models alone, whose ranks all step while one does;
-- ``SLEEPER_LOG``: a folder; each step adds a line to its file ``rank-N``: when it was entered (CLOCK_MONOTONIC), how
-  long it waited for the other ranks, how long it slept (all in seconds), requests, prompt tokens, held tokens.
+- ``SLEEPER_LOG``: a folder; each step adds a line to its file ``rank-N``: when it was entered (CLOCK_MONOTONIC),
+  how long it waited for the other ranks, how long it slept (all in seconds), requests, prompt tokens, held tokens.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SleepingExecutor(Executor):
     supports_pp = False
 
     def _init_executor(self) -> None:
-        costs = [float(cost) / 1e3 for cost in os.environ.get("SLEEPER_STEP_MS", "4,0.02,0.05").split(",")]
+        costs = [float(cost) / 1e3 for cost in os.environ.get("SLEEPER_STEP_MS", "4,0.02,0.05,0").split(",")]
         self._base_s, self._per_prompt_token_s, self._per_request_s, self._per_held_token_s = [*costs, 0.0][:4]
         self._left: dict[str, int] = {}  # prompt tokens not computed, by request
         parallel = self.vllm_config.parallel_config
@@ -50,7 +50,7 @@ class SleepingExecutor(Executor):
         self._log = self._ranks = None
         if folder := os.environ.get("SLEEPER_LOG"):
             Path(folder).mkdir(parents=True, exist_ok=True)
-            self._log = Path(folder, f"rank-{rank}").open("w", encoding="ascii", buffering=1)
+            self._log = os.open(Path(folder, f"rank-{rank}"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         if (address := os.environ.get("SLEEPER_LOCKSTEP")) and parallel.data_parallel_size > 1:
             self._ranks = _join(address, parallel.data_parallel_rank, parallel.data_parallel_size)
 
@@ -105,7 +105,7 @@ class SleepingExecutor(Executor):
         time.sleep(seconds)
         if self._log is not None:
             line = f"{entered:.6f} {waited:.6f} {seconds:.6f} {requests} {prompt_tokens} {held_tokens}\n"
-            self._log.write(line)
+            os.write(self._log, line.encode())
 
     def collective_rpc(
         self,

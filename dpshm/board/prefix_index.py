@@ -7,6 +7,7 @@ whether it was seen. The file goes with the group.
     offset 0     +------------------------------------------------------------------+
                  | magic 8 | version | incarnation | buckets | block_tokens |       |
                  | identity of the hash | inserted | evicted | dropped | held       |  one page
+                 | recomputed_blocks                                                |
     page 1       +------------------------------------------------------------------+
                  | bucket 0: 16 words | bucket 1: 16 words | ...                    |  128 bytes each
                  +------------------------------------------------------------------+
@@ -56,6 +57,7 @@ HEADER_WORDS = (
     "evicted",
     "dropped",
     "held",
+    "recomputed_blocks",
 )
 _AT = {name: i for i, name in enumerate(HEADER_WORDS)}
 _INSERTED, _EVICTED, _DROPPED, _HELD = (_AT[name] for name in ("inserted", "evicted", "dropped", "held"))
@@ -97,7 +99,14 @@ class PrefixIndexWriter:
 
     @classmethod
     def create(
-        cls, path: Path, *, num_blocks: int, block_tokens: int, identity: int, incarnation: int
+        cls,
+        path: Path,
+        *,
+        num_blocks: int,
+        block_tokens: int,
+        identity: int,
+        incarnation: int,
+        recomputed_blocks: int = 0,
     ) -> PrefixIndexWriter:
         """Makes an empty index; one of that name is replaced, its readers keep the old one until they look again.
 
@@ -107,14 +116,17 @@ class PrefixIndexWriter:
             block_tokens: tokens a block.
             identity: of the hash, 63 bits.
             incarnation: of the index; readers map the file anew when the board shows another.
+            recomputed_blocks: how many of the last cached blocks of a prompt the engine computes again.
 
         Raises:
-            SettingError: `num_blocks` is out of range.
+            SettingError: `num_blocks` or `recomputed_blocks` is out of range.
             SegmentNoSpace: the file system is full.
             SegmentError: the file cannot be made.
         """
         if not 1 <= num_blocks <= MAX_BLOCKS:
             raise SettingError(f"num_blocks is {num_blocks}: an index has 1 to {MAX_BLOCKS} blocks")
+        if recomputed_blocks < 0:
+            raise SettingError(f"recomputed_blocks is {recomputed_blocks}: choose 0 or more")
         buckets = buckets_for(num_blocks)
         size = PAGE_BYTES + buckets * BUCKET_WORDS * WORD_BYTES
         draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -133,6 +145,7 @@ class PrefixIndexWriter:
                 ("buckets", buckets),
                 ("block_tokens", block_tokens),
                 ("identity", identity),
+                ("recomputed_blocks", recomputed_blocks),
                 ("magic", MAGIC),
             ):
                 writer._words[_AT[name]] = value
@@ -235,6 +248,7 @@ class PrefixIndexReader:
         block_tokens: tokens a block.
         identity: of the hash.
         buckets: of the table.
+        recomputed_blocks: how many of the last blocks of a match the engine computes again.
     """
 
     def __init__(self, words: memoryview) -> None:
@@ -243,6 +257,7 @@ class PrefixIndexReader:
         self.block_tokens = int(words[_AT["block_tokens"]])
         self.identity = int(words[_AT["identity"]])
         self.buckets = int(words[_AT["buckets"]])
+        self.recomputed_blocks = int(words[_AT["recomputed_blocks"]])
         self._mask = self.buckets - 1
 
     @classmethod

@@ -43,6 +43,7 @@ class EngineCache:
         *,
         identity: int | None = None,
         number: int = 0,
+        recomputed_blocks: int = 0,
     ) -> None:
         """Makes the index and shows it on the board.
 
@@ -53,9 +54,10 @@ class EngineCache:
             block_tokens: tokens a block.
             identity: of the hash, if the fingerprints are not `hasher`'s; 63 bits.
             number: which index of this engine it is, so that readers tell it from the one before.
+            recomputed_blocks: how many of the last cached blocks of a prompt are computed again.
 
         Raises:
-            SettingError: `num_blocks` or `block_tokens` is out of range.
+            SettingError: `num_blocks`, `block_tokens` or `recomputed_blocks` is out of range.
         """
         self.hasher = PrefixHasher(block_tokens, board.segment.header.prefix_key)
         self._segment = board.segment
@@ -74,6 +76,7 @@ class EngineCache:
                 block_tokens=block_tokens,
                 identity=self.hasher.identity if identity is None else identity,
                 incarnation=incarnation,
+                recomputed_blocks=recomputed_blocks,
             )
         except SegmentError as e:
             logger.warning(

@@ -148,13 +148,22 @@ class EngineRow:
             raise
         return engine
 
-    def open_cache(self, num_blocks: int, block_tokens: int = 16, *, identity: int | None = None) -> EngineCache:
+    def open_cache(
+        self,
+        num_blocks: int,
+        block_tokens: int = 16,
+        *,
+        identity: int | None = None,
+        recomputed_blocks: int = 0,
+    ) -> EngineCache:
         """Shows front-ends what this engine has cached: makes its prefix index. A second call makes it anew.
 
         Args:
             num_blocks: blocks of the KV cache. The index takes 32 to 64 bytes for each.
             block_tokens: tokens a block.
             identity: of the hash, if the fingerprints are not those of `EngineCache.hasher`; 63 bits.
+            recomputed_blocks: how many of the last cached blocks of a prompt the engine computes again. 0 but for
+                some kinds of speculative decoding.
 
         Returns:
             `cache`. If there is no room for an index, a warning is logged and `cache.has_index` is false.
@@ -167,6 +176,7 @@ class EngineRow:
             *(self.board, self.dp_rank, index(num_blocks), index(block_tokens)),
             identity=identity,
             number=self._caches_opened,
+            recomputed_blocks=index(recomputed_blocks),
         )
         if self.cache is not None:
             self.cache.release()

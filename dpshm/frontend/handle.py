@@ -79,7 +79,7 @@ class Frontend:
             *(board, index, self._row.own, None if ranks is None else frozenset(ranks)),
             sees_work=bool(getattr(policy, "sees_work", False)),
         )
-        self._prefixes = PrefixReader(board)
+        self._prefixes = PrefixReader(board, index)
         self._wakeup = Wakeup(board.segment, keys)
         self._decision_lock = DecisionLock(board.segment) if exclusive else None
         self._recorder: Recorder | None = None
@@ -189,15 +189,16 @@ class Frontend:
                 try:
                     if exclusive is not None:
                         exclusive.enter()
-                    cached = None if prompt is None else self._prefixes.cached(prompt, prompt_tokens, now_ns)
+                    lookup = None if prompt is None else self._prefixes.look_up(prompt, prompt_tokens, now_ns)
                     if dp_rank is None:
+                        cached = None if lookup is None else lookup.cached
                         dp_rank = self._choose(Request(prompt_tokens, _key(key), cached), now_ns)
                     else:
                         dp_rank = self._reader.check_pinned(dp_rank)
                     route.dp_rank = dp_rank
-                    if prompt is not None and cached is not None:
-                        self._prefixes.sent(prompt, dp_rank, now_ns)
-                        route.cached_tokens = hit = cached[dp_rank]
+                    if lookup is not None:
+                        self._prefixes.sent(lookup, dp_rank, now_ns)
+                        route.cached_tokens = hit = lookup.cached[dp_rank]
                         route.prompt_tokens -= hit
                     self._row.book(route, now_ns)
                 finally:
@@ -237,7 +238,7 @@ class Frontend:
             prompt_tokens = prompt_tokens or len(prompt)
         with self._lock:
             now_ns = self._begin()
-            cached = None if prompt is None else self._prefixes.cached(prompt, prompt_tokens, now_ns)
+            cached = None if prompt is None else self._prefixes.look_up(prompt, prompt_tokens, now_ns).cached
             dp_rank = self._choose(Request(prompt_tokens, _key(key), cached), now_ns)
         if self._bookings.lost:
             self._bookings.heal()
@@ -254,7 +255,7 @@ class Frontend:
             raise self._segment.why_unusable()
         with self._lock:
             self._begin()
-            found = self._prefixes.cached(prompt, len(prompt))
+            found = self._prefixes.look_up(prompt, len(prompt)).cached
         if self._bookings.lost:
             self._bookings.heal()
         return found
@@ -338,7 +339,7 @@ class Frontend:
             )
         self._alone = self._segment.header.waves and not self.board.is_watched()
         self._reader.refresh()
-        self._prefixes.refresh()
+        self._prefixes.refresh(now_ns)
         self._wakeup.expect(self._reader.dp_size)
 
     def _choose(self, request: Request, now_ns: int) -> int:

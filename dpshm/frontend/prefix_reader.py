@@ -1,75 +1,116 @@
 """What a front-end knows of the ranks' caches: how much of a prompt each rank would find cached.
 
 The prompt is hashed once for each kind of hash that the ranks use, which is one, and looked up in each rank's
-index (`dpshm.board.prefix_index`). A rank without an index counts as one that has nothing cached.
+index (`dpshm.board.prefix_index`). A rank without an index counts as one that has nothing cached. What front-ends
+have just sent is added (`dpshm.frontend.sent_prompts`).
 """
 
 from __future__ import annotations
 
 import logging
+from typing import NamedTuple
 
 from dpshm.board.board import Board
 from dpshm.board.prefix_index import PrefixIndexReader, index_path
 from dpshm.errors import SegmentError
 from dpshm.frontend.sent_prompts import SentPrompts
-from dpshm.rules.prefix_hash import Prompt
+from dpshm.rules.prefix_hash import Fingerprints, Prompt
+from dpshm.rules.prefix_samples import samples_of
 
 logger = logging.getLogger(__name__)
+
+
+class Lookup(NamedTuple):
+    """What was found of one prompt.
+
+    Attributes:
+        cached: by rank, how many of its tokens the rank would find cached.
+        samples: of its fingerprints, by tokens a block.
+    """
+
+    cached: list[int]
+    samples: dict[int, Fingerprints]
 
 
 class PrefixReader:
     """The prefix indexes of all ranks, as one front-end reads them. Called under the front-end's lock."""
 
-    def __init__(self, board: Board) -> None:
+    def __init__(self, board: Board, frontend: int) -> None:
         self._board = board
+        self._frontend = frontend
         self._key = board.segment.header.prefix_key
         self._known: list[int] = []  # by rank: the incarnation that was looked at last
         self._readers: dict[int, PrefixIndexReader] = {}
-        self._sent = SentPrompts()
+        self._sent: SentPrompts | None = None  # made when a rank has an index
         self._warned = False
 
-    def refresh(self) -> None:
-        """Maps the indexes of ranks that have made one since."""
+    def refresh(self, now_ns: int) -> None:
+        """Maps the indexes of ranks that have made one since.
+
+        Args:
+            now_ns: CLOCK_MONOTONIC.
+        """
         board = self._board
+        if self._sent is not None:
+            self._sent.rows = board.frontends_used()
         shown = board.cache_state[: board.dp_size, 0].tolist()
         if shown == self._known:
             return
         for dp_rank, incarnation in enumerate(shown):
             if dp_rank >= len(self._known) or self._known[dp_rank] != incarnation:
                 self._readers.pop(dp_rank, None)
-                self._sent.forget(dp_rank)
+                if self._sent is not None and dp_rank < len(self._known):
+                    self._sent.forget(dp_rank, now_ns)
                 if incarnation:
                     self._open(dp_rank, incarnation)
         for dp_rank in range(len(shown), len(self._known)):
             self._readers.pop(dp_rank, None)
         self._known = shown
 
-    def sent(self, prompt: Prompt, dp_rank: int, now_ns: int) -> None:
-        """The prompt goes to that rank."""
-        if (reader := self._readers.get(dp_rank)) is not None:
-            fingerprints = prompt.fingerprints(reader.block_tokens, reader.identity, self._key)
-            if fingerprints is not None:
-                self._sent.add(dp_rank, fingerprints, now_ns)
-
-    def cached(self, prompt: Prompt, prompt_tokens: int, now_ns: int | None = None) -> list[int]:
-        """By rank, how many of the prompt's tokens the rank would find cached; at least one is always computed.
+    def look_up(self, prompt: Prompt, prompt_tokens: int, now_ns: int | None = None) -> Lookup:
+        """How much of a prompt each rank would find cached; at least one token is always computed.
 
         Args:
             prompt: the prompt.
             prompt_tokens: how many tokens it has.
-            now_ns: CLOCK_MONOTONIC: what this front-end sent to a rank a moment before counts as cached there.
+            now_ns: CLOCK_MONOTONIC: what front-ends sent to a rank a moment before counts as cached there.
                 None: only what the ranks' indexes hold.
         """
-        found = [0] * self._board.dp_size
-        most = max(0, prompt_tokens - 1)
+        blocks: dict[int, list[int]] = {}  # by tokens a block, which all ranks should agree on, and by rank
+        lengths: dict[int, int] = {}  # how many blocks can be found at all
+        count, key = self._board.dp_size, self._key
         for dp_rank, reader in self._readers.items():
-            fingerprints = prompt.fingerprints(reader.block_tokens, reader.identity, self._key)
-            if fingerprints is not None and dp_rank < len(found):
-                blocks = reader.match(fingerprints, prompt.growth)
-                if now_ns is not None:
-                    blocks = self._sent.match(dp_rank, fingerprints, blocks, now_ns)
-                found[dp_rank] = min(most, blocks * reader.block_tokens)
-        return found
+            size = reader.block_tokens
+            fingerprints = prompt.fingerprints(size, reader.identity, key)
+            if fingerprints is not None and dp_rank < count:
+                if size not in blocks:
+                    blocks[size] = [-1] * count
+                blocks[size][dp_rank] = reader.match(fingerprints, prompt.growth)
+                lengths[size] = len(fingerprints)
+        samples: dict[int, Fingerprints] = {}
+        if now_ns is not None and self._sent is not None:
+            for size, by_rank in blocks.items():
+                samples[size] = samples_of(prompt.token_fingerprints(size, key)[: lengths[size]])
+                self._sent.extend(by_rank, samples[size], now_ns)
+        cached, most = [0] * count, max(0, prompt_tokens - 1)
+        for size, by_rank in blocks.items():
+            for dp_rank, matched in enumerate(by_rank):
+                if matched > 0:
+                    found = matched - self._readers[dp_rank].recomputed_blocks
+                    cached[dp_rank] = min(most, found * size) if found > 0 else 0
+        return Lookup(cached, samples)
+
+    def sent(self, lookup: Lookup, dp_rank: int, now_ns: int) -> None:
+        """The prompt of a lookup goes to a rank.
+
+        Args:
+            lookup: from `look_up` with a time.
+            dp_rank: the rank.
+            now_ns: CLOCK_MONOTONIC.
+        """
+        reader = self._readers.get(dp_rank)
+        if reader is not None and self._sent is not None and reader.block_tokens in lookup.samples:
+            self._sent.add(dp_rank, lookup.samples[reader.block_tokens], now_ns)
 
     def _open(self, dp_rank: int, incarnation: int) -> None:
         try:
@@ -84,3 +125,6 @@ class PrefixReader:
         # A file of another incarnation is one that the engine has just replaced: the board tells of the next soon.
         if reader.incarnation == incarnation:
             self._readers[dp_rank] = reader
+            if self._sent is None:
+                self._sent = SentPrompts.open(self._board, self._frontend)
+                self._sent.rows = self._board.frontends_used()

@@ -167,9 +167,9 @@ class Prompt:
         Raises:
             SettingError: the tokens are not integers of that range.
         """
-        self._tokens = as_token_array(tokens)
-        self._salts = salts
-        self._made: dict[int, Fingerprints | None] = {}
+        self._tokens: Any = as_token_array(tokens)
+        self._salts: tuple[str | bytes | int, ...] = salts
+        self._made: dict[int, Fingerprints] = {}  # by the hash's identity
 
     def __len__(self) -> int:
         """How many tokens it has."""
@@ -185,15 +185,24 @@ class Prompt:
             identity: of the index's hash.
             key: the group's.
         """
-        try:
-            return self._made[identity]
-        except KeyError:
-            made = None
-            hasher = hasher_for(block_tokens, key)
-            if hasher.identity == identity:
-                made = hasher.fingerprints(self._tokens, hasher.start(*self._salts))
-            self._made[identity] = made
-            return made
+        found = self._made.get(identity)
+        if found is None and hasher_for(block_tokens, key).identity == identity:
+            found = self.token_fingerprints(block_tokens, key)
+        return found
+
+    def token_fingerprints(self, block_tokens: int, key: int) -> Fingerprints:
+        """The fingerprints that `PrefixHasher` makes, whatever hash an index has.
+
+        Args:
+            block_tokens: tokens a block.
+            key: the group's.
+        """
+        hasher = hasher_for(block_tokens, key)
+        found = self._made.get(hasher.identity)
+        if found is None:
+            found = hasher.fingerprints(self._tokens, hasher.start(*self._salts))
+            self._made[hasher.identity] = found
+        return found
 
 
 class DigestReducer:

@@ -9,7 +9,8 @@ map hooked.
 Which group. The index has the keys of one KV cache group, the first with full attention over all tokens: such a
 group finds a prompt's longest run of blocks from the start. In a model with that group alone the match is the hit.
 In a model that has other groups too (sliding window, Mamba), the hit is at most the match. Without such a group
-there is no index. With speculative decoding by EAGLE or MTP a hit is one block shorter than the match.
+there is no index. With speculative decoding by EAGLE or MTP vLLM computes the last cached block again, for the
+hidden states that the draft model needs: the index says so, and front-ends count one block less.
 
 All of it runs in the thread that owns the scheduler. If code of dpshm raises, that is logged once, the hooks come
 off and front-ends no longer see the index.
@@ -67,6 +68,7 @@ class PrefixCache:
             pool.num_gpu_blocks,
             manager.block_size,
             identity=identity_of(key, manager.block_size, pool.hash_block_size, first),
+            recomputed_blocks=int(bool(getattr(manager, "use_eagle", False))),
         )
         self._pool_hooks, self._map_hooks = InstanceHooks(pool), InstanceHooks(None)
         if self.cache.has_index:

@@ -3,7 +3,9 @@
 An engine's index holds fingerprints of vLLM's own block hashes (`dpshm.vllm.prefix_cache`). The API server
 makes the same hashes with vLLM's own function, from what it is about to send: token ids, adapter, multimodal
 content, cache salt. It makes them block by block, only as far as some rank has the prompt: at most twice as
-many as match. A prompt that no rank has costs one hash.
+many as match. And it keeps those that it made (`dpshm.vllm.known_hashes`), by the fingerprints that dpshm itself
+makes of tokens, which are 20 times as cheap: of a prompt that goes on from an earlier one only what is new is
+hashed by vLLM's function.
 
 Without a prompt a request is routed by load alone: where prefix caching is off, for prompts of embeddings, and for
 requests that must not read the cache.
@@ -13,14 +15,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
-from dpshm.rules.prefix_hash import DigestReducer, Prompt
+from dpshm.rules.prefix_hash import DigestReducer, Fingerprints, Prompt
 from dpshm.vllm.block_hashes import first_of_any_engine, identity_of
+from dpshm.vllm.known_hashes import KnownHashes
 from dpshm.vllm.log import logger
 
 _NOTHING = 1  # a fingerprint that no block has, unless by the chance that any has
 _Hasher = Callable[[Any], list[bytes]]
+
+
+class _Way(NamedTuple):
+    """How the block hashes of an index are made.
+
+    Attributes:
+        hash: vLLM's hasher.
+        parts: how many of its blocks make one of the index.
+        reducer: makes fingerprints of its hashes.
+        known: hashes that were made, of the last part of each block of the index.
+    """
+
+    hash: _Hasher
+    parts: int
+    reducer: DigestReducer
+    known: KnownHashes
 
 
 class PromptHasher:
@@ -37,7 +56,7 @@ class PromptHasher:
             client: vLLM's client. If its engines have no prefix cache, `works` is false.
         """
         self._client_index = client.client_index
-        self._hashers: dict[int, tuple[_Hasher, int, DigestReducer] | None] = {}
+        self._ways: dict[int, _Way | None] = {}
         self.works = False
         try:
             config = client.vllm_config.cache_config
@@ -70,26 +89,25 @@ class PromptHasher:
                 return None
         return RequestPrompt(self, request, num_tokens)
 
-    def of_index(self, block_tokens: int, identity: int, key: int) -> tuple[_Hasher, int, DigestReducer] | None:
-        """What makes the hashes of an index: vLLM's hasher, how many of its blocks make one of the index, and what
-        makes fingerprints of them. None if the index is of another hash.
-        """
-        if identity not in self._hashers:
+    def of_index(self, block_tokens: int, identity: int, key: int) -> _Way | None:
+        """How the hashes of an index are made; None if the index is of another hash."""
+        if identity not in self._ways:
             found = None
             first = self._first
             if first is not None:
                 for parts in range(1, block_tokens + 1):
                     size, rest = divmod(block_tokens, parts)
                     if not rest and identity_of(key, block_tokens, size, first) == identity:
-                        found = self._make(size, self._function), parts, DigestReducer(key)
+                        made = self._make(size, self._function)
+                        found = _Way(made, parts, DigestReducer(key), KnownHashes())
             if found is None:
                 logger.warning(
                     "dpshm: API server %d cannot make the block hashes of an engine, and does not see what that "
                     "engine has cached: another hash function or another seed (said once for each kind of hash)",
                     self._client_index,
                 )
-            self._hashers[identity] = found
-        return self._hashers[identity]
+            self._ways[identity] = found
+        return self._ways[identity]
 
     def failed(self) -> None:
         """Called in the handler of an exception of a hash: requests are routed by load alone from now on."""
@@ -110,6 +128,16 @@ class RequestPrompt(Prompt):
     growth = 2
 
     def __init__(self, hasher: PromptHasher, request: Any, num_tokens: int) -> None:
+        """Keeps the request; nothing is hashed before it is looked up.
+
+        Args:
+            hasher: of the client.
+            request: vLLM's.
+            num_tokens: of its prompt.
+        """
+        self._tokens = request.prompt_token_ids  # made an array when it is hashed
+        self._salts = ()
+        self._made: dict[int, Fingerprints] = {}
         self._hasher = hasher
         self._request = request
         self._num_tokens = num_tokens
@@ -124,35 +152,54 @@ class RequestPrompt(Prompt):
         try:
             return self._blocks[identity]
         except KeyError:
-            how = self._hasher.of_index(block_tokens, identity, key)
-            made = (
-                None if how is None else Blocks(self._hasher, how, self._request, self._num_tokens, block_tokens)
-            )
+            way = self._hasher.of_index(block_tokens, identity, key)
+            made = None
+            if way is not None and self._hasher.works:
+                try:
+                    self._salts = _salts(self._request)
+                    names = self.token_fingerprints(block_tokens, key)
+                    made = Blocks(self._hasher, way, self._request, self._num_tokens, block_tokens, names)
+                except Exception:
+                    self._hasher.failed()
             self._blocks[identity] = made
             return made
+
+
+def _salts(request: Any) -> tuple[str, ...]:
+    """What vLLM's block hashes depend on beside the tokens, as text; too much of it is harmless."""
+    salts: list[str] = []
+    if lora := request.lora_request:
+        salts.append(f"lora {lora.lora_name!r} {getattr(lora, 'lora_path', None)!r}")
+    if request.cache_salt:
+        salts.append(f"salt {request.cache_salt!r}")
+    for feature in request.mm_features or ():
+        place = feature.mm_position
+        salts.append(f"input {feature.identifier!r} {place.offset} {place.length}")
+    return tuple(salts)
 
 
 class Blocks:
     """The fingerprints of one prompt's blocks, made on demand.
 
     It stands for the request in vLLM's hasher, which reads the public attributes and hashes what `block_hashes`
-    lacks of the first `num_tokens`.
+    lacks of the first `num_tokens`. Of the hashes that are there it reads the last one alone.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - what it is made of
         self,
         hasher: PromptHasher,
-        how: tuple[_Hasher, int, DigestReducer],
+        way: _Way,
         request: Any,
         num_tokens: int,
         block_tokens: int,
+        names: Fingerprints,
     ) -> None:
         self._hasher = hasher
-        self._hash, self._parts, self._reducer = how
+        self._way = way
         self._block_tokens = block_tokens
+        self._names: list[int] = names.tolist()  # by block, the name under which its hash is known
         # vLLM always computes the last token, so a block that ends with it is never found.
         self._count = max(0, num_tokens - 1) // block_tokens
-        self._made: list[int] = []
         self.all_token_ids = request.prompt_token_ids
         self.mm_features = request.mm_features or []
         self.lora_request = request.lora_request
@@ -167,21 +214,30 @@ class Blocks:
 
     def item(self, index: int, /) -> int:
         """The fingerprint of a block; if vLLM's hasher fails, one that no engine has."""
-        made = self._made
-        if index >= len(made):
+        way = self._way
+        digest = way.known.get(self._names[index])
+        if digest is None:
             try:
-                self._extend(index + 1)
+                digest = self._hash(index)
             except Exception:
                 self._hasher.failed()
                 self._count = 0
                 return _NOTHING
-        return made[index]
+        return way.reducer.fingerprint(digest)
 
-    def _extend(self, blocks: int) -> None:
-        # Where multimodal inputs are, releases before 0.32 continue a chain wrongly: all of it is hashed at once.
-        blocks = self._count if self.mm_features else blocks
-        self.num_tokens = blocks * self._block_tokens
-        self.block_hashes.extend(self._hash(self))
-        parts, fingerprint, made = self._parts, self._reducer.fingerprint, self._made
-        for i in range(len(made) + 1, blocks + 1):
-            made.append(fingerprint(self.block_hashes[i * parts - 1]))
+    def _hash(self, index: int) -> bytes:
+        """Hashes the blocks up to one, from the last known one before it."""
+        names, known, parts = self._names, self._way.known, self._way.parts
+        if self.mm_features:
+            # Releases before 0.32 continue a chain wrongly where multimodal inputs are: all is hashed at once.
+            begin, end, hashes = 0, self._count, []
+        else:
+            begin, end, last = index, index + 1, None
+            while begin and (last := known.get(names[begin - 1])) is None:
+                begin -= 1
+            hashes = [last] * (begin * parts) if last is not None else []
+        self.block_hashes, self.num_tokens = hashes, end * self._block_tokens
+        made = self._way.hash(self)
+        for i in range(begin, end):
+            known.put(names[i], made[(i - begin + 1) * parts - 1])
+        return made[(index - begin + 1) * parts - 1]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 
 import numpy as np
 import pytest
 
 from dpshm import Coordinator, Engine, Frontend, NoEngineAvailable, SettingError
 from dpshm.board.prefix_index import index_path
+from dpshm.board.sent_table import sent_path
+from dpshm.frontend.sent_prompts import REMEMBERED_NS
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.prefix_hash import Prompt
 from tests.support import LoneBoard, Remote, wait_until
@@ -50,7 +53,7 @@ def test_a_request_goes_where_its_prefix_is(engines, group, using):
         route.done()
     assert frontend.choose(prompt=PROMPT) == 1
     engines[1].cache.clear()
-    frontend._prefixes._sent.forget(1)  # instead of a second
+    frontend._prefixes._sent.forget(1, time.monotonic_ns() + REMEMBERED_NS)  # instead of a second
     assert {frontend.choose(prompt=PROMPT) for _ in range(2)} == {0, 1}
 
 
@@ -138,6 +141,19 @@ def test_ranks_with_other_block_sizes(group, board, using):
         insert(engine, PROMPT)
     frontend = using(Frontend.attach(group))
     assert [frontend.route(prompt=PROMPT, dp_rank=rank).cached_tokens for rank in (0, 1)] == [96, 96]
+
+
+def test_blocks_that_are_computed_again_are_booked(group, board, using):
+    """Guards against speculative decoding that finds one block less than its index has, and a sum that jumps."""
+    engine = using(Engine.attach(group, 0))
+    engine.open_cache(100, block_tokens=BLOCK, recomputed_blocks=1)
+    insert(engine, PROMPT[:32])
+    frontend = using(Frontend.attach(group))
+    assert frontend.cached(PROMPT) == [16, 0]
+    assert frontend.cached(PROMPT[:16]) == [0, 0]
+    assert [frontend.route(prompt=PROMPT, dp_rank=0).cached_tokens for _ in range(2)] == [16, 80]
+    with pytest.raises(SettingError, match="recomputed_blocks"):
+        engine.open_cache(100, recomputed_blocks=-1)
 
 
 def test_an_index_of_another_hash_is_left_alone(group, board, using):
@@ -257,7 +273,7 @@ def test_a_burst_on_one_new_prompt_stays_together(engines, group, board, using):
     context = np.arange(4000)
     routes = [frontend.route(prompt=np.concatenate((context, [own] * 20))) for own in range(6)]
     assert {route.dp_rank for route in routes} == {0}
-    assert [route.cached_tokens for route in routes] == [0] + [4000] * 5
+    assert [route.cached_tokens for route in routes] == [0] + [3584] * 5  # of 4000: a sampled block's end
     assert frontend.cached(context) == [0, 0]  # it is expected there, and not there yet
     # The engine subtracts what was booked, so nothing stays in the sums.
     for route in routes:
@@ -268,3 +284,74 @@ def test_a_burst_on_one_new_prompt_stays_together(engines, group, board, using):
         route.done()
     assert board.snapshot()["requests"].tolist() == [0, 0]
     assert board.outstanding_tokens([frontend.index]).count().tolist() == [0, 0]
+
+
+def test_a_burst_over_several_front_ends_stays_together(engines, group, board, using):
+    """Guards against a context that each front-end sends to another rank, because it knows its own requests."""
+    board.step_model[:2, 2:5] = (8_000_000, 200_000, 40_000)  # as both have learnt it
+    frontends = [using(Frontend.attach(group)) for _ in range(4)]
+    engines[1].publish(waiting=1, running=0, prefill_backlog=5000)  # so the first one goes to rank 0
+    context = np.arange(4000)
+    routes = [frontends[own % 4].route(prompt=np.concatenate((context, [own] * 20))) for own in range(8)]
+    assert {route.dp_rank for route in routes} == {0}
+    assert [route.cached_tokens for route in routes] == [0] + [3584] * 7
+    for own, route in enumerate(routes):
+        engines[0].receive(frontends[own % 4].index, route.prompt_tokens)
+    for engine in engines:
+        engine.publish(waiting=0, running=0, prefill_backlog=0)
+    for route in routes:
+        route.done()
+    assert board.snapshot()["requests"].tolist() == [0, 0]
+    assert board.outstanding_tokens([f.index for f in frontends]).count().tolist() == [0, 0]
+
+
+def test_what_a_killed_front_end_sent_counts_no_longer_than_a_second(engines, group, board, using):
+    """Guards against a prefix that is expected for ever because the process that sent it is gone."""
+    remote = using(Remote())
+    code = (
+        "import numpy as np\nfrontend = Frontend.attach(group)\n"
+        "frontend.route(prompt=np.arange(1000, 1100), dp_rank=1)"
+    )
+    remote.run(code, group=group)
+    frontend = using(Frontend.attach(group))
+    assert frontend.index == 1
+    frontend.choose()
+    now_ns = time.monotonic_ns()
+    seen = frontend._prefixes.look_up(Prompt(PROMPT), 100, now_ns).cached
+    remote.kill()
+    assert seen == [0, 96]
+    assert frontend._prefixes.look_up(Prompt(PROMPT), 100, now_ns).cached == seen
+    assert frontend._prefixes.look_up(Prompt(PROMPT), 100, now_ns + REMEMBERED_NS).cached == [0, 0]
+
+
+def test_what_was_sent_to_a_rank_that_restarted_does_not_count(engines, group, using):
+    """Guards against a hit on what the rank's last life was sent."""
+    one, other = (using(Frontend.attach(group)) for _ in range(2))
+    one.route(prompt=PROMPT, dp_rank=0)
+    assert other.route(prompt=PROMPT, dp_rank=0).cached_tokens == 96
+    engines[0].open_cache(100, block_tokens=BLOCK)
+    for frontend in (one, other):
+        frontend._next_refresh_ns = 0  # instead of a tenth of a second
+        assert frontend.choose(prompt=PROMPT) in {0, 1}
+        assert frontend._prefixes.look_up(Prompt(PROMPT), 100, time.monotonic_ns()).cached == [0, 0]
+
+
+def test_without_room_a_front_end_knows_what_it_sent_itself(engines, group, board, using, caplog):
+    """Guards against a front-end that does not start, or ends, because the table has no room or is damaged."""
+    path = sent_path(board.segment.sockets_path)
+    path.write_bytes(b"0" * 5000)
+    path.chmod(0o600)
+    with caplog.at_level(logging.WARNING):
+        one, other = (using(Frontend.attach(group)) for _ in range(2))
+        for frontend in (one, other):
+            frontend.choose()
+    assert caplog.text.count("does not see which prompts the others have just sent") == 2
+    assert "5000 bytes" in caplog.text
+    assert [one.route(prompt=PROMPT, dp_rank=0).cached_tokens for _ in range(2)] == [0, 96]
+    assert other.route(prompt=PROMPT, dp_rank=0).cached_tokens == 0
+
+
+def test_the_table_is_private(engines, group, board, using):
+    """Guards against a person who may read the board and learns which prompts were sent."""
+    using(Frontend.attach(group)).choose()
+    assert sent_path(board.segment.sockets_path).stat().st_mode & 0o777 == 0o600

@@ -118,11 +118,12 @@ class FullAttentionManager:
         self.block_pool = block_pool
         self.block_size = BLOCK_TOKENS
         self.group = group.to_bytes(4, "big")
+        self.use_eagle = False
         self._held: dict[str, list[Block]] = {}
         self._hasher = request_block_hasher(BLOCK_TOKENS, hash_function)
 
     def hit(self, request: Any) -> int:
-        """Leading tokens that are cached, less the last."""
+        """Leading tokens that are cached, less the last; with EAGLE also less the last block."""
         request.all_token_ids, request.num_tokens = request.prompt_token_ids, request.num_prompt_tokens
         request.block_hashes = []
         request.block_hashes = self._hasher(request)
@@ -131,7 +132,7 @@ class FullAttentionManager:
             if block_hash + self.group not in self.block_pool.cached_block_hash_to_block:
                 break
             found += BLOCK_TOKENS
-        return found
+        return max(0, found - BLOCK_TOKENS) if self.use_eagle else found
 
     def computed(self, request: Any) -> None:
         """The prompt is computed: its blocks are in the cache. What was found there is there twice."""

@@ -10,8 +10,9 @@ import pytest
 from dpshm import Engine
 from dpshm.vllm import hooks, metrics
 from dpshm.vllm.client_links import LINK
+from dpshm.vllm.known_hashes import KnownHashes
 from dpshm.vllm.options import Options
-from dpshm.vllm.prompts import Blocks, PromptHasher
+from dpshm.vllm.prompts import PromptHasher, RequestPrompt, _Way
 from tests.unit.vllm.fake_cache import BLOCK_TOKENS, BlockPool, hash_function, kv_cache_manager
 from tests.unit.vllm.fake_client import DPLBAsyncMPClient, add, finish, hooked, raising
 from tests.unit.vllm.fake_core import EngineCoreProc, Request, RequestType, send
@@ -20,11 +21,12 @@ from tests.unit.vllm.fake_core import EngineCoreProc, Request, RequestType, send
 class Pair:
     """One API server and one engine, rank 0, on a real board: requests go from one to the other."""
 
-    def __init__(self, address, **options):
+    def __init__(self, address, eagle=False, **options):
         hooks.install(Options(**options))
         self.client = DPLBAsyncMPClient(address)
         self.core = EngineCoreProc(address, inputs=[self.client.address])
-        self.core.scheduler.kv_cache_manager = kv_cache_manager(BlockPool(num_gpu_blocks=400))
+        self.core.scheduler.kv_cache_manager = manager = kv_cache_manager(BlockPool(num_gpu_blocks=400))
+        manager.coordinator.single_type_managers[0].use_eagle = eagle
         self.requests = {}
 
     @property
@@ -79,7 +81,8 @@ def exact(board):
     return (board.sent_tokens[:, :2] == board.received_tokens[:2, :].T).all()
 
 
-def test_the_match_is_the_hit(pair, board):
+@pytest.mark.parametrize("eagle", [False, True])
+def test_the_match_is_the_hit(pair, board, eagle):
     """Guards against hashes that differ between the two sides, and a last block that is expected to be cached."""
     rng = random.Random(1)
 
@@ -94,7 +97,7 @@ def test_the_match_is_the_hit(pair, board):
         assert [ours for ours, _ in pairs] == [theirs for _, theirs in pairs]
         assert sum(theirs > 0 for _, theirs in pairs) > 30
 
-    pair(body)
+    pair(body, eagle=eagle)
 
 
 def test_what_differs_beside_the_tokens_keeps_prompts_apart(pair):
@@ -105,7 +108,8 @@ def test_what_differs_beside_the_tokens_keeps_prompts_apart(pair):
         for n, wanted in ((0, 0), (1, 36)):
             for adapter, salt in kinds:
                 request = Request(f"{n}{adapter}{salt}", prompt=40, max_tokens=1)
-                request.lora_request, request.cache_salt = adapter, salt
+                request.lora_request = adapter and SimpleNamespace(lora_name=adapter)
+                request.cache_salt = salt
                 assert pair.serve(request) == (wanted, wanted)
 
     pair(body)
@@ -173,24 +177,64 @@ def test_expected_hits_are_no_backlog(pair, board):
     pair(body)
 
 
-def test_a_prompt_is_hashed_as_far_as_an_engine_has_it(pair, monkeypatch):
+def counted(pair):
+    """A list of the numbers of blocks that vLLM's hasher makes from now on, call by call."""
+    link, made = pair.link, []
+    stock = link._prompts._make
+
+    def make(size, function):
+        hasher = stock(size, function)
+
+        def noted(request):
+            found = hasher(request)
+            made.append(len(found))
+            return found
+
+        return noted
+
+    link._prompts._make = make
+    link._prompts._ways.clear()
+    return made
+
+
+def test_a_prompt_is_hashed_as_far_as_an_engine_has_it(pair):
     """Guards against an API server that hashes 12,000 tokens, milliseconds, to find that no rank has them."""
 
     def body(pair):
         pair.serve(Request("first", tokens=[1] * 80, max_tokens=1))
-        lists = []
-        stock = Blocks.__init__
+        made = counted(pair)
+        prompts = ([2] * 4000, [1] * 80 + [2] * 4000, [1] * 20 + [3] * 4000)
+        for i, (tokens, hit, most) in enumerate(zip(prompts, (0, 80, 20), (1, 41, 11), strict=True)):
+            made.clear()
+            assert pair.route(Request(f"r{i}", tokens=tokens)).cached_tokens == hit
+            assert 1 <= sum(made) <= most
 
-        def noted(self, *args):
-            stock(self, *args)
-            lists.append(self)
+    pair(body)
 
-        monkeypatch.setattr(Blocks, "__init__", noted)
-        for i, (tokens, most) in enumerate(
-            (([2] * 4000, 1), ([1] * 80 + [2] * 4000, 41), ([1] * 20 + [2] * 4000, 11))
-        ):
-            assert pair.route(Request(f"r{i}", tokens=tokens)).cached_tokens in (0, 80, 20)
-            assert 1 <= len(lists[-1].block_hashes) <= most
+
+def test_a_prompt_that_goes_on_is_hashed_from_where_it_goes_on(pair):
+    """Guards against the whole history of a conversation that is hashed at each turn."""
+
+    def body(pair):
+        tokens = [i % 90 for i in range(400)]
+        assert pair.serve(Request("first", tokens=tokens, max_tokens=1)) == (0, 0)
+        made = counted(pair)
+        assert pair.serve(Request("second", tokens=tokens, max_tokens=1)) == (396, 396)
+        assert sum(made) == 99
+        made.clear()
+        longer = [*tokens, *range(40)]
+        assert pair.serve(Request("third", tokens=longer, max_tokens=1)) == (400, 400)
+        assert sum(made) <= 10
+        made.clear()
+        assert pair.serve(Request("fourth", tokens=longer, max_tokens=1)) == (436, 436)
+        assert sum(made) <= 10
+        # Equal tokens with another salt are another chain.
+        salted = Request("fifth", tokens=tokens, max_tokens=1)
+        salted.cache_salt = "tenant"
+        assert pair.serve(salted) == (0, 0)
+        salted = Request("sixth", tokens=longer, max_tokens=1)
+        salted.cache_salt = "tenant"
+        assert pair.serve(salted) == (400, 400)
 
     pair(body)
 
@@ -199,19 +243,39 @@ def test_multimodal_prompts_are_hashed_at_once(vllm, make_client):
     """Guards against releases whose hasher continues a chain wrongly in the middle of multimodal inputs."""
     client = make_client()
     request = Request("a", prompt=100)
-    request.mm_features = ["image"]
+    place = SimpleNamespace(offset=4, length=9)
+    request.mm_features = [SimpleNamespace(identifier="image", mm_position=place)]
     calls = []
 
     def hasher(blocks):
-        calls.append(blocks.num_tokens)
+        calls.append((len(blocks.block_hashes), blocks.num_tokens))
         return [hash_function(i) for i in range(blocks.num_tokens // BLOCK_TOKENS)]
 
-    reducer = SimpleNamespace(fingerprint=lambda digest: digest[0])
-    blocks = Blocks(PromptHasher(client), (hasher, 1, reducer), request, 100, BLOCK_TOKENS)
-    for i in range(len(blocks)):
-        blocks.item(i)
-    assert calls == [96]
-    assert len(blocks) == 24
+    prompts = PromptHasher(client)
+    reducer = SimpleNamespace(fingerprint=lambda digest: digest)
+    prompts._ways[7] = _Way(hasher, 1, reducer, KnownHashes())
+    blocks = RequestPrompt(prompts, request, 100).fingerprints(BLOCK_TOKENS, 7, 1)
+    assert [blocks.item(i) for i in range(len(blocks))] == [hash_function(i) for i in range(24)]
+    assert calls == [(0, 96)]
+    again = RequestPrompt(prompts, request, 100).fingerprints(BLOCK_TOKENS, 7, 1)
+    assert again.item(23) == hash_function(23)
+    assert calls == [(0, 96)]
+    place.offset = 8
+    RequestPrompt(prompts, request, 100).fingerprints(BLOCK_TOKENS, 7, 1).item(0)
+    assert calls == [(0, 96)] * 2
+
+
+def test_a_prompt_that_cannot_be_read_is_routed_by_load(pair, log):
+    """Guards against a request that raises, or an API server that leaves the board, for want of a fingerprint."""
+
+    def body(pair):
+        pair.serve(Request("first", prompt=64, max_tokens=1))
+        assert pair.route(Request("a", tokens=[-1] * 64)).cached_tokens == 0
+        assert log("a prompt could not be hashed") == 1
+        assert pair.route(Request("b", prompt=64)).cached_tokens == 0
+        assert hooked(pair.client)
+
+    pair(body)
 
 
 def test_requests_that_do_not_read_the_cache(pair):
@@ -293,7 +357,7 @@ def test_a_hasher_that_fails_ends_the_lookups_and_not_the_routing(pair, vllm, lo
 
     def body(pair):
         pair.serve(Request("first", prompt=64, max_tokens=1))
-        pair.link._prompts._hashers.clear()
+        pair.link._prompts._ways.clear()
         pair.link._prompts._make = lambda *_: raising
         for name in "ab":
             assert pair.serve(Request(name, prompt=64, max_tokens=1)) == (0, 60)

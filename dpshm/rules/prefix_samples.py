@@ -1,0 +1,35 @@
+"""Samples of a prompt's fingerprints: enough to tell about how long a prefix two prompts share.
+
+A fingerprint covers all blocks before its own. So two prompts that agree at one sampled block agree in all before
+it, and the last sampled block at which they agree is a lower bound of what they share. Blocks are sampled at every
+position up to 8 and at four positions in each octave from there on: the bound is short by less than a fifth.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpshm.rules.prefix_hash import Fingerprints
+
+SAMPLES = 64
+_STEPS = 4  # in each octave
+_FIRST = tuple(range(1, 2 * _STEPS + 1))
+_OCTAVES = (SAMPLES - len(_FIRST)) // _STEPS
+SAMPLED_BLOCKS = (
+    *_FIRST,
+    *(step << octave for octave in range(1, _OCTAVES + 1) for step in range(_STEPS + 1, 2 * _STEPS + 1)),
+)
+"""How many leading blocks each sample covers: 1 to 8, 10, 12, 14, 16, 20, ... 131,072."""
+_COUNTS: NDArray[np.int64] = np.array(SAMPLED_BLOCKS)
+_PLACES = _COUNTS - 1
+
+
+def samples_of(fingerprints: Fingerprints) -> Fingerprints:
+    """The fingerprints of the sampled blocks that a prompt has, at most `SAMPLES`, the first ones first."""
+    return fingerprints[_PLACES[: samples_within(len(fingerprints))]]
+
+
+def samples_within(blocks: int) -> int:
+    """How many sampled blocks there are among so many leading blocks."""
+    return int(_COUNTS.searchsorted(blocks, "right"))

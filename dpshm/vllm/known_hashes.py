@@ -1,0 +1,41 @@
+"""Hashes of prompt blocks that an API server has made, so that prompts which go on from others are hashed once.
+
+They are known by names: 64-bit fingerprints of the block and all before it. A name that two blocks share, with the
+probability of a false hit (`dpshm.rules.prefix_hash`), makes a wrong expectation of what is cached, never a wrong
+answer.
+"""
+
+from __future__ import annotations
+
+MOST = 1 << 15
+"""Blocks in each of two generations: together up to a million tokens in blocks of 16, some 13 MB."""
+
+
+class KnownHashes:
+    """A map from names to hashes that forgets those that were not asked for lately.
+
+    A hash that is put or asked for is in the young generation. When that is full it becomes the old one, and what
+    is in the old one until then is forgotten.
+    """
+
+    def __init__(self, most: int = MOST) -> None:
+        self._most = most
+        self._young: dict[int, bytes] = {}
+        self._old: dict[int, bytes] = {}
+
+    def __len__(self) -> int:
+        """How many hashes are known; one that is in both generations counts twice."""
+        return len(self._young) + len(self._old)
+
+    def get(self, name: int) -> bytes | None:
+        """The hash of that name; None if it is not known."""
+        found = self._young.get(name)
+        if found is None and (found := self._old.get(name)) is not None:
+            self.put(name, found)
+        return found
+
+    def put(self, name: int, digest: bytes) -> None:
+        """Keeps a hash."""
+        if len(self._young) >= self._most:
+            self._old, self._young = self._young, {}
+        self._young[name] = digest

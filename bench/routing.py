@@ -22,6 +22,7 @@ import msgspec
 from dpshm.sim.lab.figures import Comparison, Estimate, Result
 from dpshm.sim.lab.run import Plant
 from dpshm.sim.lab.study import SimulationSettings, compare
+from dpshm.sim.step_cost import FLAT_COST
 
 CODE = "AzureLLMInferenceTrace_code.csv"
 CHAT = "mooncake_conversation_trace.jsonl"
@@ -30,6 +31,7 @@ FOUR = ("vllm", "round_robin", "least_loaded", "least_work")
 SLOW = ((3, 2.0),)
 BROADCAST_KINDS = ("broadcast", "broadcast:10", "broadcast-keep", "immediate", "scrape", "live-unbooked", "live")
 SEEDS = 8
+FLAT = FLAT_COST._replace(kv_tokens=1_000_000)
 CODE_RATE = 10.0
 """Of the code trace, in the scenarios whose table is not about its load."""
 
@@ -58,6 +60,12 @@ class Scenario(NamedTuple):
     trace: str | None = None
 
 
+def flat(**plant: Any) -> Plant:
+    """A plant in which a request costs the same whatever its context: that of the tables that are older than held
+    tokens."""
+    return Plant(cost=FLAT, **plant)
+
+
 def chat(name: str, table: str, label: str, rate_per_s: float, plant: dict[str, Any], **more: Any) -> Scenario:
     """A scenario on the built-in chat workload."""
     usual = {
@@ -67,13 +75,13 @@ def chat(name: str, table: str, label: str, rate_per_s: float, plant: dict[str, 
         "oracle": False,
         "rate": rate_per_s / CHAT_RATE_PER_S,
     }
-    return Scenario(name, table, label, {"plant": Plant(**plant), **usual, **more})
+    return Scenario(name, table, label, {"plant": flat(**plant), **usual, **more})
 
 
 def traced(name: str, table: str, label: str, trace: str, rate: float, **more: Any) -> Scenario:
     """A scenario on a recorded trace."""
     usual = {"policies": FOUR, "seeds": SEEDS, "oracle": False, "rate": rate}
-    return Scenario(name, table, label, {"plant": Plant(), **usual, **more}, trace)
+    return Scenario(name, table, label, {"plant": flat(), **usual, **more}, trace)
 
 
 def scenarios() -> list[Scenario]:
@@ -126,12 +134,12 @@ def traces() -> list[Scenario]:
     for rate in (3.0, 10.0, 20.0, 25.0, 30.0):
         found.append(traced(f"code-{rate:g}", "code", f"{rate:g}x ({rate * 2.567:.1f}/s)", CODE, rate))
     for label, plant, skew in (
-        ("one slow", Plant(slow=SLOW), 0.0),
-        ("1 front-end", Plant(frontends=1), 0.0),
-        ("4 front-ends", Plant(frontends=4), 0.0),
-        ("16 front-ends", Plant(frontends=16), 0.0),
-        ("skew 2", Plant(), 2.0),
-        ("one restarted", Plant(restart=(3, 40.0, 10.0)), 0.0),
+        ("one slow", flat(slow=SLOW), 0.0),
+        ("1 front-end", flat(frontends=1), 0.0),
+        ("4 front-ends", flat(frontends=4), 0.0),
+        ("16 front-ends", flat(frontends=16), 0.0),
+        ("skew 2", flat(), 2.0),
+        ("one restarted", flat(restart=(3, 40.0, 10.0)), 0.0),
     ):
         name = "code-" + label.replace(" ", "-")
         found.append(
@@ -145,7 +153,7 @@ def traces() -> list[Scenario]:
                 f"{rate:g}x",
                 CODE,
                 rate,
-                plant=Plant(lockstep=True),
+                plant=flat(lockstep=True),
                 requests=4000,
             )
         )
@@ -204,7 +212,7 @@ def defaults() -> list[Scenario]:
                     f"code {rate:g}x, noise {noise:g}",
                     CODE,
                     rate,
-                    plant=Plant(noise=noise),
+                    plant=flat(noise=noise),
                     **three,
                 )
             )

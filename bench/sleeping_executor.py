@@ -6,8 +6,8 @@ vLLM's own; only the model is missing, so a whole deployment runs on two cores w
     vllm serve ... --distributed-executor-backend bench.sleeping_executor.SleepingExecutor --no-async-scheduling
 
 A step takes ``base + per_prompt_token * prompt tokens + per_request * requests + per_held_token * held tokens``.
-Held tokens are the context of the step's requests, which attention reads. The laboratory has the same
-formula, with sources. Environment variables:
+Held tokens are the context of the step's requests, which attention reads. The laboratory has the same formula, and
+`dpshm.sim.step_cost` says where its figures come from. Environment variables:
 
 - ``SLEEPER_STEP_MS``: ``base,per_prompt_token,per_request,per_held_token`` in milliseconds (4,0.02,0.05,0); the
   last may be left out;

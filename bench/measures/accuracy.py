@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 
 from bench.baselines import Spec, Start, engine_end, frontend_end
 from bench.processes import Line, Worker
-from dpshm.sim.batching import Batcher, SimRequest, StepCost
+from dpshm.sim.batching import Batcher, SimRequest
+from dpshm.sim.step_cost import StepCost
 
 HORIZON_MS = 1000.0
 PROMPT_TOKENS = 512

@@ -16,11 +16,11 @@ from dpshm.cli.options import TimeUnitOption
 from dpshm.errors import SettingError
 from dpshm.linux.signals import handling
 from dpshm.policies import NAMES
-from dpshm.sim.batching import StepCost
 from dpshm.sim.lab.figures import Comparison, Estimate, Result
 from dpshm.sim.lab.information import NAMES as INFORMATION
 from dpshm.sim.lab.run import Plant
 from dpshm.sim.lab.study import WORKLOADS, SimulationSettings, compare
+from dpshm.sim.step_cost import StepCost
 from dpshm.sim.workloads.formats import KNOWN
 
 PROGRESS_S = 2.0
@@ -96,6 +96,14 @@ def simulate(
         ),
     ] = None,
     kv_tokens: Annotated[int, typer.Option(help="KV cache of an engine, in tokens.")] = 1_000_000,
+    step_ms: Annotated[
+        str,
+        typer.Option(
+            metavar="BASE,TOKEN,REQUEST[,HELD]",
+            help="Duration of a step in ms: by itself, for a prompt token, a request, and a token of context that "
+            "running requests hold (0 if left out). Default: 8,0.04,0.02,0.000065.",
+        ),
+    ] = "",
     told: Annotated[
         bool, typer.Option("--told", help="Give the policies the true step times instead of the learnt ones.")
     ] = False,
@@ -123,7 +131,7 @@ def simulate(
         plant=Plant(
             engines=engines,
             frontends=frontends,
-            cost=StepCost(kv_tokens=kv_tokens),
+            cost=(StepCost.parse(step_ms) if step_ms else StepCost())._replace(kv_tokens=kv_tokens),
             slow=tuple(s[:2] for s in map(_slow, slow or ()) if len(s) == 2),
             spells=tuple(s for s in map(_slow, slow or ()) if len(s) == 4),
             noise=noise,

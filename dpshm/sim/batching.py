@@ -16,16 +16,7 @@ Invariants:
   head of the queue, and computes its prompt and its generated tokens again. The oldest request is never preempted
   for a younger one, so the queue always moves.
 
-The cost of a step (`StepCost`), for an 8-billion-parameter model in bf16 (32 layers, 8 KV heads of 128; the
-shape of Llama 3.1 8B) on one H100 SXM (3.35 TB/s, 989 TFLOP/s dense in bf16, from its data sheet):
-
-- 8 ms for reading 16 GB of weights at 60 % of the memory bandwidth. A dummy step, which an idle rank runs
-  beside busy ones, costs that too;
-- 0.2 ms a running request for reading its KV cache: 131,072 B a token (32 layers x 8 heads x 128 x 2
-  tensors x 2 B), so a context of 3,000 tokens is 393 MB, again at 60 % of the bandwidth;
-- 40 us a prompt token: 16 GFLOP (2 a parameter) at 40 % of the peak.
-
-400,000 tokens of KV cache are 52 GB: the part of 80 GB that weights and activations leave free.
+`dpshm.sim.step_cost` says how long a step takes.
 """
 
 from __future__ import annotations
@@ -34,22 +25,7 @@ from collections import deque
 from typing import Any, NamedTuple, Protocol
 
 from dpshm.errors import SettingError
-
-
-class StepCost(NamedTuple):
-    """The limits of a rank, and the duration of its steps."""
-
-    base_s: float = 8e-3
-    per_request_s: float = 0.2e-3
-    per_prompt_token_s: float = 40e-6
-    max_running: int = 64
-    max_prompt_tokens: int = 4096  # a step
-    kv_tokens: int = 400_000
-    max_context: int | None = None  # of one request, prompt and output; None: what the KV cache holds
-
-    def seconds(self, prompt_tokens: int, batch: int) -> float:
-        """The duration of a step with that content; without content, of a dummy step."""
-        return self.base_s + self.per_request_s * batch + self.per_prompt_token_s * prompt_tokens
+from dpshm.sim.step_cost import StepCost
 
 
 class Step(NamedTuple):
@@ -60,12 +36,14 @@ class Step(NamedTuple):
         batch: requests in the step.
         output_tokens: requests that get a token from the step; a prompt's last chunk yields one.
         seconds: duration of the step on this rank alone.
+        held_tokens: tokens of context of the running requests, which the step's attention reads.
     """
 
     prompt_tokens: int
     batch: int
     output_tokens: int
     seconds: float
+    held_tokens: int = 0
 
 
 class Work(NamedTuple):
@@ -132,7 +110,8 @@ class Batcher:
     Attributes:
         cost: limits and step times.
         prefixes: the prefix cache; None: there is none, and requests compute what they say.
-        kv_used: tokens of KV cache in use.
+        kv_used: tokens of KV cache in use. A cached part of a prompt is not counted.
+        held_tokens: tokens of the running requests that are computed or cached: what attention reads.
         prefill_backlog: prompt tokens of all its requests that are not computed yet.
         preemptions: number of times that a request lost its room.
     """
@@ -141,6 +120,7 @@ class Batcher:
         self.cost = cost or StepCost()
         self.prefixes = prefixes
         self.kv_used = 0
+        self.held_tokens = 0
         self.prefill_backlog = 0
         self.preemptions = 0
         self._steps = 0
@@ -199,6 +179,7 @@ class Batcher:
         """A copy that can be driven on by itself, with that prefix cache; its requests have the same keys."""
         other = Batcher(self.cost, prefixes)
         other.kv_used, other.prefill_backlog = self.kv_used, self.prefill_backlog
+        other.held_tokens = self.held_tokens
         other.preemptions, other._steps = self.preemptions, self._steps
         copies = {r: r.copy() for r in (*self._waiting, *self._prefilling, *self._decoding)}
         other._waiting = deque(copies[r] for r in self._waiting)
@@ -221,7 +202,9 @@ class Batcher:
                 left = request.prompt_left - computed
                 self.prefixes.computed(request, request.prompt_tokens + request.generated - left)
         prompt_tokens = self.cost.max_prompt_tokens - budget
-        return Step(prompt_tokens, batch, output_tokens, self.cost.seconds(prompt_tokens, batch))
+        held_tokens = self.held_tokens
+        seconds = self.cost.seconds(prompt_tokens, batch, held_tokens)
+        return Step(prompt_tokens, batch, output_tokens, seconds, held_tokens)
 
     def work(self, step: Step) -> Work:
         """The work by request of the step that `plan` returned, for an accelerator that computes it."""
@@ -244,10 +227,12 @@ class Batcher:
         self._steps += 1
         # Decoding requests come first: a prefill that ends in this step yields its own token.
         self.kv_used += len(self._decoding)
+        self.held_tokens += len(self._decoding)
         completed = self._ends.pop(self._steps, [])
         for request in completed:
             del self._decoding[request]
             self.kv_used -= self._held(request)
+            self.held_tokens -= self._computed(request)
         first_tokens = []
         budget = step.prompt_tokens
         while budget:
@@ -256,6 +241,7 @@ class Batcher:
             budget -= computed
             request.prompt_left -= computed
             self.prefill_backlog -= computed
+            self.held_tokens += computed
             if request.prompt_left:
                 continue
             del self._prefilling[request]
@@ -274,6 +260,7 @@ class Batcher:
             self._ends.setdefault(self._steps + left, []).append(request)
         else:
             self.kv_used -= self._held(request)
+            self.held_tokens -= self._computed(request)
             completed.append(request)
 
     def _held(self, request: SimRequest) -> int:
@@ -281,6 +268,12 @@ class Batcher:
         if request.base_step < 0:
             return request.prompt_tokens - request.cached + request.generated
         return request.prompt_tokens - request.cached + request.generated - 1 + self._steps - request.base_step
+
+    def _computed(self, request: SimRequest) -> int:
+        """The tokens of a running request that are computed or were found in the cache."""
+        if request.base_step < 0:
+            return request.prompt_tokens + request.generated - request.prompt_left
+        return request.cached + self._held(request)
 
     def _make_room(self) -> int:
         """Preempts until each decoding request has room for one more token; returns how many decode."""
@@ -293,6 +286,7 @@ class Batcher:
     def _preempt(self, request: SimRequest) -> None:
         self.preemptions += 1
         self.kv_used -= self._held(request)
+        self.held_tokens -= self._computed(request)
         if request.base_step < 0:
             del self._prefilling[request]
             self.prefill_backlog -= request.prompt_left
@@ -323,4 +317,5 @@ class Batcher:
         self._waiting.popleft()
         self._prefilling[request] = None
         self.kv_used += request.prompt_left
+        self.held_tokens += self._computed(request)
         return request

@@ -24,7 +24,7 @@ from dpshm.board.board import Board
 from dpshm.engine.handle import Engine
 from dpshm.errors import DpshmError
 from dpshm.linux.processes import set_title
-from dpshm.sim.batching import Batcher, SimRequest, Step, StepCost
+from dpshm.sim.batching import Batcher, SimRequest, Step
 from dpshm.sim.demo.broadcast import RankReport, StatsSender
 from dpshm.sim.demo.child import EndSignal, Lifeline, read_line, write_line
 from dpshm.sim.demo.lockstep import Lockstep
@@ -39,6 +39,7 @@ from dpshm.sim.demo.messages import (
 )
 from dpshm.sim.demo.prompts import fingerprint_of, identity_of
 from dpshm.sim.lab.prefix_cache import PrefixCache
+from dpshm.sim.step_cost import StepCost
 
 IDLE_BEAT_MS = 1000
 """Interval at which an idle engine publishes, so that a reader sees that it lives."""
@@ -176,7 +177,7 @@ class SimEngine:
         if self._cache is not None and message.blocks:
             cached = self._cache.hit_tokens(message.blocks, message.prompt_tokens)
         try:
-            self._batcher.add(SimRequest(key, message.prompt_tokens - cached, message.output_tokens))
+            self._batcher.add(SimRequest(key, message.prompt_tokens, message.output_tokens, cached))
         except DpshmError:  # can never fit
             self._refused.append(key)
             return
@@ -224,7 +225,7 @@ class SimEngine:
         )
         if self._cache is not None and self._engine.cache is not None:
             self._engine.cache.show(
-                blocks_in_use=-(-batcher.kv_used // self._cache.block_tokens), held_tokens=batcher.kv_used
+                blocks_in_use=-(-batcher.kv_used // self._cache.block_tokens), held_tokens=batcher.held_tokens
             )
         if self._sender:
             self._sender.send(

@@ -16,8 +16,9 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from dpshm.board.words import pack_load
 from dpshm.policies.step_model import BASE_NS, CHUNK_TOKENS, STEP_END, STEP_TOKENS, StepModel
-from dpshm.sim.batching import Batcher, SimRequest, Step, StepCost
+from dpshm.sim.batching import Batcher, SimRequest, Step
 from dpshm.sim.lab.prefix_cache import PrefixCache
+from dpshm.sim.step_cost import StepCost
 
 Coefficients: TypeAlias = Literal["learnt", "true", "none"]
 

@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from dpshm.errors import SettingError
 from dpshm.frontend.view_reader import first_turn
 from dpshm.policies import Request
-from dpshm.sim.batching import Batcher, StepCost
+from dpshm.sim.batching import Batcher
 from dpshm.sim.demo.lockstep import AGREEMENT_INTERVAL
 from dpshm.sim.lab.information import check_information, make_information
 from dpshm.sim.lab.oracle import soonest
 from dpshm.sim.lab.rank import Coefficients, Job, Pace, SimRank
 from dpshm.sim.lab.rivals import rival_or_policy
+from dpshm.sim.step_cost import StepCost
 
 ORACLE = "oracle"
 COST = StepCost(kv_tokens=1_000_000)
@@ -83,13 +84,7 @@ class Plant:
 
     def cost_of(self, rank: int) -> StepCost:
         """The step cost of one rank."""
-        factor = dict(self.slow).get(rank, 1.0)
-        cost = self.cost
-        return cost._replace(
-            base_s=cost.base_s * factor,
-            per_request_s=cost.per_request_s * factor,
-            per_prompt_token_s=cost.per_prompt_token_s * factor,
-        )
+        return self.cost.slower(dict(self.slow).get(rank, 1.0))
 
 
 @dataclass(frozen=True)
@@ -255,6 +250,7 @@ class _Run:
                 self._information.published(rank, now_s)
             return completed
         completed = sum(self._end_one(e, now_s, self._lockstep_s) for e in range(len(self._ranks)))
+        self._information.step_ended()
         if self._round % AGREEMENT_INTERVAL or any(self._unfinished):
             self._begin_all(now_s)
         else:

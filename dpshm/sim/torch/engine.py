@@ -21,10 +21,11 @@ import torch
 import zmq
 
 from dpshm.linux.processes import set_title
-from dpshm.sim.batching import Batcher, SimRequest, Step, StepCost
+from dpshm.sim.batching import Batcher, SimRequest, Step
 from dpshm.sim.demo.child import Lifeline, read_line, write_line
 from dpshm.sim.demo.engine import SimEngine
 from dpshm.sim.demo.messages import EngineSettings, Ready
+from dpshm.sim.step_cost import StepCost
 from dpshm.sim.torch.batch import TorchBatch
 from dpshm.sim.torch.model import SMALL, TINY, ModelShape, MoeTransformer
 from dpshm.sim.torch.ranks import LockstepBroken, Ranks

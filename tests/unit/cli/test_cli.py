@@ -94,6 +94,7 @@ def test_outputs_that_are_full_or_closed(arguments):
         ["events", "--history", "1" * 30],
         ["demo", "--seconds", "inf"],
         ["simulate", "--rate", "nan"],
+        ["simulate", "--step-ms", "8,0.04"],
         ["coordinator", "-g", "x", "--dp-size", "9" * 30],
         ["coordinator", "-g", "x", "--dp-size", "1", "--stall-timeout", "inf"],
     ],

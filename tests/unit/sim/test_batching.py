@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpshm.errors import SettingError
-from dpshm.sim.batching import Batcher, SimRequest, StepCost
+from dpshm.sim.batching import Batcher, SimRequest
+from dpshm.sim.step_cost import StepCost
 
 
 def run(batcher: Batcher, limit: int = 100_000):
@@ -30,7 +31,10 @@ def test_one_request():
         (0, 1, 1),
         (0, 1, 1),
     ]
-    assert [s.seconds for s, _ in history] == pytest.approx([0.0482, 0.0082, 0.0082])
+    held = [0, 1000, 1001]
+    assert [s.held_tokens for s, _ in history] == held
+    in_ms = [8.02 + 40, *(8.02 + 65e-6 * tokens for tokens in held[1:])]
+    assert [s.seconds * 1e3 for s, _ in history] == pytest.approx(in_ms)
     assert [[r.key for r in f.first_tokens] for _, f in history] == [["a"], [], []]
     assert [[r.key for r in f.completed] for _, f in history] == [[], [], ["a"]]
     assert (batcher.kv_used, batcher.prefill_backlog) == (0, 0)
@@ -74,6 +78,33 @@ def test_kv_cache_is_released_and_usage_is_a_share():
     assert batcher.kv_cache_usage == 0.5
     run(batcher)
     assert batcher.kv_cache_usage == 0
+
+
+class Half:
+    """A prefix cache that holds half of each prompt."""
+
+    def cached(self, request: SimRequest) -> int:
+        return request.prompt_tokens // 2
+
+    def computed(self, request: SimRequest, tokens: int) -> None:
+        return
+
+
+def test_held_tokens_are_the_context_of_the_running():
+    """Guards against contexts that are counted twice, kept after the end or a preemption, or lack what was cached."""
+    batcher = Batcher(StepCost(kv_tokens=700, max_prompt_tokens=100, max_running=8), Half())
+    for key in range(12):
+        batcher.add(SimRequest(key, 40 + 20 * key, 5 + 3 * key))
+    while batcher.unfinished:
+        step = batcher.plan()
+        decoding = batcher.work(step).decoding
+        tokens = [r.prompt_tokens + r.generated - 1 + batcher._steps - r.base_step for r in decoding]
+        tokens += [r.prompt_tokens + r.generated - r.prompt_left for r in batcher._prefilling]
+        assert step.held_tokens == batcher.held_tokens == sum(tokens)
+        assert batcher.copy().held_tokens == batcher.held_tokens
+        batcher.finish(step)
+    assert batcher.preemptions > 0
+    assert batcher.held_tokens == 0
 
 
 def test_youngest_is_preempted_and_its_first_token_comes_once():

@@ -6,9 +6,10 @@ import pytest
 
 from dpshm.errors import SettingError
 from dpshm.policies import View
-from dpshm.sim.batching import StepCost
-from dpshm.sim.lab.information import NAMES, Information, check_information, make_information
+from dpshm.sim.lab.information import NAMES, check_information, make_information
 from dpshm.sim.lab.rank import Job, SimRank
+from dpshm.sim.lab.view_model import Information
+from dpshm.sim.step_cost import StepCost
 
 
 class World:
@@ -63,6 +64,20 @@ def test_when_a_request_is_known(name, mine_at_once, others_at_once, taken_in, l
     assert world.seen(0, 0.0201) == ([0, taken_in], [0, 100 * taken_in])
     assert world.seen(1, 0.15) == ([0, later], [0, 100 * later])
     assert world.seen(1, 1.05) == ([0, 1], [0, 100])
+
+
+def test_a_broadcast_of_a_lockstep_group_shows_the_last_step_that_ended():
+    """Guards against a laboratory that is kinder to vLLM in lockstep than its coordinator, or less kind: requests that
+    ranks have received since the last step ended are not in the broadcast."""
+    world = World("broadcast")
+    world.information.lockstep = True
+    for now_s in (0.02, 0.06):
+        world.send(0, 1)
+        world.information.step_ended()
+        world.step(1, now_s)
+    assert world.seen(1, 0.11)[0] == [0, 1]
+    world.information.step_ended()
+    assert world.seen(1, 0.21)[0] == [0, 2]
 
 
 def test_what_is_on_its_way_at_a_broadcast():

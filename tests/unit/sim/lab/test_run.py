@@ -9,11 +9,12 @@ import pytest
 
 from dpshm.errors import SettingError
 from dpshm.policies import NAMES
-from dpshm.sim.batching import Batcher, SimRequest, StepCost
+from dpshm.sim.batching import Batcher, SimRequest
 from dpshm.sim.lab.information import NAMES as INFORMATION
 from dpshm.sim.lab.oracle import first_token, soonest
 from dpshm.sim.lab.rank import Job, Pace, SimRank
 from dpshm.sim.lab.run import COST, ORACLE, Plant, run
+from dpshm.sim.step_cost import StepCost
 
 
 def chat(count: int, rate: float, *, frontends: int = 8, seed: int = 1) -> list[Job]:
@@ -58,9 +59,9 @@ def test_one_request_takes_what_its_steps_take():
     """Guards against times that are off by a step: one prompt step and two decode steps, all alone."""
     job = Job(5.0, 0, 1000, 3)
     run(Plant(engines=1, frontends=1), [job], "least_loaded", "live")
-    step, prompt = COST.base_s + COST.per_request_s, 1000 * COST.per_prompt_token_s
-    assert job.first_s == pytest.approx(5.0 + step + prompt)
-    assert job.done_s == pytest.approx(5.0 + 3 * step + prompt)
+    first_s = 5.0 + COST.seconds(1000, 1, 0)
+    assert job.first_s == pytest.approx(first_s)
+    assert job.done_s == pytest.approx(first_s + COST.seconds(0, 1, 1000) + COST.seconds(0, 1, 1001))
 
 
 def test_a_slow_engine_is_slow():
@@ -107,7 +108,7 @@ def test_a_prefix_cache_saves_what_it_saves():
     outcome = run(Plant(engines=1, frontends=1), [first, second], "least_work", "live")
     assert (first.hit_tokens, second.hit_tokens) == (0, 2047)
     assert outcome.prefix_hit_rate == pytest.approx(2047 / 4096)
-    assert second.first_s - 10.0 == pytest.approx(COST.seconds(1, 1))
+    assert second.first_s - 10.0 == pytest.approx(COST.seconds(1, 1, 2047))
 
 
 def test_a_request_that_never_fits_is_refused():

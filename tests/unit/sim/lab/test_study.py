@@ -156,7 +156,7 @@ def test_a_trace_that_is_not_there(tmp_path):
 
 def test_an_error_in_a_run_ends_all():
     """Guards against a pool that waits for ever for a run that failed."""
-    from dpshm.sim.batching import StepCost
+    from dpshm.sim.step_cost import StepCost
 
     settings = SimulationSettings(plant=Plant(cost=StepCost(kv_tokens=1)), requests=5, seeds=2)
     with pytest.raises(SettingError, match="no request fits"):

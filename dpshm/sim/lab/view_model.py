@@ -1,0 +1,79 @@
+"""What all information models share: how rows and counts become the view of one front-end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from dpshm.board.words import queued
+from dpshm.policies import View, comparable
+from dpshm.policies.columns import ListColumns, ListWork
+from dpshm.policies.idle_ranks import IdleRanks
+from dpshm.sim.lab.rank import Job, Row, SimRank
+
+NEVER_S = float("inf")
+
+
+class Information(ABC):
+    """An information model.
+
+    Attributes:
+        ranks: all ranks.
+        own: unfinished requests, by front-end and rank.
+        next_tick_s: time of the next call of `tick`.
+        lockstep: whether the ranks step together.
+    """
+
+    def __init__(self, ranks: list[SimRank], own: list[list[int]]) -> None:
+        self.ranks = ranks
+        self.own = own
+        self.next_tick_s = NEVER_S
+        self.lockstep = False
+        self._idle = IdleRanks()
+
+    @abstractmethod
+    def view(self, frontend: int, order: list[int], now_s: float) -> View:
+        """The view of a front-end now."""
+
+    def cached(self, job: Job, now_s: float) -> list[int] | None:
+        """By rank, the tokens of a prompt that its cache holds; None where that is unknown."""
+        return None
+
+    def tick(self, now_s: float) -> None:
+        """Called at `next_tick_s`."""
+        return
+
+    def sent(self, job: Job) -> None:
+        """Called when a front-end has sent a request."""
+        return
+
+    def step_ended(self) -> None:
+        """Called in lockstep when a step of all ranks has ended, before they receive the requests that came in it."""
+        return
+
+    def published(self, rank: int, now_s: float) -> None:
+        """Called when a rank has published."""
+        return
+
+    def _view(  # noqa: PLR0917 - a view has that many parts
+        self,
+        frontend: int,
+        order: list[int],
+        now_s: float,
+        rows: Sequence[Row],
+        in_flight: list[int],
+        in_flight_tokens: list[int],
+    ) -> View:
+        work = ListWork(
+            [r.backlog + tokens for r, tokens in zip(rows, in_flight_tokens, strict=True)],
+            [list(r.model[:2]) for r in rows],
+            comparable(
+                [list(r.model[2:]) for r in rows],
+                lockstep=self.lockstep,
+                idle=self._idle.look([r.steps for r in rows], int(now_s * 1e9)),
+            ),
+            int(now_s * 1e9),
+        )
+        load = [r.load for r in rows]
+        requests = [queued(w) + u for w, u in zip(load, in_flight, strict=True)]
+        return View(ListColumns(order, load, requests, self.own[frontend], len(self.own), work))

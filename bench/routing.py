@@ -61,8 +61,7 @@ class Scenario(NamedTuple):
 
 
 def flat(**plant: Any) -> Plant:
-    """A plant in which a request costs the same whatever its context: that of the tables that are older than held
-    tokens."""
+    """A plant in which a request costs the same whatever its context: that of the older tables."""
     return Plant(cost=FLAT, **plant)
 
 

@@ -163,8 +163,8 @@ class Engine(EngineRow):
     def wave_complete(self) -> None:
         """Ends the wave: an all-reduce said that no rank has work. Every rank calls this at the same step.
 
-        Run the all-reduce every few steps (vLLM: every 16th, up to 0.28 every 32nd), not at each. A restarted rank may run in an old
-        wave; it receives the START that corrects it only between two all-reduces.
+        Run the all-reduce every few steps (vLLM: every 16th, up to 0.28 every 32nd), not at each. A restarted rank
+        may run in an old wave; it receives the START that corrects it only between two all-reduces.
         """
         self._check()
         self._restore_bell()  # before it is needed

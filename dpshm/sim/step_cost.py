@@ -56,8 +56,8 @@ class StepCost(NamedTuple):
                 f"a step's duration is {text!r}: give it in ms as base,prompt token,request[,held token], such as "
                 "8,0.04,0.02,0.000065"
             )
-        base, token, request, *held = numbers
-        return cls(base, request, token, *(held or [0.0]))
+        base, token, request, held = [*numbers, 0.0][:4]
+        return cls(base, request, token, held)
 
     def seconds(self, prompt_tokens: int, batch: int, held_tokens: int = 0) -> float:
         """The duration of a step with that content; without content, of a dummy step."""

@@ -24,8 +24,8 @@ from typing import NamedTuple
 from dpshm.errors import SettingError
 
 AGREEMENT_INTERVAL = 32
-"""Rounds from one agreement to the next. vLLM's ``DPEngineCoreProc`` asks at every 32nd step up to 0.28, and at every
-16th since (``dp_sync_interval``)."""
+"""Rounds from one agreement to the next. vLLM's ``DPEngineCoreProc`` asks at every 32nd step up to 0.28, and at
+every 16th since (``dp_sync_interval``)."""
 WAIT_S = 0.3e-3
 """Interval between two reads of the words. Ranks leave a step together, so few reads are needed."""
 LONG_WAIT_S = 1e-3

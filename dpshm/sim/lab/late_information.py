@@ -13,8 +13,8 @@ from dpshm.sim.lab.view_model import Information
 class Broadcast(Information):
     """All rows, at an interval.
 
-    In lockstep vLLM's coordinator sends the rows of the last step that all ranks have ended, without the requests that
-    they received since (``DPCoordinatorProc``, ``last_step_counts``).
+    In lockstep vLLM's coordinator sends the rows of the last step that all ranks have ended, without the requests
+    that they received since (``DPCoordinatorProc``, ``last_step_counts``).
     """
 
     def __init__(self, ranks: list[SimRank], own: list[list[int]], interval_s: float, times: int) -> None:

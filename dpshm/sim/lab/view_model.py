@@ -48,7 +48,7 @@ class Information(ABC):
         return
 
     def step_ended(self) -> None:
-        """Called in lockstep when a step of all ranks has ended, before they receive the requests that came in it."""
+        """Called in lockstep when a step has ended, before the ranks receive the requests that came in it."""
         return
 
     def published(self, rank: int, now_s: float) -> None:

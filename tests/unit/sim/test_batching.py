@@ -91,7 +91,7 @@ class Half:
 
 
 def test_held_tokens_are_the_context_of_the_running():
-    """Guards against contexts that are counted twice, kept after the end or a preemption, or lack what was cached."""
+    """Guards against contexts counted twice, kept after an end or a preemption, or without what was cached."""
     batcher = Batcher(StepCost(kv_tokens=700, max_prompt_tokens=100, max_running=8), Half())
     for key in range(12):
         batcher.add(SimRequest(key, 40 + 20 * key, 5 + 3 * key))

@@ -67,8 +67,7 @@ def test_when_a_request_is_known(name, mine_at_once, others_at_once, taken_in, l
 
 
 def test_a_broadcast_of_a_lockstep_group_shows_the_last_step_that_ended():
-    """Guards against a laboratory that is kinder to vLLM in lockstep than its coordinator, or less kind: requests that
-    ranks have received since the last step ended are not in the broadcast."""
+    """Guards against a broadcast that knows more than vLLM's: it lacks what ranks received since the last step."""
     world = World("broadcast")
     world.information.lockstep = True
     for now_s in (0.02, 0.06):

@@ -34,7 +34,7 @@ from bench.comparison import machine_facts, progress
 from bench.distribution import quantiles
 from bench.processes import Line, Worker
 from dpshm import CoordinatorProcess, Engine, Frontend
-from dpshm.board.segment import sweep
+from dpshm.board.sweep import sweep
 from dpshm.policies import Request, View
 
 ENGINES = 8

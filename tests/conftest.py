@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from dpshm.board import files, segment
+from dpshm.board import files
+from dpshm.board.sweep import sweep
 from tests.support import leftovers
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -66,7 +67,7 @@ def group() -> Iterator[str]:
     yield name
     left = leftovers(name)
     if files.segment_path(name).exists():
-        segment.sweep(name)
+        sweep(name)
     assert left == []
 
 

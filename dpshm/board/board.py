@@ -171,19 +171,44 @@ class Board:
         offset = column.offset + row * column.strides[0] + item * layout.WORD_BYTES
         return offset // layout.WORD_BYTES
 
-    # The locks that tell which processes live.
+    # The locks that tell which processes live. A reader of another user's group has none (`Segment.has_locks`).
 
     def coordinator_alive(self) -> bool:
         """Whether a coordinator holds the group."""
+        if not self.segment.has_locks:
+            return self.is_watched()
         return self.segment.locks.is_locked(coordinator_byte(self._columns))
 
     def engine_alive(self, dp_rank: int) -> bool:
         """Whether a process holds an engine's row."""
+        if not self.segment.has_locks:
+            return self._seems_alive("engine", dp_rank)
         return self.segment.locks.is_locked(engine_byte(self._columns, dp_rank))
 
     def frontend_alive(self, index: int) -> bool:
         """Whether a process holds a front-end's row."""
+        if not self.segment.has_locks:
+            return self._seems_alive("frontend", index)
         return self.segment.locks.is_locked(frontend_byte(self._columns, index))
+
+    def is_used(self) -> bool:
+        """Whether another handle is attached for writing: the group is not dead."""
+        if self.segment.has_locks:
+            return self.segment.locks.is_shared()
+        return (
+            self.coordinator_alive()
+            or any(self.engine_alive(e) for e in range(self.dp_size))
+            or any(self.frontend_alive(f) for f in range(self.frontends_used()))
+        )
+
+    def _seems_alive(self, role: str, row: int) -> bool:
+        """What a reader without locks can tell: by the mark while a coordinator watches, else by the process."""
+        mark = int((self.engine_mark if role == "engine" else self.frontend_mark)[row])
+        pid = int(getattr(self, f"{role}_pid")[row])
+        namespace = int(getattr(self, f"{role}_pid_namespace")[row])
+        if self.is_watched() or mark & ON_BEHALF or namespace != processes.namespace_inode("pid"):
+            return Verdict(mark & VERDICT_MASK) not in (Verdict.ABSENT, Verdict.DEAD)
+        return pid > 0 and processes.start_time(pid) == int(getattr(self, f"{role}_start_time")[row])
 
     def lock_coordinator(self) -> bool:
         """Takes the coordinator's lock. False if another process has it."""

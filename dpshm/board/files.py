@@ -1,7 +1,8 @@
 """The files of a group: the segment ``dpshm-GROUP`` and, beside it, the folder of its ipc sockets.
 
 Both lie in one directory on a tmpfs: ``DPSHM_DIR``, or ``/dev/shm``. The segment's file is filled without a name
-and linked into place as the last act, so no process ever finds half a segment.
+and linked into place as the last act, so no process ever finds half a segment. `dpshm.board.lock_file`
+is about the third file beside them.
 
 The sockets' folder has mode 0700, and the coordinator whose sockets are in it holds a lock of its own on it
 (flock(2)). A second bind on an ipc path silently replaces the first. The lock on the segment cannot prevent that:
@@ -24,11 +25,12 @@ from dpshm.linux.forks import PrivateFd
 
 FILE_PREFIX = "dpshm-"
 SOCKETS_SUFFIX = ".sockets"
+LOCKS_SUFFIX = ".locks"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 SOCKET_NAMES = ("frontends", "to-engines", "from-engines")
 """The ipc sockets in the folder."""
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,47}")
-_OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: opening a FIFO must not wait
+OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: opening a FIFO must not wait
 
 
 def directory() -> Path:
@@ -45,13 +47,13 @@ def segment_path(group: str) -> Path:
     if not _names_group(group):
         raise SettingError(
             f"{group!r} cannot name a group: use 1 to 48 letters, digits, '.', '_' or '-', "
-            f"the first a letter, digit or '_', and do not end in {SOCKETS_SUFFIX!r}"
+            f"the first a letter, digit or '_', and do not end in {SOCKETS_SUFFIX!r} or {LOCKS_SUFFIX!r}"
         )
     return directory() / (FILE_PREFIX + group)
 
 
 def _names_group(name: str) -> bool:
-    return _GROUP_NAME.fullmatch(name) is not None and not name.endswith(SOCKETS_SUFFIX)
+    return _GROUP_NAME.fullmatch(name) is not None and not name.endswith((SOCKETS_SUFFIX, LOCKS_SUFFIX))
 
 
 def sockets_path(group: str) -> Path:
@@ -97,7 +99,7 @@ def open_segment(path: Path, *, readonly: bool) -> int:
         SegmentError: it may not be opened.
     """
     try:
-        return os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | _OPEN_FLAGS)
+        return os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | OPEN_FLAGS)
     except FileNotFoundError:
         raise
     except OSError as e:
@@ -171,6 +173,11 @@ def reserve(folder: int, name: Path, size: int) -> int:
             raise SegmentNoSpace(why_no_space(name, size)) from e
         raise SegmentError(f"cannot create a segment in {name}: {e.strerror}") from e
     return fd
+
+
+def link(folder: int, fd: int, name: str) -> None:
+    """Gives a file without a name one. Raises FileExistsError if there is a file of that name."""
+    os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
 
 
 def why_no_space(folder: Path, size: int) -> str:

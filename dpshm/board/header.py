@@ -7,6 +7,7 @@ The page holds a preamble (magic, layout version, length and checksum) and then 
 from __future__ import annotations
 
 import os
+import secrets
 import struct
 import zlib
 from pathlib import Path
@@ -45,6 +46,7 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     pid_namespace: int
     time_namespace: int
     columns: dict[str, Column]
+    lock_token: str = ""  # in the name of the lock file
 
     @property
     def prefix_key(self) -> int:
@@ -72,6 +74,7 @@ def make_header(group: str, engines: int, frontends: int, **fields: Any) -> Head
         pid_namespace=processes.namespace_inode("pid"),
         time_namespace=processes.namespace_inode("time"),
         columns=plan.columns,
+        lock_token=secrets.token_hex(8),
         **fields,
     )
 

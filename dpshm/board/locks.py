@@ -1,9 +1,13 @@
-"""Locks on single bytes of a segment's file: they tell which coordinator, engines and front-ends live.
+"""Locks on single bytes of a group's lock file: they tell which coordinator, engines and front-ends live.
 
-Each user of a segment holds an open-file-description lock (fcntl(2), ``F_OFD_SETLK``) on the first byte of its
-row. The kernel drops the lock with the last descriptor of that open file, however the process ends, and other
-processes see it across pid namespaces. A lock over all bytes is granted only if no other handle holds a lock: then
-the segment is dead.
+Each user of a segment holds an open-file-description lock (fcntl(2), ``F_OFD_SETLK``) on the byte at which its row
+begins in the segment. The kernel drops the lock with the last descriptor of that open file, however the process
+ends, and other processes see it across pid namespaces. A lock over all bytes is granted only if no other handle
+holds a lock: then the segment is dead.
+
+The locks are in a file of their own, which only the owner may open. A process that may read a file can place read
+locks on it. On the segment, which others may be let read, these would keep every user out and make the dead look
+alive.
 """
 
 from __future__ import annotations
@@ -77,27 +81,27 @@ class Locks:
     """The locks that one descriptor holds, and the questions about the locks of others.
 
     Args:
-        fd: a descriptor of the segment's file, which the segment closes.
+        fd: a descriptor of the lock file, which the segment closes.
     """
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self.fd = fd
         self._held: set[int] = set()
 
     def lock(self, byte: int) -> bool:
         """Locks a byte. False if another handle holds it."""
-        granted = try_lock(self._fd, lock_request(fcntl.F_WRLCK, byte, 1))
+        granted = try_lock(self.fd, lock_request(fcntl.F_WRLCK, byte, 1))
         if granted:
             self._held.add(byte)
         return granted
 
     def lock_all(self) -> bool:
         """Locks every byte at once. Granted only if no other handle is attached for writing."""
-        return try_lock(self._fd, lock_request(fcntl.F_WRLCK, 0, 0))
+        return try_lock(self.fd, lock_request(fcntl.F_WRLCK, 0, 0))
 
     def unlock(self, byte: int) -> None:
         """Gives the lock on a byte back."""
-        unlock(self._fd, lock_request(fcntl.F_UNLCK, byte, 1))
+        unlock(self.fd, lock_request(fcntl.F_UNLCK, byte, 1))
         self._held.discard(byte)
 
     def is_locked(self, byte: int) -> bool:
@@ -106,9 +110,9 @@ class Locks:
 
     def each_locked(self, in_bytes: Iterable[int]) -> list[bool]:
         """`is_locked` of each of these bytes."""
-        fd, held = self._fd, self._held
+        fd, held = self.fd, self._held
         return [byte in held or _others_hold(fd, byte, 1) for byte in in_bytes]
 
     def is_shared(self) -> bool:
         """Whether another handle holds any byte."""
-        return _others_hold(self._fd, 0, 0)
+        return _others_hold(self.fd, 0, 0)

@@ -1,11 +1,11 @@
-"""A group's named segment: created whole, attached with checks, locked by its users, swept when they are gone.
+"""A group's named segment: created whole, attached with checks, locked by its users.
 
-The segment is filled and locked as a file without a name and linked into place as the last act, so no process
-finds half a segment, and a creator that is killed on the way leaves nothing.
+The segment is filled as a file without a name and linked into place as the last act, when its lock file has a name
+and is locked. So no process finds half a segment. A creator that is killed on the way leaves at most a lock file,
+which the next start removes (`dpshm.board.sweep`).
 
-Two rules keep the lifetime of the locks equal to the lifetime of the process (`dpshm.board.locks`): a forked child
-closes its copy of the descriptor (`dpshm.linux.forks`), and the memory map stands on a descriptor of its own
-(``mmap`` keeps a duplicate, and a duplicate would keep the lock).
+The lifetime of the locks is that of the process (`dpshm.board.locks`): a forked child closes its copy of the lock
+file's descriptor (`dpshm.linux.forks`).
 
 ``multiprocessing.shared_memory`` is not used: its resource tracker unlinks segments under living users (cpython
 gh-82300) or within a second of its creator's death, and a board has to outlive its coordinator.
@@ -18,9 +18,10 @@ from __future__ import annotations
 import mmap
 import os
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-from dpshm.board import files, layout
+from dpshm.board import files, layout, lock_file
 from dpshm.board.header import Header, encode_header, read_header
 from dpshm.board.layout import Layout
 from dpshm.board.locks import Locks, coordinator_byte
@@ -31,7 +32,6 @@ from dpshm.errors import (
     SegmentError,
     SegmentInvalid,
     SegmentNotFound,
-    SettingError,
 )
 from dpshm.linux.forks import PrivateFd, give_up, give_up_sockets
 
@@ -57,9 +57,10 @@ class Segment:
         self._forked = False
         # A handle that is dropped without a close gives its locks back too: these close themselves.
         self._file = file
+        self._lock_file: PrivateFd | None = None
         self._folder: PrivateFd | None = None
-        self._locks = Locks(file.fd)
         self.words: memoryview = memoryview(b"")
+        self._copied: memoryview | None = None  # the words, if they are another user's
         self.header: Header
         give_up(self, Segment._close_in_child)
 
@@ -86,13 +87,15 @@ class Segment:
             try:
                 os.pwrite(segment.fileno(), first_page, 0)
                 files.set_access(path, segment.fileno(), file_mode, file_gid)
+                segment.map_and_check()
+                segment._hold_locks(PrivateFd(partial(lock_file.create, folder, path.parent)))
                 segment.locks.lock(coordinator_byte(header.columns))
-                segment._map_and_check()
+                files.link(folder, segment.locks.fd, segment.locks_path.name)
                 # SYNC: publication. The name appears only now, after all stores above, and link(2) is a
                 # system call that orders them: a process that opens the name finds a whole header and a held lock.
-                nameless = f"/proc/self/fd/{segment.fileno()}"
-                os.link(nameless, path.name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
+                files.link(folder, segment.fileno(), path.name)
             except BaseException:
+                segment.unlink_locks()
                 segment.close()
                 raise
         finally:
@@ -118,46 +121,64 @@ class Segment:
         try:
             file = PrivateFd(lambda: files.open_segment(path, readonly=readonly))
         except FileNotFoundError:
-            known = ", ".join(files.groups()) or "none"
-            raise SegmentNotFound(
-                f"no group {group!r} on this node (looked for {path}; groups here: {known}). Start its "
-                "coordinator first; in a container, share the host's or the coordinator's /dev/shm"
-            ) from None
+            raise _not_found(path, group) from None
         segment = cls(group, path, file, readonly=readonly)
         try:
             files.check_owner(path, file.fd, any_owner=any_owner and readonly)
-            segment._map_and_check()
+            segment.map_and_check()
+            segment.open_locks()
         except BaseException:
             segment.close()
             raise
         return segment
 
-    def _map_and_check(self) -> None:
+    def open_locks(self) -> None:
+        """Opens the lock file. A reader that may not open it goes without: see `has_locks`.
+
+        Raises:
+            SegmentNotFound: the segment was removed just now.
+            SegmentInvalid: the lock file is gone, or another user could lock in it.
+        """
+        path = self.locks_path
+        try:
+            self._hold_locks(PrivateFd(partial(lock_file.open_file, path, readonly=self.readonly)))
+        except (FileNotFoundError, SegmentError) as e:
+            if self.readonly:
+                return
+            if isinstance(e, SegmentError):
+                raise
+            if not self.linked:  # the segment
+                raise _not_found(self.path, self.group) from None
+            raise SegmentInvalid(
+                f"the lock file {path} was removed, so nothing tells which processes use group {self.group!r}: "
+                f"end them, and remove {self.path}"
+            ) from None
+
+    def _hold_locks(self, opened: PrivateFd) -> None:
+        self._lock_file, self._locks = opened, Locks(opened.fd)
+
+    @property
+    def locks_path(self) -> Path:
+        """The lock file."""
+        return lock_file.path_beside(self.path, self.header.lock_token)
+
+    def map_and_check(self) -> None:
+        """Maps the file and reads its header. Raises `SegmentInvalid` if this version cannot use it."""
         size = os.fstat(self.fileno()).st_size
         if size < layout.PAGE_BYTES or size % layout.PAGE_BYTES:
             raise SegmentInvalid(
                 f"{self.path} has {size} bytes, a board has a multiple of {layout.PAGE_BYTES}: it was "
                 "truncated or is not a board. Stop its users and remove it"
             )
-        # A second open, so that the duplicate which mmap keeps carries no lock of ours.
         access = mmap.ACCESS_READ if self.readonly else mmap.ACCESS_WRITE
-        map_fd = os.open(
-            f"/proc/self/fd/{self.fileno()}", (os.O_RDONLY if self.readonly else os.O_RDWR) | os.O_CLOEXEC
-        )
-        try:
-            page = os.pread(map_fd, layout.PAGE_BYTES, 0)
-            self.header = read_header(self.path, page, size, self.group, self.readonly)
-            if self.is_ours:
-                self.words = memoryview(mmap.mmap(map_fd, size, access=access)).cast("q")
-            else:
-                self._copy(size)
-            if (
-                not self.readonly
-            ):  # this process speaks in the group, and its children must not keep its connections
-                h = self.header
-                give_up_sockets(self, (h.stats_address, h.engine_input_address, h.engine_output_address))
-        finally:
-            os.close(map_fd)
+        page = os.pread(self.fileno(), layout.PAGE_BYTES, 0)
+        self.header = h = read_header(self.path, page, size, self.group, self.readonly)
+        if self.is_ours:
+            self.words = memoryview(mmap.mmap(self.fileno(), size, access=access)).cast("q")
+        else:
+            self._copy(size)
+        if not self.readonly:  # this process speaks in the group, and its children must not keep its connections
+            give_up_sockets(self, (h.stats_address, h.engine_input_address, h.engine_output_address))
 
     def _copy(self, size: int) -> None:
         """Reads another user's file. A map of it would end this process (SIGBUS) when that user truncates it."""
@@ -165,13 +186,13 @@ class Segment:
             raise SegmentInvalid(
                 f"{self.path} is another user's and has {size} bytes; of those, tools read at most {FOREIGN_BYTES}"
             )
-        self.words = memoryview(bytearray(size)).cast("q")
+        self.words = self._copied = memoryview(bytearray(size)).cast("q")
         self.refresh()
 
     def refresh(self) -> None:
         """Reads another user's file again. The words of an own segment are always the present ones."""
-        if not self.is_ours:
-            os.preadv(self.fileno(), [self.words], 0)  # what was cut off keeps its last values
+        if self._copied is not None:
+            os.preadv(self.fileno(), [self._copied], 0)  # what was cut off keeps its last values
 
     @property
     def is_ours(self) -> bool:
@@ -191,13 +212,21 @@ class Segment:
 
     @property
     def linked(self) -> bool:
-        """False once the file is unlinked: attached handles keep working, a new attach fails."""
-        return os.fstat(self.fileno()).st_nlink > 0
+        """False once the file or its lock file is unlinked: attached handles keep working, a new attach fails."""
+        both = [self.fileno()] if self._lock_file is None else [self.fileno(), self._lock_file.fd]
+        return all(os.fstat(fd).st_nlink > 0 for fd in both)
+
+    @property
+    def has_locks(self) -> bool:
+        """Whether this handle can ask for locks. A reader of another user's group cannot: only marks tell it."""
+        return self._lock_file is not None
 
     @property
     def locks(self) -> Locks:
-        """The locks of this handle. Raises `HandleError` if the segment is closed."""
+        """The locks of this handle. Raises `HandleError` if the segment is closed, or has no locks."""
         self.fileno()
+        if self._lock_file is None:
+            raise HandleError(f"this process may not open the lock file of group {self.group!r}")
         return self._locks
 
     def keep_sockets(self, folder: PrivateFd) -> None:
@@ -229,17 +258,16 @@ class Segment:
         return True
 
     def fileno(self) -> int:
-        """The descriptor that carries the locks. Raises `HandleError` if the segment is closed."""
+        """A descriptor of the segment's file. Raises `HandleError` if the segment is closed."""
         if self._file.fd < 0:
             raise self.why_unusable()
         return self._file.fd
 
     def unlink(self) -> None:
-        """Removes the file, if its name still names this segment, and the folder of its sockets."""
-        try:
+        """Removes its lock file and, if its name still names this segment, the file and the sockets' folder."""
+        same = False
+        with suppress(FileNotFoundError):
             same = os.path.samestat(os.stat(self.path, follow_symlinks=False), os.fstat(self.fileno()))
-        except FileNotFoundError:
-            return
         if same:
             # The folder first: while the name is there, no other process can create the group.
             if self._folder is not None:
@@ -247,6 +275,12 @@ class Segment:
             else:
                 files.remove_sockets_folder(self.sockets_path)
             self.path.unlink(missing_ok=True)
+        self.unlink_locks()  # last: a segment that has a name has a lock file
+
+    def unlink_locks(self) -> None:
+        """Removes the lock file. No other segment has one of its name."""
+        if self._lock_file is not None:
+            self.locks_path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Drops the locks. The memory goes with the last reference to it.
@@ -268,6 +302,8 @@ class Segment:
     def _close(self) -> None:
         give_up_sockets(self, ())
         self._file.close()
+        if self._lock_file is not None:
+            self._lock_file.close()
         if self._folder is not None:
             self._folder.close()
 
@@ -276,46 +312,9 @@ class Segment:
             self.usable, self._forked = False, True
 
 
-def sweep(group: str) -> bool:
-    """Removes the files of a dead group. True if there were any and they are gone.
-
-    Only locks decide: a pid that cannot be seen may live in another container that shares this directory.
-    """
-    path = files.segment_path(group)
-    try:
-        file = PrivateFd(lambda: files.open_segment(path, readonly=False))
-    except FileNotFoundError:
-        return False
-    segment = Segment(group, path, file, readonly=False)
-    try:
-        files.check_owner(path, file.fd)
-        if not segment.locks.lock_all():
-            return False
-        segment.unlink()
-        return True
-    finally:
-        segment.close()
-
-
-def sweep_dead() -> list[str]:
-    """Removes what dead groups of this user have left in the directory; returns the groups' names.
-
-    A group's name may be one that never comes again, so that no later start of the group removes it. A file that
-    is no board, or another user's, is left alone, and so is every group of which one process lives.
-    """
-    removed = []
-    for group in files.groups():
-        with suppress(SegmentError, SettingError, OSError):
-            path = files.segment_path(group)
-            if path.stat(follow_symlinks=False).st_uid == os.geteuid() and _is_board(path) and sweep(group):
-                removed.append(group)
-    with suppress(OSError):
-        for folder in files.stray_sockets_folders():
-            if folder.stat(follow_symlinks=False).st_uid == os.geteuid():
-                files.remove_sockets_folder(folder)
-    return removed
-
-
-def _is_board(path: Path) -> bool:
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
-        return file.read(len(layout.MAGIC)) == layout.MAGIC
+def _not_found(path: Path, group: str) -> SegmentNotFound:
+    known = ", ".join(files.groups()) or "none"
+    return SegmentNotFound(
+        f"no group {group!r} on this node (looked for {path}; groups here: {known}). Start its "
+        "coordinator first; in a container, share the host's or the coordinator's /dev/shm"
+    )

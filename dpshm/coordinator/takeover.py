@@ -18,7 +18,8 @@ from dpshm.board import files
 from dpshm.board.board import Board
 from dpshm.board.files import sockets_path
 from dpshm.board.header import make_header
-from dpshm.board.segment import Segment, sweep, sweep_dead
+from dpshm.board.segment import Segment
+from dpshm.board.sweep import sweep, sweep_dead
 from dpshm.coordinator import kept_settings
 from dpshm.coordinator.row import CoordinatorRow
 from dpshm.coordinator.settings import IMMUTABLE, Settings

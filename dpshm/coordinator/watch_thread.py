@@ -152,8 +152,8 @@ class WatchThread(threading.Thread):
         if not self._warned_unlinked and not board.segment.linked:
             self._warned_unlinked = True
             logger.warning(
-                "%s was unlinked under the live group %r: routing goes on, but no process can attach any more. "
-                "Restart the group, and find what cleans that folder (systemd's RemoveIPC?)",
+                "%s, or its lock file, was unlinked under the live group %r: routing goes on, but no process can "
+                "attach any more. Restart the group, and find what cleans that folder (systemd's RemoveIPC?)",
                 board.segment.path,
                 board.segment.group,
             )

@@ -2,8 +2,8 @@
 
 Without the lock two front-ends that decide within the same few microseconds may read the same board and choose the
 same engine, because neither has seen the other's booking. With it they decide one after the other. The lock is an
-open-file-description lock on one byte of the segment, so the kernel releases it when its holder ends, in any way.
-It binds only front-ends that ask for it.
+open-file-description lock on one byte of the lock file, so the kernel releases it when its holder ends, in any
+way. It binds only front-ends that ask for it.
 
 A holder may be stopped (SIGSTOP, a debugger, a busy host) and must not stop the others: if the lock is not granted
 within `TIMEOUT_NS`, a front-end decides without it, as it would with the mode off, and counts that.
@@ -41,7 +41,7 @@ class DecisionLock:
 
     def enter(self) -> bool:
         """Waits for the lock, not for long; whether it was given."""
-        fd, tries, deadline_ns = self._segment.fileno(), 0, 0
+        fd, tries, deadline_ns = self._segment.locks.fd, 0, 0
         while True:
             if try_lock(fd, _LOCK):
                 return True
@@ -55,4 +55,4 @@ class DecisionLock:
 
     def leave(self) -> None:
         """Gives the lock back."""
-        unlock(self._segment.fileno(), _UNLOCK)
+        unlock(self._segment.locks.fd, _UNLOCK)

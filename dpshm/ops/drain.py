@@ -75,7 +75,7 @@ def set_drained(board: Board, ranks: Sequence[int], drained: bool) -> None:
         SegmentError: there is no coordinator, and this user may not write to the board.
     """
     deadline = time.monotonic() + TIMEOUT_S
-    while wrong := [e for e in ranks if bool(board.engine_mark[e] & DRAINED) != drained]:
+    while wrong := _wrong(board, ranks, drained):
         if time.monotonic() > deadline:
             raise NotHeeded(
                 f"the coordinator of group {board.segment.group!r}, pid {int(board.coordinator_pid[0])}, did not "
@@ -88,6 +88,12 @@ def set_drained(board: Board, ranks: Sequence[int], drained: bool) -> None:
             _write(board.segment.group, wrong, drained)
 
 
+def _wrong(board: Board, ranks: Sequence[int], drained: bool) -> list[int]:
+    """The ranks whose mark does not show it yet."""
+    board.segment.refresh()
+    return [e for e in ranks if bool(board.engine_mark[e] & DRAINED) != drained]
+
+
 def _ask(board: Board, ranks: Sequence[int], drained: bool) -> None:
     """Sends one message a rank, and waits a while for the board to show them done."""
     keys = keys_for(board.segment.header)
@@ -98,7 +104,7 @@ def _ask(board: Board, ranks: Sequence[int], drained: bool) -> None:
         for e in ranks:
             socket.send(wire.encode_drain(e, drained), zmq.NOBLOCK)
         again = time.monotonic() + ASK_AGAIN_S
-        while any(bool(board.engine_mark[e] & DRAINED) != drained for e in ranks):
+        while _wrong(board, ranks, drained):
             if time.monotonic() > again:
                 return
             time.sleep(LOOK_S)

@@ -38,7 +38,7 @@ def _describe(group: str) -> Found:
             ranks = f"{board.dp_size} ranks"
             if board.coordinator_alive():
                 return Found(group, "alive", f"{ranks}, coordinator pid {int(board.coordinator_pid[0])}")
-            if board.segment.locks.is_shared():
+            if board.is_used():
                 return Found(group, "orphaned", f"{ranks}, no coordinator")
             return Found(group, "dead", f"{ranks}, no process is attached")
     except SegmentError as e:

@@ -55,7 +55,7 @@ def settings_of_live_group(group: str) -> dict[str, Any]:
     """The settings of a live board's last coordinator, for the next one; none if no process uses the board."""
     try:
         with Board.attach(group) as board:
-            if not board.segment.locks.is_shared():
+            if not board.is_used():
                 return {}
             header = board.segment.header.settings
             own = {name: value for name, value in kept(board).items() if value is not None}

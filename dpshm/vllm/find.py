@@ -22,7 +22,7 @@ def group_at(stats_address: str | None) -> str | None:
         try:
             with Board.attach(group) as board:
                 # Each attached process holds a lock: without any, the board is a dead group's.
-                if board.segment.header.stats_address == stats_address and board.segment.locks.is_shared():
+                if board.segment.header.stats_address == stats_address and board.is_used():
                     return group
         except SegmentError:
             continue  # damaged, another user's, or just removed: another group's in each case

@@ -178,7 +178,7 @@ def test_a_lock_that_a_child_keeps(node, held):
     remote = held(Remote())
     # A child that dpshm's fork hook cannot reach, as one forked by a library in C.
     remote.run(f"os.environ['DPSHM_DIR'] = {str(node)!r}\nengine = Engine.attach('g', 0)")
-    remote.run("import subprocess; fd = engine.board.segment.fileno(); os.set_inheritable(fd, True)")
+    remote.run("import subprocess; fd = engine.board.segment.locks.fd; os.set_inheritable(fd, True)")
     child = remote.eval("subprocess.Popen(['sleep', '60'], pass_fds=[fd]).pid")
     remote.kill()
     try:

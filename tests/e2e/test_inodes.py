@@ -29,7 +29,7 @@ def with_inodes(folder: Path, inodes: int, *command: str) -> subprocess.Complete
     )
 
 
-@pytest.mark.parametrize("inodes", range(1, 6))
+@pytest.mark.parametrize("inodes", range(1, 7))
 def test_a_coordinator_without_an_inode(tmp_path, inodes):
     """Guards against a start that asks for memory, or for another address, where files are too many."""
     command = (sys.executable, "-m", "dpshm", "coordinator", "--group", "g", "--dp-size", "1")
@@ -48,8 +48,8 @@ def test_an_engine_without_an_inode(tmp_path):
         "    try: Engine.attach('g', 0)\n"
         "    except SegmentNoSpace as e: print(e)\n"
     )
-    done = with_inodes(tmp_path, 6, sys.executable, "-c", code)
-    assert "has no inode left of 6" in done.stdout, done.stderr
+    done = with_inodes(tmp_path, 7, sys.executable, "-c", code)
+    assert "has no inode left of 7" in done.stdout, done.stderr
 
 
 def test_doctor_finds_that_no_inode_is_left(tmp_path):

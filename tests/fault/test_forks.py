@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dpshm import Coordinator, Engine, Frontend
-from dpshm.board.segment import sweep
+from dpshm.board.sweep import sweep
 from tests.support import Remote, polled, wait_until
 
 FORK = """

@@ -8,7 +8,7 @@ import pytest
 
 from dpshm import Coordinator, Engine, Frontend
 from dpshm.board.files import segment_path
-from dpshm.board.segment import sweep
+from dpshm.board.sweep import sweep
 from dpshm.rules.waves import Phase
 from tests.support import Remote, polled, wait_until
 

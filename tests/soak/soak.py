@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dpshm.board.segment import sweep
+from dpshm.board.sweep import sweep
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
 from tests.soak.books import Books

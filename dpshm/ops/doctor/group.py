@@ -269,7 +269,7 @@ def _versions(frame: Frame) -> Iterator[Finding]:
 
 def _holders(board: Board, frame: Frame) -> Iterator[Finding]:
     """Finds rows whose process is gone and whose lock a forked child still holds."""
-    ours = processes.namespace_inode("pid")
+    ours = processes.namespace_inode("pid") if board.segment.has_locks else 0
     for rank in frame.ranks:
         e = rank.dp_rank
         visible = ours != 0 and int(board.engine_pid_namespace[e]) == ours
@@ -282,7 +282,7 @@ def _holders(board: Board, frame: Frame) -> Iterator[Finding]:
                 group=frame.group,
                 what=f"rank {e}'s process {rank.pid} is gone, and another process still holds its lock",
                 why="the rank counts as alive: a forked child inherited the lock's descriptor and never closed it",
-                fix=f"fuser {board.segment.path}    (end the child; attach after forking)",
+                fix=f"fuser {board.segment.locks_path}    (end the child; attach after forking)",
             )
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from dpshm.board import files, layout
 from dpshm.board.files import FILE_PREFIX, SOCKETS_SUFFIX, directory, segment_path
 from dpshm.board.header import group_in
-from dpshm.board.segment import sweep
+from dpshm.board.sweep import sweep, sweep_lock_files
 from dpshm.errors import SegmentError
 from dpshm.ops.doctor.finding import Finding
 from dpshm.ops.groups import Found
@@ -146,6 +146,7 @@ def sweep_leftovers(found: list[Found]) -> list[str]:
         files.remove_sockets_folder(folder)  # not if a coordinator holds it
         if not folder.exists():
             removed.append(str(folder))
+    removed += map(str, sweep_lock_files())
     return removed
 
 
@@ -182,25 +183,33 @@ def check_processes() -> Iterator[Finding]:
 
 def opened_segments() -> list[Opened]:
     """Every segment that a visible process is attached to. Root sees all processes, other users their own."""
-    found = set()
+    found: set[Opened] = set()
     for process in os.scandir("/proc"):
         if process.name.isdecimal():
             with suppress(OSError):
-                for link in os.scandir(f"/proc/{process.name}/fd"):
-                    opened = _opened(int(process.name), link.path)
-                    if opened is not None:
-                        found.add(opened)
+                ours = [link.path for link in os.scandir(f"/proc/{process.name}/fd") if _may_be_ours(link.path)]
+                # Without a lock it has only mapped the segment: a reader, or a handle that was closed.
+                if any("\nlock:" in _fdinfo(link) for link in ours):
+                    opened = (_opened(int(process.name), link) for link in ours)
+                    found.update(segment for segment in opened if segment is not None)
     return sorted(found)
 
 
+def _may_be_ours(link: str) -> bool:
+    # What a creator made without a name is listed so even since it has one.
+    return Path(os.readlink(link)).name.startswith((FILE_PREFIX, "#"))
+
+
+def _fdinfo(link: str) -> str:
+    return Path(link.replace("/fd/", "/fdinfo/")).read_text(encoding="ascii")
+
+
 def _opened(pid: int, link: str) -> Opened | None:
-    """The segment behind a descriptor that holds a lock on it; None for other files and for readers."""
+    """The segment behind a descriptor that may write to it; None for other files and for readers."""
+    flags = re.search(r"(?m)^flags:\s*([0-7]+)$", _fdinfo(link))
+    if flags is None or int(flags[1], 8) & os.O_ACCMODE != os.O_RDWR:
+        return None
     target = Path(os.readlink(link).removesuffix(" (deleted)"))
-    # A creator's segment was made without a name and is listed so even since it has one.
-    if not target.name.startswith((FILE_PREFIX, "#")):
-        return None
-    if "\nlock:" not in Path(link.replace("/fd/", "/fdinfo/")).read_text(encoding="ascii"):
-        return None
     fd = os.open(link, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         info = os.fstat(fd)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from dpshm.board.board import Board
-from dpshm.board.segment import sweep
+from dpshm.board.sweep import sweep
 from dpshm.errors import DpshmError, StartupTimeout
 from dpshm.rules.waves import Phase
 from dpshm.sim.demo import lockstep

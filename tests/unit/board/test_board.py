@@ -55,7 +55,7 @@ def child(code: str) -> Iterator[subprocess.Popen[str]]:
     """A Python process that runs `code` and has said that it is ready."""
     imports = (
         "import os\nfrom dpshm.board.board import Board\nfrom dpshm.board.header import Header, make_header\n"
-        "from dpshm.board.segment import Segment, sweep\n"
+        "from dpshm.board.segment import Segment\nfrom dpshm.board.sweep import sweep\n"
     )
     env = {**ENV, "DPSHM_DIR": os.environ["DPSHM_DIR"]}
     pipe = subprocess.PIPE

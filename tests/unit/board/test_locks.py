@@ -6,7 +6,8 @@ from contextlib import closing
 from pathlib import Path
 
 from dpshm.board.locks import coordinator_byte, engine_byte, frontend_byte
-from dpshm.board.segment import Segment, sweep
+from dpshm.board.segment import Segment
+from dpshm.board.sweep import sweep
 from tests.unit.board.headers import header
 
 

@@ -1,4 +1,4 @@
-"""A segment's life: creation, attach, close, unlink and sweep. See test_board.py for locks across processes."""
+"""A segment's life: creation, attach, close and unlink. See test_board.py for locks across processes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 from dpshm.board import files, layout
-from dpshm.board.locks import coordinator_byte, engine_byte
-from dpshm.board.segment import Segment, sweep, sweep_dead
+from dpshm.board.locks import coordinator_byte
+from dpshm.board.segment import Segment
 from dpshm.errors import (
     HandleClosed,
-    SegmentInvalid,
     SegmentNotFound,
 )
 from tests.support import count_fds
@@ -31,7 +30,9 @@ def test_a_new_segment_is_zero_but_for_its_header(folder: Path):
         assert found.header.boot_id
         assert stat.S_IMODE((folder / "dpshm-g").stat().st_mode) == 0o600
         assert made.layout == layout.make_layout(4, 3)
-        assert [f.name for f in folder.iterdir()] == ["dpshm-g"]
+        names = {"dpshm-g", f"dpshm-g.{made.header.lock_token}.locks"}
+        assert {f.name for f in folder.iterdir()} == names
+        assert all(stat.S_IMODE((folder / name).stat().st_mode) == 0o600 for name in names)
 
 
 def test_writers_see_each_other_and_readers_cannot_write(folder: Path):
@@ -140,51 +141,5 @@ def test_unlink_leaves_a_successors_file_alone(folder: Path):
             files.sockets_path("g").mkdir()
             old.unlink()
             assert new.linked
-            assert {f.name for f in folder.iterdir()} == {"dpshm-g", "dpshm-g.sockets"}
-
-
-def test_sweep_removes_only_the_dead(folder: Path):
-    """Guards against removing a live board, and against keeping a dead one."""
-    assert not sweep("g")
-    made = Segment.create(header())
-    files.sockets_path("g").mkdir()
-    assert not sweep("g")
-    made.locks.unlock(coordinator_byte(made.header.columns))
-    made.locks.lock(engine_byte(made.header.columns, 0))
-    assert not sweep("g")  # an engine lives on
-    made.close()
-    assert sweep("g")
-    assert list(folder.iterdir()) == []
-    assert not sweep("g")
-
-
-@pytest.mark.parametrize("content", [b"", b"x", b"\0" * 8192, b"\xff" * 8192], ids=lambda c: f"{len(c)}")
-def test_sweep_removes_what_no_version_understands(folder: Path, content: bytes):
-    """Guards against a damaged file that blocks its group's name until an operator comes."""
-    (folder / "dpshm-g").write_bytes(content)
-    with pytest.raises(SegmentInvalid):
-        Segment.attach("g")
-    assert sweep("g")
-
-
-def test_sweep_dead_removes_the_dead_of_this_user(folder: Path):
-    """Guards against dead groups that fill the tmpfs, and against a start that removes what it should leave."""
-    live = Segment.create(header("live"))
-    for name in ("dead-1", "dead-2"):
-        Segment.create(header(name)).close()
-        files.sockets_path(name).mkdir(0o700)
-        (files.sockets_path(name) / "frontends").touch()
-    Segment.create(header("other-user")).close()
-    os.chown(folder / "dpshm-other-user", 12345, -1)
-    (folder / "dpshm-notes").write_bytes(b"my notes")
-    (folder / "dpshm-link").symlink_to(folder / "dpshm-notes")
-    os.mkfifo(folder / "dpshm-fifo")
-    files.sockets_path("stray").mkdir(0o700)
-    starting = files.lock_sockets_folder(files.sockets_path("starting"))
-    assert starting is not None
-    assert sweep_dead() == ["dead-1", "dead-2"]
-    left = {entry.name.removeprefix("dpshm-") for entry in folder.iterdir()}
-    assert left == {"live", "other-user", "notes", "link", "fifo", "starting.sockets"}
-    live.close()
-    starting.close()
-    assert sweep_dead() == ["live"]
+            locks = f"dpshm-g.{new.header.lock_token}.locks"
+            assert {f.name for f in folder.iterdir()} == {"dpshm-g", "dpshm-g.sockets", locks}

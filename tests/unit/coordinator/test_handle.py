@@ -66,7 +66,8 @@ def test_open_and_close(group):
     """Guards against a coordinator that leaves its board, its sockets or its threads behind."""
     threads = count_threads()
     coordinator = Coordinator(group=group, dp_size=2)
-    assert leftovers(group) == [f"dpshm-{group}", f"dpshm-{group}.sockets"]
+    locks = f"dpshm-{group}.{coordinator.board.segment.header.lock_token}.locks"
+    assert leftovers(group) == sorted([f"dpshm-{group}", locks, f"dpshm-{group}.sockets"])
     folder = files.sockets_path(group)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE(files.segment_path(group).stat().st_mode) == 0o600
@@ -230,7 +231,7 @@ def test_dpshm_dir_is_honoured(group, short_path, monkeypatch):
     monkeypatch.setenv("DPSHM_DIR", str(short_path))
     with Coordinator(group=group, dp_size=1), Engine.attach(group, 0), Frontend.attach(group) as frontend:
         assert frontend.route().dp_rank == 0
-        assert sorted(p.name for p in short_path.iterdir()) == [f"dpshm-{group}", f"dpshm-{group}.sockets"]
+        assert sorted(p.suffix for p in short_path.iterdir()) == ["", ".locks", ".sockets"]
     assert list(short_path.iterdir()) == []
 
 
@@ -250,7 +251,7 @@ status = os.waitpid(child, 0)[1]
         group=group,
     )
     assert remote.eval("status") == 0
-    assert len(leftovers(group)) == 2
+    assert len(leftovers(group)) == 3
     with Engine.attach(group, 0) as engine:
         engine.receive(None)
         wait_until(lambda: remote.eval("coordinator.board.phase") == Phase.RUNNING)
@@ -668,7 +669,7 @@ def test_what_the_dead_left_is_swept(group):
     remotes[2].run("frontend = Frontend.attach(group)\nfrontend.route()", group=group)
     for remote in remotes:
         remote.close()
-    assert len(leftovers(group)) == 2
+    assert len(leftovers(group)) == 3
     with Coordinator(group=group, dp_size=1) as coordinator:
         assert word(coordinator, "epoch") == 1
         assert coordinator.board.wave == 0

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from dpshm import Board, Coordinator, Engine, Frontend
-from dpshm.board.segment import sweep
+from dpshm.board.sweep import sweep
 from dpshm.ops.frame import Frame
 from dpshm.ops.read_frame import SILENT_AFTER_S, balance, read_frame
 from dpshm.version import __version__

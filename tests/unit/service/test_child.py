@@ -24,7 +24,7 @@ from dpshm import (
     SettingError,
     StartupTimeout,
 )
-from dpshm.board.segment import sweep
+from dpshm.board.sweep import sweep
 from dpshm.rules.waves import Phase
 from tests.support import Remote, RemoteError, count_fds, count_threads, gone, leftovers, polled, wait_until
 
@@ -94,7 +94,7 @@ def test_a_child_that_does_not_end_is_killed(group):
     os.kill(process.proc.pid, signal.SIGSTOP)
     process.shutdown(timeout=0.2)
     assert process.proc.exitcode == -signal.SIGKILL
-    assert len(leftovers(group)) == 2
+    assert len(leftovers(group)) == 3
     with Coordinator(group=group, dp_size=1):
         pass
 

@@ -1,4 +1,4 @@
-"""``python -m bench``: the comparison. ``python -m bench vllm``, ``routing``, ``gpu`` and ``faults``: the studies.
+"""``python -m bench``: the comparison. the studies are ``python -m bench STUDY``.
 
 The comparison needs no argument and takes some minutes. ``--quick`` takes less than one, shows that every part
 works, and gives rough figures.
@@ -12,13 +12,19 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-STUDIES = ("vllm", "routing", "gpu", "faults")
+STUDIES = {
+    "vllm": "bench.vllm.main",
+    "routing": "bench.routing",
+    "gpu": "bench.gpu",
+    "gpu-compare": "bench.gpu_compare",
+    "faults": "bench.faults",
+}
 
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
     if argv and argv[0] in STUDIES:
-        return int(import_module(f"bench.{argv[0]}").main(argv[1:]) or 0)
+        return int(import_module(STUDIES[argv[0]]).main(argv[1:]) or 0)
     parser = argparse.ArgumentParser("python -m bench", description="dpshm's board side by side with its peers.")
     parser.add_argument(
         "--quick", action="store_true", help="run small sizes in under a minute, to see that it works"

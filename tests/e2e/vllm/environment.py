@@ -31,6 +31,8 @@ TORCH = {"0.28.0": "2.13.0", "0.31.0": "2.13.0", "0.32.0": "2.13.0"}
 LAID_OVER = {"0.33.0": ("0.32.0", ("orjson",))}
 """Releases without a CPU build: the release below, and what they need beyond it."""
 COMPILED = (".so", "/vllm-rs")
+CARRIED = "carried"
+"""A file of this name marks an environment that `bench.vllm.carry` made."""
 ROOT = Path(__file__).resolve().parents[3]
 UNMATCHED = ("torchvision", "torchaudio", "torchcodec")  # built for another torch; vLLM runs without them
 
@@ -114,7 +116,12 @@ def _is_whole(where: Path) -> bool:
 
 
 def install_dpshm(where: Path) -> None:
-    """Installs this checkout there, editable, unless the same one is there already."""
+    """Installs this checkout there, editable, unless the same one is there already.
+
+    An environment that was carried to a machine without a network (`bench.vllm.carry`) finds it on PYTHONPATH.
+    """
+    if (where / CARRIED).exists():
+        return
     what = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + bytes(ROOT)).hexdigest()
     stamp = where / "dpshm-installed"
     if not stamp.exists() or stamp.read_text() != what:

@@ -34,7 +34,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 64,
     "vocab_size": 1024,
-    "max_position_embeddings": 32768,
+    "max_position_embeddings": 262144,
     "torch_dtype": "float32",
     "bos_token_id": 1,
     "eos_token_id": 2,

@@ -302,7 +302,7 @@ class PrefixIndexReader:
         at = _TABLE + ((fingerprint & self._mask) << _SHIFT)
         return fingerprint in self._words[at : at + BUCKET_WORDS].tolist()
 
-    def match(self, fingerprints: FingerprintList, growth: int = 4) -> int:
+    def match(self, fingerprints: FingerprintList, growth: int = 4, near: int = 0) -> int:
         """How many leading blocks of a prompt are held.
 
         It looks at ever farther blocks until one is missing, then bisects: a cache loses the ends of prompts
@@ -313,21 +313,25 @@ class PrefixIndexReader:
             fingerprints: of the prompt's blocks, such as an array of shape (blocks,) and dtype uint64.
             growth: by what factor each stride is longer than the one before. Fingerprints that are made on demand
                 are made up to the last stride's end: with 2, up to twice as many as match.
+            near: a guess, such as the match of another rank. If it is right, two looks are enough.
         """
         words, mask, fingerprint_at = self._words, self._mask, fingerprints.item
-        low, high, stride = 0, len(fingerprints), 1
+        low, high = 0, len(fingerprints)
+        at, stride = (near - 1, 1) if near > 0 else (0, growth)
         while low < high:
-            at = low + stride - 1 if stride else low + high >> 1
             if at >= high:
                 at = high - 1
             fingerprint = fingerprint_at(at)
             bucket = _TABLE + ((fingerprint & mask) << _SHIFT)
             if fingerprint in words[bucket : bucket + BUCKET_WORDS].tolist():
                 low = at + 1
+                at = low + stride - 1 if stride else low + high >> 1
                 stride *= growth
+            elif near > 0 and not low:  # the guess was too high
+                high, at, stride, near = at, 0, growth, 0
             else:
-                high = at
-                stride = 0
+                high, stride = at, 0
+                at = low + high >> 1
         return low
 
     def counters(self) -> dict[str, int]:

@@ -78,6 +78,7 @@ class PrefixReader:
         """
         blocks: dict[int, list[int]] = {}  # by tokens a block, which all ranks should agree on, and by rank
         lengths: dict[int, int] = {}  # how many blocks can be found at all
+        near = 0
         count, key = self._board.dp_size, self._key
         for dp_rank, reader in self._readers.items():
             size = reader.block_tokens
@@ -85,7 +86,7 @@ class PrefixReader:
             if fingerprints is not None and dp_rank < count:
                 if size not in blocks:
                     blocks[size] = [-1] * count
-                blocks[size][dp_rank] = reader.match(fingerprints, prompt.growth)
+                blocks[size][dp_rank] = near = reader.match(fingerprints, prompt.growth, near)
                 lengths[size] = len(fingerprints)
         samples: dict[int, Fingerprints] = {}
         if now_ns is not None and self._sent is not None:

@@ -197,7 +197,8 @@ class Blocks:
         self._hasher = hasher
         self._way = way
         self._block_tokens = block_tokens
-        self._names: list[int] = names.tolist()  # by block, the name under which its hash is known
+        self._name = names.item  # of a block: under this name its hash is known
+        self._made: dict[int, int] = {}  # fingerprints: each rank is asked for about the same ones
         # vLLM always computes the last token, so a block that ends with it is never found.
         self._count = max(0, num_tokens - 1) // block_tokens
         self.all_token_ids = request.prompt_token_ids
@@ -214,30 +215,33 @@ class Blocks:
 
     def item(self, index: int, /) -> int:
         """The fingerprint of a block; if vLLM's hasher fails, one that no engine has."""
-        way = self._way
-        digest = way.known.get(self._names[index])
-        if digest is None:
-            try:
-                digest = self._hash(index)
-            except Exception:
-                self._hasher.failed()
-                self._count = 0
-                return _NOTHING
-        return way.reducer.fingerprint(digest)
+        found = self._made.get(index)
+        if found is None:
+            way = self._way
+            digest = way.known.get(self._name(index))
+            if digest is None:
+                try:
+                    digest = self._hash(index)
+                except Exception:
+                    self._hasher.failed()
+                    self._count = 0
+                    return _NOTHING
+            found = self._made[index] = way.reducer.fingerprint(digest)
+        return found
 
     def _hash(self, index: int) -> bytes:
         """Hashes the blocks up to one, from the last known one before it."""
-        names, known, parts = self._names, self._way.known, self._way.parts
+        name, known, parts = self._name, self._way.known, self._way.parts
         if self.mm_features:
             # Releases before 0.32 continue a chain wrongly where multimodal inputs are: all is hashed at once.
             begin, end, hashes = 0, self._count, []
         else:
             begin, end, last = index, index + 1, None
-            while begin and (last := known.get(names[begin - 1])) is None:
+            while begin and (last := known.get(name(begin - 1))) is None:
                 begin -= 1
             hashes = [last] * (begin * parts) if last is not None else []
         self.block_hashes, self.num_tokens = hashes, end * self._block_tokens
         made = self._way.hash(self)
         for i in range(begin, end):
-            known.put(names[i], made[(i - begin + 1) * parts - 1])
+            known.put(name(i), made[(i - begin + 1) * parts - 1])
         return made[(index - begin + 1) * parts - 1]

@@ -97,17 +97,21 @@ def test_the_index_is_the_multiset_of_blocks(tmp_path_factory: pytest.TempPathFa
     assert counters["inserted"] - counters["evicted"] == sum(held.values())
 
 
-@given(st.integers(0, 600), st.integers(0, 600))
+@given(st.integers(0, 600), st.integers(0, 600), st.integers(0, 700))
 @settings(deadline=None, max_examples=60)
-def test_a_match_is_the_longest_leading_run(tmp_path_factory: pytest.TempPathFactory, length: int, cached: int):
+def test_a_match_is_the_longest_leading_run(
+    tmp_path_factory: pytest.TempPathFactory, length: int, cached: int, near: int
+):
     """Guards against a match that is off by one at either end of a gallop or a bisection."""
     folder = tmp_path_factory.mktemp("index")
     prompt = np.random.default_rng(length).integers(1, MAX, length, np.uint64)
     writer = make(folder, 1000)
     writer.insert(prompt[:cached])
     reader = PrefixIndexReader.open(index_path(folder, 0))
-    assert reader.match(prompt) == min(cached, length)
-    assert reader.match(prompt[:0]) == 0
+    for growth in (2, 4):
+        assert reader.match(prompt, growth) == min(cached, length)
+        assert reader.match(prompt, growth, near) == min(cached, length)
+    assert reader.match(prompt[:0], 2, near) == 0
 
 
 class _OnDemand:
@@ -115,7 +119,7 @@ class _OnDemand:
 
     def __init__(self, fingerprints: np.ndarray) -> None:
         self._fingerprints = fingerprints
-        self.made = 0
+        self.made = self.asked = 0
 
     def __len__(self) -> int:
         return len(self._fingerprints)
@@ -123,6 +127,7 @@ class _OnDemand:
     def item(self, index: int, /) -> int:
         """Makes all up to this one."""
         self.made = max(self.made, index + 1)
+        self.asked += 1
         return int(self._fingerprints[index])
 
 
@@ -136,6 +141,10 @@ def test_a_lookup_asks_for_little_more_than_it_matches(folder: Path, cached: int
     on_demand = _OnDemand(prompt)
     assert reader.match(on_demand, 2) == cached
     assert on_demand.made <= min(256, 2 * cached + 1)
+    again = _OnDemand(prompt)
+    assert reader.match(again, 2, cached) == cached
+    assert again.asked <= 2
+    assert again.made <= cached + 1
 
 
 def test_a_match_across_a_gap_ends_at_a_held_block(folder: Path):
@@ -147,7 +156,7 @@ def test_a_match_across_a_gap_ends_at_a_held_block(folder: Path):
         prompt = rng.integers(1, MAX, 200, np.uint64)
         held = rng.random(200) < 0.7
         writer.insert(prompt[held])
-        found = reader.match(prompt)
+        found = reader.match(prompt, near=int(rng.integers(0, 250)))
         assert found == 0 or held[found - 1]
         assert found == 200 or not held[found]
         writer.clear()

@@ -46,7 +46,7 @@ INDEXED = (
         "least_work@live-index:1000",
     ),
 )
-AHEAD = ("least_work@live-index-own", "least_work@live-index-ahead", "lmetric@live-index-ahead")
+AHEAD = ("least_work@live-index-sent", "least_work@live-index-ahead", "lmetric@live-index-sent")
 """With and without the prefix index, live and late, and the rivals; and what is about to be cached."""
 
 

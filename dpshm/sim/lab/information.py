@@ -4,8 +4,8 @@
 |---|---|
 | `live` | the board: every rank's current row, and the requests in flight of all front-ends |
 | `live-index` | the same, and which blocks of prompts each rank's cache holds: the prefix index |
-| `live-index-ahead` | the same, and blocks that will soon be cached: those of requests that any front-end sent to a rank in the last second |
-| `live-index-own` | the same, but only with blocks of this front-end's own requests |
+| `live-index-sent` | the same, and what any front-end sent to a rank in the last second, as samples of each prompt: all that `Frontend.route` knows |
+| `live-index-ahead` | the same, with all blocks of each prompt |
 | `live-unbooked` | the current rows, and no requests in flight |
 | `broadcast` | all rows at the last broadcast, every 100 ms. Its own requests since then count once for each front-end, as in vLLM's API servers, until the next broadcast overwrites them |
 | `broadcast-keep` | the same rows. Its own requests count once, until a broadcast shows them as received |
@@ -13,8 +13,8 @@
 | `scrape` | all rows at the last scrape, every second, and nothing else, as a gateway does |
 
 A number after a colon is another interval or delay in milliseconds: ``broadcast:10``. For `live-index` it is the
-delay of changes of the caches, as for a router that receives events; the default is 0. For the two models below it,
-it is the time for which sent requests are remembered.
+delay of changes of the caches, as for a router that receives events; the default is 0. For `live-index-ahead` it
+is the time for which sent requests are remembered.
 All models give the same `View`, so each policy runs on each of them.
 """  # noqa: E501 - a table
 
@@ -26,18 +26,18 @@ from dpshm.errors import SettingError
 from dpshm.sim.lab.late_information import Broadcast, BroadcastKeep, Immediate
 from dpshm.sim.lab.live_information import Live, LiveIndex, LiveIndexAhead, LiveUnbooked
 from dpshm.sim.lab.rank import SimRank
+from dpshm.sim.lab.sent_information import LiveIndexSent
 from dpshm.sim.lab.view_model import Information
 
 DEFAULT_MS = {
     "live-index": 0.0,
     "live-index-ahead": 1000.0,
-    "live-index-own": 1000.0,
     "broadcast": 100.0,
     "broadcast-keep": 100.0,
     "immediate": 1.0,
     "scrape": 1000.0,
 }
-NAMES = ("live", "live-unbooked", *DEFAULT_MS)
+NAMES = ("live", "live-unbooked", "live-index-sent", *DEFAULT_MS)
 
 
 def check_information(name: str) -> tuple[str, float]:
@@ -65,8 +65,8 @@ def make_information(name: str, ranks: list[SimRank], own: list[list[int]]) -> I
     made: dict[str, Any] = {
         "live": lambda: Live(ranks, own),
         "live-index": lambda: LiveIndex(ranks, own, seconds),
-        "live-index-ahead": lambda: LiveIndexAhead(ranks, own, seconds, own_only=False),
-        "live-index-own": lambda: LiveIndexAhead(ranks, own, seconds, own_only=True),
+        "live-index-ahead": lambda: LiveIndexAhead(ranks, own, seconds),
+        "live-index-sent": lambda: LiveIndexSent(ranks, own),
         "live-unbooked": lambda: LiveUnbooked(ranks, own),
         "broadcast": lambda: Broadcast(ranks, own, seconds, times=len(own)),
         "broadcast-keep": lambda: BroadcastKeep(ranks, own, seconds),

@@ -58,14 +58,13 @@ class LiveIndex(Live):
 class LiveIndexAhead(LiveIndex):
     """The board, the prefix index, and the blocks of what was sent a moment ago."""
 
-    def __init__(self, ranks: list[SimRank], own: list[list[int]], remembered_s: float, *, own_only: bool) -> None:
+    def __init__(self, ranks: list[SimRank], own: list[list[int]], remembered_s: float) -> None:
         super().__init__(ranks, own, 0.0)
         self._remembered_s = remembered_s
-        memories = [[_Sent() for _ in ranks] for _ in (own if own_only else own[:1])]
-        self._sent = memories if own_only else memories * len(own)  # by front-end, then by rank
+        self._sent = [_Sent() for _ in ranks]
 
     def sent(self, job: Job) -> None:
-        self._sent[job.frontend][job.rank].add(job.blocks, self._now_s + self._remembered_s)
+        self._sent[job.rank].add(job.blocks, self._now_s + self._remembered_s)
 
     def cached(self, job: Job, now_s: float) -> list[int] | None:
         self._now_s = now_s
@@ -73,7 +72,7 @@ class LiveIndexAhead(LiveIndex):
             return None
         return [
             hit_tokens(memory.beside(rank.cache, now_s), job.blocks, job.prompt_tokens, rank.cache.block_tokens)
-            for rank, memory in zip(self.ranks, self._sent[job.frontend], strict=True)
+            for rank, memory in zip(self.ranks, self._sent, strict=True)
         ]
 
     _now_s = 0.0

@@ -123,7 +123,7 @@ def send_prompt(world: World, frontend: int, rank: int, now_s: float) -> None:
     [
         ("live-index", 1536, 0, 0),
         ("live-index:100", 0, 0, 0),
-        ("live-index-own", 1536, 1536, 0),
+        ("live-index-sent", 1536, 1536, 1536),
         ("live-index-ahead", 1536, 1536, 1536),
     ],
 )
@@ -146,13 +146,26 @@ def test_other_views_know_no_caches():
     assert world.information.cached(Job(0.0, 0, 2000, 5), 0.0) is None
 
 
-@pytest.mark.parametrize("name", ["live-index-own:50", "live-index-ahead:50"])
-def test_what_was_sent_is_forgotten(name: str):
+@pytest.mark.parametrize(("name", "seconds"), [("live-index-ahead:50", 0.05), ("live-index-sent", 1.0)])
+def test_what_was_sent_is_forgotten(name: str, seconds: float):
     """Guards against a memory of what was sent that outlives its use: the rank may have lost it."""
     world = World(name)
     send_prompt(world, 0, 1, 0.0)
-    assert cached(world, 0.049) == [0, 1536]
-    assert cached(world, 0.051) == [0, 0]
+    assert cached(world, seconds - 0.01) == [0, 1536]
+    assert cached(world, seconds + 0.01) == [0, 0]
+
+
+def test_what_was_sent_is_compared_as_front_ends_do():
+    """Guards against a laboratory that knows more than the samples of a prompt tell."""
+    world = World("live-index-sent")
+    for blocks, known in ((tuple(range(50, 61)), 10), (tuple(range(50, 55)), 5), (tuple(range(49, 61)), 0)):
+        job = Job(0.0, 0, 20_000, 5, blocks=blocks)
+        job.rank = 1
+        assert world.information.cached(Job(0.0, 1, 20_000, 5), 0.0) is None
+        if known == 10:
+            world.information.cached(job, 0.0)
+            world.information.sent(job)
+        assert world.information.cached(Job(0.0, 1, 20_000, 5, blocks=blocks), 0.001) == [0, known * 512]
 
 
 @pytest.mark.parametrize("name", ["live-index", "live-index:10"])

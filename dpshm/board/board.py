@@ -96,6 +96,7 @@ class Board:
     requests_finished: Words
     engine_version: Words
     engine_time_namespace: Words
+    preemptions: Words
     # Written by the engine too: [engine], [engine, item of layout.STEP_MODEL_WORDS], [engine, front-end].
     load: Words
     request_offset: Words

@@ -193,6 +193,9 @@ def make_layout(engines: int, frontends: int) -> Layout:
     columns["engine_time_namespace"] = Column(  # inode: of which clock the engine's times are
         steps + len(STEP_MODEL_WORDS) * WORD_BYTES, (engines,), (ROW_BYTES,)
     )
+    columns["preemptions"] = Column(  # requests that lost their place in the batch; grows within an incarnation
+        steps + (len(STEP_MODEL_WORDS) + 1) * WORD_BYTES, (engines,), (ROW_BYTES,)
+    )
     owners = rows(frontends, FRONTEND_WORDS) + OWNER_OFFSET
     owner_words = OWNER_BYTES // WORD_BYTES
     columns["owner"] = Column(owners, (frontends, owner_words), (ROW_BYTES, WORD_BYTES))

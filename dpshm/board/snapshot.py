@@ -46,6 +46,7 @@ SNAPSHOT_DTYPE = np.dtype(
         ("prompt_tokens", np.int64),
         ("generation_tokens", np.int64),
         ("requests_finished", np.int64),
+        ("preemptions", np.int64),
         ("has_index", np.bool_),
         *((name, np.int64) for name in CACHE_WORDS[1:]),
     ]
@@ -53,7 +54,10 @@ SNAPSHOT_DTYPE = np.dtype(
 """One row a rank. `requests` and `prefill_backlog` count what is in flight in; ages are -1 where unknown."""
 
 _SANE = 1 << 61
-_COUNTERS = ("steps", "dummy_steps", "busy_ns", "prompt_tokens", "generation_tokens", "requests_finished")
+_COUNTERS = (
+    *("steps", "dummy_steps", "busy_ns", "prompt_tokens", "generation_tokens", "requests_finished"),
+    "preemptions",
+)
 
 
 def take_snapshot(board: Board, now_ns: int | None, counted: Sequence[int], watched: bool | None) -> NDArray[Any]:

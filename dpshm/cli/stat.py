@@ -15,7 +15,7 @@ from dpshm.ops.frame import Frame
 from dpshm.ops.groups import open_group
 from dpshm.ops.screen.table import History, screen
 from dpshm.ops.screen.text import Glyphs
-from dpshm.ops.watcher import Watcher
+from dpshm.ops.watcher import LATENCY_WINDOW_S, Watcher
 
 PIPE_WIDTH = 120
 
@@ -35,7 +35,8 @@ def stat(
 ) -> None:
     r"""Print the state of a group: ranks, front-ends, wave, coordinator.
 
-    Reads shared memory and asks no process, so it answers even while every process hangs.
+    Reads shared memory and asks no process, so it answers even while every process hangs. Latencies (ttft, queue,
+    per_token) count since the group began; with --watch over the last minute.
 
     \b
     Examples:
@@ -47,7 +48,7 @@ def stat(
         typer.echo(msgspec.json.format(msgspec.json.encode(msgspec.json.schema(Frame))).decode())
         return
     signs = glyphs(ascii_only, sys.stdout.encoding)
-    with Watcher(open_group(group), window_s=watch or over) as watcher:
+    with Watcher(open_group(group), watch or over, LATENCY_WINDOW_S if watch else None) as watcher:
         try:
             frame = watcher.read()
             if over and not watch:

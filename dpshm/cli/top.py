@@ -15,7 +15,7 @@ from dpshm.errors import SettingError
 from dpshm.ops.groups import open_group
 from dpshm.ops.screen.table import History, screen
 from dpshm.ops.screen.text import Glyphs
-from dpshm.ops.watcher import Watcher
+from dpshm.ops.watcher import LATENCY_WINDOW_S, Watcher
 
 PIPE_WIDTH = 120
 ONCE_LOOKS, ONCE_S = 10, 0.1
@@ -47,7 +47,7 @@ def top(
       dpshm top --once | head -20
     """
     signs = glyphs(ascii_only, sys.stdout.encoding)
-    with Watcher(open_group(group)) as watcher:
+    with Watcher(open_group(group), latency_window_s=None if once else LATENCY_WINDOW_S) as watcher:
         try:
             if once:
                 _print_once(watcher, signs)

@@ -79,13 +79,14 @@ class EngineRow:
         self._at_backlog = board.index("prefill_backlog", dp_rank)
         self._at_beat = board.index("beat", dp_rank)
         self._at_finished = board.index("requests_finished", dp_rank)
+        self._at_preemptions = board.index("preemptions", dp_rank)
         self._at_received_requests = board.index("received_requests", dp_rank)
         self._at_received_tokens = board.index("received_tokens", dp_rank)
         mask, frontends = COUNT_MASK, range(board.frontends)
         self._received_requests = [words[self._at_received_requests + f] & mask for f in frontends]
         self._received_tokens = [words[self._at_received_tokens + f] & mask for f in frontends]
         self._all_requests, self._all_tokens = sum(self._received_requests), sum(self._received_tokens)
-        self._finished = 0
+        self._finished = self._preemptions = 0
         self._wave = self._progress = 0
         places = ("step_start", "steps", "step_model")
         self.cache: EngineCache | None = None
@@ -306,6 +307,12 @@ class EngineRow:
         self._words[self._at_finished] = self._finished
         self._step.finished(requests)
 
+    def preempted(self, requests: int = 1) -> None:
+        """Counts requests that lost their place in the batch, for want of KV cache, and wait again."""
+        self._check()
+        self._preemptions = saturate(self._preemptions + index(requests))
+        self._words[self._at_preemptions] = self._preemptions
+
     def close(self) -> None:
         """Leaves the group: the row is free for another process."""
         if not self._segment.usable:
@@ -344,7 +351,7 @@ def _initialise(board: Board, dp_rank: int) -> None:
     incarnation = words[board.index("engine_incarnation", dp_rank)] & COUNT_MASK
     # No process first: a reader must not take these counters, which fall, for those of the previous holder.
     words[board.index("engine_pid", dp_rank)] = 0
-    for name in ("load", *layout.ENGINE_WORDS):
+    for name in ("load", "preemptions", *layout.ENGINE_WORDS):
         if name != "engine_incarnation":
             words[board.index(name, dp_rank)] = 0
     for name, items in (("step_model", layout.STEP_MODEL_WORDS), ("cache_state", layout.CACHE_WORDS)):

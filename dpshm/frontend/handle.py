@@ -73,7 +73,7 @@ class Frontend:
         self._at_revision = board.index("revision")
         self._at_control = board.index("control")
         self._row = FrontendRow(board, index)
-        self._bookings = Bookings(board.segment, self._row)
+        self._bookings = Bookings(board, self._row, index)
         self._lock = self._bookings.lock
         self._reader = ViewReader(
             *(board, index, self._row.own, None if ranks is None else frozenset(ranks)),

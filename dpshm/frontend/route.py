@@ -19,15 +19,21 @@ import logging
 import sys
 import threading
 from collections import deque
+from time import monotonic_ns
 from types import TracebackType
 from typing import Self
 
 import msgspec
 
-from dpshm.board.segment import Segment
+from dpshm.board.board import Board
+from dpshm.board.latency import PER_TOKEN, QUEUE, TTFT, LatencyWriter, latency_path
+from dpshm.errors import SegmentError, SettingError
 from dpshm.frontend.row import FrontendRow
 
 logger = logging.getLogger(__name__)
+
+MAX_QUEUE_S = 1e6
+"""Eleven days."""
 
 
 class Bookings:
@@ -38,23 +44,58 @@ class Bookings:
         lost: a Route was collected while open since the last `heal`.
     """
 
-    def __init__(self, segment: Segment, row: FrontendRow) -> None:
-        self._segment = segment
+    def __init__(self, board: Board, row: FrontendRow, index: int) -> None:
+        self._board = board
+        self._segment = board.segment
         self._row = row
+        self._index = index
+        self._latencies: LatencyWriter | None = None  # made when a first token comes
+        self._measures = True
         self.lock = threading.RLock()
         self.lost = False
         self._collected: deque[Route] = deque()  # while open
         self._warned = False
 
-    def end(self, route: Route, *, unbook: bool) -> None:
+    def end(self, route: Route, *, unbook: bool, output_tokens: int = 0) -> None:
         """Ends a booking, once. Does nothing if the front-end is closed, or in a forked child."""
         if not self._segment.usable:  # in a forked child the lock may be held for ever
             return
         with self.lock:
             if self._segment.usable:
+                if output_tokens > 1 and route.first_token_ns and route.open and self._latencies is not None:
+                    # There is room for the rank since its first token.
+                    took_ns = (monotonic_ns() - route.first_token_ns) // (output_tokens - 1)
+                    self._latencies.observe(route.dp_rank, PER_TOKEN, took_ns)
                 self._row.end(route, unbook=unbook)
         if self.lost:
             self.heal()
+
+    def first_token(self, route: Route, queue_s: float | None) -> None:
+        """Counts how long a request's first token took, once. Does nothing where `end` does nothing."""
+        if route.first_token_ns or not self._segment.usable:
+            return
+        now_ns = monotonic_ns()
+        with self.lock:
+            if self._segment.usable and route.open and not route.first_token_ns:
+                route.first_token_ns = now_ns
+                self._observe(route, TTFT, now_ns - route.booked_ns)
+                if queue_s is not None:
+                    self._observe(route, QUEUE, round(queue_s * 1e9))
+        if self.lost:
+            self.heal()
+
+    def _observe(self, route: Route, kind: int, took_ns: int) -> None:
+        """Stores how long something took; without room for it in shared memory, never again."""
+        if not self._measures:
+            return
+        try:
+            if self._latencies is None:
+                path = latency_path(self._segment.sockets_path, self._index)
+                self._latencies = LatencyWriter(path, self._board.dp_size)
+            self._latencies.observe(route.dp_rank, kind, took_ns)
+        except SegmentError as e:
+            self._measures, self._latencies = False, None
+            logger.warning("front-end %d stores no more latencies: %s", self._index, e)
 
     def end_collected(self, route: Route) -> None:
         """Ends the booking of a Route that is collected while open. Never waits and never logs."""
@@ -114,6 +155,8 @@ class Route(msgspec.Struct, eq=False):
         prompt_tokens: the prompt tokens that were booked: those that are expected to be computed.
         cached_tokens: the prompt tokens that the engine is expected to find in its cache.
         open: whether the booking counts: neither `done` nor `cancel` was called.
+        booked_ns: when it was booked, CLOCK_MONOTONIC.
+        first_token_ns: when `first_token` was called; 0 before.
     """
 
     _bookings: Bookings
@@ -122,15 +165,37 @@ class Route(msgspec.Struct, eq=False):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     open: bool = False
+    booked_ns: int = 0
+    first_token_ns: int = 0
     _was_sent: bool = False
 
     def sent(self) -> None:
         """The request was sent: from now on an exception that leaves the block does not cancel the booking."""
         self._was_sent = True
 
-    def done(self) -> None:
-        """The request finished, was aborted or was refused. A second call does nothing."""
-        self._bookings.end(self, unbook=False)
+    def first_token(self, queue_s: float | None = None) -> None:
+        """The request's first token came: stores the time since the booking in the rank's histogram.
+
+        Optional. A second call does nothing, so it may be called with each token.
+
+        Args:
+            queue_s: how long the request waited in the engine's queue, if the engine tells it.
+
+        Raises:
+            SettingError: `queue_s` is negative, or above `MAX_QUEUE_S`.
+        """
+        if queue_s is not None and not 0 <= queue_s <= MAX_QUEUE_S:
+            raise SettingError(f"queue_s is {queue_s}: a time in a queue is 0 to {MAX_QUEUE_S:g} seconds")
+        self._bookings.first_token(self, queue_s)
+
+    def done(self, output_tokens: int = 0) -> None:
+        """The request finished, was aborted or was refused. A second call does nothing.
+
+        Args:
+            output_tokens: tokens that it generated, if `first_token` was called: the time of each after the first
+                is stored in the rank's histogram.
+        """
+        self._bookings.end(self, unbook=False, output_tokens=output_tokens)
 
     def cancel(self) -> None:
         """The request was never sent: takes the booking back. A second call does nothing."""

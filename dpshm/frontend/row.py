@@ -80,6 +80,7 @@ class FrontendRow:
             self._sent_tokens[dp_rank] = sent = (sent if sent > received else received) + prompt_tokens
             words[self._at_sent_tokens + dp_rank] = sent
         self.own[dp_rank] += 1
+        route.booked_ns = now_ns
         route.open = True
         self._routed += 1
         words[self._at_routed] = self._routed

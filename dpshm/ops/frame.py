@@ -44,6 +44,22 @@ class Coordinator(msgspec.Struct, frozen=True, kw_only=True):
     drops_by_reason: dict[str, int] = msgspec.field(default_factory=dict)
 
 
+class Latency(msgspec.Struct, frozen=True, kw_only=True):
+    """How long requests took.
+
+    Attributes:
+        count: requests that were measured.
+        mean_s: null without requests, as the two after it.
+        p50_s: half of them took no longer; interpolated in a bucket that is 1.6 times as wide as the one before.
+        p99_s: 99 of 100 took no longer.
+    """
+
+    count: int
+    mean_s: float | None
+    p50_s: float | None
+    p99_s: float | None
+
+
 class Rank(msgspec.Struct, frozen=True, kw_only=True):
     """One engine.
 
@@ -75,6 +91,11 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
         indexed_blocks: different blocks in the prefix index.
         dropped_blocks: blocks that found no place in it.
         cached_share: prompt tokens found in the cache, of all prompt tokens of the rates' window.
+        preemptions: requests that lost their place in the batch, since this incarnation began.
+        ttft: time to first token: from the front-end's decision until the token was there. Null, as the two after
+            it, where this user may not read the front-ends' histograms.
+        queue: time in the engine's queue.
+        per_token: time per output token after the first.
     """
 
     dp_rank: int
@@ -115,6 +136,10 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens_per_s: float | None = None
     generation_tokens_per_s: float | None = None
     cached_share: float | None = None
+    preemptions: int = 0
+    ttft: Latency | None = None
+    queue: Latency | None = None
+    per_token: Latency | None = None
 
 
 class Frontend(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,6 +182,8 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
         waves_per_minute: waves started per minute in the rates' window; null for a dense group.
         balance: most requests on a routable rank divided by the mean; null without requests.
         rates_over_s: length of the rates' window.
+        ttft: of all ranks together, as the two after it.
+        latency_over_s: length of the window of ttft, queue and per_token; null: they count since the group began.
     """
 
     schema_version: int
@@ -178,3 +205,7 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     coordinator: Coordinator
     ranks: list[Rank]
     frontends: list[Frontend]
+    ttft: Latency | None
+    queue: Latency | None
+    per_token: Latency | None
+    latency_over_s: float | None

@@ -35,6 +35,22 @@ def _rate(metric: str) -> list[tuple[str, str]]:
     return [(f"rate({metric}{{{_R}}}[$__rate_interval])", f"{_WHERE} rank {{{{dp_rank}}}}")]
 
 
+def _latency(title: str, metric: str, help_: str) -> Panel:
+    """p50 and p99 by rank, and the mean of all ranks."""
+    curves = [
+        (
+            f"histogram_quantile({share}, sum by (group, instance, dp_rank, le) "
+            f"(rate({metric}_bucket{{{_R}}}[$__rate_interval])))",
+            f"{_WHERE} rank {{{{dp_rank}}}} {name}",
+        )
+        for share, name in ((0.5, "p50"), (0.99, "p99"))
+    ]
+    sums = (
+        f"sum by (group, instance) (rate({metric}_{part}{{{_R}}}[$__rate_interval]))" for part in ("sum", "count")
+    )
+    return Panel(title, "s", [*curves, (" / ".join(sums), f"{_WHERE} mean")], help=help_)
+
+
 PANELS = (
     Panel("Coordinator", "bool_on_off", [(f"dpshm_coordinator_up{{{_G}}}", _WHERE)], "stat", 4),
     Panel(
@@ -82,6 +98,23 @@ PANELS = (
     ),
     Panel("Waiting requests", "short", _rank("dpshm_rank_waiting_requests")),
     Panel("Running requests", "short", _rank("dpshm_rank_running_requests")),
+    _latency(
+        "Time to first token",
+        "dpshm_rank_time_to_first_token_seconds",
+        "From the decision of a front-end until it had the first token.",
+    ),
+    _latency(
+        "Time per output token",
+        "dpshm_rank_time_per_output_token_seconds",
+        "The mean of each request, first token excepted.",
+    ),
+    _latency("Time in the queue", "dpshm_rank_queue_time_seconds", "As the engine tells it."),
+    Panel(
+        "Preemptions",
+        "short",
+        _rate("dpshm_rank_preemptions_total"),
+        help="Requests that lost their place in the batch, for want of KV cache.",
+    ),
     Panel("KV cache", "percentunit", _rank("dpshm_rank_kv_cache_usage_ratio")),
     Panel("KV-cache tokens of running requests", "short", _rank("dpshm_rank_held_tokens")),
     Panel(

@@ -12,7 +12,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dpshm.board.board import Board
+from dpshm.board.latency import BUCKETS, LIMITS_S, read_latencies
 from dpshm.errors import SegmentError, SettingError
 from dpshm.net.addresses import bare
 from dpshm.ops.bounded_http import BoundedHandler, BoundedServer
@@ -62,6 +66,13 @@ _RANK_COUNTERS: tuple[tuple[str, str, Callable[[Rank], float]], ...] = (
     ("cached_tokens", "Prompt tokens found in the KV cache.", lambda r: r.cached_tokens),
     ("generation_tokens", "Tokens generated.", lambda r: r.generation_tokens),
     ("requests_finished", "Requests that ended.", lambda r: r.requests_finished),
+    ("preemptions", "Requests that lost their place in the batch.", lambda r: r.preemptions),
+)
+# In the order of `dpshm.board.latency.KINDS`.
+_RANK_HISTOGRAMS = (
+    ("time_to_first_token", "Time from a front-end's decision until the first token was there."),
+    ("queue_time", "Time in the engine's queue."),
+    ("time_per_output_token", "Time per output token after the first, a request."),
 )
 _COORDINATOR_COUNTERS: tuple[tuple[str, str, Callable[[Coordinator], float]], ...] = (
     ("waves_started", "Waves that began.", lambda c: c.waves_started),
@@ -89,6 +100,9 @@ class BoardCollector(Collector):
         yield from self._coordinator(frame.group, frame.coordinator)
         yield from _ranks(frame.group, frame.ranks)
         yield from _frontends(frame.group, frame.frontends)
+        latencies = read_latencies(self._board)
+        if latencies is not None:
+            yield from _latencies(frame.group, latencies)
 
     def _group(self, frame: Frame) -> Iterator[Metric]:
         build = InfoMetricFamily(
@@ -153,6 +167,17 @@ def _ranks(group: str, ranks: Iterable[Rank]) -> Iterator[Metric]:
         for counter, (_, _, get) in zip(counters, _RANK_COUNTERS, strict=True):
             counter.add_metric(of, get(rank))
     yield from (state, *gauges, *counters)
+
+
+def _latencies(group: str, latencies: NDArray[np.int64]) -> Iterator[Metric]:
+    limits = [*(f"{limit:g}" for limit in LIMITS_S), "+Inf"]
+    for kind, (name, help_) in enumerate(_RANK_HISTOGRAMS):
+        family = HistogramMetricFamily(f"dpshm_rank_{name}_seconds", help_, labels=["group", "dp_rank"])
+        for dp_rank, histogram in enumerate(latencies[:, kind]):
+            totals = np.cumsum(histogram[:BUCKETS]).tolist()
+            buckets = list(zip(limits, totals, strict=True))
+            family.add_metric([group, str(dp_rank)], buckets, histogram[BUCKETS] / 1e9)
+        yield family
 
 
 def _frontends(group: str, frontends: Iterable[Frontend]) -> Iterator[Metric]:

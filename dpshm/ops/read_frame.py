@@ -23,7 +23,7 @@ SILENT_AFTER_S = 1.0
 
 
 def read_frame(board: Board) -> Frame:
-    """Reads one frame, without rates."""
+    """Reads one frame, without rates and latencies."""
     board.segment.refresh()
     now_ns, now = time.monotonic_ns(), time.time()
     ages = clocks_agree(board)
@@ -51,6 +51,10 @@ def read_frame(board: Board) -> Frame:
         coordinator=coordinator,
         ranks=ranks,
         frontends=_frontends(board, now_ns if ages else None, marks_fresh),
+        ttft=None,
+        queue=None,
+        per_token=None,
+        latency_over_s=None,
     )
 
 
@@ -126,7 +130,7 @@ def _ranks(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Rank]:
 _SAME = (
     *("dp_rank", "drained", "stock", "waiting", "running", "in_flight", "requests", "prefill_backlog"),
     *("kv_cache_usage", "wave", "step", "pid", "incarnation", "steps", "dummy_steps", "prompt_tokens"),
-    *("generation_tokens", "requests_finished", "has_index", *CACHE_WORDS[1:]),
+    *("generation_tokens", "requests_finished", "preemptions", "has_index", *CACHE_WORDS[1:]),
 )
 
 

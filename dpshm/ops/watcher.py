@@ -1,4 +1,4 @@
-"""Reads frames of a group and adds the rates over a short window.
+"""Reads frames of a group, and adds the rates over a short window and the latencies of the last minute.
 
 A watcher survives the group's end and restart. When its segment has lost its name and the group has a new segment,
 the watcher attaches to the new one.
@@ -9,13 +9,19 @@ from __future__ import annotations
 from collections import deque
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from dpshm.board.board import Board
+from dpshm.board.latency import read_latencies
 from dpshm.errors import SegmentError
 from dpshm.ops.frame import Frame, Frontend, Rank
+from dpshm.ops.latency import with_latencies
 from dpshm.ops.read_frame import read_frame
 
 WINDOW_S = 5.0
+LATENCY_WINDOW_S = 60.0
+_LATENCY_LOOK_S = 1.0
 
 
 class Watcher:
@@ -24,15 +30,20 @@ class Watcher:
     Args:
         board: the group's board, attached read-only; `close` closes it.
         window_s: the longest window of the rates.
+        latency_window_s: the longest window of the latencies; None: they count since the group began.
     """
 
-    def __init__(self, board: Board, window_s: float = WINDOW_S) -> None:
+    def __init__(
+        self, board: Board, window_s: float = WINDOW_S, latency_window_s: float | None = LATENCY_WINDOW_S
+    ) -> None:
         self.board = board
         self._window_s = window_s
+        self._latency_window_s = latency_window_s
         self._past: deque[Frame] = deque()
+        self._past_latencies: deque[tuple[float, NDArray[np.int64]]] = deque()
 
     def read(self) -> Frame:
-        """Reads a frame. The first has no rates."""
+        """Reads a frame. The first has no rates, and its latencies count since the group began."""
         if not self.board.segment.linked:
             self._follow()
         frame = read_frame(self.board)
@@ -41,7 +52,24 @@ class Watcher:
         # The oldest frame within the window, or the previous frame if frames are further apart.
         while len(past) > 2 and frame.monotonic_s - past[0].monotonic_s > self._window_s:
             past.popleft()
-        return with_rates(past[0], frame) if len(past) > 1 else frame
+        return self._with_latencies(with_rates(past[0], frame) if len(past) > 1 else frame)
+
+    def _with_latencies(self, frame: Frame) -> Frame:
+        now, now_s = read_latencies(self.board), frame.monotonic_s
+        if now is None or self._latency_window_s is None:
+            return with_latencies(frame, now, None)
+        past = self._past_latencies
+        if not past or now_s - past[-1][0] >= _LATENCY_LOOK_S:
+            past.append((now_s, now))
+        while len(past) > 2 and now_s - past[1][0] >= self._latency_window_s:
+            past.popleft()
+        since_s, then = past[0]
+        if now_s == since_s:
+            return with_latencies(frame, now, None)
+        n = min(len(then), len(now))
+        recent = now.copy()
+        recent[:n] -= then[:n]
+        return with_latencies(frame, np.maximum(recent, 0), now_s - since_s)
 
     def _follow(self) -> None:
         try:
@@ -51,6 +79,7 @@ class Watcher:
         self.board.close()
         self.board = new
         self._past.clear()
+        self._past_latencies.clear()
 
     def close(self) -> None:
         """Closes the board."""

@@ -3,7 +3,7 @@
     _ensure_stats_update_task   a client is about to listen to the coordinator's broadcast: the hook looks for the
                                 board first, and gives the client a link (`dpshm.vllm.client_links`)
     add_request_async           a client that was made outside an event loop gets its link before its first request
-    process_engine_outputs      requests that finished leave the bookings
+    process_engine_outputs      tokens are timed, and requests that finished leave the bookings
 
 A client has at most one link, for as long as the link works: a link that fails removes itself, and the client does
 from then on what vLLM's own client does.
@@ -52,12 +52,15 @@ def first_request(stock: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
 
 
 def outputs_processor(stock: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """The hook on ``process_engine_outputs``: requests that finished leave the bookings."""
+    """The hook on ``process_engine_outputs``: tokens are timed, and requests that finished leave the bookings."""
 
     async def process_engine_outputs(client: Any, outputs: Any) -> None:
         link = client.__dict__.get(LINK)
-        if link is not None and outputs.finished_requests:
-            link.finished(outputs.finished_requests)
+        if link is not None:
+            if outputs.outputs:
+                link.heard(outputs.outputs)
+            if outputs.finished_requests:
+                link.finished(outputs.finished_requests)
         await stock(client, outputs)
 
     return process_engine_outputs

@@ -87,6 +87,9 @@ class ClientLink:
 
         self._hooks.view("engines_running", running)
 
+    def heard(self, outputs: Any) -> None:
+        """Called with what a step of an engine brought to this client, one output a request."""
+
     def finished(self, request_ids: Any) -> None:
         """Called with the ids of requests that are over: finished, aborted or refused."""
 
@@ -147,6 +150,7 @@ class BookingLink(ClientLink):
     ) -> None:
         super().__init__(client, group)
         self._routes: dict[str, list[Route]] = {}
+        self._output_tokens: dict[str, int] = {}  # of each request whose first token came
         self._needs_key = options.policy.startswith("affinity")
         core_client = import_module("vllm.v1.engine.core_client")
         self._count_tokens = import_module("vllm.utils").length_from_prompt_token_ids_or_embeds
@@ -184,12 +188,28 @@ class BookingLink(ClientLink):
         self._hooks.put("get_core_engine_for_request", lambda request: self._choose(choose, request))
         self._hooks.put("add_request_async", add)
 
+    def heard(self, outputs: Any) -> None:
+        """Counts tokens, and times the first of each request."""
+        try:
+            routes, output_tokens = self._routes, self._output_tokens
+            for output in outputs:
+                request_id, tokens = output.request_id, len(output.new_token_ids)
+                if request_id in output_tokens:
+                    output_tokens[request_id] += tokens
+                elif tokens and (of_request := routes.get(request_id)):
+                    output_tokens[request_id] = tokens
+                    of_request[-1].first_token(_queue_s(getattr(output, "events", None)))
+        except Exception:
+            self._give_up()
+
     def finished(self, request_ids: Any) -> None:
         """Ends the bookings of these requests."""
         try:
             for request_id in request_ids:
-                for route in self._routes.pop(request_id, ()):
-                    route.done()
+                output_tokens = self._output_tokens.pop(request_id, 0)
+                for route in reversed(self._routes.pop(request_id, [])):  # several: parts of a streamed input
+                    route.done(output_tokens)
+                    output_tokens = 0
         except Exception:
             self._give_up()
 
@@ -341,3 +361,11 @@ class BoardLink(BookingLink):
                 self._warned_none = True
                 logger.warning("dpshm: vLLM chooses while there is no engine to choose (said once): %s", e)
             return None
+
+
+def _queue_s(events: Any) -> float | None:
+    """How long a request waited in its engine's queue; None if the engine keeps no such events (no log stats)."""
+    times = {event.type.name: event.timestamp for event in events or ()}
+    if not {"QUEUED", "SCHEDULED"} <= times.keys():
+        return None
+    return max(0.0, float(times["SCHEDULED"] - times["QUEUED"]))

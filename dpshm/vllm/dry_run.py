@@ -229,7 +229,7 @@ class _Board:
         return SimpleNamespace(
             dp_rank=CHOSEN,
             wave=WAVE,
-            done=lambda: ended.append("done"),
+            done=lambda _: ended.append("done"),
             cancel=lambda: ended.append("cancelled"),
         )
 

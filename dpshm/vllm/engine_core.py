@@ -330,13 +330,17 @@ class EngineLink:
         """Counts a step; `result` is the result of ``step_fn``, None after a dummy batch."""
         assert self._row is not None
         assert self._step is not None
-        tokens = finished = 0
+        tokens = finished = preempted = 0
         for of_client in (result[0] or {}).values() if result is not None else ():
             for output in of_client.outputs:
                 tokens += len(output.new_token_ids)
                 finished += output.finish_reason is not None
+                if output.events:  # only while vLLM logs its stats
+                    preempted += sum(event.type.name == "PREEMPTED" for event in output.events)
         if finished:
             self._row.finished(finished)
+        if preempted:
+            self._row.preempted(preempted)
         waiting = self._scheduler.get_request_counts()[1]
         prefilled = self._backlog.update(self._scheduler.running, waiting, self._scheduler.requests.values())
         if self._prefix is not None:  # once a step, because it goes through the batch

@@ -9,7 +9,7 @@
     v1.engine.core_client.DPAsyncMPClient          an API server is about to listen to the broadcast: the hook
       ._ensure_stats_update_task                   finds the board and hooks the instance (`dpshm.vllm.api_server`)
       .add_request_async                           the first request passes the instance's hooks too
-    v1.engine.core_client.DPLBAsyncMPClient        requests that finished leave the bookings
+    v1.engine.core_client.DPLBAsyncMPClient        tokens are timed; requests that finished leave the bookings
       .process_engine_outputs
     prometheus_client.multiprocess                 the board's figures on vLLM's /metrics
       .MultiProcessCollector.__init__

@@ -64,6 +64,34 @@ def busy(group, using, coordinator):
     return coordinator
 
 
+def test_latencies_are_histograms_that_outlive_their_front_end(group, using, coordinator):
+    """Guards against histograms that Prometheus cannot sum, and counters that fall when an API server dies."""
+    using(Engine.attach(group, 0))
+    for seconds in (0.0, 0.002):
+        api = using(Remote())
+        api.run(
+            "frontend = Frontend.attach(group, owner='api'); route = frontend.route(dp_rank=0, wake=False)\n"
+            "import time; time.sleep(seconds); route.first_token(1.0); route.done(2)",
+            group=group,
+            seconds=seconds,
+        )
+        api.kill()
+        wait_until(lambda: stat(group)["frontends"][0]["state"] == "dead")
+    found = scrape(coordinator.metrics_address)
+    for name in ("time_to_first_token", "queue_time", "time_per_output_token"):
+        buckets = {
+            dict(labels)["le"]: value
+            for labels, value in found[f"dpshm_rank_{name}_seconds_bucket"].items()
+            if dict(labels)["dp_rank"] == "0"
+        }
+        assert list(buckets.values()) == sorted(buckets.values()), name
+        assert buckets["+Inf"] == 2, name
+        assert found[f"dpshm_rank_{name}_seconds_count"][("dp_rank", "0"), ("group", group)] == 2
+        assert found[f"dpshm_rank_{name}_seconds_sum"][("dp_rank", "0"), ("group", group)] > 0
+    assert found["dpshm_rank_queue_time_seconds_sum"][("dp_rank", "0"), ("group", group)] == 2
+    assert found["dpshm_rank_queue_time_seconds_count"][("dp_rank", "1"), ("group", group)] == 0
+
+
 def test_a_scrape_says_what_the_board_says(group, busy):
     """Guards against a metric that shows another one's value, or a label that is wrong."""
     found = scrape(busy.metrics_address)

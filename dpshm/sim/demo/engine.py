@@ -94,9 +94,11 @@ class SimEngine:
         self._lifeline = lifeline
         self._accelerator = accelerator
         self._batcher = Batcher(accelerator.cost)
-        self._steps = 0
+        self._steps = self._preemptions = 0
         self._malformed = 0
         self._refused: list[tuple[int, int]] = []
+        self._arrived: dict[tuple[int, int], float] = {}  # by request, until it is admitted
+        self._queue_s: dict[tuple[int, int], float] = {}  # by request, until its first token
         self._blocks: dict[tuple[int, int], tuple[int, ...]] = {}  # by request, until its prompt is computed
         self._prompt_tokens = self._cached_tokens = 0
         self._decoder = msgspec.msgpack.Decoder(RequestMessage)
@@ -181,6 +183,7 @@ class SimEngine:
         except DpshmError:  # can never fit
             self._refused.append(key)
             return
+        self._arrived[key] = time.monotonic()
         self._prompt_tokens += message.prompt_tokens
         if self._cache is not None and message.blocks:
             self._blocks[key] = message.blocks
@@ -192,6 +195,7 @@ class SimEngine:
         self._receive_requests()
         batcher = self._batcher
         step = batcher.plan()
+        self._note_admitted(step)
         self._publish()
         with self._timed(step):
             all_idle = self._accelerator.compute(batcher, step, self._lifeline.ended)
@@ -204,12 +208,22 @@ class SimEngine:
                 blocks = self._blocks.pop(request.key, ())
                 self._cache.insert(blocks, batcher.cost.kv_tokens - batcher.kv_used)
         self._engine.finished(len(finished.completed))
+        if batcher.preemptions > self._preemptions:
+            self._engine.preempted(batcher.preemptions - self._preemptions)
+            self._preemptions = batcher.preemptions
         self._publish()
         if finished.first_tokens or finished.completed:
             self._reply(finished.first_tokens, finished.completed)
         if all_idle:
             self._engine.wave_complete()
             self._publish()
+
+    def _note_admitted(self, step: Step) -> None:
+        now_s = time.monotonic()
+        for request, _ in self._batcher.work(step).chunks:
+            arrived_s = self._arrived.pop(request.key, None)
+            if arrived_s is not None:
+                self._queue_s[request.key] = now_s - arrived_s
 
     def _timed(self, step: Step) -> AbstractContextManager[object]:
         return self._engine.step(prefill_tokens=step.prompt_tokens, batch=step.output_tokens)
@@ -243,10 +257,12 @@ class SimEngine:
         by_frontend: dict[int, ReplyMessage] = {}
 
         def of(key: tuple[int, int]) -> ReplyMessage:
-            return by_frontend.setdefault(key[0], ReplyMessage([], [], []))
+            return by_frontend.setdefault(key[0], ReplyMessage([], [], [], []))
 
         for request in first:
-            of(request.key).first.append(request.key[1])
+            reply = of(request.key)
+            reply.first.append(request.key[1])
+            reply.queue_s.append(self._queue_s.pop(request.key, 0.0))
         for request in completed:
             of(request.key).completed.append(request.key[1])
         for key in self._refused:

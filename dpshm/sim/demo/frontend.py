@@ -130,16 +130,19 @@ class SimFrontend:
             except msgspec.MsgspecError:
                 continue
             now_s = time.monotonic()
-            for request_id in reply.first:
+            for request_id, queue_s in zip(reply.first, reply.queue_s, strict=False):
                 if request_id in self._out:
-                    self._report.ttft_ms.append((now_s - self._out[request_id][0]) * 1e3)
+                    due_s, route = self._out[request_id]
+                    self._report.ttft_ms.append((now_s - due_s) * 1e3)
+                    route.first_token(queue_s)
             self._report.completed += sum(map(self._end, reply.completed))
             self._report.refused += sum(map(self._end, reply.refused))
 
     def _end(self, request_id: int) -> bool:
         if request_id not in self._out:
             return False
-        self._router.done(self._out.pop(request_id)[1])
+        output_tokens = self._settings.arrivals[request_id][2]
+        self._router.done(self._out.pop(request_id)[1], output_tokens)
         return True
 
     def _sign_of_life(self) -> object:

@@ -150,11 +150,15 @@ class RequestMessage(msgspec.Struct, array_like=True, frozen=True):
 
 
 class ReplyMessage(msgspec.Struct, array_like=True, frozen=True):
-    """The request ids whose first token, last token or refusal a step brought."""
+    """The request ids whose first token, last token or refusal a step brought.
+
+    `queue_s` says of each request in `first` how long it waited in the engine's queue.
+    """
 
     first: list[int]
     completed: list[int]
     refused: list[int]
+    queue_s: list[float]
 
 
 def new_prefix() -> str:

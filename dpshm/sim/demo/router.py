@@ -44,9 +44,9 @@ class Router(ABC):
     def route(self, prompt_tokens: int, blocks: tuple[int, ...] = ()) -> Route:
         """Chooses a rank and books the request; `blocks` are the hashes of its prompt's blocks."""
 
-    def done(self, route: Route) -> None:
+    def done(self, route: Route, output_tokens: int) -> None:
         """Records the end of a request."""
-        route.done()
+        route.done(output_tokens)
 
     def register(self, poller: zmq.Poller) -> None:  # noqa: ARG002 - for routers that receive
         """Makes a poller return when `receive_broadcasts` has a message to receive. The board path needs none."""
@@ -121,9 +121,9 @@ class PubRouter(Router):
         self._own[rank] += 1
         return route
 
-    def done(self, route: Route) -> None:
+    def done(self, route: Route, output_tokens: int) -> None:
         self._own[route.dp_rank] -= 1
-        super().done(route)
+        super().done(route, output_tokens)
 
     def register(self, poller: zmq.Poller) -> None:
         poller.register(self._socket, zmq.POLLIN)

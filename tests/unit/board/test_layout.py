@@ -49,7 +49,7 @@ def writer(name: str) -> str:
     """Who writes a column; all engines together write the dense ones, on purpose."""
     if (
         name in layout.ENGINE_WORDS
-        or name in ("step_model", "engine_time_namespace", "cache_state")
+        or name in ("step_model", "engine_time_namespace", "preemptions", "cache_state")
         or name.startswith("received_")
     ):
         return "engine"

@@ -69,11 +69,13 @@ def test_publish_stores_every_word(board, group, using):
     before = time.monotonic_ns()
     engine.receive(None, 100, wave=3)
     engine.finished(4)
+    engine.preempted(2)
     engine.publish(waiting=5, running=7, kv_cache_usage=0.25, prefill_backlog=99, step=11)
     row = board.snapshot(time.monotonic_ns())[1]
     assert (row["waiting"], row["running"], row["prefill_backlog"], row["step"], row["wave"]) == (5, 7, 99, 11, 3)
     assert row["kv_cache_usage"] == pytest.approx(0.25, abs=1e-4)
     assert row["requests_finished"] == 4
+    assert row["preemptions"] == 2
     assert row["pid"] == os.getpid()
     assert before <= board.beat[1] <= time.monotonic_ns()
     assert board.engine_start_time[1] == processes.start_time(os.getpid())
@@ -272,6 +274,7 @@ USES = [
     lambda e: e.receive(0),
     lambda e: e.step(),
     lambda e: e.finished(),
+    lambda e: e.preempted(),
     lambda e: e.poll(),
     lambda e: e.wave_complete(),
     lambda e: e.pause(),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dpshm import Frontend
+from dpshm.errors import SettingError
 from dpshm.rules.hashing import key_of
 from dpshm.rules.waves import CoordinatorState, Phase
 from tests.support import LoneBoard, interrupted, wait_until
@@ -267,3 +268,27 @@ def test_what_is_no_integer_is_refused(board, frontend, wrong):
             frontend.route(5, dp_rank=wrong)
     assert booked(board) == (0, 0)
     assert int(board.sent_requests[0, 1]) == 0
+
+
+# Latencies.
+
+
+@pytest.mark.parametrize("queue_s", [-0.1, float("nan"), float("inf"), 1e9])
+def test_a_time_in_the_queue_that_cannot_be_is_refused(frontend, queue_s):
+    """Guards against a figure that no clock gave, and which spoils every sum from then on."""
+    route = frontend.route(dp_rank=0)
+    with pytest.raises(SettingError, match="queue_s"):
+        route.first_token(queue_s)
+    assert not route.first_token_ns
+    route.cancel()
+
+
+def test_latencies_without_a_place_cost_one_warning(board, frontend, caplog):
+    """Guards against a front-end that fails, or fills its log, because shared memory is full."""
+    for _ in range(3):  # there is no folder for them: no coordinator made one
+        route = frontend.route(dp_rank=0)
+        route.first_token()
+        route.done(5)
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "no more latencies" in caplog.text
+    assert booked(board) == (0, 0)

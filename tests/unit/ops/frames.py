@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dpshm.board.latency import KINDS
 from dpshm.ops.frame import Coordinator, Frame, Frontend, Rank
 
 
@@ -84,5 +85,7 @@ def make_frame(ranks: list[Rank], frontends: list[Frontend] | None = None, **fie
         "balance": None,
         "rates_over_s": None,
         "coordinator": make_coordinator(),
+        "latency_over_s": None,
+        **dict.fromkeys(KINDS),
     }
     return Frame(**{**base, "ranks": ranks, "frontends": frontends or [], **fields})

@@ -76,14 +76,15 @@ def test_the_fields_of_schema_1_are_these(coordinator, seen):
     assert frame["schema_version"] == 1
     assert " ".join(frame) == (
         "schema_version time monotonic_s group linked balancing waves dp_size max_engines max_frontends wave "
-        "phase revision waves_per_minute balance rates_over_s coordinator ranks frontends"
+        "phase revision waves_per_minute balance rates_over_s coordinator ranks frontends "
+        "ttft queue per_token latency_over_s"
     )
     assert " ".join(frame["ranks"][0]) == (
         "dp_rank state routable drained stock waiting running in_flight requests prefill_backlog kv_cache_usage "
         "wave step age_s step_age_s pid incarnation version steps dummy_steps busy_s prompt_tokens "
         "generation_tokens requests_finished has_index block_tokens num_blocks blocks_in_use held_tokens "
         "cached_tokens indexed_blocks dropped_blocks step_ms busy requests_per_s prompt_tokens_per_s "
-        "generation_tokens_per_s cached_share"
+        "generation_tokens_per_s cached_share preemptions ttft queue per_token"
     )
 
 

@@ -131,8 +131,14 @@ def add(client: DPAsyncMPClient, *requests: Request) -> None:
 
 def finish(client: DPLBAsyncMPClient, *request_ids: str) -> None:
     """The engines tell the client that requests are over."""
-    outputs = SimpleNamespace(finished_requests=set(request_ids))
+    outputs = SimpleNamespace(finished_requests=set(request_ids), outputs=[])
     asyncio.run(type(client).process_engine_outputs(client, outputs))
+
+
+def hear(client: DPLBAsyncMPClient, *outputs: Any) -> None:
+    """An engine's step brings tokens to the client."""
+    heard = SimpleNamespace(finished_requests=None, outputs=list(outputs))
+    asyncio.run(type(client).process_engine_outputs(client, heard))
 
 
 def hooked(client: DPAsyncMPClient) -> list[str]:

@@ -168,7 +168,9 @@ class Scheduler:
             request.made += 1
             done = request.made == request.max_tokens
             of_client = outputs.setdefault(request.client_index, SimpleNamespace(outputs=[]))
-            of_client.outputs.append(SimpleNamespace(new_token_ids=[7], finish_reason="length" if done else None))
+            of_client.outputs.append(
+                SimpleNamespace(new_token_ids=[7], finish_reason="length" if done else None, events=None)
+            )
             if done:
                 self.end(request.request_id)
         return outputs, True

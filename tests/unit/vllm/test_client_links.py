@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from dpshm import Frontend
+from dpshm.board.latency import BUCKETS, read_latencies
+from dpshm.ops.latency import summary
 from dpshm.rules.waves import Phase
 from dpshm.vllm import client_links
 from dpshm.vllm.client_links import LINK
 from tests.support import polled, wait_until
-from tests.unit.vllm.fake_client import HOOKED, LATE, add, finish, hooked, raising
+from tests.unit.vllm.fake_client import HOOKED, LATE, add, finish, hear, hooked, raising
 from tests.unit.vllm.fake_core import Request
 
 
@@ -49,6 +53,25 @@ def test_finished_requests_leave_the_bookings(make_client, board, engines):
     assert in_flight(board) == [0, 0]
     assert client.reqs_in_flight == {}
     finish(client)  # outputs in which no request finished
+
+
+def test_tokens_are_timed_where_they_arrive(make_client, board, engines):
+    """Guards against an API server that measures nothing, or counts a request's time twice."""
+    client = make_client()
+    add(client, Request("a", rank=1), Request("quiet", rank=0))
+    queued, scheduled = (SimpleNamespace(name=name) for name in ("QUEUED", "SCHEDULED"))
+    events = [SimpleNamespace(type=queued, timestamp=5.0), SimpleNamespace(type=scheduled, timestamp=5.5)]
+    hear(client, SimpleNamespace(request_id="a", new_token_ids=[], events=None))  # a chunk of its prompt
+    hear(client, SimpleNamespace(request_id="a", new_token_ids=[7], events=events))
+    hear(client, SimpleNamespace(request_id="a", new_token_ids=[7, 7], events=None))
+    hear(client, SimpleNamespace(request_id="stranger", new_token_ids=[7], events=None))
+    hear(client, SimpleNamespace(request_id="quiet", new_token_ids=[7]))  # stats are not logged
+    finish(client, "a", "quiet")
+    counts = read_latencies(board)[:, :, :BUCKETS].sum(axis=2)
+    assert counts.tolist() == [[1, 0, 0], [1, 1, 1]]
+    queue = summary(read_latencies(board)[1, 1])
+    assert queue.mean_s == 0.5
+    assert client.__dict__[LINK] is not None
 
 
 @pytest.mark.parametrize(("rank", "pooling"), [(0, None), (None, LATE)])

@@ -61,8 +61,10 @@ def test_replay_replies_and_losses(pair, using):
 
         ids = [request.request_id for request in requests]
         replies.send(b"\xc1")
-        replies.send(msgspec.msgpack.encode(ReplyMessage([999, ids[0], ids[1]], [ids[0], 999], [])))
-        replies.send(msgspec.msgpack.encode(ReplyMessage([], [ids[0], ids[1]], [ids[2]])))
+        replies.send(
+            msgspec.msgpack.encode(ReplyMessage([999, ids[0], ids[1]], [ids[0], 999], [], [0.1, 0.2, 0.3]))
+        )
+        replies.send(msgspec.msgpack.encode(ReplyMessage([], [ids[0], ids[1]], [ids[2]], [])))
         answers = []
         while Progress(4, 3) not in answers:
             answers += [answer for _, answer in children.read(1.0)]

@@ -39,7 +39,7 @@ def test_board_router_uses_the_newest(pair, engines, using):
     assert [route.dp_rank for route in routes] == [1, 1, 1]
     assert router.staleness_us == [0, 0, 0]
     for route in routes:
-        router.done(route)
+        router.done(route, 1)
 
 
 def test_board_router_tells_which_report_was_used(pair, engines, using):
@@ -78,5 +78,5 @@ def test_pub_router_uses_its_copy_and_says_how_old_it_is(pair, engines, using):
     wait_until(lambda: engines[0].board.snapshot()["in_flight"].tolist() == [0, 1])  # booked all the same
     # One request of its own counts for as many as there are front-ends.
     assert router.route(10).dp_rank == 0
-    router.done(route)
+    router.done(route, 1)
     context.destroy(linger=0)

@@ -57,6 +57,7 @@ def as_text(s: Summary) -> str:
         s.policy: " ".join(map(str, s.other_by_rank)),
         "requests there": pair(s.requests_at_choice, s.requests_at_other, "requests"),
         "first token in": pair(s.expected_ms_at_choice, s.expected_ms_at_other, "ms"),
+        "cached there": pair(s.cached_tokens_at_choice, s.cached_tokens_at_other, "tokens"),
         "oldest report": "none"
         if s.age_ms_p50 is None
         else f"p50 {s.age_ms_p50:.2f} ms, p99 {s.age_ms_p99:.2f} ms",

@@ -62,6 +62,7 @@ class Frontend:
         policy: Policy,
         *,
         exclusive: bool = False,
+        recording: bool = False,
         keys: ClientKeys | None = None,
     ) -> None:
         self.board = board
@@ -77,7 +78,8 @@ class Frontend:
         self._lock = self._bookings.lock
         self._reader = ViewReader(
             *(board, index, self._row.own, None if ranks is None else frozenset(ranks)),
-            sees_work=bool(getattr(policy, "sees_work", False)),
+            # A recording has the work, whatever the policy needs: a replay may ask another one.
+            sees_work=recording or bool(getattr(policy, "sees_work", False)),
         )
         self._prefixes = PrefixReader(board, index)
         self._wakeup = Wakeup(board.segment, keys)
@@ -134,7 +136,9 @@ class Frontend:
                 raise SettingError(f"ranks {only} must be some of 0 to {board.engines - 1}")
             keys = keys_for(board.segment.header, curve_dir)
             index = lock_row(board, encoded)
-            frontend = cls(board, index, name, only, chosen, exclusive=exclusive, keys=keys)
+            frontend = cls(
+                board, index, name, only, chosen, exclusive=exclusive, recording=record is not False, keys=keys
+            )
             # Other front-ends refresh when marks change: from then on they count this one's bookings.
             board.wait_for_coordinator(lambda: board.frontend_mark[index] == Verdict.ALIVE)
             if record is not False:

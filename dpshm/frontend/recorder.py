@@ -35,7 +35,7 @@ from dpshm.policies.columns import ListColumns, ListWork, columns_of
 logger = logging.getLogger(__name__)
 
 MAGIC = b"DPSHMREC"
-VERSION = 1
+VERSION = 2
 RING_BYTES = 4 << 20
 """The most that a ring takes, unless one record needs more: eight front-ends fit into a container's 64 MiB."""
 MAX_SLOTS = 16_384
@@ -69,6 +69,7 @@ class _Record(msgspec.Struct, array_like=True, gc=False):
     own: list[_Word]
     beats: list[_Word]
     work: tuple[list[_Word], list[list[_Word]], list[list[_Word]]] | None
+    cached: list[_Word] | None
 
 
 class Decision(NamedTuple):
@@ -98,8 +99,8 @@ def default_path(group: str, frontend: int) -> Path:
 
 def slot_bytes(engines: int) -> int:
     """Bytes for any record of `engines` engines: an integer takes at most 9 bytes, an array's head at most 5."""
-    integers = 6 + engines * (5 + 2 + len(STEP_MODEL_WORDS))
-    size = 2 * WORD_BYTES + 9 * integers + 5 * (engines + 10)
+    integers = 6 + engines * (5 + 2 + len(STEP_MODEL_WORDS) + 1)
+    size = 2 * WORD_BYTES + 9 * integers + 5 * (engines + 11)
     return -(-size // WORD_BYTES) * WORD_BYTES
 
 
@@ -211,7 +212,7 @@ class Recorder:
         data = self._encode(
             (
                 *(now_ns, choice, request.prompt_tokens, request.key, columns.num_frontends),
-                *(ranks, load, requests, columns.own, beats, rows),
+                *(ranks, load, requests, columns.own, beats, rows, request.cached),
             )
         )
         number, words = self._written, self._words
@@ -291,6 +292,8 @@ def _records(header: RingHeader, data: bytes) -> Iterator[tuple[int, _Record]]:
 def _is_whole(record: _Record) -> bool:
     n = len(record.load)
     rows: list[Any] = [record.requests, record.own, record.beats, *(record.work or ())]
+    if record.cached is not None:
+        rows.append(record.cached)
     if any(len(row) != n for row in rows) or not record.ranks:
         return False
     if record.work and not (
@@ -306,5 +309,5 @@ def _as_decision(number: int, record: _Record) -> Decision:
     seen = ListColumns(record.ranks, record.load, record.requests, record.own, record.num_frontends, work)
     view = View(columns_of(seen))  # in the form in which the front-end had it
     age_ns = [max(0, record.time_ns - beat) if beat else -1 for beat in record.beats]
-    request = Request(record.prompt_tokens, record.key)
+    request = Request(record.prompt_tokens, record.key, record.cached)
     return Decision(number, record.time_ns, view, request, record.choice, age_ns)

@@ -44,8 +44,11 @@ class Summary(msgspec.Struct):
         requests_at_choice: mean of the requests, reported and in flight, at the chosen ranks.
         requests_at_other: the same mean at the other policy's ranks.
         expected_ms_at_choice: mean expected time to first token (`least_work`'s estimate) at the chosen ranks.
-            Null if the ring has no tokens and step times, because the recorded policy did not use them.
+            Null if the ring has no tokens and step times.
         expected_ms_at_other: the same mean at the other policy's ranks.
+        cached_tokens_at_choice: mean of the prompt tokens that the chosen ranks had cached, over the requests that
+            came with a prompt. Null if none did.
+        cached_tokens_at_other: the same mean at the other policy's ranks.
         age_ms_p50: median age of the oldest report that a decision used.
         age_ms_p99: 99th percentile of the same age.
     """
@@ -61,6 +64,8 @@ class Summary(msgspec.Struct):
     requests_at_other: float
     expected_ms_at_choice: float | None
     expected_ms_at_other: float | None
+    cached_tokens_at_choice: float | None
+    cached_tokens_at_other: float | None
     age_ms_p50: float | None
     age_ms_p99: float | None
 
@@ -76,8 +81,8 @@ def replay(decisions: Iterable[Decision], policy: Policy) -> list[Replayed]:
     for decision in decisions:
         if sees_work and not decision.view.has_work:
             raise SettingError(
-                "this policy uses tokens and step times, and the ring has none, because the policy that was "
-                "recorded did not use them: record with least_work, or replay a policy that counts requests"
+                "this policy uses tokens and step times, and the ring has none: replay a policy that counts "
+                "requests"
             )
         replayed.append(Replayed(decision, decision.choice, int(policy(decision.view, decision.request))))
     return replayed
@@ -97,6 +102,7 @@ def summarise(group: str, frontend: int, policy: str, replayed: Sequence[Replaye
     pairs = [(r.decision.view.requests, r) for r in replayed]
     has_work = all(r.decision.view.has_work for r in replayed)
     expected = [LeastWork().expected_ns(r.decision.view, r.decision.request) for r in replayed] if has_work else []
+    cached = [(c, r) for r in replayed if (c := r.decision.request.cached) is not None]
     ages = [age for r in replayed if (age := max(r.decision.age_ns)) >= 0]
     p50, p99 = (float(x) / 1e6 for x in np.percentile(ages, (50, 99))) if ages else (None, None)
 
@@ -119,6 +125,8 @@ def summarise(group: str, frontend: int, policy: str, replayed: Sequence[Replaye
         expected_ms_at_other=mean(e[r.other] for e, r in zip(expected, replayed, strict=True)) / 1e6
         if has_work
         else None,
+        cached_tokens_at_choice=mean(c[r.choice] for c, r in cached) if cached else None,
+        cached_tokens_at_other=mean(c[r.other] for c, r in cached) if cached else None,
         age_ms_p50=p50,
         age_ms_p99=p99,
     )
@@ -128,7 +136,9 @@ def rows(replayed: Iterable[Replayed]) -> Iterator[dict[str, int]]:
     """One row of a table for each decision and rank: the load that was seen, and whether the rank was chosen."""
     for r in replayed:
         d, view = r.decision, r.decision.view
-        tokens = view.work.tokens if view.has_work else [-1] * len(view.requests)
+        unknown = [-1] * len(view.requests)
+        tokens = view.work.tokens if view.has_work else unknown
+        cached = unknown if d.request.cached is None else d.request.cached
         for rank in range(len(view.requests)):
             yield {
                 "number": d.number,
@@ -142,6 +152,7 @@ def rows(replayed: Iterable[Replayed]) -> Iterator[dict[str, int]]:
                 "own": view.own[rank],
                 "age_ns": d.age_ns[rank],
                 "outstanding_tokens": tokens[rank],
+                "cached_tokens": cached[rank],
                 "chosen": int(rank == r.choice),
                 "other": int(rank == r.other),
             }

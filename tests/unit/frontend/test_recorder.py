@@ -56,7 +56,8 @@ def test_what_was_seen_is_what_is_read(tmp_path, n, with_work):
     kept = []
     for i in range(8):
         view = view_of(rng, n, with_work=with_work, now_ns=NOW + i)
-        request = Request(rng.randrange(1 << 31), rng.choice([None, rng.randrange(1 << 63)]))
+        cached = rng.choice([None, [rng.randrange(1 << 31) for _ in range(n)]])
+        request = Request(rng.randrange(1 << 31), rng.choice([None, rng.randrange(1 << 63)]), cached)
         choice = int(view.ranks[-1])
         recorder.record(NOW + i, view, request, choice, [NOW + i - 7] * n)
         kept.append((view, request, choice))
@@ -92,7 +93,7 @@ def test_a_record_of_the_largest_numbers_fits(tmp_path):
         work = ListWork([top] * n, [[top] * 2] * n, [[top] * 6] * n, top)
         view = View(ListColumns(list(range(n)), [top] * n, [top] * n, [top] * n, top, work))
         for _ in range(2):
-            recorder.record(top, view, Request(top, top), 0, [top] * n)
+            recorder.record(top, view, Request(top, top, [top] * n), 0, [top] * n)
         assert len(read(path)[1]) == 2
 
 
@@ -121,9 +122,9 @@ def test_a_slot_that_is_being_filled_is_left_out(tmp_path):
         (b"x" * 9000, "is no decision ring"),
         (
             b"DPSHMREC\x07\0\0\0\x02\0\0\0{}" + bytes(9000),
-            "is a decision ring of version 7, and this dpshm reads 1",
+            "is a decision ring of version 7, and this dpshm reads 2",
         ),
-        (b"DPSHMREC\x01\0\0\0\x02\0\0\0{}" + bytes(9000), "the header cannot be read"),
+        (b"DPSHMREC\x02\0\0\0\x02\0\0\0{}" + bytes(9000), "the header cannot be read"),
     ],
 )
 def test_another_file_is_refused(tmp_path, data, message):
@@ -176,12 +177,32 @@ def test_a_frontend_records_its_decisions(group, using, tmp_path, policy, where)
     assert [d.choice for d in decisions] == [route.dp_rank for route in routes]
     assert [by_name(policy)(d.view, d.request) for d in decisions] == [d.choice for d in decisions]
     assert all(age >= 0 for d in decisions[3:] for age in d.age_ns)
-    assert decisions[0].view.has_work == (policy != "least_loaded")
+    assert all(d.view.has_work for d in decisions)  # whatever the policy needs
     files.sockets_path(group)
     if where is True:
         frontend.close()
         path.unlink()
         path.parent.rmdir()
+
+
+def test_every_policy_can_be_asked_about_a_recording(group, using, tmp_path):
+    """Guards against a recording that lacks what another policy than the recorded one needs: tokens, or hits."""
+    from dpshm.policies import NAMES, by_name
+
+    board = using(LoneBoard(group, watched=False, dp_size=2))
+    board.segment.sockets_path.mkdir(0o700)
+    engines = [using(Engine.attach(group, rank)) for rank in range(2)]
+    cache = engines[1].open_cache(100)
+    cache.insert(cache.hasher.fingerprints(range(32)))
+    board.step_model[:2, 2:5] = (8_000_000, 200_000, 40_000)  # as both have learnt it
+    frontend = using(Frontend.attach(group, policy="least_loaded", record=tmp_path / "ring"))
+    frontend.choose(prompt=range(40))
+    frontend.choose(40)
+    _, decisions = read(tmp_path / "ring")
+    assert [d.request.cached for d in decisions] == [[0, 32], None]
+    assert by_name("least_work")(decisions[0].view, decisions[0].request) == 1
+    for policy in NAMES:
+        assert {by_name(policy)(d.view, d.request) for d in decisions} <= {0, 1}
 
 
 @pytest.mark.parametrize("engines", [1, 2, 8, 64, 256, 1024])

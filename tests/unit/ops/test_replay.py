@@ -17,7 +17,13 @@ from dpshm.policies.columns import ListColumns, ListWork
 MODEL = [10_000_000, 100_000, 50_000, 0, 0, 0]
 
 
-def decision(number: int, running: tuple[int, int], backlog: tuple[int, int] | None = None, choice: int = 0):
+def decision(
+    number: int,
+    running: tuple[int, int],
+    backlog: tuple[int, int] | None = None,
+    choice: int = 0,
+    cached: list[int] | None = None,
+):
     """A decision between two ranks."""
     load = [pack_load(0, n, 0.5) for n in running]
     work = backlog and ListWork(list(backlog), [[0, 0]] * 2, [MODEL] * 2, 1000)
@@ -25,7 +31,7 @@ def decision(number: int, running: tuple[int, int], backlog: tuple[int, int] | N
         number,
         1000,
         View(ListColumns([0, 1], load, list(running), [1, 0], 2, work)),
-        Request(100),
+        Request(100, cached=cached),
         choice,
         [2_000_000, 1_000_000],
     )
@@ -53,6 +59,17 @@ def test_expected_times():
     assert s.expected_ms_at_choice - s.expected_ms_at_other == pytest.approx(4000 * 0.05)
 
 
+def test_what_ranks_had_cached():
+    """Guards against a replay that asks a policy without what the front-end knew of the prompt."""
+    seen = [decision(1, (2, 2), cached=[16, 64]), decision(2, (2, 2), cached=[48, 0]), decision(3, (1, 9))]
+    replayed = replay(seen, least_loaded)
+    assert [(r.choice, r.other) for r in replayed] == [(0, 1), (0, 0), (0, 0)]
+    s = summarise("g", 0, "least_loaded", replayed)
+    assert (s.cached_tokens_at_choice, s.cached_tokens_at_other) == ((16 + 48) / 2, (64 + 48) / 2)
+    s = summarise("g", 0, "least_loaded", replayed[2:])
+    assert (s.cached_tokens_at_choice, s.cached_tokens_at_other) == (None, None)
+
+
 def test_a_policy_that_needs_more_than_was_recorded():
     """Guards against choices from tokens that were never recorded."""
     with pytest.raises(SettingError, match="the ring has none"):
@@ -63,7 +80,7 @@ def test_a_policy_that_needs_more_than_was_recorded():
 
 def test_export_to_csv(tmp_path):
     """Guards against a table that loses decisions, ranks, or which of them was chosen."""
-    replayed = replay([decision(7, (3, 1), (10, 20)), decision(8, (1, 3))], least_loaded)
+    replayed = replay([decision(7, (3, 1), (10, 20), cached=[5, 6]), decision(8, (1, 3))], least_loaded)
     path = tmp_path / "out.csv"
     export(path, replayed)
     with path.open() as file:
@@ -73,6 +90,7 @@ def test_export_to_csv(tmp_path):
         *(("8", "0", "1", "1", "1"), ("8", "1", "3", "0", "0")),
     ]
     assert [r["outstanding_tokens"] for r in rows] == ["10", "20", "-1", "-1"]
+    assert [r["cached_tokens"] for r in rows] == ["5", "6", "-1", "-1"]
     assert rows[0]["age_ns"] == "2000000"
 
 

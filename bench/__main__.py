@@ -14,6 +14,7 @@ from pathlib import Path
 
 STUDIES = {
     "vllm": "bench.vllm.main",
+    "vllm-step": "bench.vllm_step",
     "routing": "bench.routing",
     "gpu": "bench.gpu",
     "gpu-compare": "bench.gpu_compare",

@@ -3,7 +3,8 @@
 The hook on ``run_busy_loop`` attaches the row in that thread, so every start method of the process works. It then
 hooks the instance:
 
-    _process_input_queue              publishes before the loop waits for work, and before each step
+    _process_input_queue              publishes before the loop waits for work, and before a step if something came
+                                      or the wave changed since the last step
     _process_engine_step              publishes after each step
     _handle_client_request            counts a request from the input queue as received from its API server, and
                                       publishes the queue that it entered; a request that wakes the rank up wakes
@@ -106,13 +107,17 @@ class EngineLink:
         self._refused: deque[tuple[int, str, int]] = deque()  # (client, request, tokens), from the input thread
         self._steps = 0
         self._step: StepTimer | None = None
+        self._counts: tuple[int, int] | None = None  # (running, waiting) after a step, until a message comes
+        self._is_changed = False  # a message was handled since the last publish
+        self._lockstep = hasattr(core, "current_wave")
+        self._shown_wave: tuple[int, bool] = 0, False
         types = import_module("vllm.v1.engine").EngineCoreRequestType
         self._add, self._wakeup, self._start_wave = types.ADD, types.WAKEUP, types.START_DP_WAVE
         self._count_tokens = import_module("vllm.utils").length_from_prompt_token_ids_or_embeds
         self._hooks = InstanceHooks(core)
         self._bells: Bells | None = None
         self._publish()
-        if row.board.segment.header.waves and hasattr(core, "current_wave"):
+        if row.board.segment.header.waves and self._lockstep:
             self._bells = Bells(row.board, row.dp_rank, self._hear)
         try:
             self._hook()
@@ -148,7 +153,8 @@ class EngineLink:
             if not core.has_work():
                 self._safely(self._publish)
             result = process_input_queue()
-            self._safely(self._publish)
+            if self._is_changed or self._wave() != self._shown_wave:
+                self._safely(self._publish)
             return result
 
         def _process_engine_step() -> Any:
@@ -177,10 +183,11 @@ class EngineLink:
 
     def _handling(self, stock: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         def handle(request_type: Any, request: Any) -> Any:
-            asleep = self._is_asleep()
+            asleep = self._bells is not None and self._is_asleep()
             if request_type == self._add:
                 self._safely(self._count_received, request[0])
             result = stock(request_type, request)
+            self._is_changed, self._counts = True, None
             self._safely(self._handled, request_type, request, asleep)
             return result
 
@@ -233,16 +240,21 @@ class EngineLink:
         assert row is not None
         if self._refused:
             self._count_refused()
-        if not core.has_work():
+        if self._step is not None and not core.has_work():
             self._forget_step()  # its requests were aborted
-        running, waiting = scheduler.get_request_counts()
-        self._backlog.update(scheduler.running, waiting, scheduler.requests.values())
+        if self._counts is None:
+            running, waiting = scheduler.get_request_counts()
+            self._backlog.update(scheduler.running, waiting, scheduler.requests.values())
+        else:
+            running, waiting = self._counts
         if self._prefix is not None:
             self._show_cache(self._prefix, running)
+        self._is_changed, self._shown_wave = False, self._wave()
         # Not `has_work`: that is also true while the engine has only to tell which requests finished. It is in the
         # next wave by then, and would wake all ranks for nothing.
-        running_wave = core.engines_running or scheduler.has_unfinished_requests()
-        row.show(getattr(core, "current_wave", 0), running=running_wave, paused=core.is_scheduler_paused())
+        (wave, steps), paused = self._shown_wave, core.is_scheduler_paused()
+        running_wave = steps or (running and not paused) or scheduler.has_unfinished_requests()
+        row.show(wave, running=running_wave, paused=paused)
         row.publish(
             waiting=waiting,
             running=running,
@@ -250,6 +262,11 @@ class EngineLink:
             prefill_backlog=self._backlog.tokens,
             step=self._steps,
         )
+
+    def _wave(self) -> tuple[int, bool]:
+        """What the busy loop changes beside its steps and messages: the wave, and whether it runs."""
+        core = self._core
+        return core.current_wave if self._lockstep else 0, core.engines_running
 
     def _show_cache(self, prefix: PrefixCache, running: int) -> None:
         if self._backlog.cached != self._cached_tokens:
@@ -341,8 +358,10 @@ class EngineLink:
             self._row.finished(finished)
         if preempted:
             self._row.preempted(preempted)
-        waiting = self._scheduler.get_request_counts()[1]
-        prefilled = self._backlog.update(self._scheduler.running, waiting, self._scheduler.requests.values())
+        scheduler = self._scheduler
+        counts = scheduler.get_request_counts()
+        prefilled = self._backlog.update(scheduler.running, counts[1], scheduler.requests.values())
+        self._counts = counts if result is not None else None
         if self._prefix is not None:  # once a step, because it goes through the batch
             self._held_tokens = sum([request.num_computed_tokens for request in self._scheduler.running])
         if result is not None and not tokens and not prefilled:

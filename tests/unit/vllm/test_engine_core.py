@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from dpshm import Engine
+from dpshm.engine.row import EngineRow
 from dpshm.net import wire
 from dpshm.net.doorbell import Doorbell, DoorbellClient
 from tests.support import wait_until
@@ -48,6 +49,49 @@ def test_each_turn_of_the_loop_publishes_the_load(make_core, board):
     run(core, body)
     assert core.reported == []  # the row said all of it
     assert hooked(core) == []
+
+
+def test_a_step_to_which_nothing_came_publishes_once(make_core, board, monkeypatch):
+    """Guards against a report before each step that says what the one after the last step said."""
+    core, published, publish = make_core(), [], EngineRow.publish
+    monkeypatch.setattr(EngineRow, "publish", lambda row, **load: (published.append(load), publish(row, **load)))
+
+    def body():
+        send(core, Request("a", max_tokens=9))
+        core.turn()
+        published.clear()
+        for _ in range(3):
+            core.turn()
+        assert [load["running"] for load in published] == [1, 1, 1]
+        send(core, Request("b", max_tokens=9))
+        core._process_input_queue()
+        assert [load["waiting"] for load in published[3:]] == [1]
+
+    run(core, body)
+
+
+def test_what_changes_between_two_steps_is_published_before_the_second(make_core, board):
+    """Guards against a row that hides an abort or a new wave for as long as a step takes."""
+    core = make_core()
+
+    def body():
+        send(core, Request("a", prompt=5, max_tokens=99))
+        send(core, Request("b", prompt=500, max_tokens=99))
+        core.turn()
+        assert counters(board, "running", "prefill_backlog") == (2, 436)
+        core.input_queue.put((RequestType.ABORT, ["b"]))
+        core._process_input_queue()
+        assert counters(board, "running", "prefill_backlog") == (1, 0)
+        core.turn()
+        core.current_wave += 1  # the busy loop counts a wave that ended; a request is here already
+        core._process_input_queue()
+        assert int(row(board)["wave"]) == core.current_wave
+        core.turn()
+        core.input_queue.put((RequestType.ABORT, ["a"]))
+        core._process_input_queue()
+        assert counters(board, "running", "waiting") == (0, 0)
+
+    run(core, body)
 
 
 def test_the_row_shows_what_vllms_own_wave_machine_is_in(make_core, board):

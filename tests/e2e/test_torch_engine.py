@@ -7,7 +7,6 @@ and runs this file in it; the others are skipped, and say where they run.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -34,6 +33,7 @@ from dpshm.sim.demo.messages import (
     frontend_address,
     new_prefix,
 )
+from tests.e2e.own_environment import OwnEnvironment
 from tests.support import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,27 +45,10 @@ needs_torch = pytest.mark.skipif(not HAS_TORCH, reason=f"no torch here; {HERE}")
 TIMEOUT_MS = 60_000
 
 
-def environment() -> Path:
-    """The Python of an environment that has PyTorch's CPU build; skips the test where none can be made."""
-    if os.environ.get("DPSHM_TEST_TORCH") != "1":
-        pytest.skip("PyTorch is too large to be installed unasked: DPSHM_TEST_TORCH=1 runs this")
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    default = Path.home() / ".cache" / "dpshm" / f"torch-{python}"
-    folder = Path(os.environ.get("DPSHM_TORCH_ENV", default))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs of the suite at a time make one environment
-        interpreter = folder / "bin" / "python"
-        if not interpreter.exists():
-            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        has_all = [interpreter, "-c", "import torch, pytest_timeout, hypothesis, msgspec, zmq, typer"]
-        if subprocess.run(has_all, capture_output=True, check=False).returncode:
-            install = [interpreter, "-m", "pip", "install", "--quiet", "--only-binary=:all:", *NEEDS]
-            done = subprocess.run(install, capture_output=True, text=True, check=False)
-            if done.returncode:
-                said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-                pytest.skip(f"{TORCH} for Python {python} cannot be installed here; pip said: {said}")
-    return interpreter
+ENVIRONMENT = OwnEnvironment(
+    *("torch", "DPSHM_TEST_TORCH", "DPSHM_TORCH_ENV", NEEDS),
+    imports="torch, pytest_timeout, hypothesis, msgspec, zmq, typer",
+)
 
 
 @pytest.mark.slow
@@ -73,18 +56,7 @@ def environment() -> Path:
 @pytest.mark.skipif(HAS_TORCH, reason="torch is here: the tests below run by themselves")
 def test_in_an_environment_with_torch():
     """Guards against tests of the computing engine that never run because PyTorch is missing."""
-    done = subprocess.run(
-        [environment(), "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    summary = done.stdout.strip().splitlines()[-1]
-    assert " passed" in summary, summary
-    print(summary)
+    ENVIRONMENT.run(__file__)
 
 
 # The model by itself.

@@ -85,7 +85,7 @@ FLOORS = (
     ("engine", "frontend", "coordinator"),
     ("ops",),
     ("service",),
-    ("sim", "vllm"),
+    ("ray", "sim", "vllm"),
     ("cli",),
 )
 """The rooms of the package, from the ground up. A file imports from its own room and from lower floors."""

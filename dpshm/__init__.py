@@ -5,6 +5,8 @@ runs the request waves, publishing only when their state changes.
 """
 
 from dpshm.board.board import Board
+from dpshm.board.events import Event
+from dpshm.board.snapshot import Snapshot
 from dpshm.engine.handle import Engine
 from dpshm.errors import (
     CapacityExceeded,
@@ -14,6 +16,7 @@ from dpshm.errors import (
     HandleError,
     HandleForked,
     NoEngineAvailable,
+    Overloaded,
     RowInUse,
     SegmentError,
     SegmentInvalid,
@@ -26,7 +29,9 @@ from dpshm.errors import (
     WrongThread,
 )
 from dpshm.frontend.handle import Frontend
+from dpshm.frontend.health import Health
 from dpshm.frontend.route import Route
+from dpshm.rules.liveness import State
 from dpshm.service.child import CoordinatorProcess
 from dpshm.service.coordinator import Coordinator
 from dpshm.version import __version__
@@ -38,12 +43,15 @@ __all__ = [
     "CoordinatorProcess",
     "DpshmError",
     "Engine",
+    "Event",
     "Frontend",
     "GroupInUse",
     "HandleClosed",
     "HandleError",
     "HandleForked",
+    "Health",
     "NoEngineAvailable",
+    "Overloaded",
     "Route",
     "RowInUse",
     "SegmentError",
@@ -51,7 +59,9 @@ __all__ = [
     "SegmentNoSpace",
     "SegmentNotFound",
     "SettingError",
+    "Snapshot",
     "StartupTimeout",
+    "State",
     "TooManyFiles",
     "WireError",
     "WrongThread",

@@ -9,7 +9,8 @@
      +-- RowInUse                  a live process holds that engine's or front-end's row
      +-- CapacityExceeded          a rank or an index beyond what the segment was created for
      +-- StartupTimeout            ranks or a child process did not come up in time
-     +-- NoEngineAvailable         every engine is absent, dead, stalled, stuck or drained
+     +-- NoEngineAvailable         every engine is absent, dead, stalled, stuck, drained or excluded
+     |    +-- Overloaded           the others have as many requests as `max_requests` allows
      +-- HandleError               a handle used where it must not be
      |    +-- HandleClosed
      |    +-- HandleForked         used in a child of the process that made it
@@ -62,6 +63,10 @@ class StartupTimeout(DpshmError):
 
 class NoEngineAvailable(DpshmError):
     """No engine may be chosen: each is absent, dead, stalled, stuck or drained."""
+
+
+class Overloaded(NoEngineAvailable):
+    """Each engine that may be chosen has as many requests as `max_requests` allows: answer 503 and shed load."""
 
 
 class HandleError(DpshmError):

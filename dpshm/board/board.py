@@ -20,17 +20,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dpshm.board import layout
 from dpshm.board.header import printable
 from dpshm.board.locks import coordinator_byte, engine_byte, frontend_byte
 from dpshm.board.outstanding import Outstanding, Words
 from dpshm.board.segment import Segment
-from dpshm.board.snapshot import take_snapshot
+from dpshm.board.snapshot import Snapshot, take_snapshot
 from dpshm.board.words import ON_BEHALF, VERDICT_MASK, unpack_control, unpack_load, unpack_state
 from dpshm.linux import processes
 from dpshm.linux.descriptors import explained
@@ -309,6 +307,11 @@ class Board:
             finished=words[at("requests_finished", e)],
         )
 
+    def clocks_agree(self) -> bool:
+        """Whether this process shares CLOCK_MONOTONIC with the coordinator that made the board."""
+        header = self.segment.header
+        return header.boot_id == processes.boot_id() and header.time_namespace == _time_namespace()
+
     def engine_clock_agrees(self, e: int) -> bool:
         """Whether an engine's times can be compared with this process's clock: both have one time namespace.
 
@@ -343,7 +346,7 @@ class Board:
 
     def snapshot(
         self, now_ns: int | None = None, counted: Sequence[int] | None = None, *, watched: bool | None = None
-    ) -> NDArray[Any]:
+    ) -> Snapshot:
         """What each rank does, according to the board.
 
         Args:
@@ -352,7 +355,7 @@ class Board:
             watched: whether a coordinator keeps the marks; default `is_watched`.
 
         Returns:
-            An array of shape (dp_size,) and dtype `dpshm.board.snapshot.SNAPSHOT_DTYPE`, a copy.
+            A copy: an array of shape (dp_size,) and dtype `dpshm.board.snapshot.SNAPSHOT_DTYPE`.
         """
         return take_snapshot(self, now_ns, self.counted_frontends() if counted is None else counted, watched)
 

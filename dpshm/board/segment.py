@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,9 @@ from dpshm.linux.forks import PrivateFd, give_up, give_up_sockets
 
 FOREIGN_BYTES = 16 << 20
 """The largest file of another user that tools read: ten times the board of 64 engines and 256 front-ends."""
+
+_WAIT_INTERVAL_S = 0.02
+"""Between two looks for a group that is not there."""
 
 
 class Segment:
@@ -131,6 +135,35 @@ class Segment:
             segment.close()
             raise
         return segment
+
+    @classmethod
+    def attach_within(cls, group: str, timeout_s: float) -> Segment:
+        """Opens the segment of a group to write to it, and waits for the group if it is not there.
+
+        A segment that no process uses is that of a dead group. It is opened only when the time is up.
+
+        Args:
+            group: the group's name.
+            timeout_s: how long to wait; 0: not at all.
+
+        Raises:
+            SegmentNotFound: there was no such group within that time.
+            SegmentInvalid: it is not one that this version can use.
+            SegmentError: it may not be opened.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            late = time.monotonic() >= deadline
+            try:
+                segment = cls.attach(group)
+            except SegmentNotFound:
+                if late:
+                    raise
+            else:
+                if late or segment.locks.is_shared():
+                    return segment
+                segment.close()
+            time.sleep(_WAIT_INTERVAL_S)
 
     def open_locks(self) -> None:
         """Opens the lock file. A reader that may not open it goes without: see `has_locks`.

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dpshm.board.layout import CACHE_WORDS
 from dpshm.board.words import DRAINED, ON_BEHALF, unpack_load, unpack_progress, unpack_state
+from dpshm.errors import SettingError
 from dpshm.rules.liveness import is_silent, state_of
 from dpshm.rules.waves import Phase
 
@@ -53,6 +53,25 @@ SNAPSHOT_DTYPE = np.dtype(
 )
 """One row a rank. `requests` and `prefill_backlog` count what is in flight in; ages are -1 where unknown."""
 
+
+class Snapshot(np.ndarray[Any, np.dtype[Any]]):
+    """An array of shape (dp_size,) and dtype `SNAPSHOT_DTYPE`: a numpy array in all else.
+
+    A column is ``snapshot["requests"]``, a rank ``snapshot[3]``. A state compares with `dpshm.State`.
+    """
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One dict a rank, of Python's own types: ``json.dumps`` takes it.
+
+        Raises:
+            SettingError: this is a column.
+        """
+        names = self.dtype.names
+        if names is None:
+            raise SettingError("a column has no names: call to_dicts() of the whole snapshot, or tolist() here")
+        return [dict(zip(names, row, strict=True)) for row in np.atleast_1d(self).tolist()]
+
+
 _SANE = 1 << 61
 _COUNTERS = (
     *("steps", "dummy_steps", "busy_ns", "prompt_tokens", "generation_tokens", "requests_finished"),
@@ -60,7 +79,7 @@ _COUNTERS = (
 )
 
 
-def take_snapshot(board: Board, now_ns: int | None, counted: Sequence[int], watched: bool | None) -> NDArray[Any]:
+def take_snapshot(board: Board, now_ns: int | None, counted: Sequence[int], watched: bool | None) -> Snapshot:
     """See `dpshm.board.board.Board.snapshot`."""
     n = board.dp_size
     watched = board.is_watched() if watched is None else watched
@@ -69,7 +88,7 @@ def take_snapshot(board: Board, now_ns: int | None, counted: Sequence[int], watc
     tokens = board.outstanding_tokens(counted).count().tolist()
     load = board.load[:n].tolist()
     backlog = board.prefill_backlog[:n].tolist()
-    out = np.zeros(n, SNAPSHOT_DTYPE)
+    out = np.zeros(n, SNAPSHOT_DTYPE).view(Snapshot)
     waking, waves = watched and board.phase is Phase.WAKING, board.segment.header.waves
     for e in range(n):
         row = out[e]

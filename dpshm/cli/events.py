@@ -10,8 +10,8 @@ from typing import Annotated
 import msgspec
 import typer
 
+from dpshm.board.events import Event, EventReader
 from dpshm.cli.options import GroupOption, JsonOption, interrupted
-from dpshm.ops.events import Event, EventReader
 from dpshm.ops.groups import open_group
 
 LOOK_S = 0.05
@@ -41,7 +41,7 @@ def events(
       dpshm events --no-follow --history 256
       dpshm events --json --no-waves | jq 'select(.kind == "rank_died")'
     """
-    with EventReader(open_group(group), history=history > 0) as reader:
+    with EventReader(open_group(group), history=history > 0, any_owner=True) as reader:
         try:
             _print(reader.read()[-history:] if history else [], as_json=as_json, waves=waves)
             while follow:

@@ -8,6 +8,7 @@ row (`dpshm.engine.row`) and begins in the wave of the control word.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from operator import index
 from typing import Any, Self
 
@@ -16,7 +17,7 @@ import zmq
 from dpshm.board.board import Board
 from dpshm.board.words import unpack_control
 from dpshm.engine.row import EngineRow
-from dpshm.errors import WireError
+from dpshm.errors import SettingError, WireError
 from dpshm.net import wire
 from dpshm.net.context import context
 from dpshm.net.doorbell import DoorbellClient, open_doorbell
@@ -57,6 +58,8 @@ class Engine(EngineRow):
         keys = keys_for(header, curve_dir)
         super().__init__(board, dp_rank)
         self.ready = False
+        self._received_before = self._all_requests  # by the row's previous holders
+        self._received_of_stock = 0
         self._state = EngineState()
 
         self.socket = context().socket(zmq.SUB)
@@ -77,7 +80,15 @@ class Engine(EngineRow):
         self._handle(Attached(unpack_control(board.words[board.index("control")])[0]))
 
     @classmethod
-    def attach(cls, group: str, dp_rank: int, *, curve_dir: Folder | None = None, **options: Any) -> Self:
+    def attach(
+        cls,
+        group: str,
+        dp_rank: int,
+        *,
+        timeout_s: float = 0.0,
+        curve_dir: Folder | None = None,
+        **options: Any,
+    ) -> Self:
         """Takes the row of a rank; returns once a living coordinator has marked it alive.
 
         Attach late: in the process and the thread that run the scheduler, after any fork.
@@ -85,17 +96,18 @@ class Engine(EngineRow):
         Args:
             group: the group's name.
             dp_rank: the rank.
+            timeout_s: how long to wait for the group, if its coordinator has not started yet.
             curve_dir: folder of the group's keys, where its sockets ask for them; default: the environment's
                 ``DPSHM_CURVE_DIR``.
             options: of a subclass's constructor.
 
         Raises:
-            SegmentNotFound: there is no such group on this node.
+            SegmentNotFound: there is no such group on this node, or there was none within `timeout_s`.
             RowInUse: a live process has that rank.
             CapacityExceeded: the segment has no such row.
             SettingError: the group's keys are needed.
         """
-        return super().attach(group, dp_rank, curve_dir=curve_dir, **options)
+        return super().attach(group, dp_rank, timeout_s=timeout_s, curve_dir=curve_dir, **options)
 
     @property
     def wave(self) -> int:
@@ -112,18 +124,29 @@ class Engine(EngineRow):
         """Whether the user paused this rank."""
         return self._state.paused
 
-    def receive(self, frontend: int | None, prompt_tokens: int = 0, wave: int = 0) -> None:
+    def receive(self, stamp: Sequence[int] | int | None, prompt_tokens: int = 0, wave: int = 0) -> None:
         """Counts a request that came in, also a refused one. The next `publish` must count it in the queue.
 
         Args:
-            frontend: the index of the front-end that sent it; None if it has no row (a stock one).
-            prompt_tokens: as the front-end booked them.
-            wave: the request's stamp.
+            stamp: what came with the request (`Route.stamp`). Where your messages have fields of their own for its
+                three numbers: the front-end's index, with the other two as arguments. None: its sender has no row
+                (a stock front-end).
+            prompt_tokens: as the front-end booked them; not with a whole stamp.
+            wave: in which it was sent; not with a whole stamp.
 
         Raises:
-            SettingError: there is no such front-end row.
+            SettingError: this is no stamp, or there is no such front-end row. Nothing was counted.
         """
         self._check()
+        frontend: int | None
+        if stamp is None or stamp.__class__ is int:
+            frontend = stamp
+        elif isinstance(stamp, (tuple, list)):
+            frontend, prompt_tokens, wave = stamp if len(stamp) == 3 else _unpack(stamp)
+            if not (frontend.__class__ is int is prompt_tokens.__class__ and wave.__class__ is int):
+                frontend, prompt_tokens, wave = _unpack(stamp)
+        else:
+            frontend = index(stamp)  # type: ignore[arg-type]
         if wave.__class__ is not int:
             wave = index(wave)
         frontend, prompt_tokens = self._check_received(frontend, prompt_tokens)
@@ -132,6 +155,25 @@ class Engine(EngineRow):
         # Counted last, so that a call that raises, also from a signal handler, has counted nothing.
         if frontend is not None:
             self._count_received(frontend, prompt_tokens)
+        else:
+            self._received_of_stock += 1
+
+    def finished(self, requests: int = 1) -> None:
+        """Counts requests that ended.
+
+        Raises:
+            SettingError: fewer were received and have not ended. Nothing was counted.
+        """
+        self._check()
+        requests = index(requests)
+        received = self._all_requests - self._received_before + self._received_of_stock
+        if not 0 <= requests <= received - self._finished:
+            raise SettingError(
+                f"finished({requests}), and {received - self._finished} requests are unfinished: {received} were "
+                f"received, {self._finished} have ended. Call receive() for each request that comes in, and "
+                "finished() once for each that ended"
+            )
+        super().finished(requests)
 
     def register(self, poller: zmq.Poller) -> None:
         """Registers `socket` and `bell` in a poller, so that it returns when `poll` has a message to handle."""
@@ -255,3 +297,11 @@ class Engine(EngineRow):
                 self._output.send(encode(self.dp_rank, command.wave), zmq.NOBLOCK)
             except zmq.ZMQError as e:
                 logger.warning("could not send to the coordinator: %s; it will see the change on the board", e)
+
+
+def _unpack(stamp: Sequence[int]) -> tuple[int, int, int]:
+    try:
+        frontend, prompt_tokens, wave = map(index, stamp)
+    except (TypeError, ValueError):
+        raise SettingError(f"{stamp!r:.80} is no stamp: send route.stamp with the request") from None
+    return frontend, prompt_tokens, wave

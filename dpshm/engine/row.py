@@ -50,6 +50,8 @@ from dpshm.version import version_word
 
 logger = logging.getLogger(__name__)
 
+_ROUNDING = 1e-6
+"""A fraction that was computed may be so much above 1."""
 _KV_TO_WAITING = MAX_WAITING.bit_length() - KV_ONE.bit_length()
 
 ROW_TIMEOUT_S = 0.05
@@ -95,19 +97,24 @@ class EngineRow:
 
     @classmethod
     @explained()
-    def attach(cls, group: str, dp_rank: int, **options: Any) -> Self:
+    def attach(cls, group: str, dp_rank: int, *, timeout_s: float = 0.0, **options: Any) -> Self:
         """Takes the row of a rank; returns once a living coordinator has marked it alive.
 
-        Attach late: in the process and the thread that run the scheduler, after any fork. Options are the
-        constructor's.
+        Attach late: in the process and the thread that run the scheduler, after any fork.
+
+        Args:
+            group: the group's name.
+            dp_rank: the rank.
+            timeout_s: how long to wait for the group, if its coordinator has not started yet.
+            options: of the constructor.
 
         Raises:
-            SegmentNotFound: there is no such group on this node.
+            SegmentNotFound: there is no such group on this node, or there was none within `timeout_s`.
             RowInUse: a live process has that rank.
             CapacityExceeded: the segment has no such row.
         """
         dp_rank = index(dp_rank)
-        board = Board(Segment.attach(group))
+        board = Board(Segment.attach_within(group, timeout_s))
         try:
             if not 0 <= dp_rank < board.engines:
                 raise CapacityExceeded(
@@ -255,6 +262,9 @@ class EngineRow:
             kv_cache_usage: fraction of the KV cache in use.
             prefill_backlog: prompt tokens received and not yet computed.
             step: number of the step, growing within an incarnation; 0 if it does not fit 32 bits.
+
+        Raises:
+            SettingError: a count is negative, or `kv_cache_usage` is no fraction. Nothing was stored.
         """
         # `_check`, `pack_load` and `saturate` are written out, for what a rank usually says: it
         # publishes with cold caches, where each call and each test costs a microsecond until others see the load.
@@ -269,10 +279,17 @@ class EngineRow:
         if every.__class__ is int and 0 <= every <= MAX_WAITING:  # numpy's integers would wrap
             load, in_queue = waiting << WAITING_SHIFT | running << RUNNING_SHIFT | kv, waiting + running
         else:
+            if not (waiting >= 0 and running >= 0 and -_ROUNDING <= kv_cache_usage <= 1 + _ROUNDING):
+                raise SettingError(
+                    f"waiting={waiting}, running={running}, kv_cache_usage={kv_cache_usage}: counts are 0 or "
+                    "more, and the usage is a fraction from 0.0 to 1.0, not a percentage"
+                )
             load = pack_load(waiting, running, kv_cache_usage)
             waiting, running, _ = unpack_load(load)
             in_queue = waiting + running
         if not (backlog.__class__ is int is step.__class__ and 0 <= backlog <= MAX_WORD and 0 <= step <= MAX_STEP):
+            if backlog < 0:
+                raise SettingError(f"prefill_backlog is {backlog}, and must be 0 or more")
             backlog = saturate(int(backlog))
             step = int(step) if 0 <= step <= MAX_STEP else 0
         # SYNC: what a decision needs is whole in each of these words (`dpshm.board.outstanding`), whatever their

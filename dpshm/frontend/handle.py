@@ -9,22 +9,24 @@ is the booked request.
 from __future__ import annotations
 
 import logging
+import math
 import operator
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-from numpy.typing import NDArray
 
 from dpshm.board import layout
 from dpshm.board.board import Board
+from dpshm.board.events import Event
 from dpshm.board.segment import Segment
+from dpshm.board.snapshot import Snapshot
 from dpshm.board.words import AWAKE, MAX_PROMPT_TOKENS, PHASE_MASK, WAVE_SHIFT
-from dpshm.errors import NoEngineAvailable, SettingError
+from dpshm.errors import NoEngineAvailable, SettingError, StartupTimeout
+from dpshm.frontend.changes import Changes, ChangeThread
 from dpshm.frontend.decision_lock import DecisionLock
+from dpshm.frontend.health import Health, read_health
 from dpshm.frontend.prefix_reader import PrefixReader
 from dpshm.frontend.recorder import Recorder, default_path
 from dpshm.frontend.route import Bookings, Route
@@ -42,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 REFRESH_INTERVAL_NS = 100_000_000
 """Interval between refreshes while no mark changes: a coordinator may have ended, or the file been unlinked."""
+READY_INTERVAL_S = 0.02
 
 
 class Frontend:
@@ -64,6 +67,8 @@ class Frontend:
         exclusive: bool = False,
         recording: bool = False,
         keys: ClientKeys | None = None,
+        weights: Mapping[int, float] | None = None,
+        max_requests: int | None = None,
     ) -> None:
         self.board = board
         self.index = index
@@ -80,11 +85,14 @@ class Frontend:
             *(board, index, self._row.own, None if ranks is None else frozenset(ranks)),
             # A recording has the work, whatever the policy needs: a replay may ask another one.
             sees_work=recording or bool(getattr(policy, "sees_work", False)),
+            weights=weights,
+            max_requests=max_requests,
         )
         self._prefixes = PrefixReader(board, index)
         self._wakeup = Wakeup(board.segment, keys)
         self._decision_lock = DecisionLock(board.segment) if exclusive else None
         self._recorder: Recorder | None = None
+        self._change_thread: ChangeThread | None = None
         self._next_refresh_ns = 0
         self._alone = False  # the coordinator of a group with waves has ended, or is stopped
         self._warned_unlinked = False
@@ -100,6 +108,10 @@ class Frontend:
         policy: str | Policy = "least_work",
         exclusive: bool = False,
         record: bool | str | Path = False,
+        weights: Mapping[int, float] | None = None,
+        max_requests: int | None = None,
+        on_change: Callable[[Event], object] | None = None,
+        timeout_s: float = 0.0,
         curve_dir: Folder | None = None,
     ) -> Frontend:
         """Takes a front-end's row of a group.
@@ -116,11 +128,19 @@ class Frontend:
                 ask for it ever choose from the same state (`dpshm.frontend.decision_lock`).
             record: keeps the newest decisions in a ring in shared memory, for ``dpshm replay``: a file's name, or
                 True for one that goes with the group (`dpshm.frontend.recorder`).
+            weights: speeds of ranks on unlike GPUs, by rank; 1 for those that are left out. For policies that
+                count requests (`least_loaded`, `power_of_two`). `least_work` learns how fast each rank is, and
+                uses weights until it has.
+            max_requests: outstanding requests with which a rank of weight 1 is full, others in proportion. If all
+                are full, `route` raises Overloaded. Front-ends that decide at the same instant may each send one
+                more, unless they are `exclusive`.
+            on_change: called with each change of the group, in a thread of this handle (see `changes`).
+            timeout_s: how long to wait for the group, if its coordinator has not started yet.
             curve_dir: folder of the group's keys, where its sockets ask for them; default: the environment's
                 ``DPSHM_CURVE_DIR``.
 
         Raises:
-            SegmentNotFound: there is no such group on this node.
+            SegmentNotFound: there is no such group on this node, or there was none within `timeout_s`.
             CapacityExceeded: every front-end row is taken.
             SettingError: an argument cannot be used.
         """
@@ -129,21 +149,32 @@ class Frontend:
         encoded = name.encode()
         if len(encoded) > layout.OWNER_BYTES or "\0" in name:
             raise SettingError(f"owner {name!r} must be at most {layout.OWNER_BYTES} bytes, none of them zero")
-        board, index = Board(Segment.attach(group)), -1
+        if max_requests is not None and max_requests < 1:
+            raise SettingError(f"max_requests is {max_requests}, and must be at least 1")
+        board, index = Board(Segment.attach_within(group, timeout_s)), -1
         try:
+            speeds = None if weights is None else _check_weights(weights, board.engines)
             only = None if ranks is None else sorted(set(map(operator.index, ranks)))
             if only is not None and not (only and only[0] >= 0 and only[-1] < board.engines):
                 raise SettingError(f"ranks {only} must be some of 0 to {board.engines - 1}")
             keys = keys_for(board.segment.header, curve_dir)
             index = lock_row(board, encoded)
             frontend = cls(
-                board, index, name, only, chosen, exclusive=exclusive, recording=record is not False, keys=keys
+                *(board, index, name, only, chosen),
+                exclusive=exclusive,
+                recording=record is not False,
+                keys=keys,
+                weights=speeds,
+                max_requests=max_requests,
             )
             # Other front-ends refresh when marks change: from then on they count this one's bookings.
             board.wait_for_coordinator(lambda: board.frontend_mark[index] == Verdict.ALIVE)
             if record is not False:
                 path = default_path(group, index) if record is True else Path(record)
                 frontend._recorder = Recorder.create(path, engines=board.dp_size, group=group, frontend=index)
+            if on_change is not None:
+                frontend._change_thread = ChangeThread(group, on_change)
+                frontend._change_thread.start()
         except BaseException:
             if index >= 0:
                 board.frontend_pid[index] = 0  # left, not died
@@ -157,25 +188,28 @@ class Frontend:
         *,
         prompt: Prompt | Tokens | None = None,
         dp_rank: int | None = None,
+        exclude: Collection[int] = (),
         key: int | str | bytes | None = None,
         wake: bool = True,
     ) -> Route:
         """Chooses an engine, books the request on it, and wakes the group if it is paused.
 
-        Keep the Route until the request ends, or use it as a context (`dpshm.Route`). Send `Route.prompt_tokens`
-        with the request: the engine gives them to its `receive`.
+        Keep the Route until the request ends, or use it as a context (`dpshm.Route`). Send `Route.stamp` with the
+        request: the engine gives it to its `receive`.
 
         Args:
             prompt_tokens: of the prompt; with `prompt` its length is the default.
             prompt: the prompt's token ids. What a rank has cached of it (`open_cache` of `dpshm.Engine`) is not
                 booked: it need not be computed there. Arrays are read as they are, lists are converted.
             dp_rank: the engine that it has to go to; drained and stalled ones may be named, dead ones not.
+            exclude: engines that it must not go to, such as the one at which it failed.
             key: what the policy `affinity` keeps on one rank: a conversation's id, or a prompt's first bytes.
             wake: False leaves paused ranks asleep; call `wake` once the request is sent. For engines that go back
                 to sleep when they wake up before their request is there.
 
         Raises:
             NoEngineAvailable: there is no engine to take it. Nothing was booked.
+            Overloaded: each engine has `max_requests` requests; a NoEngineAvailable, too. Nothing was booked.
             SettingError: `dp_rank`, or the policy's choice, is not one that this front-end may choose; or the
                 prompt holds no token ids. Nothing was booked.
         """
@@ -196,9 +230,9 @@ class Frontend:
                     lookup = None if prompt is None else self._prefixes.look_up(prompt, prompt_tokens, now_ns)
                     if dp_rank is None:
                         cached = None if lookup is None else lookup.cached
-                        dp_rank = self._choose(Request(prompt_tokens, _key(key), cached), now_ns)
+                        dp_rank = self._choose(Request(prompt_tokens, _key(key), cached), now_ns, exclude)
                     else:
-                        dp_rank = self._reader.check_pinned(dp_rank)
+                        dp_rank = self._reader.check_pinned(dp_rank, exclude)
                     route.dp_rank = dp_rank
                     if lookup is not None:
                         self._prefixes.sent(lookup, dp_rank, now_ns)
@@ -227,12 +261,14 @@ class Frontend:
         prompt_tokens: int = 0,
         *,
         prompt: Prompt | Tokens | None = None,
+        exclude: Collection[int] = (),
         key: int | str | bytes | None = None,
     ) -> int:
         """The engine that `route` would choose now. Books nothing and wakes no rank.
 
         Raises:
             NoEngineAvailable: there is none.
+            Overloaded: each engine has `max_requests` requests.
         """
         if not self._segment.usable:
             raise self._segment.why_unusable()
@@ -243,7 +279,7 @@ class Frontend:
         with self._lock:
             now_ns = self._begin()
             cached = None if prompt is None else self._prefixes.look_up(prompt, prompt_tokens, now_ns).cached
-            dp_rank = self._choose(Request(prompt_tokens, _key(key), cached), now_ns)
+            dp_rank = self._choose(Request(prompt_tokens, _key(key), cached), now_ns, exclude)
         if self._bookings.lost:
             self._bookings.heal()
         return dp_rank
@@ -280,7 +316,56 @@ class Frontend:
         if self._bookings.lost:
             self._bookings.heal()
 
-    def snapshot(self) -> NDArray[Any]:
+    async def wait_ready(self, timeout_s: float | None = None, *, min_ranks: int | None = None) -> None:
+        """Waits until every rank that this front-end may choose is there, and some rank may be chosen.
+
+        Args:
+            timeout_s: how long; None: for ever.
+            min_ranks: wait only until so many may be chosen.
+
+        Raises:
+            StartupTimeout: they were not there within that time; names the ranks that are missing.
+        """
+        import asyncio  # not for front-ends that have no event loop
+
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            with self._lock:
+                self._begin()
+                missing, routable = self._reader.missing(), len(self._reader.eligible)
+            if routable >= min_ranks if min_ranks is not None else routable and not missing:
+                return
+            if time.monotonic() >= deadline:
+                raise StartupTimeout(
+                    f"group {self._segment.group!r} was not ready in {timeout_s:g} s; "
+                    f"ranks without a row: {missing}; {routable} may be chosen"
+                )
+            await asyncio.sleep(READY_INTERVAL_S)
+
+    def health(self) -> Health:
+        """Whether this front-end could route now, and what each rank is: for a health check."""
+        if not self._segment.usable:  # tested here too: in a forked child the lock may be held for ever
+            raise self._segment.why_unusable()
+        with self._lock:
+            now_ns = self._begin()
+            routable = self._reader.eligible
+        return read_health(self.board, routable, now_ns)
+
+    def changes(self) -> Changes:
+        """The changes of the group from now on, for ``async for``: what `dpshm events` prints.
+
+        A rank joined, left, died, stalled, is stuck, recovered, was drained; a wave began or ended; a coordinator
+        or a front-end came or went (`dpshm.Event`). It looks at the board every 50 ms. It ends with the group, and
+        when this front-end is closed.
+
+        Raises:
+            SegmentNotFound: the group has ended.
+        """
+        if not self._segment.usable:
+            raise self._segment.why_unusable()
+        return Changes(self._segment)
+
+    def snapshot(self) -> Snapshot:
         """The state of each rank as this front-end sees it; see `dpshm.Board.snapshot`."""
         if not self._segment.usable:
             raise self._segment.why_unusable()
@@ -290,6 +375,8 @@ class Frontend:
 
     def close(self) -> None:
         """Leaves the group and frees the row. Its bookings leave the sums."""
+        if self._change_thread is not None and self._segment.usable:
+            self._change_thread.stop()
         if self._bookings.lost:
             self._bookings.heal()
         if self._segment.usable:  # in a forked child the lock may be held for ever
@@ -346,19 +433,29 @@ class Frontend:
         self._prefixes.refresh(now_ns)
         self._wakeup.expect(self._reader.dp_size)
 
-    def _choose(self, request: Request, now_ns: int) -> int:
+    def _choose(self, request: Request, now_ns: int, exclude: Collection[int]) -> int:
         reader, recorder = self._reader, self._recorder
         eligible = reader.eligible
         if not eligible:
             raise NoEngineAvailable(reader.why_none())
         beats = reader.read_beats() if recorder is not None else []  # before the view, so that ages err upwards
-        view = reader.read(now_ns)
+        view = reader.read(now_ns, exclude)
         rank = self._policy(view, request)
-        if rank not in eligible:
-            raise SettingError(f"the policy chose rank {rank!r}, which is not one of {sorted(eligible)}")
+        if rank not in eligible or (exclude and rank in exclude):
+            raise SettingError(f"the policy chose rank {rank!r}, which is not one of {sorted(view.ranks)}")
         if recorder is not None:
             recorder.record(now_ns, view, request, int(rank), beats)
         return int(rank)
+
+
+def _check_weights(weights: Mapping[int, float], engines: int) -> dict[int, float]:
+    checked = {operator.index(rank): float(weight) for rank, weight in weights.items()}
+    for rank, weight in checked.items():
+        if not (0 <= rank < engines and 0 < weight < math.inf):
+            raise SettingError(
+                f"weights has {weight} for rank {rank}: give numbers above 0, for ranks 0 to {engines - 1}"
+            )
+    return checked
 
 
 def _as_prompt(prompt: Prompt | Tokens) -> Prompt:

@@ -40,6 +40,7 @@ class Bookings:
     """Ends the bookings of one front-end.
 
     Attributes:
+        index: the number of the row.
         lock: held by each call that changes or reads the row.
         lost: a Route was collected while open since the last `heal`.
     """
@@ -48,7 +49,7 @@ class Bookings:
         self._board = board
         self._segment = board.segment
         self._row = row
-        self._index = index
+        self.index = index
         self._latencies: LatencyWriter | None = None  # made when a first token comes
         self._measures = True
         self.lock = threading.RLock()
@@ -90,12 +91,12 @@ class Bookings:
             return
         try:
             if self._latencies is None:
-                path = latency_path(self._segment.sockets_path, self._index)
+                path = latency_path(self._segment.sockets_path, self.index)
                 self._latencies = LatencyWriter(path, self._board.dp_size)
             self._latencies.observe(route.dp_rank, kind, took_ns)
         except SegmentError as e:
             self._measures, self._latencies = False, None
-            logger.warning("front-end %d stores no more latencies: %s", self._index, e)
+            logger.warning("front-end %d stores no more latencies: %s", self.index, e)
 
     def end_collected(self, route: Route) -> None:
         """Ends the booking of a Route that is collected while open. Never waits and never logs."""
@@ -142,7 +143,7 @@ class Route(msgspec.Struct, eq=False):
     Call `done` or `cancel`, or use it as a context, which ends the booking when the block is left:
 
         with frontend.route(prompt_tokens=512) as route:
-            send(request, route.dp_rank, route.wave)
+            send(request, route.stamp, to=route.dp_rank)
             route.sent()
             wait_for_answer(request)
 
@@ -151,7 +152,7 @@ class Route(msgspec.Struct, eq=False):
 
     Attributes:
         dp_rank: the engine that takes the request.
-        wave: the wave to stamp the request with.
+        wave: the wave in which the request was sent.
         prompt_tokens: the prompt tokens that were booked: those that are expected to be computed.
         cached_tokens: the prompt tokens that the engine is expected to find in its cache.
         open: whether the booking counts: neither `done` nor `cancel` was called.
@@ -168,6 +169,14 @@ class Route(msgspec.Struct, eq=False):
     booked_ns: int = 0
     first_token_ns: int = 0
     _was_sent: bool = False
+
+    @property
+    def stamp(self) -> tuple[int, int, int]:
+        """What travels with the request, for `Engine.receive`: front-end, booked prompt tokens, wave.
+
+        JSON, msgpack and pickle carry it. `Engine.receive` takes it as a list, too.
+        """
+        return self._bookings.index, self.prompt_tokens, self.wave
 
     def sent(self) -> None:
         """The request was sent: from now on an exception that leaves the block does not cancel the booking."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import time
+from collections.abc import Collection, Mapping
 from math import gcd
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from dpshm.board import layout
 from dpshm.board.board import Board
 from dpshm.board.words import DRAINED, ON_BEHALF, unpack_state
-from dpshm.errors import NoEngineAvailable, SettingError
+from dpshm.errors import NoEngineAvailable, Overloaded, SettingError
 from dpshm.policies import View, comparable
 from dpshm.policies.columns import VECTOR_FROM, ArrayColumns, ArrayWork, ListColumns, ListWork
 from dpshm.policies.idle_ranks import IdleRanks
@@ -54,7 +55,15 @@ class ViewReader:
     revision: int
 
     def __init__(
-        self, board: Board, index: int, own: list[int], only: frozenset[int] | None, *, sees_work: bool
+        self,
+        board: Board,
+        index: int,
+        own: list[int],
+        only: frozenset[int] | None,
+        *,
+        sees_work: bool,
+        weights: Mapping[int, float] | None = None,
+        max_requests: int | None = None,
     ) -> None:
         """Reads the board for the first time.
 
@@ -64,12 +73,16 @@ class ViewReader:
             own: the front-end's unfinished requests by rank (`FrontendRow.own`), which views share.
             only: the only ranks that the front-end may choose; None: all.
             sees_work: whether views have work (`View.has_work`).
+            weights: by rank, its speed relative to the others'; 1 where it is left out. None: all are equal.
+            max_requests: outstanding requests with which a rank of weight 1 is full; None: no rank is ever full.
         """
         self._board = board
         self._words = board.words
         self._own = own
         self._only = only
         self._sees_work = sees_work
+        self._weights = weights
+        self._max_requests = max_requests
         self._idle = IdleRanks()
         self.eligible = frozenset()
         self._at_revision = board.index("revision")
@@ -85,6 +98,10 @@ class ViewReader:
         self.revision = self._words[self._at_revision]
         n = self.dp_size = board.dp_size
         self._load = board.load[:n]
+        weights, most = self._weights, self._max_requests
+        by_rank = None if weights is None else [weights.get(e, 1.0) for e in range(n)]
+        self._rank_weights: Any = by_rank if by_rank is None or n < VECTOR_FROM else np.array(by_rank)
+        self._limits = None if most is None else [most * weight for weight in by_rank or [1] * n]
         at = board.index("load")
         self._load_words = self._words[at : at + n]  # the same words; of a few, this makes a list twice as fast
         self._beats = board.beat[:n]
@@ -126,8 +143,17 @@ class ViewReader:
         # Twice over: each slice of half its length is one rotation.
         self._twice: Any = np.array(eligible * 2) if n >= VECTOR_FROM else eligible * 2
 
-    def read(self, now_ns: int) -> View:
-        """What one decision sees. Some rank must be eligible."""
+    def read(self, now_ns: int, exclude: Collection[int] = ()) -> View:
+        """What one decision sees. Some rank must be eligible.
+
+        Args:
+            now_ns: CLOCK_MONOTONIC.
+            exclude: ranks that this decision may not choose.
+
+        Raises:
+            NoEngineAvailable: all eligible ranks are excluded.
+            Overloaded: the others are full.
+        """
         count = len(self.eligible)
         turn = self._turn = (self._turn + 1) % count
         ranks = self._twice[turn : turn + count]
@@ -136,10 +162,33 @@ class ViewReader:
         if n >= VECTOR_FROM:
             many = self._many_work(now_ns) if self._sees_work else None
             requests = self._requests.count()
-            return View(ArrayColumns(ranks, np.positive(self._load), requests, own, frontends, many))
+            if exclude or self._limits is not None:
+                ranks = np.array(self._narrowed(ranks.tolist(), requests.tolist(), exclude))
+            load = np.positive(self._load)
+            return View(ArrayColumns(ranks, load, requests, own, frontends, many, self._rank_weights))
         few = self._few_work(now_ns) if self._sees_work else None
         counts = self._requests.count().tolist()
-        return View(ListColumns(ranks, self._load_words.tolist(), counts, own, frontends, few))
+        if exclude or self._limits is not None:
+            ranks = self._narrowed(ranks, counts, exclude)
+        load_words = self._load_words.tolist()
+        return View(ListColumns(ranks, load_words, counts, own, frontends, few, self._rank_weights))
+
+    def _narrowed(self, ranks: list[int], requests: list[int], exclude: Collection[int]) -> list[int]:
+        """Those of some ranks that are neither excluded nor full."""
+        left = [rank for rank in ranks if rank not in exclude]
+        if not left:
+            raise NoEngineAvailable(f"{self.why_none()}; this request excludes {sorted(exclude)}")
+        limits = self._limits
+        if limits is None:
+            return left
+        free = [rank for rank in left if requests[rank] < limits[rank]]
+        if not free:
+            counts = ", ".join(f"{rank}: {requests[rank]} of {limits[rank]:g}" for rank in sorted(left))
+            raise Overloaded(
+                f"each rank of group {self._board.segment.group!r} that may be chosen has as many requests as "
+                f"max_requests={self._max_requests} allows ({counts}): answer 503, or try again later"
+            )
+        return free
 
     def read_wave(self, least: int) -> tuple[int, bool]:
         """The highest wave of live rows, at least `least`; and whether a rank sleeps that the wave may need.
@@ -157,24 +206,38 @@ class ViewReader:
         beats: list[int] = self._beats.tolist()
         return [beat if self._board.engine_clock_agrees(e) else 0 for e, beat in enumerate(beats)]
 
-    def check_pinned(self, dp_rank: int) -> int:
+    def check_pinned(self, dp_rank: int, exclude: Collection[int] = ()) -> int:
         """Checks that a request may be sent to a rank that its caller named. Returns it as an int.
 
         Raises:
             NoEngineAvailable: the rank is absent or dead.
-            SettingError: this front-end may not choose the rank.
+            Overloaded: it is full.
+            SettingError: this front-end may not choose the rank, or the request excludes it.
         """
         dp_rank = operator.index(dp_rank)  # numpy's integers, too
         if not 0 <= dp_rank < self.dp_size or (self._only is not None and dp_rank not in self._only):
             allowed = sorted(self._only) if self._only is not None else f"0 to {self.dp_size - 1}"
             raise SettingError(f"dp_rank {dp_rank} is not one that this front-end may choose: {allowed}")
+        if exclude and dp_rank in exclude:
+            raise SettingError(f"dp_rank {dp_rank} is both named and excluded")
         verdict = self._verdicts[dp_rank]
         if verdict not in (Verdict.ALIVE, *HANGING):
             raise NoEngineAvailable(
                 f"engine {dp_rank} of group {self._board.segment.group!r}, to which the request is pinned, is "
                 f"{verdict.name.lower()}"
             )
+        if self._limits is not None:
+            self._narrowed([dp_rank], self._requests.count().tolist(), ())
         return dp_rank
+
+    def missing(self) -> list[int]:
+        """The ranks that this front-end may choose and that no living process has."""
+        there = (Verdict.ALIVE, *HANGING)
+        return [
+            e
+            for e, verdict in enumerate(self._verdicts)
+            if verdict not in there and (self._only is None or e in self._only)
+        ]
 
     def why_none(self) -> str:
         """Why no rank is eligible, for an error."""

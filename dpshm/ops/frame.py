@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import msgspec
 
+from dpshm.rules.liveness import State
+
 SCHEMA_VERSION = 1
 
 
@@ -99,7 +101,7 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     dp_rank: int
-    state: str
+    state: State
     routable: bool
     drained: bool
     stock: bool

@@ -22,6 +22,7 @@ from dpshm.net.addresses import bare
 from dpshm.ops.bounded_http import BoundedHandler, BoundedServer
 from dpshm.ops.frame import Coordinator, Frame, Frontend, Rank
 from dpshm.ops.read_frame import read_frame
+from dpshm.rules.liveness import State
 from dpshm.version import __version__
 
 try:
@@ -39,9 +40,6 @@ except ImportError as e:
     raise SettingError(f"metrics need prometheus-client ({e}): pip install 'dpshm[metrics]'") from None
 
 _UP_HELP = "1 if a coordinator lives and its watch thread runs."
-RANK_STATES = (
-    *("running", "idle", "waking", "paused", "silent", "drained", "stalled", "stuck", "dead", "absent"),
-)
 _RANK_GAUGES: tuple[tuple[str, str, Callable[[Rank], float | None]], ...] = (
     ("waiting_requests", "Requests in the engine's queue.", lambda r: r.waiting),
     ("running_requests", "Requests in the engine's batch.", lambda r: r.running),
@@ -158,7 +156,7 @@ def _ranks(group: str, ranks: Iterable[Rank]) -> Iterator[Metric]:
     counters = [CounterMetricFamily(f"dpshm_rank_{n}", help_, labels=labels) for n, help_, _ in _RANK_COUNTERS]
     for rank in ranks:
         of = [group, str(rank.dp_rank)]
-        for name in RANK_STATES:
+        for name in State:
             state.add_metric([*of, name], int(rank.state == name))
         for gauge, (_, _, get) in zip(gauges, _RANK_GAUGES, strict=True):
             value = get(rank)

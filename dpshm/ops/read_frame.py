@@ -11,22 +11,19 @@ import time
 import numpy as np
 
 from dpshm.board.board import Board
+from dpshm.board.events import SILENT_AFTER_S
 from dpshm.board.layout import CACHE_WORDS, DROP_REASONS
 from dpshm.board.words import VERDICT_MASK, WAKE_LIMITS_MS
-from dpshm.linux import processes
 from dpshm.ops.frame import SCHEMA_VERSION, Coordinator, Frame, Frontend, Rank
-from dpshm.rules.liveness import Verdict
+from dpshm.rules.liveness import State, Verdict
 from dpshm.version import version_text
-
-SILENT_AFTER_S = 1.0
-"""Twenty rounds of the watch thread."""
 
 
 def read_frame(board: Board) -> Frame:
     """Reads one frame, without rates and latencies."""
     board.segment.refresh()
     now_ns, now = time.monotonic_ns(), time.time()
-    ages = clocks_agree(board)
+    ages = board.clocks_agree()
     coordinator = _coordinator(board, now_ns if ages else None)
     marks_fresh = coordinator.state == "alive"
     ranks = _ranks(board, now_ns if ages else None, marks_fresh)
@@ -62,12 +59,6 @@ def balance(requests: list[int]) -> float | None:
     """The maximum divided by the mean. 1 is even; the number of ranks means all on one. None without requests."""
     total = sum(requests)
     return max(requests) * len(requests) / total if total else None
-
-
-def clocks_agree(board: Board) -> bool:
-    """Whether this process shares CLOCK_MONOTONIC with the processes that write the board."""
-    header = board.segment.header
-    return header.boot_id == processes.boot_id() and header.time_namespace == processes.namespace_inode("time")
 
 
 def _word(board: Board, name: str) -> int:
@@ -115,7 +106,7 @@ def _ranks(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Rank]:
         e = row["dp_rank"]
         ranks.append(
             Rank(
-                state=row["state"],
+                state=State(row["state"]),
                 routable=not row["drained"] and row["verdict"] == "alive",
                 age_s=row["age_ns"] / 1e9 if row["age_ns"] >= 0 else None,
                 step_age_s=row["step_age_ns"] / 1e9 if row["step_age_ns"] >= 0 else None,

@@ -26,10 +26,10 @@ from urllib.parse import parse_qs, urlsplit
 import msgspec
 
 from dpshm.board.board import Board
+from dpshm.board.events import Event, EventReader
 from dpshm.errors import SettingError
 from dpshm.net.addresses import bare, is_loopback, joined
 from dpshm.ops.bounded_http import MAX_CONNECTIONS, BoundedHandler, BoundedServer
-from dpshm.ops.events import Event, EventReader
 from dpshm.ops.frame import Frame
 from dpshm.ops.watcher import Watcher
 
@@ -82,7 +82,7 @@ class Looker(threading.Thread):
         super().__init__(name="dpshm-look", daemon=True)
         self._interval_s = interval_s
         self._watcher = Watcher(Board.attach(group, any_owner=True))
-        self._reader = EventReader(Board.attach(group, any_owner=True))
+        self._reader = EventReader(Board.attach(group, any_owner=True), any_owner=True)
         self._points: deque[Point] = deque(maxlen=PAST_POINTS)
         self._events: deque[Event] = deque(maxlen=PAST_EVENTS)
         self._changed = threading.Condition()

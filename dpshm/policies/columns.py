@@ -86,6 +86,7 @@ class ListColumns(msgspec.Struct, eq=False, gc=False):
         own: requests of this front-end that are unfinished.
         num_frontends: live front-ends.
         work: tokens and step times, if the policy asked for them.
+        weights: speeds of the ranks relative to each other; None: they are equal.
     """
 
     ranks: list[int]
@@ -94,6 +95,7 @@ class ListColumns(msgspec.Struct, eq=False, gc=False):
     own: list[int]
     num_frontends: int
     work: ListWork | None = None
+    weights: list[float] | None = None
 
     def free(self) -> list[int]:
         """The ranks that may be chosen and are not overloaded, in their order; if all are, all of them."""
@@ -119,6 +121,7 @@ class ArrayColumns(msgspec.Struct, eq=False, gc=False):
     own: list[int]
     num_frontends: int
     work: ArrayWork | None = None
+    weights: NDArray[np.float64] | None = None
 
     def free(self) -> Words:
         """As `ListColumns.free`."""
@@ -155,4 +158,5 @@ def columns_of(few: ListColumns) -> Columns:
     if few.work is not None:
         tokens, steps, models = (np.array(r, np.int64) for r in (few.work.tokens, few.work.steps, few.work.models))
         work = ArrayWork(tokens, steps, models, few.work.now_ns)
-    return ArrayColumns(ranks, load, requests, few.own, few.num_frontends, work)
+    weights = None if few.weights is None else np.array(few.weights)
+    return ArrayColumns(ranks, load, requests, few.own, few.num_frontends, work, weights)

@@ -21,14 +21,24 @@ def least_loaded(view: View, request: Request) -> int:
     For engines that report neither tokens nor steps; `dpshm.policies.LeastWork` is as good there, and dearer.
 
     Formula: ``argmin(waiting + running + in flight)``; of equal ranks the one that has most of the prompt cached.
+    With weights: ``argmin((waiting + running + in flight + 1) / weight)``.
     """
     columns: Any = view.columns  # its requests and what its `least` takes are both lists, or both arrays
+    if columns.weights is not None:
+        return view.least(_weighted(view, request))
     if request.cached is None:
         return columns.least(columns.requests)  # type: ignore[no-any-return]
     if isinstance(columns, ListColumns):
         by_rank = zip(columns.requests, request.cached, strict=False)
         return columns.least([(requests << _TOKEN_BITS) - cached for requests, cached in by_rank])
     return columns.least((columns.requests << _TOKEN_BITS) - np.array(request.cached))  # type: ignore[no-any-return]
+
+
+def _weighted(view: View, request: Request) -> list[float]:
+    """By rank, the requests that it would have with this one, relative to its speed; cached tokens break ties."""
+    cached = request.cached or [0] * len(view.requests)
+    by_rank = zip(view.requests, view.weights, cached, strict=False)
+    return [(requests + 1) / weight - hit / (1 << _TOKEN_BITS) for requests, weight, hit in by_rank]
 
 
 def vllm(view: View, request: Request) -> int:
@@ -71,7 +81,8 @@ class PowerOfTwo(msgspec.Struct, frozen=True):
     """The less loaded of two ranks drawn at random.
 
     Formula: two different ranks, each pair equally likely; of them the one with fewer requests, reported plus
-    in flight. The draw is a hash of what the view holds, so equal input gives an equal choice.
+    in flight (with weights: relative to the weight). The draw is a hash of what the view holds, so equal input
+    gives an equal choice.
     Source: Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", IEEE TPDS 12(10), 2001.
 
     Attributes:
@@ -86,6 +97,9 @@ class PowerOfTwo(msgspec.Struct, frozen=True):
         one, other = self._draw(columns.ranks, columns, request)
         if view.overloaded(one) or view.overloaded(other):  # rare
             one, other = self._draw(columns.free(), columns, request)
+        if columns.weights is not None:
+            scores = _weighted(view, request)
+            return one if scores[one] <= scores[other] else other
         return one if columns.requests[one] <= columns.requests[other] else other
 
     def _draw(self, ranks: list[int] | Words, columns: Columns, request: Request) -> tuple[int, int]:

@@ -121,6 +121,7 @@ class View(msgspec.Struct, frozen=True, eq=False, dict=True):
         in_flight: Sequence[int] | None = None,
         own: Sequence[int] | None = None,
         ranks: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
         num_frontends: int = 1,
     ) -> View:
         """A view of these numbers, each by rank; what is left out is 0, and all ranks may be chosen.
@@ -132,12 +133,13 @@ class View(msgspec.Struct, frozen=True, eq=False, dict=True):
         usage = [0.0] * n if kv_cache_usage is None else kv_cache_usage
         sent = [0] * n if in_flight is None else in_flight
         mine = [0] * n if own is None else list(own)
-        if not n or {len(running), len(usage), len(sent), len(mine)} != {n}:
+        speeds = None if weights is None else list(weights)
+        if not n or {len(running), len(usage), len(sent), len(mine), n if speeds is None else len(speeds)} != {n}:
             raise SettingError("a view needs at least one rank, and in each sequence one item for each rank")
         load = list(map(pack_load, waiting, running, usage))
         requests = [w + r + s for w, r, s in zip(waiting, running, sent, strict=True)]
         order = list(range(n)) if ranks is None else list(ranks)
-        return cls(columns_of(ListColumns(order, load, requests, mine, num_frontends)))
+        return cls(columns_of(ListColumns(order, load, requests, mine, num_frontends, weights=speeds)))
 
     @cached_property
     def ranks(self) -> list[int]:
@@ -174,6 +176,12 @@ class View(msgspec.Struct, frozen=True, eq=False, dict=True):
     def own(self) -> list[int]:
         """Requests of this front-end that are unfinished. The list belongs to the front-end: do not change it."""
         return self.columns.own
+
+    @cached_property
+    def weights(self) -> list[float]:
+        """Speeds relative to the other ranks, as `Frontend.attach` was told; 1.0 each if it was not."""
+        weights = self.columns.weights
+        return [1.0] * len(self.columns.load) if weights is None else list(map(float, weights))
 
     @property
     def num_frontends(self) -> int:

@@ -16,7 +16,7 @@ request that was lost must not exclude an idle rank, which has no reason to show
 from __future__ import annotations
 
 import operator
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import NamedTuple, SupportsIndex
 
 SIGN_MASK = (1 << 62) - 1
@@ -41,6 +41,21 @@ class Verdict(IntEnum):
     def _missing_(cls, value: object) -> Verdict:
         """A damaged mark has some verdict (rule 6)."""
         return cls(operator.index(value) & 3) if isinstance(value, SupportsIndex) else cls.ABSENT
+
+
+class State(StrEnum):
+    """What a rank is, in one word: what snapshots, tools, metrics and the page show. See `state_of`."""
+
+    IDLE = "idle"
+    RUNNING = "running"
+    WAKING = "waking"
+    PAUSED = "paused"
+    SILENT = "silent"
+    DRAINED = "drained"
+    STALLED = "stalled"
+    STUCK = "stuck"
+    DEAD = "dead"
+    ABSENT = "absent"
 
 
 HANGING = (Verdict.STALLED, Verdict.STUCK)
@@ -210,7 +225,7 @@ def is_silent(signs: EngineSigns, age_ns: int, steps: int, busy_ns: int) -> bool
 
 def state_of(
     verdict: Verdict, signs: EngineSigns, *, drained: bool, silent: bool, steps: bool | None, waking: bool
-) -> str:
+) -> State:
     """What a rank is, in one word. All tools and `snapshot` use this reading.
 
     Args:
@@ -222,13 +237,13 @@ def state_of(
         waking: the group wakes up.
     """
     if verdict is not Verdict.ALIVE:
-        return verdict.name.lower()
+        return State[verdict.name]
     if drained:
-        return "drained"
+        return State.DRAINED
     if signs.paused:
-        return "paused"
+        return State.PAUSED
     if silent:
-        return "silent"
+        return State.SILENT
     if steps is None:
-        return "running" if has_work(signs) else "idle"
-    return "running" if steps else "waking" if waking else "idle"
+        return State.RUNNING if has_work(signs) else State.IDLE
+    return State.RUNNING if steps else State.WAKING if waking else State.IDLE

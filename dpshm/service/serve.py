@@ -24,6 +24,7 @@ from dpshm.errors import SegmentError, SettingError
 from dpshm.linux import descriptors, processes
 from dpshm.linux.signals import EndRequest
 from dpshm.net.addresses import joined
+from dpshm.rules.liveness import State
 from dpshm.service.coordinator import Coordinator
 from dpshm.service.systemd import notify, watchdog_interval_s
 
@@ -132,8 +133,8 @@ def _wait(coordinator: Coordinator, request: EndRequest) -> None:
 def _status(coordinator: Coordinator) -> str:
     board = coordinator.board
     states = board.snapshot()["state"].tolist()
-    there = sum(state not in ("dead", "absent") for state in states)
-    worth_telling = ("dead", "stalled", "stuck", "silent", "drained")
+    there = sum(state not in (State.DEAD, State.ABSENT) for state in states)
+    worth_telling = (State.DEAD, State.STALLED, State.STUCK, State.SILENT, State.DRAINED)
     bad = {state: states.count(state) for state in worth_telling if state in states}
     return f"group {coordinator.settings.group}: {there} of {len(states)} ranks are there" + "".join(
         f", {number} {state}" for state, number in bad.items()

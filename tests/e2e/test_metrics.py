@@ -53,7 +53,9 @@ def busy(group, using, coordinator):
     frontend = using(Frontend.attach(group, owner='api "1"\\'))
     route = frontend.route(100, dp_rank=0)
     wait_until(engine.poll)
-    engine.receive(frontend.index, 100, route.wave)
+    engine.receive(route.stamp)
+    for _ in range(3):
+        engine.receive(None)
     with engine.step(prefill_tokens=100, batch=2):
         pass
     with engine.step():

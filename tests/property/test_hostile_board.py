@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from dpshm import Board, Coordinator, Engine, Frontend
 from dpshm.board import layout
+from dpshm.board.events import EventReader
 from dpshm.board.header import PREAMBLE
 from dpshm.board.words import MAX_WORD
 from dpshm.errors import DpshmError, NoEngineAvailable, SettingError
-from dpshm.ops.events import EventReader
 from dpshm.ops.groups import find_groups
 from dpshm.ops.metrics import BoardCollector
 from dpshm.ops.read_frame import read_frame

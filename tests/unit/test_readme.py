@@ -286,7 +286,7 @@ def test_every_command_is_in_the_operators_table() -> None:
 def test_the_library_example_runs_as_printed() -> None:
     """Guards against a README whose example no longer fits the code."""
     printed = run(block(README, "example"))
-    assert re.match(r"send it to rank [01] stamped with 0 and 0\n", printed)
+    assert re.match(r"send it to rank [01] with the stamp \(0, 512, 0\)\n", printed)
     # The other rank may still be on its way from paused to running.
     assert len(re.findall(r"^[01] (?:idle|waking|running) 0 requests$", printed, re.MULTILINE)) == 2
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from dpshm.ops.frame import Frame, Frontend, Rank
 from dpshm.ops.screen.text import Glyphs, count, duration
+from dpshm.rules.liveness import State
 
 SPARK_MIN = 8
 HISTORY = 240
@@ -32,7 +33,10 @@ STATES = {  # sign, the same in ASCII, style
     "absent": ("-", "-", "dim"),
     "alive": ("▶", ">", "#56B4E9"),
 }
-_BAD = ("dead", "stalled", "stuck", "silent", "absent", "waking", "paused", "drained", "running", "idle")
+_BAD = (
+    *(State.DEAD, State.STALLED, State.STUCK, State.SILENT, State.ABSENT),
+    *(State.WAKING, State.PAUSED, State.DRAINED, State.RUNNING, State.IDLE),
+)
 
 T = TypeVar("T", Rank, Frontend)
 

@@ -9,10 +9,10 @@ import pytest
 
 from dpshm.board import files, layout
 from dpshm.board.board import Board
+from dpshm.board.events import EventReader
 from dpshm.board.header import encode_header, printable, read_header
 from dpshm.board.segment import FOREIGN_BYTES
 from dpshm.errors import SegmentInvalid
-from dpshm.ops.events import EventReader
 from dpshm.ops.groups import find_groups
 from dpshm.ops.read_frame import read_frame
 from tests.support import LoneBoard

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -67,7 +68,8 @@ def test_publish_stores_every_word(board, group, using):
     """Guards against a report of which a word is missing, or lands in another's place."""
     engine = using(Engine.attach(group, 1))
     before = time.monotonic_ns()
-    engine.receive(None, 100, wave=3)
+    for _ in range(4):
+        engine.receive(None, 100, wave=3)
     engine.finished(4)
     engine.preempted(2)
     engine.publish(waiting=5, running=7, kv_cache_usage=0.25, prefill_backlog=99, step=11)
@@ -86,15 +88,103 @@ def test_publish_stores_every_word(board, group, using):
 def test_publish_saturates(board, group, using):
     """Guards against a number too large for its word that stops the engine, or wraps into a small one."""
     engine = using(Engine.attach(group, 0))
-    engine.publish(waiting=1 << 70, running=1 << 70, kv_cache_usage=9.0, prefill_backlog=1 << 70, step=1 << 70)
+    engine.publish(
+        waiting=1 << 70, running=1 << 70, kv_cache_usage=1.0000001, prefill_backlog=1 << 70, step=1 << 70
+    )
     row = board.snapshot()[0]
     assert row["waiting"] == (1 << 23) - 1
     assert row["running"] == (1 << 24) - 1
     assert row["kv_cache_usage"] == 1.0
     assert row["prefill_backlog"] > 1 << 60
-    engine.publish(waiting=-1, running=-1, kv_cache_usage=float("nan"), prefill_backlog=-5, step=-1)
+    engine.publish(waiting=0, running=0, step=-1)
+    assert board.snapshot()[0]["step"] == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"waiting": -1}, {"running": -1}, {"prefill_backlog": -5}, {"waiting": np.int64(-1)}),
+        *({"kv_cache_usage": usage} for usage in (37.0, -0.1, 1.01, float("nan"), float("inf"))),
+    ],
+    ids=str,
+)
+def test_a_load_that_cannot_be_is_refused_and_stores_nothing(board, group, using, wrong):
+    """Guards against a percentage or a difference of the wrong sign published as a full or an empty rank."""
+    engine = using(Engine.attach(group, 0))
+    engine.publish(waiting=3, running=2, kv_cache_usage=0.5, prefill_backlog=7, step=1)
+    before = bytes(board.words.cast("B"))
+    with pytest.raises(SettingError, match=next(iter(wrong))):
+        engine.publish(**{"waiting": 9, "running": 9, "step": 2, **wrong})
+    assert bytes(board.words.cast("B")) == before
+
+
+def test_requests_that_never_came_cannot_end(board, group, using):
+    """Guards against requests that are counted as finished twice, or by an engine that received none."""
+    engine = using(Engine.attach(group, 0))
+    with pytest.raises(SettingError, match="0 requests are unfinished"):
+        engine.finished(10)
+    engine.receive(0, 5)
+    engine.receive(None)
+    engine.finished(1)
+    for wrong in (2, -1):
+        with pytest.raises(SettingError, match="1 requests are unfinished: 2 were received, 1 have ended"):
+            engine.finished(wrong)
+    assert board.snapshot()[0]["requests_finished"] == 1
+    engine.finished(1)
+    engine.close()
+    successor = using(Engine.attach(group, 0))  # what its predecessor received is not its own
+    with pytest.raises(SettingError):
+        successor.finished(1)
+
+
+@pytest.mark.parametrize("carry", [tuple, list, lambda stamp: json.loads(json.dumps(stamp))])
+def test_a_stamp_is_received(board, group, using, carry):
+    """Guards against a request that is counted for another front-end, or with other tokens, than it was booked."""
+    engine = using(Engine.attach(group, 0))
+    frontend = using(Frontend.attach(group))
+    route = frontend.route(512, dp_rank=0)
+    assert route.stamp == (frontend.index, 512, route.wave)
+    assert board.snapshot()[0]["in_flight"] == 1
+    engine.receive(carry(route.stamp))
+    engine.publish(waiting=1, running=0, prefill_backlog=512)
     row = board.snapshot()[0]
-    assert [row[name] for name in ("waiting", "running", "kv_cache_usage", "prefill_backlog", "step")] == [0] * 5
+    assert (row["in_flight"], row["requests"], row["in_flight_tokens"]) == (0, 1, 0)
+    assert engine.running
+
+
+@pytest.mark.parametrize("wrong", [(), (0,), (0, 5, 0, 0), ("0", 5, 0), (0, 5.0, 0), [None, 0, 0], (99, 5, 0)])
+def test_what_is_no_stamp_is_refused_and_counts_nothing(board, group, using, wrong):
+    """Guards against a message of a stranger that ends an engine with a traceback, or is half counted."""
+    engine = using(Engine.attach(group, 0))
+    before = bytes(board.words.cast("B"))
+    with pytest.raises(SettingError):
+        engine.receive(wrong)
+    assert bytes(board.words.cast("B")) == before
+
+
+def test_an_engine_that_starts_first_waits_for_its_group(group, using):
+    """Guards against engines that have to be started after their coordinator, and hang if none comes."""
+    with pytest.raises(SegmentNotFound):
+        Engine.attach(group, 0, timeout_s=0.1)
+    remote = using(Remote())
+    remote.begin("engine = Engine.attach(group, 0, timeout_s=60)", group=group)
+    coordinator = using(Coordinator(group=group, dp_size=1))
+    coordinator.wait_ready(30)
+    assert remote.eval("engine.dp_rank") == 0
+
+
+def test_an_engine_that_waits_does_not_take_a_dead_groups_board(group, using):
+    """Guards against an engine that attaches to what a dead group left, which the new coordinator then takes for
+    a live group of other settings.
+    """
+    dead = using(Remote())
+    dead.run("coordinator = Coordinator(group=group, dp_size=1)", group=group)
+    dead.kill()
+    remote = using(Remote())
+    remote.begin("engine = Engine.attach(group, 1, timeout_s=60)", group=group)
+    coordinator = using(Coordinator(group=group, dp_size=2, waves=False))
+    wait_until(lambda: coordinator.board.engine_alive(1))
+    assert remote.eval("engine.dp_rank") == 1
 
 
 @pytest.mark.parametrize("kind", [int, np.int8, np.int32, np.uint16, np.int64, np.uint64])
@@ -514,10 +604,10 @@ def test_integers_of_numpy(board, group, using, kind):
     for _ in range(5):
         with engine.step(kind(100), kind(100)) as step:
             step.batch = kind(101)
-        engine.finished(kind(100))
+        engine.finished(kind(1))
     engine.publish(waiting=kind(100), running=kind(100), prefill_backlog=kind(100), step=kind(100))
     row = board.snapshot()[1]
-    assert (row["prompt_tokens"], row["generation_tokens"], row["requests_finished"]) == (500, 505, 500)
+    assert (row["prompt_tokens"], row["generation_tokens"], row["requests_finished"]) == (500, 505, 5)
     engine.show(kind(100), running=True)
     assert board.snapshot()[1]["wave"] == 100
 
@@ -535,7 +625,7 @@ def test_what_is_no_integer_is_refused_and_counts_nothing(board, group, using, w
         lambda: engine.show(wrong, running=True),
     ):
         before = bytes(board.words.cast("B"))
-        with pytest.raises(TypeError):
+        with pytest.raises((TypeError, SettingError)):
             call()
         assert bytes(board.words.cast("B")) == before
     with pytest.raises(TypeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
 import signal
@@ -20,10 +21,13 @@ from dpshm import (
     Frontend,
     HandleClosed,
     NoEngineAvailable,
+    Overloaded,
     SegmentNotFound,
     SettingError,
+    State,
 )
 from dpshm.board.words import pack_control, pack_load
+from dpshm.policies import NAMES
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
 from tests.support import LoneBoard, Remote, count_fds, count_threads, frontend_verdict, gone, wait_until
@@ -58,6 +62,106 @@ def chosen(frontend, count=12):
 
 
 # Choosing.
+
+
+@pytest.mark.parametrize("dp_size", [3, 40])
+@pytest.mark.parametrize("policy", NAMES)
+def test_an_excluded_rank_is_not_chosen(board, group, using, policy, dp_size):
+    """Guards against a retry that goes to the rank at which it has just failed."""
+    board.marks.set_dp_size(dp_size)
+    board.mark(range(dp_size), Verdict.ALIVE)
+    frontend = using(Frontend.attach(group, policy=policy))
+    board.load[2] = pack_load(50, 50, 0.5)  # 1 would be chosen by each that looks at loads
+    for i in range(3 * dp_size):
+        route = frontend.route(exclude={1}, key=i)
+        assert route.dp_rank != 1
+        assert frontend.choose(exclude=[1], key=i) != 1
+        route.cancel()
+    with pytest.raises(NoEngineAvailable, match="this request excludes"):
+        frontend.route(exclude=range(dp_size))
+    with pytest.raises(SettingError, match="both named and excluded"):
+        frontend.route(dp_rank=1, exclude={1})
+    assert not frontend.snapshot()["requests"][0]
+
+
+def test_a_policy_that_chooses_an_excluded_rank_is_told(board, group, using):
+    """Guards against a user's policy that looks past `view.ranks`, and sends a retry where it failed."""
+    frontend = using(Frontend.attach(group, policy=lambda view, request: 1))
+    assert chosen(frontend) == {1}
+    with pytest.raises(SettingError, match=r"chose rank 1, which is not one of \[0\]"):
+        frontend.route(exclude={1})
+    assert frontend.snapshot()["in_flight"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("dp_size", [2, 40])
+def test_a_full_rank_gets_no_request(board, group, using, dp_size):
+    """Guards against a server that queues without bound instead of answering 503."""
+    board.marks.set_dp_size(dp_size)
+    board.mark(range(dp_size), Verdict.ALIVE)
+    board.load[0] = pack_load(1, 0, 0.1)
+    board.request_offset[0] = 1
+    frontend = using(Frontend.attach(group, max_requests=3, exclusive=True))
+    other = using(Frontend.attach(group))
+    routes = [(frontend if i % 3 else other).route() for i in range(3 * dp_size - 1)]
+    assert frontend.snapshot()["requests"].tolist() == [3] * dp_size
+    for pinned in (None, 1):
+        with pytest.raises(Overloaded, match="has as many requests as max_requests=3 allows") as e:
+            frontend.route(dp_rank=pinned)
+        assert isinstance(e.value, NoEngineAvailable)
+        assert "1: 3 of 3" in str(e.value)
+    with pytest.raises(Overloaded):
+        frontend.choose()
+    assert frontend.snapshot()["requests"].tolist() == [3] * dp_size
+    free = routes.pop()
+    free.done()
+    routes.append(frontend.route())
+    assert routes[-1].dp_rank == free.dp_rank
+    other.route().cancel()  # it has no limit
+    with pytest.raises(SettingError, match="max_requests is 0"):
+        Frontend.attach(group, max_requests=0)
+
+
+@pytest.mark.parametrize("dp_size", [3, 40])
+@pytest.mark.parametrize("policy", ["least_loaded", "least_work"])
+def test_a_rank_twice_as_fast_gets_twice_as_much(board, group, using, policy, dp_size):
+    """Guards against unlike GPUs that get equal shares, so that the slow ones queue."""
+    board.marks.set_dp_size(dp_size)
+    board.mark(range(dp_size), Verdict.ALIVE)
+    frontend = using(Frontend.attach(group, policy=policy, weights={0: 2.0, 2: 0.5}, max_requests=8))
+    routes = [frontend.route() for _ in range(4 * (dp_size - 2) + 8 + 2)]
+    assert frontend.snapshot()["requests"].tolist() == [8, 4, 2, *[4] * (dp_size - 3)]
+    routes += [frontend.route() for _ in range(4 * (dp_size - 2) + 8 + 2)]
+    assert frontend.snapshot()["requests"].tolist() == [16, 8, 4, *[8] * (dp_size - 3)]
+    with pytest.raises(Overloaded, match="0: 16 of 16, 1: 8 of 8, 2: 4 of 4"):
+        frontend.route()
+    for wrong in ({0: 0.0}, {0: -1}, {0: float("nan")}, {0: float("inf")}, {40: 1}, {-1: 1}):
+        with pytest.raises(SettingError, match="weights has"):
+            Frontend.attach(group, weights=wrong)
+    del routes
+
+
+def test_a_front_end_that_starts_first_waits_for_its_group(group, using):
+    """Guards against API servers that have to be started after their coordinator, and hang if none comes."""
+    with pytest.raises(SegmentNotFound):
+        Frontend.attach(group, timeout_s=0.1)
+    remote = using(Remote())
+    remote.begin("frontend = Frontend.attach(group, timeout_s=60)", group=group)
+    coordinator = using(Coordinator(group=group, dp_size=1))
+    wait_until(lambda: coordinator.board.frontend_alive(0))
+    assert remote.eval("frontend.index") == 0
+
+
+def test_a_snapshot_can_be_serialised(engines, group, using):
+    """Guards against a snapshot that a web framework cannot answer with, or a state that is no `State`."""
+    engines[1].publish(waiting=2, running=3, kv_cache_usage=0.5)
+    rows = json.loads(json.dumps(using(Frontend.attach(group)).snapshot().to_dicts()))
+    assert [row["dp_rank"] for row in rows] == [0, 1, 2]
+    assert (rows[1]["waiting"], rows[1]["requests"], rows[1]["stock"]) == (2, 5, False)
+    assert {State(row["state"]) for row in rows} <= set(State)
+    snapshot = using(Frontend.attach(group)).snapshot()
+    assert snapshot[:1].to_dicts()[0]["dp_rank"] == 0
+    with pytest.raises(SettingError, match="a column has no names"):
+        snapshot["waiting"].to_dicts()
 
 
 def test_the_least_loaded_engine_is_chosen(engines, group, using):

@@ -43,7 +43,9 @@ def test_everything_that_was_published_is_seen(group, using, coordinator, seen):
     frontend = using(Frontend.attach(group, owner="api"))
     route = frontend.route(300, dp_rank=0)
     _booked = frontend.route(500, dp_rank=0)
-    engine.receive(frontend.index, 300, route.wave)
+    engine.receive(route.stamp)
+    for _ in range(4):
+        engine.receive(None)
     engine.finished(4)
     with engine.step(prefill_tokens=300, batch=3):
         pass

@@ -54,6 +54,8 @@ def test_the_window_moves(group, using):
     engine = using(Engine.attach(group, 0))
     watcher = using(Watcher(Board.attach(group), window_s=0.0))
     watcher.read()
+    for _ in range(5):
+        engine.receive(None)
     engine.finished(5)
     engine.publish(waiting=0, running=0)
     assert watcher.read().ranks[0].requests_per_s > 0

@@ -8,10 +8,10 @@ from contextlib import ExitStack, closing
 import pytest
 
 from dpshm import Board, Coordinator, Engine
+from dpshm.board.events import KINDS, EventReader, Waves, from_change, from_waves, read_changes
 from dpshm.board.layout import CHANGES
 from dpshm.board.sweep import sweep
 from dpshm.board.words import DRAINED, ON_BEHALF, Change, ChangeKind, pack_change
-from dpshm.ops.events import KINDS, EventReader, Waves, from_change, from_waves, read_changes
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
 from tests.support import LoneBoard, Remote, wait_until

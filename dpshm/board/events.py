@@ -17,9 +17,11 @@ from dpshm.board import layout
 from dpshm.board.board import Board
 from dpshm.board.words import DRAINED, ON_BEHALF, VERDICT_MASK, Change, ChangeKind, unpack_change, unpack_control
 from dpshm.errors import SegmentError
-from dpshm.ops.read_frame import SILENT_AFTER_S, clocks_agree
 from dpshm.rules.liveness import HANGING, Verdict
 from dpshm.rules.waves import Phase
+
+SILENT_AFTER_S = 1.0
+"""A coordinator whose beat is older is silent. Twenty rounds of the watch thread."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,10 +162,12 @@ class EventReader:
     Args:
         board: attached read-only; `close` closes it.
         history: whether the first `read` returns the changes that were recorded before it.
+        any_owner: follow the group to a board of another user too. Only for tools.
     """
 
-    def __init__(self, board: Board, *, history: bool = True) -> None:
+    def __init__(self, board: Board, *, history: bool = True, any_owner: bool = False) -> None:
         self.board = board
+        self._any_owner = any_owner
         self._begin(history=history)
 
     def _begin(self, *, history: bool) -> None:
@@ -200,7 +204,7 @@ class EventReader:
         if lost > 0:
             text = f"{lost} {'older' if first else 'more'} changes are not recorded any more"
             events.append(self._event(now, False, Happened("changes_lost", None, lost, text)))
-        dated = clocks_agree(self.board)
+        dated = self.board.clocks_agree()
         for change, time_ns in changes:
             for happened in from_change(change):
                 if happened.kind == "rank_died" and happened.row in self._noticed_dead:
@@ -216,7 +220,7 @@ class EventReader:
             state = "gone"
         else:
             silent_ns = now_ns - int(board.coordinator_beat[0])
-            state = "silent" if clocks_agree(board) and silent_ns > SILENT_AFTER_S * 1e9 else "alive"
+            state = "silent" if board.clocks_agree() and silent_ns > SILENT_AFTER_S * 1e9 else "alive"
         self._coordinator = state
         if state == before or (before in (None, "gone") and state == "alive"):
             return []  # that one started is recorded
@@ -255,7 +259,7 @@ class EventReader:
             self._ended = True
             return [Happened("group_ended", None, None, "the group has ended, or its segment was unlinked")]
         try:
-            new = Board.attach(self.board.segment.group, any_owner=True)
+            new = Board.attach(self.board.segment.group, any_owner=self._any_owner)
         except SegmentError:
             return []
         self.board.close()

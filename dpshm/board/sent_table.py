@@ -15,9 +15,10 @@ A prompt counts for `REMEMBERED_NS` from its stamp, so what a dead front-end lef
 damaged stamp.
 
 SYNC: one writer a row, any number of readers, no lock. The writer clears the stamp, stores the samples, then the
-stamp. A reader that looks in between, or on Arm sees these stores in another order, may take some samples of one
-prompt and some of another: its expectation of what a rank will have cached is wrong once. That costs the
-computation of a prefix and never changes an answer. The same holds for a word that a copy tears.
+stamp; a reader loads the stamp, the samples, and the stamp again, and takes the samples only if it has not
+changed. On x86-64 it thus never takes the samples of one prompt for those of another. On Arm it may see the stores
+in another order: its expectation of what a rank will have cached is then wrong once. That costs the computation of
+a prefix and never changes an answer.
 """
 
 from __future__ import annotations

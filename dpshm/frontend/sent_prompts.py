@@ -82,6 +82,7 @@ class SentPrompts:
         slot = self._next
         self._next = (slot + 1) % SLOTS
         stamps, stored = self._stamps[self._row], self._samples[self._row, slot]
+        # SYNC: partner of `extend`: the stamp is cleared before the samples are stored, and stored last.
         stamps[slot] = 0
         stored[: len(samples)] = samples
         stored[len(samples) :] = 0
@@ -119,8 +120,11 @@ class SentPrompts:
         agree = self._samples_in_a_row.take(recent * SAMPLES + beyond) == mine.take(beyond)
         if not agree.any():
             return
-        counts = np.count_nonzero(self._samples_by_slot[recent[agree]] == mine, axis=1).tolist()
-        for count, dp_rank, stamp in zip(counts, dp_ranks[agree].tolist(), when[agree].tolist(), strict=True):
+        recent, when, dp_ranks = recent[agree], when[agree], dp_ranks[agree]
+        counts = np.count_nonzero(self._samples_by_slot[recent] == mine, axis=1)
+        # SYNC: partner of `add`. Samples belong to a stamp that is the same before and after they were loaded.
+        counts[stamps.view(np.int64).take(recent) != when] = 0
+        for count, dp_rank, stamp in zip(counts.tolist(), dp_ranks.tolist(), when.tolist(), strict=True):
             if count and dp_rank < len(blocks) and stamp >= self._forgotten.get(dp_rank, 0):
                 found = SAMPLED_BLOCKS[count - 1]
                 if 0 <= blocks[dp_rank] < found:

@@ -1,11 +1,13 @@
-"""One writer and several readers of a prefix index, in processes of their own: no word is ever torn or invented.
+"""Prefix indexes and the table of just-sent prompts under load, with processes of their own.
 
-The two halves of each fingerprint are equal but for a mask, so a word that was made of two shows. Some
-fingerprints are held all the time, the others come and go.
+No word of an index is ever torn or invented, and no prompt is taken for one that was sent to another rank. In the
+tests of the index the two halves of each fingerprint are equal but for a mask, so a word that was made of two shows.
+Some fingerprints are held all the time, the others come and go.
 """
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,52 @@ def test_a_writer_that_is_killed_leaves_whole_words(tmp_path: Path, using):
         assert reader.counters() == before  # it keeps what it has mapped
         fresh = PrefixIndexReader.open(index_path(tmp_path, 0))
         assert (fresh.incarnation, fresh.counters()["held"], len(successor)) == (2, 0, 0)
+
+
+SEND = """
+import time
+from pathlib import Path
+import numpy as np
+from dpshm.board.sent_table import SentTable
+from dpshm.frontend.sent_prompts import SentPrompts
+from dpshm.rules.prefix_samples import SAMPLED_BLOCKS, samples_of
+
+# Prompt n begins with the blocks of its family, n % 5, and goes to the rank of that number.
+def prompt(n):
+    family = np.arange(1, 41, dtype=np.uint64) + np.uint64((n % 5) * 1000)
+    own = np.arange(1, 200, dtype=np.uint64) + np.uint64((n + 10) * 100_000)
+    return samples_of(np.concatenate((family, own)))
+
+prompts = [prompt(n) for n in range(100)]
+rng = np.random.default_rng(row)
+sent = SentPrompts(SentTable.open(Path(folder) / "sent", 4), row)
+sent.rows = 4
+counts = {"rounds": 0, "wrong": 0, "right": 0}
+def turn():
+    n = int(rng.integers(100))
+    blocks = [0] * 5
+    now_ns = time.monotonic_ns()
+    sent.extend(blocks, prompts[n], now_ns)
+    counts["wrong"] += sum(blocks) - blocks[n % 5]
+    counts["right"] += blocks[n % 5] >= 40
+    sent.add(n % 5, prompts[n], now_ns)
+    counts["rounds"] += 1
+"""
+
+
+def test_front_ends_that_send_at_full_speed(tmp_path: Path, using):
+    """Guards against samples of one prompt that are taken for those of another, which went to another rank."""
+    frontends = [using(Remote()) for _ in range(4)]
+    for row, frontend in enumerate(frontends):
+        frontend.run(SEND, folder=str(tmp_path), row=row)
+    for frontend in frontends:
+        frontend.begin("while not told() or counts['rounds'] < 3000: turn()")
+    wait_until(lambda: all(frontend.eval("counts['rounds']") >= 3000 for frontend in frontends), 60)
+    wrong, right, rounds = (
+        sum(frontend.eval(f"counts['{name}']") for frontend in frontends) for name in ("wrong", "right", "rounds")
+    )
+    assert right > rounds / 2
+    if platform.machine() == "x86_64":
+        assert wrong == 0
+    else:
+        assert wrong < rounds / 100

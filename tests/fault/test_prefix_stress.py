@@ -1,8 +1,8 @@
 """Prefix indexes and the table of just-sent prompts under load, with processes of their own.
 
 No word of an index is ever torn or invented, and no prompt is taken for one that was sent to another rank. In the
-tests of the index the two halves of each fingerprint are equal but for a mask, so a word that was made of two shows.
-Some fingerprints are held all the time, the others come and go.
+tests of the index the two halves of each fingerprint are equal but for a mask, so a word that was made of two
+shows. Some fingerprints are held all the time, the others come and go.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@
      +-- RowInUse                  a live process holds that engine's or front-end's row
      +-- CapacityExceeded          a rank or an index beyond what the segment was created for
      +-- StartupTimeout            ranks or a child process did not come up in time
-     +-- NoEngineAvailable         every engine is absent, dead, stalled, stuck, drained or excluded
+     +-- NoEngineAvailable         every engine is absent, dead, stalled, stuck, unknown, drained or excluded
      |    +-- Overloaded           the others have as many requests as `max_requests` allows
      +-- HandleError               a handle used where it must not be
      |    +-- HandleClosed
@@ -62,7 +62,7 @@ class StartupTimeout(DpshmError):
 
 
 class NoEngineAvailable(DpshmError):
-    """No engine may be chosen: each is absent, dead, stalled, stuck or drained."""
+    """No engine may be chosen: each is absent, dead, stalled, stuck, unknown or drained."""
 
 
 class Overloaded(NoEngineAvailable):

@@ -2,8 +2,9 @@
 
 Every column is a view named after its column in `dpshm.board.layout`, int64, over shared memory. Each word has
 one writer (rule 2 of dpshm/README.md): an engine its row, its `load` and its `received`; a front-end its row and
-its `sent`; the coordinator its row and the marks (and, for a stock engine that knows no board, that engine's
-`load` and `received`). So nothing is ever read, changed and written back by two processes.
+its `sent`; the coordinator its row and the marks (and the row of an engine that cannot write it: a stock engine,
+which knows no board, or an engine on another node). So nothing is ever read, changed and written back by two
+processes.
 
 Each fact is one word (rule 1), so a reader needs no lock: an aligned 64-bit load or store is single-copy atomic on
 x86-64 and on Armv8, and numpy's scalar access, ``ndarray.tolist()``, elementwise ufuncs and
@@ -29,7 +30,7 @@ from dpshm.board.locks import coordinator_byte, engine_byte, frontend_byte
 from dpshm.board.outstanding import Outstanding, Words
 from dpshm.board.segment import Segment
 from dpshm.board.snapshot import Snapshot, take_snapshot
-from dpshm.board.words import ON_BEHALF, VERDICT_MASK, unpack_control, unpack_load, unpack_state
+from dpshm.board.words import ON_BEHALF, REMOTE, VERDICT_MASK, unpack_control, unpack_load, unpack_state
 from dpshm.linux import processes
 from dpshm.linux.descriptors import explained
 from dpshm.rules.liveness import HANGING, EngineSigns, Observation, Verdict, judge, still_holds
@@ -76,6 +77,9 @@ class Board:
     evidence: Words
     kept_settings: Words
     drops: Words
+    remote_state: Words  # [engine, item of layout.REMOTE_WORDS]
+    base_requests: Words  # [engine, front-end]
+    base_tokens: Words
     # An engine's row: [engine].
     engine_state: Words
     progress: Words
@@ -184,6 +188,12 @@ class Board:
             return self._seems_alive("engine", dp_rank)
         return self.segment.locks.is_locked(engine_byte(self._columns, dp_rank))
 
+    def engine_present(self, dp_rank: int) -> bool:
+        """Whether a process holds an engine's row, or was heard on another node a moment ago."""
+        mark = int(self.engine_mark[dp_rank])
+        heard = mark & REMOTE and mark & VERDICT_MASK in (Verdict.ALIVE, *HANGING)
+        return bool(heard) or self.engine_alive(dp_rank)
+
     def frontend_alive(self, index: int) -> bool:
         """Whether a process holds a front-end's row."""
         if not self.segment.has_locks:
@@ -270,7 +280,8 @@ class Board:
         """By rank, the coordinator's verdicts.
 
         While no coordinator watches, the locks tell which processes live. A verdict of stalled or stuck then stays
-        until the words change from which it followed. Stock engines stay alive.
+        until the words change from which it followed. Stock engines stay alive, and a rank of another node is what
+        it was called last: no word from it can reach the board.
 
         Args:
             watched: whether a coordinator keeps the marks; default `is_watched`.
@@ -279,7 +290,11 @@ class Board:
         if self.is_watched() if watched is None else watched:
             return [Verdict(mark & VERDICT_MASK) for mark in marks]
         return [
-            Verdict.ALIVE if mark & ON_BEHALF else self._unwatched_verdict(e, Verdict(mark & VERDICT_MASK))
+            Verdict.ALIVE
+            if mark & ON_BEHALF
+            else Verdict(mark & VERDICT_MASK)
+            if mark & REMOTE
+            else self._unwatched_verdict(e, Verdict(mark & VERDICT_MASK))
             for e, mark in enumerate(marks)
         ]
 

@@ -15,7 +15,16 @@ import msgspec
 
 from dpshm.board import layout
 from dpshm.board.board import Board
-from dpshm.board.words import DRAINED, ON_BEHALF, VERDICT_MASK, Change, ChangeKind, unpack_change, unpack_control
+from dpshm.board.words import (
+    DRAINED,
+    ON_BEHALF,
+    REMOTE,
+    VERDICT_MASK,
+    Change,
+    ChangeKind,
+    unpack_change,
+    unpack_control,
+)
 from dpshm.errors import SegmentError
 from dpshm.rules.liveness import HANGING, Verdict
 from dpshm.rules.waves import Phase
@@ -47,6 +56,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 KINDS = (
     *("rank_joined", "rank_left", "rank_died", "rank_stalled", "rank_stuck", "rank_recovered"),
+    *("rank_lost", "rank_heard"),
     *("rank_drained", "rank_undrained"),
     *("frontend_joined", "frontend_left", "frontend_died"),
     *("coordinator_started", "coordinator_gone", "coordinator_silent", "coordinator_back"),
@@ -103,6 +113,10 @@ def _verdict(who: str, name: str, change: Change) -> list[Happened]:
             kind, words = "stalled", "stalled: it has work, and shows no sign of life"
         case _, Verdict.STUCK:
             kind, words = "stuck", "is stuck: it has work and shows signs of life, and finishes nothing"
+        case _, Verdict.UNKNOWN:
+            kind, words = "lost", "is on another node, and nothing was heard of it for a moment"
+        case Verdict.UNKNOWN, _:
+            kind, words = "heard", "is heard again"
         case ((Verdict.STALLED | Verdict.STUCK), _):
             kind, words = "recovered", "moves again"
         case Verdict.DEAD, _:
@@ -245,7 +259,7 @@ class EventReader:
         board, found = self.board, []
         for e, mark in enumerate(board.engine_mark[: board.dp_size].tolist()):
             verdict = Verdict(mark & VERDICT_MASK)
-            dead = verdict in (Verdict.ALIVE, *HANGING) and not mark & ON_BEHALF
+            dead = verdict in (Verdict.ALIVE, *HANGING) and not mark & (ON_BEHALF | REMOTE)
             if dead and e not in self._noticed_dead and not board.engine_alive(e):
                 self._noticed_dead.add(e)
                 found.append(Happened("rank_died", e, None, f"rank {e} died: its process is gone"))

@@ -22,6 +22,8 @@
                     | cache states   [engine]              128 bytes each              |
                     | evidence of verdicts [engine], and the coordinator's settings    |
                     | drops: how many messages were dropped, by reason                 |
+                    | remote rows [engine]                 128 bytes each              |
+                    | bases of remote received counts [engine, front-end]  rows padded |
                     +------------------------------------------------------------------+
 
 Everything is little-endian and every word is an int64 on an 8-byte boundary. Rows are padded to 128
@@ -123,6 +125,12 @@ MODEL_WORDS = (
     "ending_ns",  # mean time from one request's end to the next
 )
 STEP_MODEL_WORDS = (*STEP_WORDS, *MODEL_WORDS)
+# The items of an engine's row in `remote_state`, for a rank of another node: what its newest message said.
+REMOTE_WORDS = (
+    "heard",  # CLOCK_MONOTONIC ns of this node at which the process was heard last
+    "heard_report",  # the number of its newest report
+    "heard_process",  # a random number that the process drew
+)
 # The items of an engine's row in `cache_state`: its KV cache and its prefix index (`dpshm.board.prefix_index`).
 CACHE_WORDS = (
     "index_incarnation",  # of the engine that made the prefix index; 0: there is none
@@ -145,6 +153,15 @@ FRONTEND_WORDS = (
     "frontend_version",
 )
 OWNER_OFFSET = ROW_BYTES - OWNER_BYTES
+
+
+# The words of an engine's row that a message carries to a board on another node, in its order: (column, item).
+CARRIED_WORDS = (
+    ("load", 0),
+    *((name, 0) for name in ENGINE_WORDS if name not in ("beat", "engine_incarnation", "engine_pid_namespace")),
+    *(("step_model", i) for i in range(len(STEP_MODEL_WORDS))),
+    *(("cache_state", i) for i in range(1, 6)),  # how full the cache is; a prefix index stays on its node
+)
 
 
 class Column(NamedTuple):
@@ -220,4 +237,11 @@ def make_layout(engines: int, frontends: int) -> Layout:
     columns["evidence"] = Column(reserve(engines * WORD_BYTES), (engines,), (WORD_BYTES,))
     columns["kept_settings"] = Column(reserve(SETTINGS_WORDS * WORD_BYTES), (SETTINGS_WORDS,), (WORD_BYTES,))
     columns["drops"] = Column(reserve(len(DROP_REASONS) * WORD_BYTES), (len(DROP_REASONS),), (WORD_BYTES,))
+    columns["remote_state"] = Column(
+        reserve(engines * ROW_BYTES), (engines, len(REMOTE_WORDS)), (ROW_BYTES, WORD_BYTES)
+    )
+    # What a remote engine has received counts from its own start: `received` is this base and what it says.
+    stride = _padded(frontends * WORD_BYTES, ROW_BYTES)
+    for name in ("base_requests", "base_tokens"):
+        columns[name] = Column(reserve(engines * stride), (engines, frontends), (stride, WORD_BYTES))
     return Layout(engines, frontends, columns, _padded(end, PAGE_BYTES))

@@ -107,6 +107,24 @@ class Segment:
         return segment
 
     @classmethod
+    def nameless(cls, header: Header) -> Segment:
+        """Makes a segment that no other process can open: for a row that is carried to a board elsewhere."""
+
+        def reserved() -> int:
+            fd = os.memfd_create("dpshm-row", os.MFD_CLOEXEC)
+            os.ftruncate(fd, header.size)
+            return fd
+
+        segment = cls(header.group, files.segment_path(header.group), PrivateFd(reserved), readonly=False)
+        try:
+            os.pwrite(segment.fileno(), encode_header(header), 0)
+            segment.map_and_check()
+        except BaseException:
+            segment.close()
+            raise
+        return segment
+
+    @classmethod
     def attach(cls, group: str, *, readonly: bool = False, any_owner: bool = False) -> Segment:
         """Opens the segment of a group, and checks its owner and its header.
 
@@ -245,7 +263,10 @@ class Segment:
 
     @property
     def linked(self) -> bool:
-        """False once the file or its lock file is unlinked: attached handles keep working, a new attach fails."""
+        """False once the file or its lock file is unlinked, or if it never had a name.
+
+        Attached handles keep working, a new attach fails.
+        """
         both = [self.fileno()] if self._lock_file is None else [self.fileno(), self._lock_file.fd]
         return all(os.fstat(fd).st_nlink > 0 for fd in both)
 

@@ -33,11 +33,13 @@ PAUSED_BY_USER = 2
 PROGRESS_WAVE_SHIFT = 32
 MAX_STEP = (1 << 32) - 1
 
-# A mark: the verdict (`dpshm.rules.liveness.Verdict`) in the low two bits and in `STUCK`, and flags between them.
+# A mark: the verdict (`dpshm.rules.liveness.Verdict`) in the low two bits, `STUCK` and `UNKNOWN`; and flags.
 STUCK = 16
-VERDICT_MASK = 3 | STUCK
+UNKNOWN = 32
+VERDICT_MASK = 3 | STUCK | UNKNOWN
 DRAINED = 4
 ON_BEHALF = 8
+REMOTE = 64
 
 # A change word: revision, kind, row, and what was stored before and after.
 _REVISION_SHIFT = 46

@@ -79,7 +79,7 @@ class CoordinatorThreads:
             self._wave.all_ready.result(timeout_s)
         except FutureTimeoutError:
             board = self.board
-            missing = [e for e in range(board.dp_size) if not board.engine_alive(e)]
+            missing = [e for e in range(board.dp_size) if not board.engine_present(e)]
             raise StartupTimeout(
                 f"group {self.settings.group!r} was not ready in {timeout_s:g} s; ranks without a row: {missing}"
             ) from None

@@ -171,5 +171,5 @@ class Ranks:
 
 
 def _held(board: Board) -> list[bool]:
-    """By rank, whether a process holds its row."""
-    return list(map(board.engine_alive, range(board.dp_size)))
+    """By rank, whether a process holds its row, or was heard on another node."""
+    return list(map(board.engine_present, range(board.dp_size)))

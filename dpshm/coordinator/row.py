@@ -27,6 +27,7 @@ from dpshm.board.words import (
     COUNT_MASK,
     DRAINED,
     ON_BEHALF,
+    REMOTE,
     VERDICT_MASK,
     ChangeKind,
     pack_change,
@@ -122,6 +123,10 @@ class CoordinatorRow:
         """Whether the coordinator writes this engine's row on its behalf."""
         return bool(self.engine(dp_rank) & ON_BEHALF)
 
+    def is_remote(self, dp_rank: int) -> bool:
+        """Whether this engine is on another node, and the coordinator writes its row as it says."""
+        return bool(self.engine(dp_rank) & REMOTE)
+
     def engine_verdict(self, dp_rank: int) -> Verdict:
         """The verdict in an engine's mark."""
         return Verdict(self.engine(dp_rank) & VERDICT_MASK)
@@ -137,6 +142,7 @@ class CoordinatorRow:
         verdict: Verdict | None = None,
         evidence: int = 0,
         on_behalf: bool | None = None,
+        remote: bool | None = None,
         drained: bool | None = None,
     ) -> None:
         """Changes the given parts of an engine's mark.
@@ -145,7 +151,8 @@ class CoordinatorRow:
             dp_rank: the engine.
             verdict: on it.
             evidence: from what the verdict followed (`dpshm.rules.liveness.evidence_of`).
-            on_behalf: whether the coordinator writes its row.
+            on_behalf: whether it is a stock engine, whose row the coordinator writes.
+            remote: whether it is on another node, and the coordinator writes its row as it says.
             drained: whether an operator drained it.
         """
         with self._lock:
@@ -155,6 +162,8 @@ class CoordinatorRow:
                 mark = mark & ~VERDICT_MASK | verdict
             if on_behalf is not None:
                 mark = mark & ~ON_BEHALF | (ON_BEHALF if on_behalf else 0)
+            if remote is not None:
+                mark = mark & ~REMOTE | (REMOTE if remote else 0)
             if drained is not None:
                 mark = mark & ~DRAINED | (DRAINED if drained else 0)
             self._change(ChangeKind.ENGINE, dp_rank, self._at_engine + dp_rank, mark)

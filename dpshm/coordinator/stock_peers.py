@@ -1,7 +1,10 @@
 """Stock engines on the board: what vLLM's own engines report is written to their rows on their behalf.
 
-A stock engine knows no board. It has no lock, so it gets no verdict but *alive*, and its row shows its queues and
-not whether it steps. An engine that has taken its row writes the row itself; its reports are then not heeded.
+A stock engine knows no board. Its report does not say what it has received, so a booking counts as received some
+time after it was made (`dpshm.coordinator.sent_log`): a report erases no booking that is on its way.
+
+It has no lock, so it gets no verdict but *alive*, and its row shows its queues and not whether it steps. An engine
+that has taken its row writes the row itself; its reports are then not heeded.
 
 A report alone proves that a stock engine is there: a connection does not say whose it is. The mark on behalf
 stays while the engine's connection does. If fewer stock engines are connected than marked, it is not known which
@@ -14,8 +17,9 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from dpshm.board.words import ON_BEHALF, VERDICT_MASK, pack_load, pack_progress, unpack_load
+from dpshm.board.words import ON_BEHALF, VERDICT_MASK, pack_load, pack_progress, queued, unpack_load
 from dpshm.coordinator.connections import Connections
+from dpshm.coordinator.sent_log import Sample, SentLog
 from dpshm.coordinator.step_counts import RankCounts, StepCounts
 from dpshm.net import wire
 from dpshm.rules.liveness import HANGING, Verdict
@@ -31,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 RETURN_NS = 5_000_000_000
 """Within this time engines connect again, after a coordinator was replaced or ended every connection."""
+LOOK_NS = 50_000_000
+"""Interval between looks at what was sent, while bookings at stock engines do not count as received."""
 GONE_NS = 100_000_000
 """For so long a connection must be missing: a report may come before its sender's subscription."""
 
@@ -40,12 +46,15 @@ class StockEngines:
 
     Attributes:
         connections: of the engines.
+        due_ns: when `on_time` is to be called next; None if it need not be.
     """
 
     def __init__(self, board: Board, row: CoordinatorRow) -> None:
         self._board = board
         self._row = row
         self._counts = StepCounts()
+        self._sent = SentLog()
+        self.due_ns: int | None = None
         self.connections = Connections()
         self._missing = Lasting(GONE_NS)
         self._missing_from_ns = time.monotonic_ns() + RETURN_NS
@@ -56,28 +65,62 @@ class StockEngines:
         The engines of August 2025 confirm no START in words: in a wake-up, that event does.
         """
         board, words = self._board, self._board.words
-        if board.engine_pid[e] or board.engine_alive(e):
+        unknown = self._row.is_remote(e) and self._row.engine_verdict(e) is Verdict.UNKNOWN
+        if (board.engine_pid[e] and not unknown) or board.engine_alive(e):
             # The engine writes its own row; a last report of one that died does not make it a stock engine.
             return None
         waiting, running, kv = stats.num_waiting_reqs, stats.num_running_reqs, stats.kv_cache_usage
         if not self._counts.report(e, stats.current_wave, stats.step_counter, (waiting, running, kv)):
             logger.debug("engine %d reported step %d late", e, stats.step_counter)
-        # SYNC: on a stock engine's behalf, in the order in which an engine stores it (`EngineRow.publish`).
-        # The report does not say what the engine has received, so all that was sent by now counts as received.
-        used = board.frontends_used()
-        sent_requests = board.sent_requests[:, e].tolist()
-        sent_tokens = board.sent_tokens[:, e].tolist()
         words[board.index("load", e)] = pack_load(waiting, running, kv)
-        words[board.index("request_offset", e)] = waiting + running - sum(sent_requests[:used])
-        words[board.index("token_offset", e)] = -sum(sent_tokens[:used])
-        at_tokens, at_requests = board.index("received_tokens", e), board.index("received_requests", e)
-        for f in range(used):
-            words[at_tokens + f] = sent_tokens[f]
-            words[at_requests + f] = sent_requests[f]
+        self._receive(e, self._look(now_ns))
         words[board.index("progress", e)] = pack_progress(stats.current_wave, stats.step_counter)
         words[board.index("beat", e)] = now_ns
-        self._row.set_engine(e, verdict=Verdict.ALIVE, on_behalf=True)
+        self._row.set_engine(e, verdict=Verdict.ALIVE, on_behalf=True, remote=False)
+        if self.due_ns is None:
+            self.due_ns = now_ns + LOOK_NS
         return SeenRunning(e, stats.current_wave) if running else None
+
+    def on_time(self, now_ns: int) -> None:
+        """Time has passed: bookings that are old enough count as received, also without a report."""
+        if self.due_ns is None or now_ns < self.due_ns:
+            return
+        self.due_ns = None
+        sample = self._look(now_ns)
+        for e in self._marked():
+            if not self._board.engine_alive(e):
+                self._receive(e, sample)
+        self._wait_for_bookings(now_ns)
+
+    def _look(self, now_ns: int) -> Sample | None:
+        used = self._board.frontends_used()
+        return self._sent.look(self._board.sent_requests[:used], self._board.sent_tokens[:used], now_ns)
+
+    def _receive(self, e: int, sample: Sample | None) -> None:
+        """Stores what a stock engine has received as far as can be known, and its offsets."""
+        board, words = self._board, self._board.words
+        at_tokens, at_requests = board.index("received_tokens", e), board.index("received_requests", e)
+        # SYNC: on a stock engine's behalf, in the order in which an engine stores it (`EngineRow.receive`):
+        # tokens, then requests. What is outstanding is an offset, which is one word, and what was sent.
+        for f in range(len(sample.requests) if sample is not None else 0):
+            assert sample is not None
+            # A front-end that started since may have sent less than the row's holder before it.
+            for at, then, now in (
+                (at_tokens + f, sample.tokens[f, e], board.sent_tokens[f, e]),
+                (at_requests + f, sample.requests[f, e], board.sent_requests[f, e]),
+            ):
+                words[at] = max(words[at], int(min(then, now)))
+        words[board.index("request_offset", e)] = queued(words[board.index("load", e)]) - int(
+            board.received_requests[e].sum()
+        )
+        words[board.index("token_offset", e)] = -int(board.received_tokens[e].sum())
+
+    def _wait_for_bookings(self, now_ns: int) -> None:
+        """Asks for another look if bookings at stock engines do not count as received yet."""
+        board, used = self._board, self._board.frontends_used()
+        marked = self._marked()
+        if (board.sent_requests[:used, marked] > board.received_requests[marked, :used].T).any():
+            self.due_ns = now_ns + LOOK_NS
 
     def count(self) -> int:
         """How many stock engines there are, those that have not reported yet among them."""
@@ -107,7 +150,8 @@ class StockEngines:
     def _holds_row(self, e: int) -> bool:
         """Whether the engine writes its row itself, as its mark says."""
         mark = self._row.engine(e)
-        return mark & VERDICT_MASK in (Verdict.ALIVE, *HANGING) and not mark & ON_BEHALF
+        there = Verdict.ALIVE, Verdict.UNKNOWN, *HANGING
+        return mark & VERDICT_MASK in there and not mark & ON_BEHALF
 
     def counts(self) -> list[RankCounts]:
         """By rank: a stock engine's last complete step, or what another engine has on the board."""

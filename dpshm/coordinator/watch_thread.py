@@ -22,8 +22,11 @@ from dpshm.coordinator.row import CoordinatorRow
 from dpshm.linux import processes
 from dpshm.rules.liveness import (
     HANGING,
+    REMOTE_INTERVAL_NS,
+    SILENT_INTERVALS,
     EngineSigns,
     Observation,
+    Silence,
     Stillness,
     Verdict,
     evidence_of,
@@ -75,6 +78,8 @@ class WatchThread(threading.Thread):
         self._epoll.register(self.mailbox.fd, select.EPOLLIN)
         self._occupants: dict[tuple[str, int], Occupant] = {}
         self._still: dict[int, Stillness] = {}
+        self._silence: dict[int, Silence] = {}  # of ranks on other nodes
+        self._silent: tuple[int, ...] = ()
         self._pid_namespace = processes.namespace_inode("pid")
         self._judged: object = None  # the sample that the last verdicts followed from
         self._next_judging_ns = 0
@@ -114,6 +119,7 @@ class WatchThread(threading.Thread):
     def round(self, now_ns: int) -> None:
         """Samples the rows, and judges them all if the sample is new or a judgement is due."""
         board = self._board
+        self._silent = self._listen(now_ns)
         sample = self._sample()
         if sample != self._judged:
             self._quiet_from_ns = now_ns + QUIET_AFTER_NS
@@ -136,8 +142,17 @@ class WatchThread(threading.Thread):
         n = board.dp_size
         return (
             *(rows, board.frontend_pid.tobytes(), board.segment.locks.each_locked(self._row_bytes)),
-            *(board.engine_incarnation[:n].tobytes(), board.engine_pid[:n].tobytes()),
+            *(board.engine_incarnation[:n].tobytes(), board.engine_pid[:n].tobytes(), self._silent),
         )
+
+    def _listen(self, now_ns: int) -> tuple[int, ...]:
+        """The ranks of other nodes that are silent."""
+        remote = [e for e in range(self._board.dp_size) if self._row.is_remote(e)]
+        if not remote:
+            self._silence.clear()
+            return ()
+        heard = self._board.remote_state[:, 0]
+        return tuple(e for e in remote if self._silence.setdefault(e, Silence()).look(int(heard[e]), now_ns))
 
     def _judge(self, now_ns: int) -> None:
         board = self._board
@@ -164,6 +179,9 @@ class WatchThread(threading.Thread):
         stock = bool(row.engine(e) & ON_BEHALF)
         if stock and not locked:
             return
+        remote = row.is_remote(e) and not locked
+        if remote and row.engine_verdict(e) in (Verdict.UNKNOWN, Verdict.ABSENT):
+            return  # the wave thread hears it again
         incarnation = int(board.engine_incarnation[e])
         self._follow(("engine", e), incarnation, int(board.engine_pid[e]), int(board.engine_start_time[e]))
         signs = board.engine_signs(e)
@@ -173,13 +191,15 @@ class WatchThread(threading.Thread):
         if before is Verdict.STALLED and beat_age_ns < self._stall_timeout_ns:
             progress_age_ns = still.move_again(now_ns)
         ages = beat_age_ns, progress_age_ns
-        seen = Observation(bool(board.engine_pid[e]), locked, has_work(signs), signs.paused, *ages)
+        there = e not in self._silent if remote else locked
+        seen = Observation(bool(board.engine_pid[e]), there, has_work(signs), signs.paused, *ages, remote)
         verdict = judge(seen, self._stall_timeout_ns)
         if verdict in HANGING:
             self._next_judging_ns = 0  # the next round sees whether it moves again
-        if verdict is not before or stock:
+        if verdict is not before or stock or (locked and row.is_remote(e)):
             evidence = evidence_of(verdict, signs)
-            row.set_engine(e, verdict=verdict, evidence=evidence, on_behalf=False if locked else None)
+            here = False if locked else None
+            row.set_engine(e, verdict=verdict, evidence=evidence, on_behalf=here, remote=here)
             if verdict is not before:
                 self._report(("engine", e), int(board.engine_pid[e]), before, verdict, self._saw(verdict, signs))
 
@@ -199,6 +219,8 @@ class WatchThread(threading.Thread):
                 return f"{queue} no sign of life{' within a step' if signs.step_start else ''}"
             case Verdict.STUCK:
                 return f"{queue} it admitted, computed and finished nothing, although it goes on publishing"
+            case Verdict.UNKNOWN:
+                return f": nothing was heard of it for {SILENT_INTERVALS * REMOTE_INTERVAL_NS / _S:g} s"
             case _:
                 return ""
 
@@ -214,7 +236,7 @@ class WatchThread(threading.Thread):
 
     def _holds(self, kind: str, row: int) -> bool:
         board = self._board
-        return board.engine_alive(row) if kind == "engine" else board.frontend_alive(row)
+        return board.engine_present(row) if kind == "engine" else board.frontend_alive(row)
 
     def _follow(self, key: tuple[str, int], incarnation: int, pid: int, started: int) -> None:
         """Opens a pidfd on the row's present process, if this pid namespace can see it."""
@@ -241,7 +263,7 @@ class WatchThread(threading.Thread):
 
     @staticmethod
     def _report(who: tuple[str, int], pid: int, before: Verdict, verdict: Verdict, saw: str = "") -> None:
-        bad = verdict is Verdict.DEAD or verdict in HANGING
+        bad = verdict in (Verdict.DEAD, Verdict.UNKNOWN, *HANGING)
         logger.log(
             logging.WARNING if bad and who[0] == "engine" else logging.INFO,
             "%s %d (pid %d) is %s, was %s%s",

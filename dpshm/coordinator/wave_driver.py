@@ -106,14 +106,15 @@ class WaveDriver:
         """Handles what the rows show; true if every rank is idle in the current wave, and none is being woken."""
         if not self._settings.waves:
             return True
-        rows = []
+        rows, unknown = [], 0
         for e, word in enumerate(self._board.engine_state[: self._board.dp_size].tolist()):
             mark = self._row.engine(e)
             if not mark & ON_BEHALF and mark & VERDICT_MASK in (Verdict.ALIVE, *HANGING):
                 wave, running, _ = unpack_state(word)
                 rows.append(RowState(e, wave, running))
+            unknown += mark & VERDICT_MASK == Verdict.UNKNOWN
         stock = self._stock.count()
-        for event in self._reconciler.events(now_ns, self.state, rows, unobserved_ranks=stock):
+        for event in self._reconciler.events(now_ns, self.state, rows, unobserved_ranks=stock + unknown):
             self.handle(event)
         wave, phase = self.state
         idle = not stock and all(not row.running and row.wave <= wave for row in rows)

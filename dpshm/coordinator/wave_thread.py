@@ -3,6 +3,7 @@
     waves         the wave and its rules; scans the rows        `dpshm.coordinator.wave_driver`
     ranks         who has come; scaling and draining            `dpshm.coordinator.ranks`
     stock         stock engines' rows                           `dpshm.coordinator.stock_peers`
+    remote        rows of engines on other nodes                `dpshm.coordinator.remote_rows`
     publisher     what stock front-ends hear                    `dpshm.coordinator.publisher`
     flood         what peers pile up                            `dpshm.coordinator.flood_guard`
 
@@ -27,6 +28,7 @@ from dpshm.coordinator.mailbox import Mailbox
 from dpshm.coordinator.publisher import Publisher
 from dpshm.coordinator.ranks import Ranks
 from dpshm.coordinator.rate_limited_log import RateLimitedLog
+from dpshm.coordinator.remote_rows import RemoteRows
 from dpshm.coordinator.settings import Settings
 from dpshm.coordinator.sockets import Sockets
 from dpshm.coordinator.stock_peers import StockEngines
@@ -91,6 +93,7 @@ class WaveThread(threading.Thread):
         self._row = row
         self.flood = FloodGuard(own_process=own_process)
         self.stock = StockEngines(board, row)
+        self.remote = RemoteRows(board, row)
         self.publisher = Publisher(settings, sockets, row, self.stock)
         self.waves = WaveDriver(settings, sockets, board, row, publisher=self.publisher, stock=self.stock)
         self.ranks = Ranks(settings, sockets, board, row, self.stock, watch=watch)
@@ -230,6 +233,8 @@ class WaveThread(threading.Thread):
         due_ns = self._next_scan_ns
         if self.publisher.due_ns is not None:
             due_ns = min(due_ns, self.publisher.due_ns)
+        if self.stock.due_ns is not None:
+            due_ns = min(due_ns, self.stock.due_ns)
         return max(0, -((time.monotonic_ns() - due_ns) // _MS))
 
     def _on_time(self, now_ns: int) -> None:
@@ -241,6 +246,7 @@ class WaveThread(threading.Thread):
             self._next_scan_ns = now_ns + (REST_INTERVAL_NS if at_rest else SCAN_INTERVAL_NS)
             self.ranks.on_time(now_ns)
             self._greet()
+        self.stock.on_time(now_ns)
         self.publisher.on_time(now_ns, self.waves.state)
 
     def _greet(self) -> None:
@@ -295,7 +301,9 @@ class WaveThread(threading.Thread):
         e = message.engine_index
         if len(frames) != 1 or e >= self._board.dp_size:
             raise WireError(f"from engine {e} of {self._board.dp_size}, in {len(frames)} frames")
-        if message.scheduler_stats is not None:
+        if message.row is not None:
+            self.remote.report(e, message.row, time.monotonic_ns())
+        elif message.scheduler_stats is not None:
             seen = self.stock.report(e, message.scheduler_stats, time.monotonic_ns())
             if seen is not None:
                 self.waves.handle_while_waking(seen)

@@ -70,6 +70,8 @@ class EngineCache:
         self._index: PrefixIndexWriter | None = None
         incarnation = int(board.engine_incarnation[dp_rank]) << _NUMBER_BITS | number & (1 << _NUMBER_BITS) - 1
         try:
+            if not board.segment.linked:
+                raise SegmentError("its board has no name by which front-ends could find the index")
             self._index = PrefixIndexWriter.create(
                 index_path(board.segment.sockets_path, dp_rank),
                 num_blocks=num_blocks,
@@ -79,8 +81,11 @@ class EngineCache:
                 recomputed_blocks=recomputed_blocks,
             )
         except SegmentError as e:
-            logger.warning(
-                "rank %d has no prefix index, and requests are routed to it by load alone: %s", dp_rank, e
+            logger.log(
+                logging.WARNING if board.segment.linked else logging.DEBUG,
+                "rank %d has no prefix index, and requests are routed to it by load alone: %s",
+                dp_rank,
+                e,
             )
         words = self._words
         words[self._at["block_tokens"]] = block_tokens

@@ -49,7 +49,7 @@ class Engine(EngineRow):
         socket: readable when the coordinator sent a message; then call `poll`.
         bell: a file descriptor, readable when a front-end wakes this rank (`dpshm.net.doorbell`); then call
             `poll`.
-            None if it cannot be opened, and in a group without waves.
+            None if it cannot be opened, in a group without waves, and on another node than the group's.
         ready: whether the coordinator has said that all ranks are attached.
     """
 
@@ -72,7 +72,8 @@ class Engine(EngineRow):
         self.socket.subscribe(wire.encode_name(dp_rank))
         self.socket.subscribe(b"")
         connect(self._output, header.engine_output_address, keys)
-        self._doorbell = open_doorbell(board.segment.sockets_path, dp_rank) if header.waves else None
+        rings = header.waves and board.segment.linked
+        self._doorbell = open_doorbell(board.segment.sockets_path, dp_rank) if rings else None
         self._bells: DoorbellClient | None = None  # of the other ranks
         self.bell = None if self._doorbell is None else self._doorbell.socket.fileno()
         self._poller = zmq.Poller()  # made once: making one costs more than handling a START

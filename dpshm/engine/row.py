@@ -129,7 +129,9 @@ class EngineRow:
                         f"{int(board.engine_pid[dp_rank])}"
                     )
                 time.sleep(0.002)
-            _initialise(board, dp_rank)
+            if not board.segment.linked:
+                raise RowInUse(f"group {group!r} ended while rank {dp_rank} attached; try again")
+            initialise(board, dp_rank)
             try:
                 engine = cls(board, dp_rank, **options)
             except BaseException:
@@ -361,10 +363,9 @@ class EngineRow:
             )
 
 
-def _initialise(board: Board, dp_rank: int) -> None:
+def initialise(board: Board, dp_rank: int) -> None:
+    """Begins a row: of this process, with nothing received and nothing outstanding."""
     words = board.words
-    if not board.segment.linked:
-        raise RowInUse(f"group {board.segment.group!r} ended while rank {dp_rank} attached; try again")
     incarnation = words[board.index("engine_incarnation", dp_rank)] & COUNT_MASK
     # No process first: a reader must not take these counters, which fall, for those of the previous holder.
     words[board.index("engine_pid", dp_rank)] = 0

@@ -148,7 +148,7 @@ def lock_row(board: Board, owner: bytes) -> int:
 def _is_settled(board: Board, f: int) -> bool:
     """Whether nothing that this row's holders sent can still be on its way to a live engine."""
     behind = np.flatnonzero(board.sent_requests[f] > board.received_requests[:, f])
-    return not any(board.engine_alive(int(e)) for e in behind)
+    return not any(board.engine_present(int(e)) for e in behind)
 
 
 def _initialise(board: Board, f: int, owner: bytes) -> None:

@@ -221,7 +221,7 @@ class ViewReader:
         if exclude and dp_rank in exclude:
             raise SettingError(f"dp_rank {dp_rank} is both named and excluded")
         verdict = self._verdicts[dp_rank]
-        if verdict not in (Verdict.ALIVE, *HANGING):
+        if verdict not in (Verdict.ALIVE, Verdict.UNKNOWN, *HANGING):
             raise NoEngineAvailable(
                 f"engine {dp_rank} of group {self._board.segment.group!r}, to which the request is pinned, is "
                 f"{verdict.name.lower()}"

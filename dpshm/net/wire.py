@@ -2,7 +2,8 @@
 
     engine -> coordinator       PUSH   array: engine_index, outputs, scheduler_stats (map or nil), timestamp,
                                        utility_output, finished_requests, wave_complete, start_wave, ...
-                                       (trailing fields may be missing or new)
+                                       (trailing fields may be missing or new); from dpshm's engines on other
+                                       nodes, far behind vLLM's fields, also their row of the board
     coordinator -> engines      XPUB   `READY`, or two frames: 0x02, (wave, exclude or nil)
     coordinator -> front-ends   XPUB   (counts or nil, wave, running); counts: one an engine,
                                        [waiting, running, kv_cache_usage], or [waiting, running] in 2025
@@ -24,6 +25,8 @@ from typing import Annotated, Final, NamedTuple, TypeVar
 
 import msgspec
 
+from dpshm.board.layout import CARRIED_WORDS, MAX_FRONTENDS
+from dpshm.board.words import COUNT_MASK, MAX_WORD
 from dpshm.errors import WireError
 from dpshm.rules.waves import MAX_WAVE
 
@@ -41,6 +44,7 @@ MAX_UPSTREAM_BYTES: Final = 1 << 10
 MAX_TOPIC_BYTES: Final = 1 << 20
 """Of topics that peers subscribe to, all together, before it is called a flood: honest ones have the empty one."""
 
+CARRIED: Final = len(CARRIED_WORDS)
 _NAME: Final = b"dpshm-rank"
 ENGINE_LIMIT: Final = 1 << 16
 """Ranks are named by two bytes at most."""
@@ -49,6 +53,8 @@ ENGINE_IDENTITY_BYTES: Final = 2
 T = TypeVar("T")
 Wave = Annotated[int, msgspec.Meta(ge=0, le=MAX_WAVE)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+Word = Annotated[int, msgspec.Meta(ge=0, le=MAX_WORD)]
+Receipts = Annotated[int, msgspec.Meta(ge=0, le=COUNT_MASK)]
 _EMPTY = msgspec.Raw(b"\x90")
 _NIL = msgspec.Raw(b"\xc0")
 
@@ -83,6 +89,42 @@ class SchedulerStats(msgspec.Struct, frozen=True):
     kv_cache_usage: float = 0.0
 
 
+class Received(msgspec.Struct, array_like=True, frozen=True):
+    """What an engine has received from one front-end since it started.
+
+    Attributes:
+        frontend: the front-end's row on the coordinator's board, or the name under which it took its row.
+        requests: how many.
+        tokens: prompt tokens, as the front-end booked them.
+    """
+
+    frontend: Annotated[int, msgspec.Meta(ge=0, lt=MAX_FRONTENDS)] | str
+    requests: Receipts
+    tokens: Receipts
+
+
+class RemoteRow(msgspec.Struct, array_like=True, frozen=True):
+    """An engine's whole row, for a board that it cannot write: the coordinator writes it there as it stands here.
+
+    Each message is whole: of several, only the newest counts, and each may be lost.
+
+    Attributes:
+        process: a random number that the process drew: another number is another process.
+        report: grows with each publication; a repeated one only says that the process lives.
+        clock_ns: CLOCK_MONOTONIC of the sender when it published; the times among `words` are of that clock.
+        here: false: the engine left in good order.
+        words: the words of `layout.CARRIED_WORDS`.
+        received: by front-end; one that is missing has sent nothing.
+    """
+
+    process: Count
+    report: Count
+    clock_ns: Count
+    here: bool
+    words: Annotated[list[Word], msgspec.Meta(min_length=CARRIED, max_length=CARRIED)]
+    received: Annotated[list[Received], msgspec.Meta(max_length=MAX_FRONTENDS)]
+
+
 class EngineMessage(msgspec.Struct, array_like=True, frozen=True):
     """What an engine sends. An array: missing trailing fields take their defaults, extra ones are skipped."""
 
@@ -94,6 +136,15 @@ class EngineMessage(msgspec.Struct, array_like=True, frozen=True):
     finished_requests: msgspec.Raw = _NIL
     wave_complete: Wave | None = None
     start_wave: Wave | None = None
+    reserved_8: msgspec.Raw = _NIL
+    reserved_9: msgspec.Raw = _NIL
+    reserved_10: msgspec.Raw = _NIL
+    reserved_11: msgspec.Raw = _NIL
+    reserved_12: msgspec.Raw = _NIL
+    reserved_13: msgspec.Raw = _NIL
+    reserved_14: msgspec.Raw = _NIL
+    reserved_15: msgspec.Raw = _NIL
+    row: RemoteRow | None = None
 
 
 class StartMessage(msgspec.Struct, array_like=True, frozen=True):
@@ -137,6 +188,7 @@ class _FromFrontend(msgspec.Struct, array_like=True, frozen=True):
 
 
 _encoder = msgspec.msgpack.Encoder()
+_RESERVED = (None,) * 8
 _engine = msgspec.msgpack.Decoder(EngineMessage)
 _start = msgspec.msgpack.Decoder(StartMessage)
 _state = msgspec.msgpack.Decoder(StateMessage)
@@ -191,6 +243,11 @@ def encode_wave_complete(engine_index: int, wave: int, *, timestamp: float = 0.0
 def encode_wave_started(engine_index: int, wave: int, *, timestamp: float = 0.0) -> bytes:
     """An engine's word that it runs in `wave`."""
     return _encoder.encode((engine_index, (), None, timestamp, None, None, None, wave, None))
+
+
+def encode_remote_row(engine_index: int, stats: SchedulerStats, row: RemoteRow) -> bytes:
+    """A row for the coordinator. vLLM's own coordinator reads it as the report that a stock engine sends."""
+    return _encoder.encode((engine_index, (), stats, 0.0, None, None, None, None, *_RESERVED, row))
 
 
 def encode_start(wave: int, exclude: int | None) -> list[bytes]:

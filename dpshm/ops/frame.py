@@ -67,7 +67,8 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         state: running, idle, waking, paused (by the user), silent (it has work and showed no sign of life for many
-            of its steps), drained, stalled, stuck (it has work and makes no progress), dead, absent.
+            of its steps), drained, stalled, stuck (it has work and makes no progress), unknown (on another node,
+            and not heard for a moment), dead, absent.
         routable: whether front-ends may choose it.
         stock: whether it is an engine without dpshm, whose load the coordinator writes.
         waiting: requests in its queue.

@@ -66,7 +66,7 @@ PANELS = (
         [
             (
                 "sum by (group, instance, state) "
-                f'(dpshm_rank_state{{{_G}, state=~"dead|stalled|stuck|silent|drained|absent"}}) > 0',
+                f'(dpshm_rank_state{{{_G}, state=~"dead|stalled|stuck|unknown|silent|drained|absent"}}) > 0',
                 f"{_WHERE} {{{{state}}}}",
             )
         ],

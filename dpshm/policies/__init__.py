@@ -2,9 +2,9 @@
 
 A policy is any callable ``(view, request) -> dp_rank``; a user's own function will do. `View` is the board at
 one instant, read by the front-end in the right order; ``view.ranks`` are the ranks that may be chosen (not
-absent, dead, stalled, stuck or drained), never empty, in an order that turns with every decision and starts
-elsewhere in each front-end: a policy that takes the *first* of several equal ranks therefore breaks ties fairly
-and differently from its neighbours. A request that is pinned to a rank is never shown to a policy.
+absent, dead, stalled, stuck, unknown or drained), never empty, in an order that turns with every decision and
+starts elsewhere in each front-end: a policy that takes the *first* of several equal ranks therefore breaks ties
+fairly and differently from its neighbours. A request that is pinned to a rank is never shown to a policy.
 
 A policy that is marked with `sees_work` may also read ``view.work``: tokens and step times, which cost another
 microsecond or two to read::

@@ -7,6 +7,8 @@
   watcher measures that by its own clock, so it does not matter which clock the beat was taken from. The
   timeout has to exceed the longest step.
 - *stuck*: the same, but it shows signs of life and makes no progress: it admits, computes and finishes nothing.
+- *unknown*: the row is of a process on another node, and nothing was heard of it for `SILENT_INTERVALS`. It may be
+  dead, or its network is cut: no lock reaches that far, so a remote row is never called dead.
 - *alive*: otherwise. *absent*: no process ever took the row, or its process left in good order.
 
 `has_work` is the one definition of work. Requests in flight are not work: the rank has not seen them, and a
@@ -28,7 +30,8 @@ _PROGRESS_MASK = (1 << _WAITING_SHIFT) - 1
 class Verdict(IntEnum):
     """The values are those stored in a mark; zeroed memory reads as absent.
 
-    The two low bits of `STUCK` are those of `STALLED`: a reader that does not know it treats it as stalled.
+    The two low bits of `STUCK` and `UNKNOWN` are those of `STALLED`: a reader that does not know them treats them
+    as stalled.
     """
 
     ABSENT = 0
@@ -36,6 +39,7 @@ class Verdict(IntEnum):
     STALLED = 2
     DEAD = 3
     STUCK = 18
+    UNKNOWN = 34
 
     @classmethod
     def _missing_(cls, value: object) -> Verdict:
@@ -54,12 +58,18 @@ class State(StrEnum):
     DRAINED = "drained"
     STALLED = "stalled"
     STUCK = "stuck"
+    UNKNOWN = "unknown"
     DEAD = "dead"
     ABSENT = "absent"
 
 
 HANGING = (Verdict.STALLED, Verdict.STUCK)
 """Verdicts on a process that lives. A policy does not choose such a rank; a request may be pinned to it."""
+
+REMOTE_INTERVAL_NS = 250_000_000
+"""A process on another node says at least so often that it is there."""
+SILENT_INTERVALS = 3
+"""After so many intervals without a word its row is unknown."""
 
 
 class EngineSigns(NamedTuple):
@@ -139,11 +149,12 @@ class Observation(NamedTuple):
 
     Attributes:
         taken: some process has stored its pid in the row and not taken it back.
-        locked: the lock on its byte is held.
+        locked: the lock on its byte is held; of a remote row, that it was heard within `SILENT_INTERVALS`.
         has_work: see `has_work`.
         paused: the user paused it.
         beat_age_ns: for how long its sign of life has not changed, by the watcher's clock.
         progress_age_ns: for how long its sign of progress has not changed; 0 if it has none.
+        remote: its process is on another node.
     """
 
     taken: bool
@@ -152,12 +163,14 @@ class Observation(NamedTuple):
     paused: bool = False
     beat_age_ns: int = 0
     progress_age_ns: int = 0
+    remote: bool = False
 
 
 def judge(seen: Observation, stall_timeout_ns: int) -> Verdict:
     """The verdict on one row; `stall_timeout_ns` 0 means that no rank is ever called stalled or stuck."""
     if not seen.locked:
-        return Verdict.DEAD if seen.taken else Verdict.ABSENT
+        gone = Verdict.UNKNOWN if seen.remote else Verdict.DEAD
+        return gone if seen.taken else Verdict.ABSENT
     if not seen.taken:
         return Verdict.ABSENT  # between its lock and its first store
     if not seen.has_work or seen.paused or stall_timeout_ns <= 0:
@@ -201,6 +214,33 @@ class Stillness:
         self._life, self._progress, self._waiting = sign_of_life(signs), sign_of_progress(signs), signs.waiting
         self._life_since_ns = since_ns if verdict is Verdict.STALLED else now_ns
         self._progress_since_ns = since_ns
+
+
+class Silence:
+    """For how long nothing was heard of one process on another node, by the clock of its caller.
+
+    Time in which the caller itself did not look does not count: a watcher that was stopped, or that got no
+    processor, cannot say that others were silent.
+    """
+
+    def __init__(self) -> None:
+        self._heard: int | None = None
+        self._looked_ns = 0
+        self._silent_ns = 0
+
+    def look(self, heard: int, now_ns: int) -> bool:
+        """Whether the process is silent now.
+
+        Args:
+            heard: a number that changes with each word from it.
+            now_ns: the time.
+        """
+        if heard != self._heard:
+            self._heard, self._silent_ns = heard, 0
+        else:
+            self._silent_ns += min(now_ns - self._looked_ns, REMOTE_INTERVAL_NS)
+        self._looked_ns = now_ns
+        return self._silent_ns >= SILENT_INTERVALS * REMOTE_INTERVAL_NS
 
 
 SILENT_STEPS = 20

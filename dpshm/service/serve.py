@@ -134,7 +134,7 @@ def _status(coordinator: Coordinator) -> str:
     board = coordinator.board
     states = board.snapshot()["state"].tolist()
     there = sum(state not in (State.DEAD, State.ABSENT) for state in states)
-    worth_telling = (State.DEAD, State.STALLED, State.STUCK, State.SILENT, State.DRAINED)
+    worth_telling = (State.DEAD, State.STALLED, State.STUCK, State.UNKNOWN, State.SILENT, State.DRAINED)
     bad = {state: states.count(state) for state in worth_telling if state in states}
     return f"group {coordinator.settings.group}: {there} of {len(states)} ranks are there" + "".join(
         f", {number} {state}" for state, number in bad.items()

@@ -19,6 +19,9 @@ The prefix cache is mirrored in the rank's index (`dpshm.vllm.prefix_cache`).
 
 The wave stays vLLM's own, with its rules and its messages. The row shows the state of those rules.
 
+An engine that finds no board, because that is on another node, sends its row to the coordinator instead
+(`dpshm.engine.remote`), in a message that vLLM's own coordinator reads as a report. It has no bells.
+
 A request is counted before vLLM handles it. vLLM may answer at once, in shutdown and (since 0.33) while the user
 has paused generation, and an API server that has the answer expects that the request was counted.
 """
@@ -30,6 +33,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from dpshm.engine.remote import CarriedRow
 from dpshm.engine.row import EngineRow
 from dpshm.engine.step import StepTimer
 from dpshm.vllm.backlog import PrefillBacklog
@@ -66,14 +70,11 @@ def _attach(core: Any) -> EngineLink | None:
     try:
         group = group_at(address)
         if group is None:
-            logger.info(
-                "dpshm: engine %d finds no board for %s and reports to the coordinator (another node, a container "
-                "with a /dev/shm of its own, or a coordinator that is not dpshm's)",
-                core.engine_index,
-                address,
-            )
-            return None
-        row = EngineRow.attach(group, core.engine_index)
+            row = _far_row(core, address)
+            if row is None:
+                return None
+        else:
+            row = EngineRow.attach(group, core.engine_index)
         try:
             link = EngineLink(core, row)
         except BaseException:
@@ -82,8 +83,29 @@ def _attach(core: Any) -> EngineLink | None:
     except Exception:
         logger.warning("dpshm: engine %d goes on without a row", core.engine_index, exc_info=True)
         return None
-    logger.info("dpshm: engine %d publishes to the board of group %r", core.engine_index, group)
+    if group is not None:
+        logger.info("dpshm: engine %d publishes to the board of group %r", core.engine_index, group)
     return link
+
+
+def _far_row(core: Any, stats_address: str) -> EngineRow | None:
+    """A row that is carried to the coordinator; None if it cannot be on another node."""
+    inputs, output = list(core.addresses.inputs), getattr(core.addresses, "coordinator_output", None)
+    if output is None or not output.startswith("tcp:"):
+        logger.info(
+            "dpshm: engine %d finds no board for %s and reports to the coordinator (a container with a /dev/shm "
+            "of its own, or a coordinator that is not dpshm's)",
+            *(core.engine_index, stats_address),
+        )
+        return None
+    logger.info(
+        "dpshm: engine %d finds no board for %s, which is on another node, and sends its row to %s (a report "
+        "to a coordinator that is not dpshm's)",
+        *(core.engine_index, stats_address, output),
+    )
+    return CarriedRow.connect(
+        ("", output), core.engine_index, owners=[owner_name(i, address) for i, address in enumerate(inputs)]
+    )
 
 
 class EngineLink:
@@ -98,6 +120,7 @@ class EngineLink:
         self._row: EngineRow | None = row
         self._scheduler = core.scheduler
         self._backlog = PrefillBacklog()
+        self._far = isinstance(row, CarriedRow)
         self._booked = BookedReader(row.board)
         self._prefix = PrefixCache.open(row, core.scheduler, core.engine_index)
         self._expected = self._cached_tokens = self._held_tokens = 0
@@ -117,7 +140,7 @@ class EngineLink:
         self._hooks = InstanceHooks(core)
         self._bells: Bells | None = None
         self._publish()
-        if row.board.segment.header.waves and self._lockstep:
+        if not self._far and row.board.segment.header.waves and self._lockstep:
             self._bells = Bells(row.board, row.dp_rank, self._hear)
         try:
             self._hook()
@@ -307,12 +330,16 @@ class EngineLink:
         """Counts a request as its API server booked it; gives the tokens that it expects to be cached."""
         assert self._row is not None
         frontend = self._frontend_of(client_index)
-        cached = 0 if frontend is None else min(tokens, self._booked.cached_tokens(frontend, request_id))
+        cached = (
+            0 if frontend is None or self._far else min(tokens, self._booked.cached_tokens(frontend, request_id))
+        )
         self._row.count_received(frontend, tokens - cached)
         return cached
 
     def _frontend_of(self, client_index: int) -> int | None:
-        """The row of an API server; None while it has none."""
+        """The row of an API server, or on another node its number; None while it has none."""
+        if self._far:
+            return client_index if 0 <= client_index < len(self._inputs) else None
         row = self._frontends.get(client_index)
         if row is not None:
             return row

@@ -437,6 +437,8 @@ def test_the_packed_words_are_the_real_ones() -> None:
         "mark": lambda word: {
             "verdict": Verdict(word & words.VERDICT_MASK),
             "stuck": word & words.STUCK,
+            "unknown": word & words.UNKNOWN,
+            "remote": word & words.REMOTE,
             "drained": word & words.DRAINED,
             "on_behalf": word & words.ON_BEHALF,
         },

@@ -157,6 +157,7 @@ def _ranks(frame: Frame) -> Iterator[Finding]:
             why="it gets no new requests, and those that it has wait",
             fix=f"see its log; py-spy dump --pid {rank.pid}; restart the rank if it does not come back by itself",
         )
+    yield from _unknown(frame, by_state["unknown"])
     for rank in frame.ranks:
         stale = rank.age_s is not None and rank.age_s > STALE_S
         if stale and rank.requests and rank.state in ("running", "idle", "waking", "silent"):
@@ -200,6 +201,18 @@ def _ranks(frame: Frame) -> Iterator[Finding]:
                 if len(absent) == frame.dp_size
                 else f"dpshm stat --group {frame.group}"
             ),
+        )
+
+
+def _unknown(frame: Frame, unknown: list[Rank]) -> Iterator[Finding]:
+    if unknown:
+        yield Finding(
+            severity="error",
+            check="unknown ranks",
+            group=frame.group,
+            what=f"{_names(unknown)}: on another node, and not heard for a moment",
+            why="it may be dead or cut off; it gets no new requests until it is heard",
+            fix="see its log on its node, and whether that node reaches the coordinator's address",
         )
 
 

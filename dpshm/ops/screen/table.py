@@ -29,12 +29,13 @@ STATES = {  # sign, the same in ASCII, style
     "silent": ("?", "?", "#E69F00"),
     "stalled": ("!", "!", "bold #E69F00"),
     "stuck": ("!", "!", "bold #E69F00"),
+    "unknown": ("?", "?", "bold #E69F00"),
     "dead": ("✕", "x", "bold #D55E00"),
     "absent": ("-", "-", "dim"),
     "alive": ("▶", ">", "#56B4E9"),
 }
 _BAD = (
-    *(State.DEAD, State.STALLED, State.STUCK, State.SILENT, State.ABSENT),
+    *(State.DEAD, State.STALLED, State.STUCK, State.UNKNOWN, State.SILENT, State.ABSENT),
     *(State.WAKING, State.PAUSED, State.DRAINED, State.RUNNING, State.IDLE),
 )
 
@@ -191,7 +192,7 @@ def warnings(frame: Frame) -> list[str]:
         found.append("no coordinator: routing goes on; start one: dpshm coordinator --group " + frame.group)
     elif frame.coordinator.state == "silent":
         found.append(f"coordinator pid {frame.coordinator.pid} hangs or is stopped: verdicts are old")
-    bad = [f"{r.dp_rank} {r.state}" for r in frame.ranks if r.state in ("dead", "stalled", "stuck")]
+    bad = [f"{r.dp_rank} {r.state}" for r in frame.ranks if r.state in ("dead", "stalled", "stuck", "unknown")]
     if bad:
         found.append(f"out of routing: rank {', '.join(bad[:6])}{' ...' if len(bad) > 6 else ''}: dpshm doctor")
     return found[:2]

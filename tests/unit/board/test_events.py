@@ -11,12 +11,12 @@ from dpshm import Board, Coordinator, Engine
 from dpshm.board.events import KINDS, EventReader, Waves, from_change, from_waves, read_changes
 from dpshm.board.layout import CHANGES
 from dpshm.board.sweep import sweep
-from dpshm.board.words import DRAINED, ON_BEHALF, Change, ChangeKind, pack_change
+from dpshm.board.words import DRAINED, ON_BEHALF, REMOTE, Change, ChangeKind, pack_change
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
 from tests.support import LoneBoard, Remote, wait_until
 
-ABSENT, ALIVE, STALLED, DEAD, STUCK = Verdict
+ABSENT, ALIVE, STALLED, DEAD, STUCK, UNKNOWN = Verdict
 PAUSED, WAKING, RUNNING = Phase
 
 
@@ -33,6 +33,9 @@ PAUSED, WAKING, RUNNING = Phase
         (ChangeKind.ENGINE, STALLED, STUCK, ["rank_stuck"]),
         (ChangeKind.ENGINE, STUCK, STALLED, ["rank_stalled"]),
         (ChangeKind.ENGINE, STUCK, ALIVE, ["rank_recovered"]),
+        (ChangeKind.ENGINE, ALIVE | REMOTE, UNKNOWN | REMOTE, ["rank_lost"]),
+        (ChangeKind.ENGINE, UNKNOWN | REMOTE, ALIVE | REMOTE, ["rank_heard"]),
+        (ChangeKind.ENGINE, UNKNOWN | REMOTE, ABSENT | REMOTE, ["rank_left"]),
         (ChangeKind.ENGINE, STUCK | DRAINED, STUCK, ["rank_undrained"]),
         (ChangeKind.ENGINE, ALIVE, ABSENT, ["rank_left"]),
         (ChangeKind.ENGINE, ALIVE, ALIVE | DRAINED, ["rank_drained"]),

@@ -63,7 +63,7 @@ def column(name: str, **changes: Any) -> Callable[[Path], None]:
     return lambda path: rewrite(path, change)
 
 
-SIZE = layout.make_layout(4, 4).size
+SIZE = layout.make_layout(4, 3).size  # as `header` gives it
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "magic": (overwrite(0, b"DPSHMBRX"), "the magic is b'DPSHMBRX', expected b'DPSHMBRD'"),
     "major version": (overwrite(8, b"\x02\x00"), "the layout version is 2.0, expected 1.0"),

@@ -390,7 +390,7 @@ def test_a_stock_engines_report_is_on_the_board(coordinator, stock, group, using
     wait_until(lambda: [verdict(board, e) for e in (0, 1)] == [Verdict.ALIVE] * 2)
     _booked = [frontend.route(10, dp_rank=1) for _ in range(2)]
     stock[1].report(2, 5, 0.5, step=8, wave=3)
-    wait_until(lambda: board.load[1] != 0)
+    wait_until(lambda: board.load[1] != 0 and not board.snapshot()[1]["in_flight"])
     row = board.snapshot(time.monotonic_ns())[1]
     assert (row["waiting"], row["running"], row["in_flight"], row["in_flight_tokens"]) == (2, 5, 0, 0)
     assert (row["step"], row["stock"], row["verdict"]) == (8, True, "alive")

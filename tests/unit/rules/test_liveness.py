@@ -7,8 +7,11 @@ import itertools
 import pytest
 
 from dpshm.rules.liveness import (
+    REMOTE_INTERVAL_NS,
+    SILENT_INTERVALS,
     EngineSigns,
     Observation,
+    Silence,
     Stillness,
     Verdict,
     evidence_of,
@@ -18,16 +21,16 @@ from dpshm.rules.liveness import (
     still_holds,
 )
 
-ABSENT, ALIVE, STALLED, DEAD, STUCK = Verdict
+ABSENT, ALIVE, STALLED, DEAD, STUCK, UNKNOWN = Verdict
 REST = list(itertools.product((False, True), (False, True), (0, 59, 60, 61, 1 << 62), (0, 60)))
 
 
 def test_the_values_are_those_of_marks_on_a_board():
     """Guards against a renumbering that makes zeroed memory, or another process's marks, mean something else."""
-    values = {"ABSENT": 0, "ALIVE": 1, "STALLED": 2, "DEAD": 3, "STUCK": 18}
+    values = {"ABSENT": 0, "ALIVE": 1, "STALLED": 2, "DEAD": 3, "STUCK": 18, "UNKNOWN": 34}
     assert {v.name: v.value for v in Verdict} == values
-    assert Verdict.STUCK & 3 == Verdict.STALLED  # to a reader that does not know it
-    for damaged in (16, 17, 19, -1, 1 << 62):
+    assert Verdict.STUCK & 3 == Verdict.UNKNOWN & 3 == Verdict.STALLED  # to a reader that does not know them
+    for damaged in (16, 17, 19, 33, 35, 50, -1, 1 << 62):
         assert Verdict(damaged) is Verdict(damaged & 3)
 
 
@@ -69,6 +72,36 @@ def test_who_holds_its_row_is_alive_or_stalled(
 ):
     """Guards against calling idle or paused engines stalled, and against an engine wedged in a step."""
     assert judge(Observation(True, True, has_work, paused, beat_age_ns), timeout_ns) is verdict
+
+
+@pytest.mark.parametrize(("has_work", "paused", "beat_age_ns", "timeout_ns"), REST)
+def test_a_remote_row_that_is_not_heard_is_unknown(
+    has_work: bool, paused: bool, beat_age_ns: int, timeout_ns: int
+):
+    """Guards against a rank called dead because its network is cut, and one that left called unknown."""
+    rest = has_work, paused, beat_age_ns, 0, True
+    assert judge(Observation(True, False, *rest), timeout_ns) is UNKNOWN
+    assert judge(Observation(False, False, *rest), timeout_ns) is ABSENT
+    heard = judge(Observation(True, True, *rest), timeout_ns)
+    assert heard is judge(Observation(True, True, has_work, paused, beat_age_ns), timeout_ns)
+
+
+def test_a_process_is_silent_after_three_intervals():
+    """Guards against a rank that is given up while it is heard, or kept though its link was cut."""
+    silence, interval = Silence(), REMOTE_INTERVAL_NS
+    times = [silence.look(7, t) for t in range(0, 4 * interval, interval // 5)]
+    assert times == [t >= SILENT_INTERVALS * interval for t in range(0, 4 * interval, interval // 5)]
+    assert not silence.look(8, 4 * interval)  # heard again
+    assert not silence.look(8, 5 * interval)
+
+
+def test_a_watcher_that_did_not_look_calls_no_process_silent():
+    """Guards against a coordinator that was stopped for a minute and then calls every remote rank silent."""
+    silence = Silence()
+    assert not silence.look(7, 0)
+    assert not silence.look(7, 60_000_000_000)
+    later = [silence.look(7, 60_000_000_000 + i * REMOTE_INTERVAL_NS) for i in range(SILENT_INTERVALS)]
+    assert later == [False] * (SILENT_INTERVALS - 1) + [True]
 
 
 WAITS = EngineSigns(incarnation=1, beat=5, waiting=26)

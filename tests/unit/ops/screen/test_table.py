@@ -60,9 +60,9 @@ def test_eighty_columns_hold_what_matters(busy):
 
 def test_the_state_is_a_word_and_a_sign_of_its_own():
     """Guards against states that only a colour tells apart."""
-    # alive has the sign of running, and stuck that of stalled
-    assert len({sign for sign, _, _ in STATES.values()}) == len(STATES) - 2
-    assert len({plain for _, plain, _ in STATES.values()}) == len(STATES) - 2
+    # alive has the sign of running, stuck that of stalled, and unknown that of silent
+    assert len({sign for sign, _, _ in STATES.values()}) == len(STATES) - 3
+    assert len({plain for _, plain, _ in STATES.values()}) == len(STATES) - 3
     _, line = rank_table(History(), 80, Glyphs())
     assert "✕ dead" in line(make_rank(3, state="dead")).plain
 

@@ -15,6 +15,7 @@ the ranks' indexes have: only front-ends compare them.
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 
 import numpy as np
 
@@ -32,7 +33,6 @@ _AHEAD_NS = 16_000_000
 _AHEAD = np.uint64(_AHEAD_NS >> TICK_SHIFT << RANK_BITS)
 _VALID = np.uint64((REMEMBERED_NS + _AHEAD_NS) >> TICK_SHIFT << RANK_BITS)
 _RANK = (1 << RANK_BITS) - 1
-_COUNTS = np.array(SAMPLED_BLOCKS)
 _NOT_THERE = 1  # no stored word, unless by the chance that any has: what is stored and no sample is 0
 
 
@@ -116,9 +116,10 @@ class SentPrompts:
         mine[len(samples) :] = _NOT_THERE
         # Only prompts that agree at the first sample beyond what the rank holds can raise it. A rank that there is
         # not, because it was scaled away or a word is damaged, is compared as the last one.
-        beyond = _COUNTS.searchsorted(blocks, "right").clip(max=SAMPLES - 1).take(dp_ranks, mode="clip")
-        agree = self._samples_in_a_row.take(recent * SAMPLES + beyond) == mine.take(beyond)
-        if not agree.any():
+        beyond = np.array([min(bisect_right(SAMPLED_BLOCKS, n), SAMPLES - 1) for n in blocks])
+        beyond = beyond.take(dp_ranks, mode="clip")
+        (agree,) = (self._samples_in_a_row.take(recent * SAMPLES + beyond) == mine.take(beyond)).nonzero()
+        if not len(agree):
             return
         recent, when, dp_ranks = recent[agree], when[agree], dp_ranks[agree]
         counts = np.count_nonzero(self._samples_by_slot[recent] == mine, axis=1)

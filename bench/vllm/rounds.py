@@ -1,10 +1,9 @@
-"""The order of a measurement: servers start, all arms play each round of each scenario, every result is given at
-once.
+"""The order of a measurement: all arms play each round of each scenario, and every result is given at once.
 
-Arms play in turn, and the first of them changes from round to round. With `Plan.side_by_side`, all servers run at
-the same time, each in a lane with its share of the cores, and the arms of a round play at the same time; lanes
-change from round to round. That fits more rounds into a machine's time, and a slow moment of the machine meets
-all arms.
+Arms play in turn, and the first of them changes from round to round. With `Plan.side_by_side`, all servers are
+started at once, each in a lane of its own cores, and the arms of a round play at the same time; they change lanes
+from round to round. Dense and lockstep scenarios then play beside each other. That fits more rounds into the time
+of a machine, and a slow moment of it meets all arms.
 """
 
 from __future__ import annotations
@@ -90,24 +89,24 @@ class Rounds:
 
     def run(self) -> None:
         """Runs the plan."""
-        arms = len(self._plan.arms)
-        groups: dict[str, list[str]] = {}
-        for name in self._plan.scenarios:
-            groups.setdefault(SCENARIOS[name].deployment, []).append(name)
-        if not self._plan.side_by_side:
-            for deployment, names in groups.items():
+        plan = self._plan
+        if not plan.side_by_side:
+            for deployment, names in _grouped(plan.scenarios, lambda d: d).items():
                 with self._lanes([deployment]) as lanes:
-                    self._play(names, lanes[deployment], [])
+                    self._play(names, lanes, [])
             return
+        arms = len(plan.arms)
+        tracks = list(_grouped(plan.scenarios, lambda d: DEPLOYMENTS[d].model).values())
         cores = sorted(os.sched_getaffinity(0))
-        size = len(cores) // (len(groups) * arms)
+        size = len(cores) // (len(tracks) * arms)
         if not size:
-            raise ValueError(f"{len(groups) * arms} servers side by side need as many cores")
-        blocks = [cores[i * size : (i + 1) * size] for i in range(len(groups) * arms)]
-        with self._lanes(list(groups)) as lanes, ThreadPoolExecutor(len(groups)) as pool:
+            raise ValueError(f"{len(tracks) * arms} servers side by side need as many cores")
+        blocks = [cores[i * size : (i + 1) * size] for i in range(len(tracks) * arms)]
+        deployments = dict.fromkeys(SCENARIOS[name].deployment for name in plan.scenarios)
+        with self._lanes(list(deployments)) as lanes, ThreadPoolExecutor(len(tracks)) as pool:
             playing = [
-                pool.submit(self._play, names, lanes[deployment], blocks[k * arms : (k + 1) * arms])
-                for k, (deployment, names) in enumerate(groups.items())
+                pool.submit(self._play, names, lanes, blocks[k * arms : (k + 1) * arms])
+                for k, names in enumerate(tracks)
             ]
             for each in playing:
                 each.result()
@@ -131,10 +130,11 @@ class Rounds:
             self._tell(f"{', '.join(deployments)}: {len(plan.arms)} servers each, answering")
             yield lanes
 
-    def _play(self, names: list[str], lanes: list[Lane], blocks: list[list[int]]) -> None:
-        """All rounds of the scenarios of one deployment. `blocks`: the lanes' cores; none: arms play in turn."""
+    def _play(self, names: list[str], lanes: dict[str, list[Lane]], blocks: list[list[int]]) -> None:
+        """All rounds of some scenarios. `blocks`: the cores of each lane; none: arms play in turn."""
         plan = self._plan
-        _each(lanes, blocks, 0, Load(WARM_UP[: 50 * plan.sizes.ranks], 0, 0))
+        for deployment in _grouped(names, lambda d: d):
+            _each(lanes[deployment], blocks, 0, Load(WARM_UP[: 50 * plan.sizes.ranks], 0, 0))
         time.sleep(SETTLE_S)
         lasted: dict[str, float] = {}
         for number in range(plan.first_round, plan.first_round + plan.rounds):
@@ -145,10 +145,18 @@ class Rounds:
                     continue
                 load = load_of(plan, SCENARIOS[name], number)
                 source = plan.traces[name].name if name in plan.traces else "made"
-                for figures in _each(lanes, blocks, number, load):
+                for figures in _each(lanes[SCENARIOS[name].deployment], blocks, number, load):
                     self._give({"scenario": name, "round": number, "source": source, **figures})
                 lasted[name] = time.monotonic() - at
                 self._tell(f"{name} round {number}: took {lasted[name]:.0f} s")
+
+
+def _grouped(names: list[str], key: Callable[[str], str]) -> dict[str, list[str]]:
+    """Scenarios by something of their deployment, in order."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(key(SCENARIOS[name].deployment), []).append(name)
+    return groups
 
 
 def _each(lanes: list[Lane], blocks: list[list[int]], number: int, load: Load) -> list[dict[str, Any]]:

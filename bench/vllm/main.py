@@ -34,22 +34,36 @@ def main(argv: list[str]) -> int:
     """Runs what the command line says; gives the exit status."""
     options = _parser().parse_args(argv)
     if options.earlier:
-        print(show(*_read(options.earlier)))
-        return 0
-    if options.write is not None:
+        _show_earlier(options)
+    elif options.write is not None:
         _write(_plan(options, options.write), options.write)
-        return 0
-    if reason := environment.why_not():
+    elif reason := environment.why_not():
         print(reason, file=sys.stderr)
         return 2
-    if options.carry is not None:
+    elif options.carry is not None:
         from bench.vllm.carry import carry
 
         carry(options.carry)
-        return 0
+    else:
+        _run(options)
+    return 0
+
+
+def _show_earlier(options: argparse.Namespace) -> None:
+    machine, runs = _read(options.earlier)
+    print(show(machine, runs))
+    if options.plot is not None:
+        from bench.vllm.plot import plot
+
+        plot(machine, runs, options.plot)
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Runs the plan, and ends the servers also when it is told to end."""
     environment.install_dpshm(environment.folder())
     lock, began = threading.Lock(), time.monotonic()
-    machine, runs = _machine(), []
+    machine = _machine()
+    runs: list[dict[str, Any]] = []
 
     def keep(record: dict[str, Any]) -> None:
         if options.out is not None:
@@ -77,7 +91,6 @@ def main(argv: list[str]) -> int:
         signal.signal(signal.SIGINT, end)
         rounds.run()
     print(show(machine, runs))
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="FILE", help="append each result to it, a JSON object a line")
     add("--from", dest="earlier", type=Path, nargs="+", metavar="FILE", help="show earlier results instead")
     add("--write", type=Path, metavar="DIR", help="write the requests as traces for the laboratory; run nothing")
+    add("--plot", type=Path, metavar="FILE", help="with --from: draw the ratios to stock")
     add("--carry", type=Path, metavar="DIR", help="make the files with which this runs where there is no network")
     return parser
 

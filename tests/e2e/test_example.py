@@ -1,0 +1,140 @@
+"""The example server (`tests/examples`) under load: restarts and deaths, and no request fails."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from dpshm import Board, SegmentNotFound
+from tests.support import wait_until
+
+pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'dpshm[examples]'")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+ROOT = Path(__file__).parents[2]
+TOKENS = 40
+CLIENTS = 6
+
+
+class Load:
+    """Clients that send one request after another, each over a new connection."""
+
+    def __init__(self, port):
+        self._port = port
+        self._ended = threading.Event()
+        self.wrong, self.right = [], 0
+        self._threads = [threading.Thread(target=self._run) for _ in range(CLIENTS)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self):
+        while not self._ended.is_set():
+            try:
+                status, tokens = generate(self._port)
+            except (OSError, http.client.HTTPException) as e:
+                self.wrong.append(repr(e))
+                continue
+            if (status, tokens) == (200, list(range(TOKENS))):
+                self.right += 1
+            else:
+                self.wrong.append((status, tokens))
+
+    def more(self, count=20):
+        """Waits for so many more answers."""
+        wanted = self.right + count
+        wait_until(lambda: self.right >= wanted or self.wrong, 120)
+
+    def close(self):
+        """Ends the clients."""
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def generate(port):
+    """One request: its status, and the tokens up to the end mark; None at the end says that there was none."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection.request("POST", "/generate", json.dumps({"prompt_tokens": 100, "max_tokens": TOKENS}))
+    response = connection.getresponse()
+    events = response.read().decode().split("\n\n")
+    connection.close()
+    if response.status != 200:
+        return response.status, events
+    *tokens, end, _ = [event.removeprefix("data: ") for event in events]
+    return 200, [json.loads(token)["token"] for token in tokens] + ([] if end == "[DONE]" else [None])
+
+
+def get(port, path):
+    """The status and the content of a page."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("GET", path)
+    response = connection.getresponse()
+    content = json.loads(response.read())
+    connection.close()
+    return response.status, content
+
+
+def answers(port):
+    """Whether the server answers."""
+    try:
+        return get(port, "/health")[0] == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture(params=["dense", "lockstep"])
+def example(request, group, tmp_path):
+    """The example as a process, its port, and a function that reads what it has said."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "tests.examples.serve", "--group", group, "--port", str(port)]
+    command += ["--lockstep"] if request.param == "lockstep" else []
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ)
+    try:
+        wait_until(lambda: process.poll() is not None or answers(port), 120)
+        yield process, port, (tmp_path / "log").read_text
+    finally:
+        process.terminate()
+        status = process.wait(60)
+    assert status == 0, (tmp_path / "log").read_text()
+
+
+def test_no_request_fails_while_everything_is_restarted(example, group):
+    """Guards against an example that loses requests in a rolling restart, or when a rank dies, in either kind of
+    group, and against a library with which it cannot be written.
+    """
+    process, port, said = example
+    with Board.attach(group) as board:
+        load = Load(port)
+        try:
+            load.more()
+            workers = set(board.frontend_pid[:2].tolist())
+            process.send_signal(signal.SIGHUP)
+            wait_until(lambda: "the workers are next" in said() or load.wrong, 120)
+            wait_until(lambda: workers.isdisjoint(board.frontend_pid.tolist()) or load.wrong, 120)
+            load.more()
+            assert board.engine_incarnation[:3].tolist() == [2, 2, 2]
+            os.kill(int(board.engine_pid[1]), signal.SIGKILL)
+            wait_until(lambda: board.engine_incarnation[1] == 3, 120)
+            load.more()
+        finally:
+            load.close()
+        assert load.wrong == [], said()
+        wait_until(lambda: not any(row["requests"] for row in get(port, "/ranks")[1]))
+        assert get(port, "/health")[1]["ranks"][1] in ("idle", "running", "waking")
+        assert get(port, "/nowhere")[0] == 404
+    process.terminate()
+    assert process.wait(60) == 0
+    with pytest.raises(SegmentNotFound):
+        Board.attach(group)

@@ -27,7 +27,7 @@ from dpshm.sim.workloads.agents import BLOCK_TOKENS
 from dpshm.sim.workloads.traces import Arrival
 
 ARMS = {"stock": ("--stats", "pub", "--policy", "vllm"), "default": ("--stats", "board")}
-WORKLOADS = {"decode": (14.0, 200, 350), "prefill": (10.0, 2_500, 16)}
+WORKLOADS = {"decode": (22.0, 200, 350), "prefill": (14.0, 2_500, 16)}
 """Requests a second for two ranks, median prompt and answer."""
 MOST_PROMPT, MOST_OUTPUT = 8_000, 1_000
 DEADLINE_S = 300.0

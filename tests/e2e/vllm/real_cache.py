@@ -39,7 +39,13 @@ ADAPTER = LoRARequest("adapter", 1, "/nowhere")
 
 
 def manager(kind: str, blocks: int) -> Any:
-    """A cache manager: of a model with full attention, or of one ("hybrid") with a sliding window too."""
+    """A cache manager.
+
+    Args:
+        kind: "full", of a model with full attention; "eagle", of one with speculative decoding that computes the
+            last cached block again; "hybrid", of one with a sliding window too.
+        blocks: how many it has.
+    """
     full = BLOCK
     groups = []
     if kind == "hybrid":  # pages are as large in both: a block of full attention has twice the tokens
@@ -52,6 +58,7 @@ def manager(kind: str, blocks: int) -> Any:
     groups.append(KVCacheGroupSpec(["full"], spec))
     config = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
     sizes = {"hash_block_size": BLOCK, "scheduler_block_size": full, "max_in_flight_tokens": 8192}
+    sizes["use_eagle"] = kind == "eagle"
     known = inspect.signature(KVCacheManager).parameters  # releases differ
     wanted = {name: size for name, size in sizes.items() if name in known}
     return KVCacheManager(config, max_model_len=40_000, enable_caching=True, **wanted)

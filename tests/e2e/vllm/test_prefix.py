@@ -86,7 +86,9 @@ def compared(folder: Path, number: int) -> tuple[int, int, int]:
     return equal, sum(expected.values()), sum(reported.values())
 
 
-@pytest.mark.parametrize(("kind", "requests", "blocks"), [("full", 400, 2000), ("hybrid", 200, 1200)])
+@pytest.mark.parametrize(
+    ("kind", "requests", "blocks"), [("full", 400, 2000), ("eagle", 200, 1200), ("hybrid", 200, 1200)]
+)
 def test_the_match_is_the_hit_of_vllms_own_cache(group, capsys, kind, requests, blocks):
     """Guards against hashes, or a mirror of the cache, that differ from vLLM's, also while it evicts."""
     python = environment.folder() / "bin" / "python"

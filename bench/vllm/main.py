@@ -33,7 +33,11 @@ from tests.e2e.vllm import environment
 def main(argv: list[str]) -> int:
     """Runs what the command line says; gives the exit status."""
     options = _parser().parse_args(argv)
-    if options.earlier:
+    if options.predict:
+        from bench.vllm.predict import compare
+
+        print(compare(_plan(options, Path()), _read(options.earlier)[1]))
+    elif options.earlier:
         _show_earlier(options)
     elif options.write is not None:
         _write(_plan(options, options.write), options.write)
@@ -111,8 +115,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--side-by-side", action="store_true", help="all servers at once, each on a share of the cores")
     add("--budget-s", type=float, default=float("inf"), help="begin no round that would end later than that")
     add("--out", type=Path, metavar="FILE", help="append each result to it, a JSON object a line")
-    add("--from", dest="earlier", type=Path, nargs="+", metavar="FILE", help="show earlier results instead")
+    add(
+        "--from",
+        dest="earlier",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="show earlier results instead",
+    )
     add("--write", type=Path, metavar="DIR", help="write the requests as traces for the laboratory; run nothing")
+    add("--predict", action="store_true", help="what the laboratory says of these rounds; beside --from")
     add("--plot", type=Path, metavar="FILE", help="with --from: draw the ratios to stock")
     add("--carry", type=Path, metavar="DIR", help="make the files with which this runs where there is no network")
     return parser

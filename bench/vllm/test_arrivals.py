@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.vllm.lane import Sizes
+from bench.vllm.predict import predicted
 from bench.vllm.prompts import Prompts, trace_lines
+from bench.vllm.rounds import Plan
 from bench.vllm.scenarios import BURST, BURST_S, BURSTS_PER_S, MAX_CONTEXT, SCENARIOS, bursts, thinned
 from dpshm.sim.workloads.agents import BLOCK_TOKENS
 from dpshm.sim.workloads.traces import Arrival, read_trace
@@ -89,3 +92,12 @@ def test_the_laboratory_reads_what_is_written(tmp_path: Path) -> None:
         assert theirs.time_s == pytest.approx(ours.time_s - arrivals[0].time_s, abs=1.1e-3)
         assert theirs[1:3] == ours[1:3]
         assert theirs.block_hashes[: len(ours.block_hashes)] == ours.block_hashes
+
+
+def test_the_laboratory_plays_what_the_servers_do() -> None:
+    """Guards against a prediction for other steps: those of a lockstep scenario are longer."""
+    plan = Plan(["chat"], ["stock"], 1, 1, Sizes(8, 8, 1, 50), 5.0, {}, False, 1e9, Path())
+    chat = predicted(plan, "chat", 1, "stock")
+    lockstep = predicted(plan, "lockstep-chat", 1, "stock")
+    assert 5.0 < chat["per_token"] < lockstep["per_token"]
+    assert predicted(plan, "chat", 1, "default")["ttft_mean"] < chat["ttft_mean"]

@@ -430,6 +430,7 @@ class Frontend:
             )
         self._alone = self._segment.header.waves and not self.board.is_watched()
         self._reader.refresh()
+        self._row.follow_late(self._reader.late)
         self._prefixes.refresh(now_ns)
         self._wakeup.expect(self._reader.dp_size)
 

@@ -6,6 +6,10 @@ on its way is unfinished. So each end of a request clamps ``sent`` into ``[recei
 sets ``sent_tokens`` to ``received_tokens`` when no request is on its way. A request that was booked and never
 arrived, or that the row's previous holder sent, leaves no lasting error.
 
+The row of an engine on another node, or of a stock one, shows late what the engine received. A request that ended
+there a moment ago may still be on its way as far as the row shows. So it counts as unfinished for a while: until a
+row was heard `LATE_NS` later.
+
 A front-end that starts copies ``received`` into ``sent``: the bookings of the row's previous holder are settled.
 Engines would count that holder's messages that are still on their way as if the new one had sent them, so rows
 whose previous holder has no message on its way are locked first.
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +33,10 @@ from dpshm.version import version_word
 
 if TYPE_CHECKING:
     from dpshm.frontend.route import Route
+
+
+LATE_NS = 1_000_000_000
+"""A row that is heard so long after a request's end shows that it was received."""
 
 
 class FrontendRow:
@@ -57,6 +66,32 @@ class FrontendRow:
         self._sent_tokens = [words[self._at_sent_tokens + e] & COUNT_MASK for e in ranks]
         self._routed = words[self._at_routed] & COUNT_MASK
         self.own = [0] * board.engines
+        # Ranks whose rows come late, and by rank: requests that ended lately and those before them, since when.
+        self._late: frozenset[int] = frozenset()
+        self._ended, self._ended_before = [0] * board.engines, [0] * board.engines
+        self._ended_since_ns = [0] * board.engines
+
+    def follow_late(self, heard_ns: Mapping[int, int]) -> None:
+        """Learns which ranks' rows come late, and forgets what ended there long enough ago.
+
+        Args:
+            heard_ns: by rank whose row comes late, CLOCK_MONOTONIC at which it was heard last.
+        """
+        self._late = frozenset(heard_ns)
+        for dp_rank, heard in heard_ns.items():
+            if heard - self._ended_since_ns[dp_rank] >= LATE_NS:
+                self._ended_since_ns[dp_rank] = time.monotonic_ns()
+                self._ended_before[dp_rank], self._ended[dp_rank] = self._ended[dp_rank], 0
+                if not (self.own[dp_rank] or self._ended_before[dp_rank]):
+                    self._settle(dp_rank)
+
+    def _settle(self, dp_rank: int) -> None:
+        """Nothing is on its way to a rank: what was booked and not received was lost."""
+        words = self._words
+        received = words[self._at_received_requests[dp_rank]] & COUNT_MASK
+        received_tokens = words[self._at_received_tokens[dp_rank]] & COUNT_MASK
+        self._sent_requests[dp_rank] = words[self._at_sent_requests + dp_rank] = received
+        self._sent_tokens[dp_rank] = words[self._at_sent_tokens + dp_rank] = received_tokens
 
     def book(self, route: Route, now_ns: int) -> None:
         """Counts a request that is about to be sent to an engine, and opens its Route.
@@ -103,6 +138,9 @@ class FrontendRow:
         received = words[self._at_received_requests[dp_rank]] & COUNT_MASK
         received_tokens = words[self._at_received_tokens[dp_rank]] & COUNT_MASK
         sent, most, tokens = self._sent_requests[dp_rank], received + own, self._sent_tokens[dp_rank]
+        if dp_rank in self._late:
+            self._ended[dp_rank] += 1
+            most += self._ended[dp_rank] + self._ended_before[dp_rank]
         if unbook:
             sent -= 1
             if route.prompt_tokens > 0:

@@ -17,7 +17,7 @@ import numpy as np
 
 from dpshm.board import layout
 from dpshm.board.board import Board
-from dpshm.board.words import DRAINED, ON_BEHALF, unpack_state
+from dpshm.board.words import DRAINED, ON_BEHALF, REMOTE, unpack_state
 from dpshm.errors import NoEngineAvailable, Overloaded, SettingError
 from dpshm.policies import View, comparable
 from dpshm.policies.columns import VECTOR_FROM, ArrayColumns, ArrayWork, ListColumns, ListWork
@@ -48,11 +48,13 @@ class ViewReader:
         dp_size: how many ranks there are.
         eligible: the ranks that a policy may choose.
         revision: the board's revision at the last `refresh`.
+        late: by rank whose row comes late (of another node, or stock), CLOCK_MONOTONIC ns at which it was heard.
     """
 
     dp_size: int
     eligible: frozenset[int]
     revision: int
+    late: dict[int, int]
 
     def __init__(
         self,
@@ -126,6 +128,7 @@ class ViewReader:
         self._verdicts = board.engine_verdicts()
         marks = board.engine_mark[:n].tolist()
         drained = [bool(mark & DRAINED) for mark in marks]
+        self.late = self._heard_late(marks)
         self._states = board.engine_state[:n]
         self._with_rows = [
             e
@@ -142,6 +145,13 @@ class ViewReader:
         self.eligible = frozenset(eligible)
         # Twice over: each slice of half its length is one rotation.
         self._twice: Any = np.array(eligible * 2) if n >= VECTOR_FROM else eligible * 2
+
+    def _heard_late(self, marks: list[int]) -> dict[int, int]:
+        late = [e for e, mark in enumerate(marks) if mark & (REMOTE | ON_BEHALF)]
+        if not late:
+            return {}
+        heard = self._board.remote_state[:, layout.REMOTE_WORDS.index("heard")]
+        return {e: int(heard[e]) if marks[e] & REMOTE else time.monotonic_ns() for e in late}
 
     def read(self, now_ns: int, exclude: Collection[int] = ()) -> View:
         """What one decision sees. Some rank must be eligible.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 
@@ -10,6 +11,7 @@ from dpshm import Engine, Frontend, WireError
 from dpshm.board.layout import CARRIED_WORDS
 from dpshm.board.words import COUNT_MASK, pack_load
 from dpshm.coordinator.remote_rows import RemoteRows
+from dpshm.frontend.row import LATE_NS
 from dpshm.net import wire
 from dpshm.rules.liveness import Verdict
 from tests.support import LoneBoard
@@ -76,6 +78,34 @@ def test_a_report_never_erases_a_booking(board, remote, group, using, name):
     remote.report(1, message(5, received=[(who, 5, 50)]), 0)
     assert shown(board, "requests", "in_flight", "in_flight_tokens") == (0, 0, 0)
     assert int(board.sent_requests[frontend.index, 1]) == int(board.received_requests[1, frontend.index]) == 5
+
+
+def test_an_answer_may_come_before_the_row(board, remote, group, using):
+    """Guards against a booking that is lost because the answer to another request overtook the row."""
+    frontend = using(Frontend.attach(group, owner="api"))
+    remote.report(1, message(1), 0)
+    first, second = [frontend.route(10, dp_rank=1) for _ in range(2)]
+    first.done()
+    assert shown(board, "requests") == (2,)  # the row does not show yet that it ended
+    remote.report(1, message(2, running=1, requests_finished=1, received=[("api", 2, 20)]), 0)
+    assert shown(board, "requests", "in_flight") == (1, 0)
+    second.done()
+    remote.report(1, message(3, received=[("api", 2, 20)]), 0)
+    assert shown(board, "requests", "in_flight", "in_flight_tokens") == (0, 0, 0)
+
+
+def test_a_lost_request_heals_at_a_late_rank(board, remote, group, using):
+    """Guards against a phantom that stays for ever, because requests that ended lately count as unfinished."""
+    frontend = using(Frontend.attach(group, owner="api"))
+    now_ns = time.monotonic_ns()
+    remote.report(1, message(1), now_ns)
+    for route in [frontend.route(10, dp_rank=1) for _ in range(3)]:
+        route.done()  # none of them arrived
+    for heard_ns in (now_ns + 2 * LATE_NS, now_ns + 4 * LATE_NS):
+        remote.report(1, message(1), heard_ns)
+        board.marks.begin_epoch()  # front-ends refresh
+        frontend.choose()
+    assert shown(board, "requests", "in_flight_tokens") == (0, 0)
 
 
 def test_any_message_may_be_lost_or_come_twice(board, remote, group, using):

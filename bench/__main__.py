@@ -19,6 +19,7 @@ STUDIES = {
     "gpu": "bench.gpu",
     "gpu-compare": "bench.gpu_compare",
     "faults": "bench.faults",
+    "death": "bench.death",
     "ray": "bench.ray_serve",
 }
 

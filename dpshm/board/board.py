@@ -194,6 +194,13 @@ class Board:
         heard = mark & REMOTE and mark & VERDICT_MASK in (Verdict.ALIVE, *HANGING)
         return bool(heard) or self.engine_alive(dp_rank)
 
+    def engine_ends(self, dp_rank: int) -> bool:
+        """Whether the kernel ends the process that took an engine's row. Until then the row may be locked."""
+        pid, started = int(self.engine_pid[dp_rank]), int(self.engine_start_time[dp_rank])
+        visible = int(self.engine_pid_namespace[dp_rank]) == processes.namespace_inode("pid") != 0
+        visible = visible and not int(self.engine_mark[dp_rank]) & REMOTE
+        return visible and pid > 0 and processes.life_of(pid, started) is processes.Life.EXITS
+
     def frontend_alive(self, index: int) -> bool:
         """Whether a process holds a front-end's row."""
         if not self.segment.has_locks:
@@ -299,7 +306,9 @@ class Board:
         ]
 
     def _unwatched_verdict(self, e: int, marked: Verdict) -> Verdict:
-        verdict = judge(Observation(bool(self.engine_pid[e]), self.engine_alive(e)), 0)
+        locked = self.engine_alive(e)
+        ending = locked and self.engine_ends(e)
+        verdict = judge(Observation(bool(self.engine_pid[e]), locked, ending=ending), 0)
         holds = (
             verdict is Verdict.ALIVE
             and marked in HANGING

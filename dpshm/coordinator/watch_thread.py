@@ -1,8 +1,9 @@
 """The watch thread: reads every row's lock and beat, and publishes its verdicts as marks on the board.
 
-A round every `WATCH_INTERVAL_S` tests the locks, which alone decide that a process is dead. A pidfd for each
-process that this pid namespace can see ends the wait between rounds as soon as one exits. A round judges the rows
-only if it found a change, or if an engine may have stalled since the last judgement.
+A round every `WATCH_INTERVAL_S` tests the locks. A process that this pid namespace can see is also dead as soon as
+the kernel ends it, although the kernel drops its lock only when its memory is freed (`dpshm.linux.processes`). A
+pidfd for each such process ends the wait between rounds as soon as one of its threads exits. A round judges the
+rows only if it found a change, or if an engine may have stalled since the last judgement.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dpshm.board.words import ON_BEHALF
 from dpshm.coordinator.mailbox import Mailbox
 from dpshm.coordinator.row import CoordinatorRow
 from dpshm.linux import processes
+from dpshm.linux.processes import Life
 from dpshm.rules.liveness import (
     HANGING,
     REMOTE_INTERVAL_NS,
@@ -45,15 +47,28 @@ QUIET_INTERVAL_S = 0.3
 """Interval between rounds once no process has had work, come or gone for `QUIET_AFTER_NS`, and each has a pidfd.
 Front-ends trust a beat that is less than 0.5 s old."""
 QUIET_AFTER_NS = 2 * _S
+SOON_S = 0.005
+SOON_ROUNDS = 10
+"""Rounds that follow soon on the exit of a thread: the other threads of its process may not have begun to exit."""
 STOP_TIMEOUT_S = 5.0
 
 
 class Occupant(NamedTuple):
-    """The process that holds a row, and its pidfd, if there is one."""
+    """The process that took a row.
+
+    Attributes:
+        incarnation: of the row.
+        pid: as the row gives it.
+        started: its start time; 0 if there was no such process in this pid namespace when it was first looked for.
+        pidfd: readable when a thread of it has ended; None where there is none.
+        ended: the kernel was seen to end it, or it is gone. It stays so.
+    """
 
     incarnation: int
     pid: int
-    pidfd: int | None
+    started: int = 0
+    pidfd: int | None = None
+    ended: bool = False
 
 
 class WatchThread(threading.Thread):
@@ -86,6 +101,7 @@ class WatchThread(threading.Thread):
         self._quiet_from_ns = 0
         self._rows: tuple[int, bytes] = (0, b"")
         self._row_bytes: list[int] = []
+        self._soon = 0
         self._warned_unlinked = False
 
     def stop(self) -> None:
@@ -104,12 +120,15 @@ class WatchThread(threading.Thread):
         """Runs rounds until it is asked to end."""
         while not self.mailbox.end_asked:
             quiet = time.monotonic_ns() >= self._quiet_from_ns
-            for fd, _ in self._epoll.poll(QUIET_INTERVAL_S if quiet else WATCH_INTERVAL_S):
+            interval = SOON_S if self._soon else QUIET_INTERVAL_S if quiet else WATCH_INTERVAL_S
+            self._soon = max(0, self._soon - 1)
+            for fd, _ in self._epoll.poll(interval):
                 self._judged = None
                 if fd == self.mailbox.fd:
                     self.mailbox.receive()
                 else:
                     self._forget_pidfd(fd)
+                    self._soon = SOON_ROUNDS
             try:
                 self.round(time.monotonic_ns())
             except Exception:
@@ -131,7 +150,7 @@ class WatchThread(threading.Thread):
         board.coordinator_beat[0] = now_ns
 
     def _sample(self) -> object:
-        """What verdicts follow from, except for stalls: the locks that are held, and the processes of the rows."""
+        """What verdicts follow from, except for stalls: the locks, the processes of the rows, and their ends."""
         board = self._board
         incarnations = board.frontend_incarnation.tobytes()
         if (rows := (board.dp_size, incarnations)) != self._rows:
@@ -140,7 +159,9 @@ class WatchThread(threading.Thread):
             self._row_bytes = [engine_byte(columns, e) for e in range(board.dp_size)]
             self._row_bytes += [frontend_byte(columns, f) for f in range(used)]
         n = board.dp_size
+        self._look_for_ends()
         return (
+            [key for key, occupant in self._occupants.items() if occupant.ended],
             *(rows, board.frontend_pid.tobytes(), board.segment.locks.each_locked(self._row_bytes)),
             *(board.engine_incarnation[:n].tobytes(), board.engine_pid[:n].tobytes(), self._silent),
         )
@@ -153,6 +174,12 @@ class WatchThread(threading.Thread):
             return ()
         heard = self._board.remote_state[:, 0]
         return tuple(e for e in remote if self._silence.setdefault(e, Silence()).look(int(heard[e]), now_ns))
+
+    def _look_for_ends(self) -> None:
+        for key, occupant in self._occupants.items():
+            known = occupant.started and not occupant.ended
+            if known and processes.life_of(occupant.pid, occupant.started) in (Life.EXITS, Life.GONE):
+                self._occupants[key] = occupant._replace(ended=True)
 
     def _judge(self, now_ns: int) -> None:
         board = self._board
@@ -183,7 +210,8 @@ class WatchThread(threading.Thread):
         if remote and row.engine_verdict(e) in (Verdict.UNKNOWN, Verdict.ABSENT):
             return  # the wave thread hears it again
         incarnation = int(board.engine_incarnation[e])
-        self._follow(("engine", e), incarnation, int(board.engine_pid[e]), int(board.engine_start_time[e]))
+        pid, started = int(board.engine_pid[e]), int(board.engine_start_time[e])
+        ending = self._follow(("engine", e), incarnation, pid, 0 if remote else started)  # pids of another node
         signs = board.engine_signs(e)
         still = self._still.get(e) or self._begin_with(e, signs, now_ns)
         beat_age_ns, progress_age_ns = still.look(signs, now_ns)
@@ -192,7 +220,7 @@ class WatchThread(threading.Thread):
             progress_age_ns = still.move_again(now_ns)
         ages = beat_age_ns, progress_age_ns
         there = e not in self._silent if remote else locked
-        seen = Observation(bool(board.engine_pid[e]), there, has_work(signs), signs.paused, *ages, remote)
+        seen = Observation(bool(board.engine_pid[e]), there, has_work(signs), signs.paused, *ages, remote, ending)
         verdict = judge(seen, self._stall_timeout_ns)
         if verdict in HANGING:
             self._next_judging_ns = 0  # the next round sees whether it moves again
@@ -227,8 +255,11 @@ class WatchThread(threading.Thread):
     def _judge_frontend(self, f: int) -> None:
         board, row = self._board, self._row
         incarnation = int(board.frontend_incarnation[f])
-        self._follow(("front-end", f), incarnation, int(board.frontend_pid[f]), int(board.frontend_start_time[f]))
-        verdict = judge(Observation(bool(board.frontend_pid[f]), board.frontend_alive(f)), 0)
+        ending = self._follow(
+            ("front-end", f), incarnation, int(board.frontend_pid[f]), int(board.frontend_start_time[f])
+        )
+        seen = Observation(bool(board.frontend_pid[f]), board.frontend_alive(f), ending=ending)
+        verdict = judge(seen, 0)
         before = row.frontend_verdict(f)
         if verdict is not before:
             row.set_frontend(f, verdict)
@@ -238,20 +269,26 @@ class WatchThread(threading.Thread):
         board = self._board
         return board.engine_present(row) if kind == "engine" else board.frontend_alive(row)
 
-    def _follow(self, key: tuple[str, int], incarnation: int, pid: int, started: int) -> None:
-        """Opens a pidfd on the row's present process, if this pid namespace can see it."""
+    def _follow(self, key: tuple[str, int], incarnation: int, pid: int, started: int) -> bool:
+        """Looks for the row's present process, if this pid namespace can see it. True if that process ends."""
         known = self._occupants.get(key)
-        if known is not None and (known.incarnation, known.pid) == (incarnation, pid):
-            return
-        if known is not None and known.pidfd is not None:
-            self._forget_pidfd(known.pidfd)
-        kind, row = key
-        namespaces = self._board.engine_pid_namespace if kind == "engine" else self._board.frontend_pid_namespace
-        visible = incarnation > 0 and int(namespaces[row]) == self._pid_namespace != 0
-        pidfd = processes.open_pidfd(pid, started) if visible else None
-        self._occupants[key] = Occupant(incarnation, pid, pidfd)
-        if pidfd is not None:
-            self._epoll.register(pidfd, select.EPOLLIN)
+        if known is None or (known.incarnation, known.pid) != (incarnation, pid):
+            if known is not None and known.pidfd is not None:
+                self._forget_pidfd(known.pidfd)
+            (kind, row), board = key, self._board
+            namespaces = board.engine_pid_namespace if kind == "engine" else board.frontend_pid_namespace
+            visible = incarnation > 0 and int(namespaces[row]) == self._pid_namespace != 0
+            known = Occupant(incarnation, pid)
+            if visible and processes.life_of(pid, started) in (Life.LIVES, Life.EXITS):
+                known = known._replace(started=started)
+            self._occupants[key] = known
+        if known.started and known.pidfd is None and not known.ended:
+            # A pidfd of a thread that ended alone is replaced here, too.
+            pidfd = processes.open_pidfd(pid, known.started, thread=True)
+            self._occupants[key] = known._replace(pidfd=pidfd)
+            if pidfd is not None:
+                self._epoll.register(pidfd, select.EPOLLIN)
+        return known.ended
 
     def _forget_pidfd(self, pidfd: int) -> None:
         for key, occupant in self._occupants.items():

@@ -56,6 +56,8 @@ _KV_TO_WAITING = MAX_WAITING.bit_length() - KV_ONE.bit_length()
 
 ROW_TIMEOUT_S = 0.05
 """A coordinator that scales holds a row for an instant, and the kernel a dead process's locks for some more."""
+EXIT_TIMEOUT_S = 60.0
+"""For how long a successor waits for the kernel to free the memory of a row's last process, and then its lock."""
 
 
 class EngineRow:
@@ -110,7 +112,7 @@ class EngineRow:
 
         Raises:
             SegmentNotFound: there is no such group on this node, or there was none within `timeout_s`.
-            RowInUse: a live process has that rank.
+            RowInUse: a live process has that rank, or one that has been ending for `EXIT_TIMEOUT_S`.
             CapacityExceeded: the segment has no such row.
         """
         dp_rank = index(dp_rank)
@@ -121,14 +123,7 @@ class EngineRow:
                     f"dp_rank {dp_rank} is outside 0 to {board.engines - 1}, for which the board of group "
                     f"{group!r} was made: start its coordinator with a larger max_engines"
                 )
-            deadline = time.monotonic() + ROW_TIMEOUT_S
-            while not board.lock_engine(dp_rank):
-                if time.monotonic() > deadline:
-                    raise RowInUse(
-                        f"rank {dp_rank} of group {group!r} is taken by the live process "
-                        f"{int(board.engine_pid[dp_rank])}"
-                    )
-                time.sleep(0.002)
+            _lock(board, dp_rank)
             if not board.segment.linked:
                 raise RowInUse(f"group {group!r} ended while rank {dp_rank} attached; try again")
             initialise(board, dp_rank)
@@ -361,6 +356,26 @@ class EngineRow:
                 f"engine {self.dp_rank} belongs to the thread that attached it: call it from there, or attach "
                 "in the thread that runs the scheduler"
             )
+
+
+def _lock(board: Board, dp_rank: int) -> None:
+    """Locks a row. Waits while the kernel ends the row's last process."""
+    began, pause_s = time.monotonic(), 0.002
+    while not board.lock_engine(dp_rank):
+        waited_s = time.monotonic() - began
+        group, pid = board.segment.group, int(board.engine_pid[dp_rank])
+        if waited_s > ROW_TIMEOUT_S and not board.engine_ends(dp_rank):
+            # Asked again: it may have ended between the two questions.
+            if board.lock_engine(dp_rank):
+                return
+            raise RowInUse(f"rank {dp_rank} of group {group!r} is taken by the live process {pid}")
+        if waited_s > EXIT_TIMEOUT_S:
+            raise RowInUse(
+                f"rank {dp_rank} of group {group!r} is not free: the kernel has been ending its last process "
+                f"({pid}) for {EXIT_TIMEOUT_S:g} s, and still frees its memory. Try again"
+            )
+        pause_s = min(2 * pause_s, 0.05)
+        time.sleep(pause_s)
 
 
 def initialise(board: Board, dp_rank: int) -> None:

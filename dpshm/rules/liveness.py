@@ -1,8 +1,9 @@
 """Verdicts: what a row shows of its process, as pure functions (rule 5) of what was read and for how long.
 
-- *dead*: the process is gone. Only its lock says so: a held lock always means that it lives, and a
-  free lock under a row that a process took always means dead. (A pid may belong to another namespace, or be
-  reused; a pidfd only tells *when* to test the lock.)
+- *dead*: the process ends or has ended. Its lock says so: a free lock under a row that a process took always
+  means dead. While the lock is held, the process lives, unless the kernel says that it is ending this very
+  process: it frees the memory, which can take seconds, before it drops the lock. (A pid that is not there proves
+  nothing: it may belong to another namespace. A pidfd only tells *when* to look.)
 - *stalled*: alive, not paused by the user, has work, and showed no sign of life for ``stall_timeout``. The
   watcher measures that by its own clock, so it does not matter which clock the beat was taken from. The
   timeout has to exceed the longest step.
@@ -155,6 +156,7 @@ class Observation(NamedTuple):
         beat_age_ns: for how long its sign of life has not changed, by the watcher's clock.
         progress_age_ns: for how long its sign of progress has not changed; 0 if it has none.
         remote: its process is on another node.
+        ending: the kernel ends that process, although the lock is still held.
     """
 
     taken: bool
@@ -164,11 +166,12 @@ class Observation(NamedTuple):
     beat_age_ns: int = 0
     progress_age_ns: int = 0
     remote: bool = False
+    ending: bool = False
 
 
 def judge(seen: Observation, stall_timeout_ns: int) -> Verdict:
     """The verdict on one row; `stall_timeout_ns` 0 means that no rank is ever called stalled or stuck."""
-    if not seen.locked:
+    if not seen.locked or seen.ending:
         gone = Verdict.UNKNOWN if seen.remote else Verdict.DEAD
         return gone if seen.taken else Verdict.ABSENT
     if not seen.taken:

@@ -286,15 +286,15 @@ def _holders(board: Board, frame: Frame) -> Iterator[Finding]:
     for rank in frame.ranks:
         e = rank.dp_rank
         visible = ours != 0 and int(board.engine_pid_namespace[e]) == ours
-        if not visible or rank.pid <= 0 or rank.state in ("dead", "absent"):
+        if not visible or rank.pid <= 0 or not board.engine_alive(e):
             continue
-        if processes.start_time(rank.pid) != int(board.engine_start_time[e]):
+        if processes.life_of(rank.pid, int(board.engine_start_time[e])) is processes.Life.GONE:
             yield Finding(
                 severity="error",
                 check="lock",
                 group=frame.group,
                 what=f"rank {e}'s process {rank.pid} is gone, and another process still holds its lock",
-                why="the rank counts as alive: a forked child inherited the lock's descriptor and never closed it",
+                why="no process can take the rank: a forked child inherited the lock's descriptor and keeps it",
                 fix=f"fuser {board.segment.locks_path}    (end the child; attach after forking)",
             )
 
@@ -309,7 +309,7 @@ def _namespaces(board: Board) -> Iterator[Finding]:
             check="pid namespace",
             group=group,
             what="some of its processes live in another pid namespace (a container)",
-            why="pids are those inside the container; locks tell of deaths within 50 ms instead of at once",
+            why="pids are those inside the container; a killed one is skipped only when its memory is freed",
             fix="docker run --pid=host, if that matters    (nothing is wrong)",
         )
     if header.time_namespace != processes.namespace_inode("time") or header.boot_id != processes.boot_id():

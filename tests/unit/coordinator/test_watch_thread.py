@@ -5,12 +5,20 @@ processes.
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import subprocess
+import sys
 import threading
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
-from dpshm import Board, Coordinator, Engine, Frontend, NoEngineAvailable
+import dpshm
+from dpshm import Board, Coordinator, Engine, Frontend, NoEngineAvailable, RowInUse
 from dpshm.board import files
+from dpshm.engine import row
 from dpshm.rules.liveness import Verdict
 from tests.support import HandWatch, LoneBoard, Remote, count_fds, frontend_verdict, verdict, wait_until
 
@@ -359,6 +367,98 @@ def test_pidfds_are_closed(board, watch, group, using):
     for _ in range(5):
         live_and_die()
     assert count_fds() <= before
+
+
+KEEPER = """
+import os, subprocess, sys
+from dpshm import Engine, Frontend
+engine, frontend = Engine.attach(sys.argv[1], 0), Frontend.attach(sys.argv[1])
+fds = [handle.board.segment.locks.fd for handle in (engine, frontend)]
+# A child that dpshm's fork hook cannot reach: it keeps the locks as a process does whose memory is being freed.
+print(subprocess.Popen(["sleep", "600"], pass_fds=fds, stdout=subprocess.DEVNULL).pid, flush=True)
+input()
+"""
+
+
+@pytest.fixture
+def ended(board, watch, group):
+    """A process that has ended and holds its rows' locks still, not yet reaped, and what ends them."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", KEEPER, group],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(dpshm.__file__).parents[1])},
+    )
+    with process:
+        keeper = int(process.stdout.readline())
+        assert watch.after(0.05) is Verdict.ALIVE
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert board.engine_alive(0)  # as far as the lock tells
+        assert board.frontend_alive(0)
+        yield process, keeper
+        with suppress(ProcessLookupError):
+            os.kill(keeper, signal.SIGKILL)
+
+
+def test_a_process_that_exits_is_dead_before_its_lock_is_free(board, watch, ended):
+    """Guards against requests that go to an engine for as long as the kernel frees its memory."""
+    assert watch.after(0.05) is Verdict.DEAD
+    assert frontend_verdict(board, 0) is Verdict.DEAD
+    assert board.engine_alive(0)
+    ended[0].wait()
+    assert watch.after(0.05) is Verdict.DEAD  # also when it is gone, and nothing shows that it exits
+
+
+def test_without_a_watch_a_front_end_sees_that_an_engine_exits(board, ended):
+    """Guards against routing to a rank that is gone, while no coordinator lives."""
+    assert board.engine_verdicts(watched=False)[0] is Verdict.DEAD
+    assert board.engine_alive(0)
+
+
+def test_a_successor_waits_until_the_kernel_is_done(board, watch, ended, group, monkeypatch):
+    """Guards against a restart that fails because its predecessor's memory is still being freed."""
+    process, keeper = ended
+    monkeypatch.setattr(row, "EXIT_TIMEOUT_S", 0.1)
+    with pytest.raises(RowInUse, match=rf"ending its last process \({process.pid}\) for 0.1 s"):
+        Engine.attach(group, 0)
+    monkeypatch.setattr(row, "EXIT_TIMEOUT_S", 60.0)
+    threading.Timer(0.2, os.kill, (keeper, signal.SIGKILL)).start()
+    with Engine.attach(group, 0):
+        assert watch.after(0.05) is Verdict.ALIVE
+
+
+def test_a_lock_that_is_held_for_a_process_that_is_gone_is_not_waited_for(ended, group):
+    """Guards against a wait for a process that has ended, and whose child keeps the lock."""
+    process, _ = ended
+    process.wait()
+    with pytest.raises(RowInUse, match=f"is taken by the live process {process.pid}"):
+        Engine.attach(group, 0)
+
+
+def told_of(fd: int | None) -> str:
+    """The process or thread that a pidfd is of; empty if it was closed just now."""
+    with suppress(FileNotFoundError):
+        info = Path(f"/proc/self/fdinfo/{fd}").read_text()
+        return dict(line.split(":\t", 1) for line in info.splitlines()).get("Pid", "")
+    return ""
+
+
+def test_a_thread_that_ends_is_no_end(group, using):
+    """Guards against an engine that is dead, or not followed any more, because a thread of it has ended."""
+    coordinator = using(Coordinator(group=group, dp_size=1))
+    remote = using(Remote())
+    remote.run("go = threading.Event()\nthread = threading.Thread(target=go.wait)\nthread.start()")
+    remote.run("engine = Engine.attach(group, 0)", group=group)
+    wait_until(lambda: coordinator._watch._occupants["engine", 0].pidfd)
+    thread = told_of(coordinator._watch._occupants["engine", 0].pidfd)
+    if thread == str(remote.pid):
+        pytest.skip("this kernel has no pidfds of threads (Linux 6.9)")
+    assert thread == str(remote.eval("thread.native_id"))
+    remote.run("go.set()\nthread.join()")
+    wait_until(lambda: told_of(coordinator._watch._occupants["engine", 0].pidfd) not in ("", "-1", thread))
+    assert verdict(coordinator.board, 0) is Verdict.ALIVE
 
 
 def test_a_rank_that_went_and_came_is_followed(group, using):

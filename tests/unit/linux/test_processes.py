@@ -15,6 +15,7 @@ import pytest
 
 import dpshm
 from dpshm.linux import processes
+from dpshm.linux.processes import Life
 
 PACKAGE_ROOT = Path(dpshm.__file__).parents[1]
 TIMEOUT_S = 20
@@ -74,6 +75,93 @@ def test_set_title_cuts_in_the_middle_of_a_character():
         comm = Path(f"/proc/{renamed.pid}/comm").read_bytes().rstrip(b"\n")
     assert comm.startswith("dpshm-é".encode())
     assert len(comm) <= processes.COMM_BYTES
+
+
+def test_the_life_of_a_process():
+    """Guards against an end that is seen too late, or in a process that lives, or in another of the same pid."""
+    with child(IDLE) as process:
+        pid, started = process.pid, processes.start_time(process.pid)
+        assert processes.life_of(pid, started) is Life.LIVES
+        assert processes.life_of(pid, started + 1) is Life.GONE
+        process.kill()
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # ended, and not yet reaped
+        assert processes.life_of(pid, started) is Life.EXITS
+        assert processes.life_of(pid, started + 1) is Life.GONE
+    assert processes.life_of(pid, started) is Life.GONE
+    assert [processes.life_of(bad, 1) for bad in (0, -1, 1 << 40, -(1 << 63))] == [Life.GONE] * 4
+    assert processes.life_of(pid, 0) is Life.GONE
+
+
+FIRST_THREAD_ENDS = """
+import ctypes, os, threading, time
+def work():
+    while open(f"/proc/{os.getpid()}/stat").read().rsplit(")")[1].split()[0] != "Z":
+        time.sleep(0.001)
+    print("ready", flush=True)
+    time.sleep(60)
+threading.Thread(target=work).start()
+ctypes.CDLL(None)["pthread_exit"](None)
+"""
+
+
+def test_a_process_whose_first_thread_ended_lives():
+    """Guards against a process that is called dead because its first thread alone has ended."""
+    with child(FIRST_THREAD_ENDS) as process:
+        started = processes.start_time(process.pid)
+        assert processes.life_of(process.pid, started) is Life.LIVES
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert processes.life_of(process.pid, started) is Life.EXITS
+
+
+def test_a_process_that_cannot_read_calls_no_other_dead():
+    """Guards against an observer without a descriptor left, for which all others are dead."""
+    code = (
+        "import os, resource; from dpshm.linux import processes; pid = os.getppid(); "
+        "started = processes.start_time(pid); resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3)); "
+        "life = processes.life_of(pid, started); os.write(1, b'ready\\n' + life.name.encode() + b'\\n'); input()"
+    )
+    with child(code) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "UNKNOWN\n"
+
+
+TWO_THREADS = f"import threading; threading.Thread(target=threading.Event().wait, daemon=True).start(); {IDLE}"
+
+
+@pytest.mark.parametrize("code", [IDLE, TWO_THREADS], ids=["one thread", "two threads"])
+def test_a_pidfd_of_a_thread_tells_of_the_processs_end(code):
+    """Guards against a process of one thread without a pidfd, and against one that never tells."""
+    with child(code) as process:
+        started = processes.start_time(process.pid)
+        before = len(os.listdir("/proc/self/fd"))
+        fd = processes.open_pidfd(process.pid, started, thread=True)
+        assert fd is not None
+        assert not readable(fd, 0)
+        process.kill()
+        assert readable(fd, TIMEOUT_S)
+        os.close(fd)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_pidfd_of_a_thread_tells_of_that_thread():
+    """Guards against waiting for the last thread, which frees the memory first."""
+    code = (
+        "import threading; go = threading.Event(); threading.Thread(target=go.wait, daemon=True).start(); "
+        "print('ready', flush=True); input(); go.set(); input()"
+    )
+    with child(code) as process:
+        fd = processes.open_pidfd(process.pid, processes.start_time(process.pid), thread=True)
+        assert fd is not None
+        info = Path(f"/proc/self/fdinfo/{fd}").read_text()
+        if f"Pid:\t{process.pid}\n" in info:
+            pytest.skip("this kernel has no pidfds of threads (Linux 6.9)")
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert readable(fd, TIMEOUT_S)
+        assert processes.life_of(process.pid, processes.start_time(process.pid)) is Life.LIVES
+        os.close(fd)
 
 
 def test_a_pidfd_is_readable_once_its_process_is_gone():

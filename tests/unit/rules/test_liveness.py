@@ -25,6 +25,15 @@ ABSENT, ALIVE, STALLED, DEAD, STUCK, UNKNOWN = Verdict
 REST = list(itertools.product((False, True), (False, True), (0, 59, 60, 61, 1 << 62), (0, 60)))
 
 
+def test_a_process_that_ends_is_dead_although_its_lock_is_held():
+    """Guards against an engine that is routed to for as long as the kernel frees its memory."""
+    for work, paused, age, timeout in REST:
+        rest = work, paused, age, age
+        assert judge(Observation(True, True, *rest, ending=True), timeout) is DEAD
+        assert judge(Observation(True, False, *rest, ending=True), timeout) is DEAD
+        assert judge(Observation(False, True, *rest, ending=True), timeout) is ABSENT
+
+
 def test_the_values_are_those_of_marks_on_a_board():
     """Guards against a renumbering that makes zeroed memory, or another process's marks, mean something else."""
     values = {"ABSENT": 0, "ALIVE": 1, "STALLED": 2, "DEAD": 3, "STUCK": 18, "UNKNOWN": 34}

@@ -13,7 +13,8 @@ import typer
 from dpshm.cli.options import AsciiOption, GroupOption, JsonOption, glyphs, interrupted
 from dpshm.ops.frame import Frame
 from dpshm.ops.groups import open_group
-from dpshm.ops.screen.table import History, screen
+from dpshm.ops.screen.headline import screen
+from dpshm.ops.screen.table import History
 from dpshm.ops.screen.text import Glyphs
 from dpshm.ops.watcher import LATENCY_WINDOW_S, Watcher
 

@@ -10,10 +10,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from dpshm.board.board import Board
 from dpshm.cli.options import AsciiOption, GroupOption, glyphs, interrupted
 from dpshm.errors import SettingError
+from dpshm.ops.events import EventReader
 from dpshm.ops.groups import open_group
-from dpshm.ops.screen.table import History, screen
+from dpshm.ops.screen.headline import screen
+from dpshm.ops.screen.table import History
 from dpshm.ops.screen.text import Glyphs
 from dpshm.ops.watcher import LATENCY_WINDOW_S, Watcher
 
@@ -33,12 +36,12 @@ def top(
 ) -> None:
     r"""Watch a group: load, state and history of each rank, front-ends, waves; drain ranks.
 
-    Attaches read-only and costs the engines nothing. Keys: s sort, r reverse, / filter, Tab ranks or
-    front-ends, Space pause, d drain and u undrain the rank under the cursor, q quit.
+    Attaches read-only and costs the engines nothing. Keys: ? explains the columns, s sort, r reverse, / filter,
+    Tab ranks or front-ends, Space pause, d drain and u undrain the rank under the cursor, q quit.
 
     \b
     flight = in flight: sent to the rank, not received yet; age = since its last publish; step = mean time of
-    a step, or how long the present one has lasted.
+    a step, or how long the present one has lasted; ttft, p99 = time to first token, of the last minute.
 
     \b
     Examples:
@@ -56,7 +59,8 @@ def top(
                 raise SettingError("top needs a terminal: use `dpshm top --once`, or `dpshm stat --watch 1`")
             from dpshm.ops.screen.app import Top
 
-            Top(watcher, interval, signs).run()
+            with EventReader(Board.attach(watcher.board.segment.group, any_owner=True)) as events:
+                Top(watcher, events, interval, signs).run()
         except KeyboardInterrupt:
             interrupted()
 

@@ -64,14 +64,15 @@ def run_engine(group: str, dp_rank: int, told: Callable[[], bool], *, waves: boo
             with engine.step(prefill_tokens=step.prompt_tokens, batch=step.output_tokens):
                 time.sleep(step.seconds)
             steps += 1
-            completed = batcher.finish(step).completed
+            first, completed = batcher.finish(step)
             engine.finished(len(completed))
             publish()
-            for frontend, number in (request.key for request in completed):
+            for request in (*first, *completed):
+                frontend, number = request.key
                 if frontend not in replies:
                     replies[frontend] = context.socket(zmq.PUSH)
                     replies[frontend].connect(f"ipc://@{group}-frontend-{frontend}")
-                replies[frontend].send_pyobj(number)
+                replies[frontend].send_pyobj((number, request.output_tokens if request in completed else 0))
     context.destroy(linger=0)
 
 
@@ -98,7 +99,11 @@ def run_frontend(group: str, dp_size: int, told: Callable[[], bool], *, rate: fl
                 engines[route.dp_rank].send_pyobj((frontend.index, number, prompt, output, route.wave))
             answers.poll(max(0, min(20, int((due - time.monotonic()) * 1000))))
             while answers.poll(0):
-                routes.pop(answers.recv_pyobj()).done()
+                answered, output_tokens = answers.recv_pyobj()
+                if output_tokens:
+                    routes.pop(answered).done(output_tokens)
+                else:
+                    routes[answered].first_token()
     context.destroy(linger=0)
 
 

@@ -63,8 +63,11 @@ def test_eighty_by_twenty_four(group, terminal):
     """Guards against a screen that a standard terminal cannot show, and keys that do the wrong thing."""
     with LoadedGroup(group, ranks=4, frontends=2, rate=20, stall_timeout_s=0.5) as loaded:
         top = terminal(f"-g {group} -i 0.2")
-        first = top.wait_for("▶ running", "coordinator alive", "history", "Undrain")
-        assert [line.split()[0] for line in first.splitlines()[3:7]] == ["0", "1", "2", "3"]
+        first = top.wait_for("▶ running", "coordinator alive", "hist ≤", "Undrain", "ttft", "req/s", "tok/s")
+        rows = first.splitlines()
+        heading = next(i for i, line in enumerate(rows) if line.startswith("▾rank"))
+        assert [line.split()[0] for line in rows[heading + 1 : heading + 5]] == ["0", "1", "2", "3"]
+        assert any("joined" in line for line in rows)  # events, in the free lines
         assert f"rank 0: pid {loaded.engines[0].pid}" in first
 
         top.keys("Down", "d")
@@ -101,7 +104,11 @@ def test_eighty_by_twenty_four(group, terminal):
         top.keys("d")
         top.wait_for("choose a rank first")
         top.keys("Tab")
-        top.wait_for("history")
+        top.wait_for("hist ≤")
+        top.keys("?")
+        top.wait_for("time to first token", "u undrain", without="▾rank")
+        top.keys("d", "?")  # a key that does nothing now, and the one that closes
+        top.wait_for("▾rank", without="u undrain")
         top.keys("Space")
         top.wait_for("PAUSED")
 
@@ -171,8 +178,9 @@ def test_once_prints_one_frame(group):
     assert lines[0].startswith(f"{group} · no waves (dense) · ")
     assert max(map(len, lines)) <= 100
     assert "tok/s" in lines[1]
-    assert [line.split()[0] for line in lines[4:7]] == ["0", "1", "2"]
-    assert any(level in lines[4] for level in "▁▂▃▄▅▆▇█")
+    assert [line.split()[0] for line in lines[5:8]] == ["0", "1", "2"]
+    assert any(level in lines[5] for level in "▁▂▃▄▅▆▇█")
+    assert "ttft" in lines[2]
     assert "\x1b" not in text
 
 

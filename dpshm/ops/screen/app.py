@@ -1,10 +1,12 @@
 """The screen of ``dpshm top``: draws frames at an interval, with keys to arrange them and to drain ranks.
 
-`dpshm.ops.screen.table` makes the lines, as for ``--once``; here they scroll under a cursor.
+`dpshm.ops.screen.table` makes the lines of the rows, as for ``--once``; here they scroll under a cursor. The lines
+that they leave free hold the front-ends and the newest events.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -16,22 +18,30 @@ from textual.widgets import Footer, Input, Static
 
 from dpshm.errors import DpshmError, SettingError
 from dpshm.ops.drain import check_some_stay, set_drained
+from dpshm.ops.events import Event, EventReader
 from dpshm.ops.frame import Frontend, Rank
 from dpshm.ops.screen.filter import arrange, number
+from dpshm.ops.screen.headline import below, headline
+from dpshm.ops.screen.help import help_text
 from dpshm.ops.screen.table import (
     Column,
     History,
+    Sort,
     frontend_columns,
     frontend_table,
-    headline,
+    has_latencies,
     rank_columns,
     rank_table,
 )
 from dpshm.ops.screen.text import Glyphs
-from dpshm.ops.screen.widgets import Confirm, Filter, Rows
+from dpshm.ops.screen.widgets import Confirm, Filter, Help, Rows
 from dpshm.ops.watcher import Watcher
 
 T = TypeVar("T", Rank, Frontend)
+
+EVENTS = 100
+FEWEST_BELOW = 3
+"""Fewer free lines below the rows stay empty."""
 
 
 class Top(App[None]):
@@ -39,6 +49,7 @@ class Top(App[None]):
 
     Args:
         watcher: the watcher of the group.
+        events: the reader of its events.
         interval_s: time between frames.
         glyphs: the characters that the terminal can show.
     """
@@ -49,27 +60,33 @@ class Top(App[None]):
     #head { height: auto; }
     #title { height: 1; text-style: bold; }
     #filter { height: 1; border: none; padding: 0; display: none; }
-    #mode { height: 1; }
+    #mode { height: 1; dock: bottom; margin-bottom: 1; }
+    #below { height: auto; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q,ctrl+c", "quit", "Quit"),
         Binding("s", "sort", "Sort"),
         Binding("r", "reverse", "Reverse"),
         Binding("slash", "filter", "Filter", priority=True),  # before the next key is sent on
-        Binding("tab", "switch", "Ranks/fe", priority=True),
-        Binding("space", "pause", "Pause"),
+        Binding("tab", "switch", "View", priority=True),
+        Binding("space", "pause", "Pause", key_display="spc"),
         Binding("d", "steer(True)", "Drain"),
         Binding("u", "steer(False)", "Undrain"),
+        Binding("question_mark", "explain", "Help", key_display="?"),
         Binding("escape", "clear", show=False),
     ]
 
-    def __init__(self, watcher: Watcher, interval_s: float, glyphs: Glyphs) -> None:
+    def __init__(self, watcher: Watcher, events: EventReader, interval_s: float, glyphs: Glyphs) -> None:
         super().__init__()
         self._watcher = watcher
+        self._event_reader = events
+        self._events: deque[Event] = deque(maxlen=EVENTS)
         self._interval_s = interval_s
         self._glyphs = glyphs
         self._history = History()
         self._frame = watcher.read()
+        self._latencies = False  # some were seen
+        self._read_events()
         self._frontends = False
         self._sort = 0
         self._sorted_by: Column[Any] = rank_columns(glyphs)[0]
@@ -85,6 +102,7 @@ class Top(App[None]):
             yield Static(id="headline")
         yield Static(id="title")
         yield Rows()
+        yield Static(id="below")
         yield Static(id="mode")
         yield Filter(id="filter", placeholder="filter: 3, 4-7, dead, part of an owner", compact=True)
         yield Footer(compact=True)
@@ -104,25 +122,55 @@ class Top(App[None]):
         if not self._paused:
             self._frame = self._watcher.read()
             self._history.add(self._frame)
+            self._read_events()
             self._draw()
+
+    def _read_events(self) -> None:
+        # Waves come and go many times a second, and would push out what an operator looks for.
+        self._events.extend(e for e in self._event_reader.read() if not e.kind.startswith("wave"))
 
     def _draw(self) -> None:
         frame, glyphs, screen = self._frame, self._glyphs, self.screen_stack[0]
         rows = screen.query_one(Rows)
         width = rows.width
+        self._latencies |= has_latencies(frame)
         if self._frontends:
             frontends = self._arrange(frame.frontends, frontend_columns(glyphs))
-            title, frontend_line = frontend_table(width, glyphs)
+            title, frontend_line = frontend_table(width, glyphs, self._order)
             rows.show(len(frontends), lambda i: frontend_line(frontends[i]))
             self._shown = [number(f) for f in frontends]
         else:
-            ranks = self._arrange(frame.ranks, rank_columns(glyphs))
-            title, rank_line = rank_table(self._history, width, glyphs)
+            ranks = self._arrange(frame.ranks, rank_columns(glyphs, latencies=self._latencies))
+            title, rank_line = rank_table(
+                *(self._history, width, glyphs), latencies=self._latencies, sort=self._order
+            )
             rows.show(len(ranks), lambda i: rank_line(ranks[i]))
             self._shown = [number(r) for r in ranks]
-        screen.query_one("#headline", Static).update(Text("\n").join(headline(frame, self.size.width, glyphs)))
+        head = headline(frame, self.size.width, glyphs, self.size.height)
+        screen.query_one("#headline", Static).update(Text("\n").join(head))
         screen.query_one("#title", Static).update(title)
+        self._draw_below(rows, len(head))
         screen.query_one("#mode", Static).update(Text(self._mode(), "dim"))
+
+    def _draw_below(self, rows: Rows, head: int) -> None:
+        """Gives the rows the lines that they need, and fills the free ones."""
+        around = head + 3 + self.query_one(Filter).display  # title, mode, keys
+        room = max(1, self.size.height - around)
+        free = room - len(self._shown)
+        rows.styles.height = max(1, len(self._shown)) if free >= FEWEST_BELOW else room
+        lines = (
+            below(
+                *(self._frame, self._events, self.size.width, free, self._glyphs),
+                frontends=not self._frontends,
+            )
+            if free >= FEWEST_BELOW
+            else []
+        )
+        self.screen_stack[0].query_one("#below", Static).update(Text("\n").join(lines))
+
+    @property
+    def _order(self) -> Sort:
+        return Sort(self._sorted_by.title, self._reverse)
 
     def _arrange(self, rows: Sequence[T], columns: list[Column[T]]) -> list[T]:
         self._sorted_by = columns[self._sort % len(columns)]
@@ -152,8 +200,8 @@ class Top(App[None]):
     # Keys.
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002 - Textual's
-        """Lets only a question's own keys and Ctrl-C through while a question is open."""
-        return action == "quit" or not isinstance(self.screen, Confirm)
+        """Lets only a question's own keys and Ctrl-C through while a question or the help is open."""
+        return action == "quit" or not isinstance(self.screen, (Confirm, Help))
 
     def on_rows_moved(self) -> None:
         """Describes the row that the cursor moved to."""
@@ -174,6 +222,10 @@ class Top(App[None]):
         self._frontends = not self._frontends
         self._sort, self._reverse = 0, False
         self._draw()
+
+    def action_explain(self) -> None:
+        """Explains the columns, the states and the keys."""
+        self.push_screen(Help(help_text(self._glyphs)))
 
     def action_pause(self) -> None:
         """Pauses or resumes drawing."""

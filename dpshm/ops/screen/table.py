@@ -1,4 +1,4 @@
-"""Formats a frame as lines of a terminal: the headline, then a row for each rank or for each front-end.
+"""Formats a frame's ranks and front-ends as lines of a terminal, one line each.
 
 A word and a sign show the state; colour only repeats it (the palette of Okabe and Ito, which colour-blind people
 can tell apart). If the terminal is too narrow, the least important columns are left out.
@@ -6,17 +6,19 @@ can tell apart). If the terminal is too narrow, the least important columns are 
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from rich.text import Text
 
-from dpshm.ops.frame import Frame, Frontend, Rank
+from dpshm.ops.frame import Frame, Frontend, Latency, Rank
 from dpshm.ops.screen.text import Glyphs, count, duration
 from dpshm.rules.liveness import State
 
 SPARK_MIN = 8
+WIDE = 140
+"""Columns of a terminal in which bars of the KV cache are long."""
 HISTORY = 240
 """Samples kept of each rank."""
 
@@ -34,28 +36,39 @@ STATES = {  # sign, the same in ASCII, style
     "absent": ("-", "-", "dim"),
     "alive": ("▶", ">", "#56B4E9"),
 }
-_BAD = (
+WORST_FIRST = (
     *(State.DEAD, State.STALLED, State.STUCK, State.UNKNOWN, State.SILENT, State.ABSENT),
     *(State.WAKING, State.PAUSED, State.DRAINED, State.RUNNING, State.IDLE),
 )
 
 T = TypeVar("T", Rank, Frontend)
 
+GONE = ("dead", "absent")
+"""States in which a rank has no process: what its row says of requests is what was lost."""
+
 
 class History:
-    """The requests on each rank in the last frames, for sparklines."""
+    """The requests on each rank in the last frames, for sparklines; None for a rank without a process."""
 
     def __init__(self) -> None:
-        self.of: dict[int, deque[float]] = {}
+        self.of: dict[int, deque[float | None]] = {}
 
     def add(self, frame: Frame) -> None:
         """Adds a frame."""
         for rank in frame.ranks:
-            self.of.setdefault(rank.dp_rank, deque(maxlen=HISTORY)).append(rank.requests)
+            requests = None if rank.state in GONE else rank.requests
+            self.of.setdefault(rank.dp_rank, deque(maxlen=HISTORY)).append(requests)
 
-    def top(self) -> float:
-        """The most requests that a rank had: the common scale of all sparklines."""
-        return max((max(values) for values in self.of.values() if values), default=0.0)
+    def top(self, newest: int) -> float:
+        """The most requests that a rank had in the newest frames: the one scale of all sparklines."""
+        return max((value or 0 for values in self.of.values() for value in list(values)[-newest:]), default=0.0)
+
+
+class Sort(NamedTuple):
+    """The order of rows: by the column of that title."""
+
+    title: str
+    reverse: bool = False
 
 
 class Column(NamedTuple, Generic[T]):
@@ -102,26 +115,50 @@ def hit_cell(rank: Rank) -> str:
     return "-" if rank.cached_share is None else f"{rank.cached_share:.0%}"
 
 
-def rank_columns(glyphs: Glyphs, *, wide: bool = False) -> list[Column[Rank]]:
+def rank_columns(glyphs: Glyphs, *, wide: bool = False, latencies: bool = True) -> list[Column[Rank]]:
     """The columns of ranks, except the history."""
     kv = 15 if wide else 8
-    return [
-        Column("rank", 4, 0, lambda r: str(r.dp_rank), lambda r: r.dp_rank),
-        Column("state", 9, 0, lambda r: state_cell(r.state, glyphs), lambda r: _BAD.index(r.state), left=True),
+    columns: list[Column[Rank]] = [
+        Column("rank", 5, 0, lambda r: str(r.dp_rank), lambda r: r.dp_rank),
+        Column(
+            "state", 9, 0, lambda r: state_cell(r.state, glyphs), lambda r: WORST_FIRST.index(r.state), left=True
+        ),
         Column("wait", 4, 1, lambda r: count(r.waiting), lambda r: -r.waiting),
         Column("run", 4, 1, lambda r: count(r.running), lambda r: -r.running),
         Column("flight", 6, 2, lambda r: count(r.in_flight), lambda r: -r.in_flight),
-        Column("backlog", 7, 4, lambda r: count(r.prefill_backlog), lambda r: -r.prefill_backlog),
+        Column("backlog", 7, 6, lambda r: count(r.prefill_backlog), lambda r: -r.prefill_backlog),
         Column(
             "KV", kv, 3, lambda r: kv_cell(r.kv_cache_usage, glyphs, kv), lambda r: -r.kv_cache_usage, left=True
         ),
-        Column("hit", 4, 7, hit_cell, lambda r: -_or_less(r.cached_share)),
-        Column("req/s", 5, 5, lambda r: count(r.requests_per_s), lambda r: -_or_less(r.requests_per_s)),
-        Column("tok/s", 5, 4, lambda r: count(r.generation_tokens_per_s), lambda r: -_or_less(_tokens(r))),
-        Column("step", 5, 6, lambda r: duration(_step_s(r)), lambda r: -_or_less(_step_s(r))),
-        Column("age", 5, 3, age_cell, lambda r: -_or_less(r.age_s)),
-        Column("pid", 7, 8, lambda r: str(r.pid or "-")),
+        Column("hit", 4, 8, hit_cell, lambda r: -_or_less(r.cached_share)),
+        Column("req/s", 5, 3, lambda r: count(r.requests_per_s), lambda r: -_or_less(r.requests_per_s)),
+        Column("tok/s", 5, 3, lambda r: count(r.generation_tokens_per_s), lambda r: -_or_less(_tokens(r))),
+        Column("ttft", 5, 4, lambda r: duration(_p50(r.ttft)), lambda r: -_or_less(_p50(r.ttft))),
+        Column("p99", 5, 5, lambda r: duration(_p99(r.ttft)), lambda r: -_or_less(_p99(r.ttft))),
+        Column("queue", 5, 9, lambda r: duration(_p50(r.queue)), lambda r: -_or_less(_p50(r.queue))),
+        Column("tpot", 5, 8, lambda r: duration(_p50(r.per_token)), lambda r: -_or_less(_p50(r.per_token))),
+        Column("preempt", 7, 10, lambda r: count(r.preemptions), lambda r: -r.preemptions),
+        Column("step", 5, 7, lambda r: duration(_step_s(r)), lambda r: -_or_less(_step_s(r))),
+        Column("age", 5, 4, age_cell, lambda r: -_or_less(r.age_s)),
+        Column("pid", 7, 11, lambda r: str(r.pid or "-")),
     ]
+    return columns if latencies else [c for c in columns if c.title not in LATENCIES]
+
+
+LATENCIES = ("ttft", "p99", "queue", "tpot")
+
+
+def has_latencies(frame: Frame) -> bool:
+    """Whether a front-end measures how long requests take."""
+    return frame.ttft is not None and frame.ttft.count > 0
+
+
+def _p50(latency: Latency | None) -> float | None:
+    return latency.p50_s if latency else None
+
+
+def _p99(latency: Latency | None) -> float | None:
+    return latency.p99_s if latency else None
 
 
 def _tokens(rank: Rank) -> float | None:
@@ -140,7 +177,9 @@ def frontend_columns(glyphs: Glyphs) -> list[Column[Frontend]]:
     """The columns of front-ends, except those with an item for each rank."""
     return [
         Column("fe", 3, 0, lambda f: str(f.index), lambda f: f.index),
-        Column("state", 9, 0, lambda f: state_cell(f.state, glyphs), lambda f: _BAD.index(f.state), left=True),
+        Column(
+            "state", 9, 0, lambda f: state_cell(f.state, glyphs), lambda f: WORST_FIRST.index(f.state), left=True
+        ),
         Column("sent", 5, 1, lambda f: count(f.routed), lambda f: -f.routed),
         Column("req/s", 5, 3, lambda f: count(f.routed_per_s), lambda f: -_or_less(f.routed_per_s)),
         Column("flight", 6, 1, lambda f: count(f.in_flight), lambda f: -f.in_flight),
@@ -150,83 +189,50 @@ def frontend_columns(glyphs: Glyphs) -> list[Column[Frontend]]:
     ]
 
 
-def screen(frame: Frame, history: History, width: int, glyphs: Glyphs) -> list[Text]:
-    """All lines of a frame: headline, ranks, front-ends."""
-    title, rank_line = rank_table(history, width, glyphs)
-    lines = [*headline(frame, width, glyphs), Text(), title, *map(rank_line, frame.ranks)]
-    if frame.frontends:
-        title, frontend_line = frontend_table(width, glyphs)
-        lines += [Text(), title, *map(frontend_line, frame.frontends)]
-    return lines
-
-
-def headline(frame: Frame, width: int, glyphs: Glyphs) -> list[Text]:
-    """The group, its totals and its problems, one line each."""
-    c, dot = frame.coordinator, glyphs.separator
-    states = Counter(rank.state for rank in frame.ranks)
-    wave = f"wave {frame.wave} {frame.phase}" if frame.waves else "no waves (dense)"
-    first = [frame.group, wave]
-    if frame.waves and frame.waves_per_minute is not None:
-        first.append(f"{count(frame.waves_per_minute)} waves/min")
-    first.append(f"balance {frame.balance:.2f}" if frame.balance is not None else "balance -")
-    first.append(f"coordinator {c.state}" + (f" (pid {c.pid})" if c.state != "none" else ""))
-    totals = [
-        f"{frame.dp_size} ranks: " + ", ".join(f"{states[s]} {s}" for s in _BAD if states[s]),
-        f"{count(sum(r.waiting for r in frame.ranks))} waiting",
-        f"{count(sum(r.running for r in frame.ranks))} running",
-        f"{count(sum(r.in_flight for r in frame.ranks))} in flight",
-    ]
-    if frame.rates_over_s is not None:
-        totals.append(f"{count(sum(r.requests_per_s or 0 for r in frame.ranks))} req/s")
-        totals.append(f"{count(sum(r.generation_tokens_per_s or 0 for r in frame.ranks))} tok/s")
-    lines = [_cut(Text(dot.join(first), "bold"), width, glyphs), _cut(Text(dot.join(totals)), width, glyphs)]
-    return lines + [_cut(Text(f"! {w}", "bold #D55E00"), width, glyphs) for w in warnings(frame)]
-
-
-def warnings(frame: Frame) -> list[str]:
-    """The most urgent problems, at most two lines. `dpshm doctor` says more."""
-    found = []
-    if not frame.linked:
-        found.append("this group has ended, or its segment was unlinked: no process can attach any more")
-    elif frame.coordinator.state == "none":
-        found.append("no coordinator: routing goes on; start one: dpshm coordinator --group " + frame.group)
-    elif frame.coordinator.state == "silent":
-        found.append(f"coordinator pid {frame.coordinator.pid} hangs or is stopped: verdicts are old")
-    bad = [f"{r.dp_rank} {r.state}" for r in frame.ranks if r.state in ("dead", "stalled", "stuck", "unknown")]
-    if bad:
-        found.append(f"out of routing: rank {', '.join(bad[:6])}{' ...' if len(bad) > 6 else ''}: dpshm doctor")
-    return found[:2]
-
-
-def rank_table(history: History, width: int, glyphs: Glyphs) -> tuple[Text, Callable[[Rank], Text]]:
+def rank_table(
+    history: History, width: int, glyphs: Glyphs, *, latencies: bool = True, sort: Sort | None = None
+) -> tuple[Text, Callable[[Rank], Text]]:
     """The heading, and the function that makes a rank's line."""
-    columns, rest = _fit(rank_columns(glyphs, wide=width >= 110), width, spare=SPARK_MIN if history.of else 0)
+    columns = rank_columns(glyphs, wide=width >= WIDE, latencies=latencies)
+    columns, rest = _fit(columns, width, spare=SPARK_MIN if history.of else 0)
     spark = min(rest - 1, 60) if history.of else 0
-    top = history.top()
+    top = history.top(spark) if spark else 0.0
 
     def line(rank: Rank) -> Text:
-        made = _row(columns, rank)
+        made = _row(columns, rank, dim=rank.state in GONE)
         if spark:
             made.append(" " + glyphs.spark(list(history.of.get(rank.dp_rank, ())), top, spark), "#009E73")
         return made
 
-    return _heading(columns, "history" if spark else "", spark), line
+    heading = _heading(columns, sort, glyphs)
+    if spark:
+        heading.append(" " + _scale(top, spark, glyphs).rjust(spark))
+    return heading, line
 
 
-def frontend_table(width: int, glyphs: Glyphs) -> tuple[Text, Callable[[Frontend], Text]]:
+def _scale(top: float, width: int, glyphs: Glyphs) -> str:
+    """What the sparklines show, and the number of requests that their highest sign stands for."""
+    most = f"{'≤' if glyphs.unicode else '<='}{count(top)}"
+    names = (f"requests {most}", f"history {most}", f"hist {most}", most)
+    return next((name for name in names if len(name) <= width), "")
+
+
+def frontend_table(
+    width: int, glyphs: Glyphs, sort: Sort | None = None
+) -> tuple[Text, Callable[[Frontend], Text]]:
     """The same for front-ends. At the right: requests in flight to each rank, and the share sent to each rank."""
     columns, rest = _fit(frontend_columns(glyphs), width, spare=22)
     half = max(0, (rest - 2) // 2)
 
     def line(frontend: Frontend) -> Text:
-        made = _row(columns, frontend)
+        made = _row(columns, frontend, dim=frontend.state in GONE)
         for values, style in ((frontend.in_flight_by_rank, "#E69F00"), (frontend.sent_by_rank, "#009E73")):
             made.append(" " + _by_rank(values, half, glyphs).ljust(half), style)
         return made
 
-    heading = _heading(columns, "", 0)
+    heading = _heading(columns, sort, glyphs)
     names = ("in flight by rank", "sent by rank") if half >= 17 else ("in flight", "sent to")
-    return heading.append(f" {names[0]:<{half}} {names[1]}"), line
+    return heading.append(f" {names[0]:<{half}} {names[1]}"[: rest + 1]), line
 
 
 def _by_rank(values: Sequence[int], width: int, glyphs: Glyphs) -> str:
@@ -247,16 +253,26 @@ def _fit(columns: list[Column[T]], width: int, spare: int = 0) -> tuple[list[Col
     return kept, width - (sum(c.width + 1 for c in kept) - 1)
 
 
-def _heading(columns: Sequence[Column[T]], last: str, last_width: int) -> Text:
-    cells = [c.title.ljust(c.width) if c.left else c.title.rjust(c.width) for c in columns]
-    return Text(" ".join(cells) + (" " + last.rjust(last_width)[-last_width:] if last_width else ""), "dim")
+def _heading(columns: Sequence[Column[T]], sort: Sort | None, glyphs: Glyphs) -> Text:
+    """The titles; a sign stands beside that of the column by which the rows are sorted."""
+    heading = Text(style="dim", no_wrap=True)
+    for i, column in enumerate(columns):
+        marked = sort is not None and sort.title == column.title
+        sign = glyphs.sort_sign(reverse=sort.reverse) if sort is not None and marked else ""
+        title = column.title + sign if column.left else sign + column.title
+        width = column.width + (0 if column.left or not i else 1)  # the gap before it is free for the sign
+        cell = title.ljust(width) if column.left else title.rjust(width)
+        if i and column.left:
+            cell = " " + cell
+        heading.append(cell, "bold not dim" if marked else "")
+    return heading
 
 
-def _row(columns: Sequence[Column[T]], item: T) -> Text:
+def _row(columns: Sequence[Column[T]], item: T, *, dim: bool) -> Text:
     line = Text(no_wrap=True)
     for i, column in enumerate(columns):
         value = column.cell(item)
-        cell = value if isinstance(value, Text) else Text(value)
+        cell = value if isinstance(value, Text) else Text(value, "dim" if dim else "")
         cell.truncate(column.width)
         padding = " " * (column.width - cell.cell_len)
         if i:
@@ -266,9 +282,3 @@ def _row(columns: Sequence[Column[T]], item: T) -> Text:
         else:
             line.append(padding).append_text(cell)
     return line
-
-
-def _cut(text: Text, width: int, glyphs: Glyphs) -> Text:
-    text.truncate(width, overflow="ellipsis" if glyphs.unicode else "crop")
-    text.no_wrap = True
-    return text

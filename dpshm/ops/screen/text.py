@@ -20,6 +20,10 @@ class Glyphs(NamedTuple):
         """The separator between the parts of a headline."""
         return " · " if self.unicode else " | "
 
+    def sort_sign(self, *, reverse: bool) -> str:
+        """The sign beside the title of the column by which rows are sorted."""
+        return ("▴" if reverse else "▾") if self.unicode else ("^" if reverse else "v")
+
     def bar(self, fraction: float, width: int) -> str:
         """A bar of so many cells, in eighths of a cell."""
         fraction = min(1.0, max(0.0, fraction))
@@ -29,12 +33,13 @@ class Glyphs(NamedTuple):
         full, part = divmod(eighths, 8)
         return ("█" * full + (_EIGHTHS[part] if part else "")).ljust(width)
 
-    def spark(self, values: Sequence[float], top: float, width: int) -> str:
-        """The newest values, one cell each, against `top`; right-aligned."""
+    def spark(self, values: Sequence[float | None], top: float, width: int) -> str:
+        """The newest values, one cell each, against `top`; right-aligned. None leaves its cell empty."""
         levels = _LEVELS if self.unicode else _ASCII_LEVELS
         last = len(levels) - 1
         cells = [
-            levels[0 if top <= 0 or v <= 0 else min(last, max(1, round(v / top * last)))] for v in values[-width:]
+            " " if v is None else levels[0 if top <= 0 or v <= 0 else min(last, max(1, round(v / top * last)))]
+            for v in values[-width:]
         ]
         return "".join(cells).rjust(width)
 

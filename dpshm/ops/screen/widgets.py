@@ -13,6 +13,7 @@ from rich.style import Style
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
 from textual.geometry import Size
 from textual.message import Message
 from textual.reactive import reactive
@@ -106,6 +107,28 @@ class Confirm(ModalScreen[bool]):
     def action_answer(self, yes: bool) -> None:
         """Closes the question with the answer."""
         self.dismiss(yes)
+
+
+class Help(ModalScreen[None]):
+    """Shows a text until a key closes it."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,question_mark,enter", "dismiss_help", "Close")]
+    CSS = """
+    Help > VerticalScroll { width: 100%; height: 100%; padding: 0 1; }
+    """
+
+    def __init__(self, text: Text) -> None:
+        super().__init__()
+        self._text = text
+
+    def compose(self) -> ComposeResult:
+        """The text, which scrolls on a small terminal."""
+        with VerticalScroll():
+            yield Static(self._text)
+
+    def action_dismiss_help(self) -> None:
+        """Closes it."""
+        self.dismiss()
 
 
 class Filter(Input):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from dpshm.ops.screen.table import STATES, History, frontend_table, headline, rank_columns, rank_table, screen
+from dpshm.ops.screen.headline import screen
+from dpshm.ops.screen.table import STATES, History, Sort, frontend_table, rank_columns, rank_table
 from dpshm.ops.screen.text import Glyphs
-from tests.unit.ops.frames import make_coordinator, make_frame, make_frontend, make_rank
+from tests.unit.ops.frames import make_frame, make_frontend, make_rank
 
 HUGE = 1 << 40
 WIDTHS = (40, 80, 100, 120, 237)
@@ -55,7 +56,33 @@ def test_eighty_columns_hold_what_matters(busy):
     history = History()
     history.add(busy)
     title, _ = rank_table(history, 80, Glyphs())
-    assert " ".join(title.plain.split()) == "rank state wait run flight backlog KV req/s tok/s step age history"
+    assert " ".join(title.plain.split()) == "rank state wait run flight KV req/s tok/s ttft p99 age hist ≤1T"
+    title, _ = rank_table(history, 80, Glyphs(), latencies=False)  # front-ends that measure nothing
+    assert " ".join(title.plain.split()) == "rank state wait run flight backlog KV req/s tok/s age hist ≤1T"
+
+
+def test_the_column_that_sorts_is_marked(busy):
+    """Guards against rows in an order that the reader cannot know."""
+    for title, sign, reverse in (("wait", "▾", False), ("rank", "▾", False), ("state", "▴", True)):
+        heading, _ = rank_table(History(), 120, Glyphs(), sort=Sort(title, reverse=reverse))
+        plain, _ = rank_table(History(), 120, Glyphs())
+        assert heading.plain.count(sign) == 1
+        assert f"{sign}{title}" in heading.plain or f"{title}{sign}" in heading.plain
+        assert heading.plain.replace(sign, " ") == plain.plain
+    assert "^age" in rank_table(History(), 120, Glyphs(False), sort=Sort("age", reverse=True))[0].plain
+
+
+def test_all_histories_have_one_scale_and_name_it():
+    """Guards against two ranks whose bars look alike and are ten times apart, and bars of work that is lost."""
+    history = History()
+    history.add(make_frame([make_rank(0, running=900), make_rank(1)]))
+    for _ in range(100):
+        history.add(make_frame([make_rank(0, running=4), make_rank(1, running=40)]))
+    history.add(make_frame([make_rank(0, running=4), make_rank(1, state="dead", running=40)]))
+    heading, line = rank_table(history, 160, Glyphs())
+    assert heading.plain.endswith("requests ≤40")  # the 900 were before what is shown
+    assert line(make_rank(0)).plain[-3:] == "▂▂▂"
+    assert line(make_rank(1)).plain[-3:] == "██ "
 
 
 def test_the_state_is_a_word_and_a_sign_of_its_own():
@@ -65,30 +92,6 @@ def test_the_state_is_a_word_and_a_sign_of_its_own():
     assert len({plain for _, plain, _ in STATES.values()}) == len(STATES) - 3
     _, line = rank_table(History(), 80, Glyphs())
     assert "✕ dead" in line(make_rank(3, state="dead")).plain
-
-
-def test_the_headline_tells_of_the_whole_group():
-    """Guards against totals that leave ranks out."""
-    ranks = [make_rank(0, waiting=3, running=4), make_rank(1, state="dead", running=5), make_rank(2, in_flight=1)]
-    frame = make_frame(ranks, balance=1.8, waves_per_minute=8.2)
-    lines = [line.plain for line in headline(frame, 200, Glyphs())]
-    assert lines[0] == "g · wave 17 running · 8.2 waves/min · balance 1.80 · coordinator alive (pid 42)"
-    assert lines[1] == "3 ranks: 1 dead, 2 running · 3 waiting · 9 running · 1 in flight"
-    assert lines[2] == "! out of routing: rank 1 dead: dpshm doctor"
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"coordinator": make_coordinator(state="none")}, "no coordinator: routing goes on; start one"),
-        ({"coordinator": make_coordinator(state="silent")}, "coordinator pid 42 hangs or is stopped"),
-        ({"linked": False}, "this group has ended, or its segment was unlinked"),
-    ],
-)
-def test_what_is_wrong_with_the_group_is_said(fields, words):
-    """Guards against a group without a coordinator, or without a name, that looks healthy."""
-    lines = headline(make_frame([make_rank()], **fields), 120, Glyphs())
-    assert lines[2].plain.startswith(f"! {words}")
 
 
 def test_a_step_that_lasts_shows_how_long():

@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 
 from dpshm.board.board import Board
+from dpshm.board.events import EventReader
 from dpshm.cli.options import AsciiOption, GroupOption, glyphs, interrupted
 from dpshm.errors import SettingError
-from dpshm.ops.events import EventReader
 from dpshm.ops.groups import open_group
 from dpshm.ops.screen.headline import screen
 from dpshm.ops.screen.table import History

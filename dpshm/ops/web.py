@@ -40,14 +40,28 @@ CLIENT_TIMEOUT_S = 20.0
 PAGE = Path(__file__).with_name("page.html")
 
 
+_SIGNS = {
+    "stalled": "!",
+    "stuck": "!",
+    "silent": "?",
+    "unknown": "?",
+    "drained": "o",
+    "paused": "=",
+    "dead": "x",
+    "absent": "-",
+}
+"""Of the states that the page's chart shows; all others have a dot. The page makes the same of new frames."""
+
+
 class Point(msgspec.Struct, frozen=True):
-    """The part of a frame that the page's curves need: requests by rank, and the wave."""
+    """The part of a frame that the page's chart needs: requests and a sign of the state by rank, and the wave."""
 
     time: float
     wave: int
     phase: str
     waves_started: int
     requests: list[int]
+    states: str
 
 
 class Past(msgspec.Struct):
@@ -67,7 +81,8 @@ class Seen(NamedTuple):
 def point_of(frame: Frame) -> Point:
     """The point of a frame."""
     started = frame.coordinator.waves_started
-    return Point(frame.time, frame.wave, frame.phase, started, [rank.requests for rank in frame.ranks])
+    states = "".join(_SIGNS.get(rank.state, ".") for rank in frame.ranks)
+    return Point(frame.time, frame.wave, frame.phase, started, [rank.requests for rank in frame.ranks], states)
 
 
 class Looker(threading.Thread):

@@ -90,6 +90,7 @@ def test_one_look_and_the_stream_say_the_same(group, using, serve):
     kind, past = next(stream)
     assert kind == "past"
     assert past["points"][0]["requests"] == [0, 0]
+    assert past["points"][0]["states"] == "--"
     assert "coordinator_started" in [event["kind"] for event in past["events"]]
     frames = (frame for kind, frame in stream if kind == "frame")
     assert wait_until(lambda: next(frames)["ranks"][0]["requests"] == 7)
@@ -217,7 +218,7 @@ def test_the_page_in_a_browser(group, using, tmp_path: Path):
             assert browser.evaluate("document.title").startswith("! ")
             events = "[...document.querySelectorAll('#events li')].map(e => e.textContent).join()"
             wait_until(lambda: "rank 5 stalled" in browser.evaluate(events))
-            shown = "document.querySelector('#ranks tbody tr td:nth-child(5)').textContent"
+            shown = "document.querySelector('#ranks tbody tr td:nth-child(6)').textContent"
             before = browser.evaluate(shown)
             wait_until(lambda: browser.evaluate(shown) != before)  # it lives
             wait_until(lambda: browser.evaluate("points.length") > 20)
@@ -233,7 +234,29 @@ def test_the_page_in_a_browser(group, using, tmp_path: Path):
                 pages[scheme] = browser.evaluate("getComputedStyle(document.body).backgroundColor")
                 (folder / f"web-{scheme}.png").write_bytes(browser.screenshot())
             assert pages["light"] != pages["dark"]
-            assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            fill = "(c => [1, 3, 5].map(i => parseInt(c.slice(i, i + 2), 16)))(colour('dead'))"
+            strip = (  # the colour in the middle of rank 3's strip, at its right end, and that of the legend
+                "(() => { const c = document.getElementById('lines'), k = c.width / c.clientWidth;"
+                "const at = [chart.left + chart.wide - 3, 3.5 * chart.high].map(v => Math.round(v * k));"
+                f"return [[...c.getContext('2d').getImageData(...at, 1, 1).data].slice(0, 3), {fill}]; }})()"
+            )
+            drawn_rgb, dead_rgb = browser.evaluate(strip)
+            assert max(abs(a - b) for a, b in zip(drawn_rgb, dead_rgb, strict=True)) <= 3
+            for width in (390, 768, 1180, 1280, 1600):
+                browser.call(
+                    "Emulation.setDeviceMetricsOverride",
+                    width=width,
+                    height=900,
+                    deviceScaleFactor=1,
+                    mobile=False,
+                )
+                browser.evaluate("draw()")
+                assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), width
+                cut = "[...document.querySelectorAll('section')].filter(e => e.scrollWidth > e.clientWidth).length"
+                assert browser.evaluate(cut) == 0, width
+                names = "[...document.querySelectorAll('#ranks tbody tr:first-child td')]"
+                shown = f"{names}.filter(e => e.offsetWidth && e.textContent).length"
+                assert browser.evaluate(shown) >= 14, width
             loaded.engines[5].signal(signal.SIGCONT)
         finally:
             server.shutdown()

@@ -16,9 +16,9 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.widgets import Footer, Input, Static
 
+from dpshm.board.events import Event, EventReader
 from dpshm.errors import DpshmError, SettingError
 from dpshm.ops.drain import check_some_stay, set_drained
-from dpshm.ops.events import Event, EventReader
 from dpshm.ops.frame import Frontend, Rank
 from dpshm.ops.screen.filter import arrange, number
 from dpshm.ops.screen.headline import below, headline

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpshm.ops.events import Event
+from dpshm.board.events import Event
 from dpshm.ops.frame import Latency
 from dpshm.ops.screen.headline import below, headline
 from dpshm.ops.screen.help import COLUMNS, MEANINGS, help_text

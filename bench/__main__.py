@@ -21,6 +21,7 @@ STUDIES = {
     "faults": "bench.faults",
     "death": "bench.death",
     "ray": "bench.ray_serve",
+    "nodes": "bench.nodes",
 }
 
 

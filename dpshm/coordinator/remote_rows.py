@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 REPLACED_KEPT = 16
 """So many processes that had a rank are remembered."""
+LOCK_TEST_NS = 100_000_000
+"""For so long a row that no process of this node held counts as free."""
 _LOAD, _PID = CARRIED_WORDS.index(("load", 0)), CARRIED_WORDS.index(("engine_pid", 0))
 _BACKLOG = CARRIED_WORDS.index(("prefill_backlog", 0))
 _TIMES = CARRIED_WORDS.index(("step_start", 0)), CARRIED_WORDS.index(("step_model", STEP_WORDS.index("step_end")))
@@ -70,6 +72,7 @@ class RemoteRows:
         self._row = row
         self._places: dict[int, _Places] = {}
         self._replaced: dict[int, deque[int]] = {}
+        self._lock_tested_ns: dict[int, int] = {}
         self._frontends: dict[str, int] = {}
         self._seen_frontends = -1
         # By rank: which front-end each row is known to be, and what the newest message said of each front-end.
@@ -88,7 +91,7 @@ class RemoteRows:
             WireError: a process of this node has that row.
         """
         board, words = self._board, self._board.words
-        if board.engine_alive(e):
+        if not self._is_free(e, now_ns):
             raise WireError(f"from rank {e} on another node, and a process of this node is that rank")
         if message.process in self._replaced.get(e, ()):
             return
@@ -106,6 +109,16 @@ class RemoteRows:
         if not repeated:
             self._store(e, at, message, now_ns)
         self._mark(e, remote, message)
+
+    def _is_free(self, e: int, now_ns: int) -> bool:
+        """Whether no process of this node holds the row. Asked seldom: it is a system call."""
+        tested_ns = self._lock_tested_ns.get(e)
+        if tested_ns is not None and now_ns - tested_ns < LOCK_TEST_NS:
+            return True
+        if self._board.engine_alive(e):
+            return False
+        self._lock_tested_ns[e] = now_ns
+        return True
 
     def _begin(self, e: int, at: _Places, message: wire.RemoteRow) -> None:
         """Begins a row anew, as an engine that attaches does (`dpshm.engine.row`)."""

@@ -7,15 +7,19 @@ cut and mend.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from tests.support import Remote
+
+T = TypeVar("T")
 
 _OWN_MOUNTS = "mount --make-rprivate /"
 _SETUP = (
@@ -84,8 +88,27 @@ class Node:
 
     def command(self, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Runs a command on this node."""
-        enter = ["nsenter", "-t", str(self.pid), "-n", "-m", *command]
-        return subprocess.run(enter, capture_output=True, text=True, check=True, **options)
+        return subprocess.run([*self.within, *command], capture_output=True, text=True, check=True, **options)
+
+    @property
+    def within(self) -> list[str]:
+        """The beginning of a command that runs the rest of it on this node."""
+        return ["nsenter", "-t", str(self.pid), "-n", "-m"]
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Calls a function in a thread that is on this node's network; its threads and sockets are, too."""
+
+        def on_the_network() -> T:
+            libc = ctypes.CDLL(None, use_errno=True)
+            fd = os.open(f"/proc/{self.pid}/ns/net", os.O_RDONLY)
+            try:
+                assert libc.setns(fd, 0) == 0, os.strerror(ctypes.get_errno())
+            finally:
+                os.close(fd)
+            return function()
+
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(on_the_network).result()
 
     def close(self) -> None:
         """Ends it."""

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -74,16 +74,18 @@ class Server:
         folder: for the model's configuration and the log.
         model: a key of `MODELS`.
         arguments: of the command line.
+        within: a command that runs its arguments elsewhere, such as on another node.
         env: variables on top of this process's.
     """
 
-    def __init__(self, folder: Path, model: str, *arguments: str, **env: str) -> None:
+    def __init__(self, folder: Path, model: str, *arguments: str, within: Sequence[str] = (), **env: str) -> None:
         config = folder / model
         config.mkdir(parents=True, exist_ok=True)
         (config / "config.json").write_text(json.dumps(SIZES | MODELS[model]))
         self.port = free_port()
         self._log_path = folder / "server.log"
         command = [
+            *within,
             *(str(environment.folder() / "bin" / "vllm"), "serve", str(config), "--load-format", "dummy"),
             *("--dtype", "float32", "--skip-tokenizer-init", "--enforce-eager"),
             *(["--enable-scale-out"] if environment.installed() >= SCALE_OUT_SINCE else []),

@@ -10,6 +10,8 @@
 | `broadcast` | all rows at the last broadcast, every 100 ms. Its own requests since then count once for each front-end, as in vLLM's API servers, until the next broadcast overwrites them |
 | `broadcast-keep` | the same rows. Its own requests count once, until a broadcast shows them as received |
 | `immediate` | each row 1 ms after it changed. Its own requests count until such a row shows them as received |
+| `remote` | one board, eight ranks on its node and eight on each other one: rows of other nodes 1 ms after they changed, and the requests in flight of all front-ends. What dpshm has |
+| `nodes` | a board and front-ends on each node of eight ranks: rows and requests in flight of the own node, and those of others 1 ms later |
 | `scrape` | all rows at the last scrape, every second, and nothing else, as a gateway does |
 
 A number after a colon is another interval or delay in milliseconds: ``broadcast:10``. For `live-index` it is the
@@ -25,6 +27,7 @@ from typing import Any
 from dpshm.errors import SettingError
 from dpshm.sim.lab.late_information import Broadcast, BroadcastKeep, Immediate
 from dpshm.sim.lab.live_information import Live, LiveIndex, LiveIndexAhead, LiveUnbooked
+from dpshm.sim.lab.node_information import Nodes, Remote
 from dpshm.sim.lab.rank import SimRank
 from dpshm.sim.lab.sent_information import LiveIndexSent
 from dpshm.sim.lab.view_model import Information
@@ -35,6 +38,8 @@ DEFAULT_MS = {
     "broadcast": 100.0,
     "broadcast-keep": 100.0,
     "immediate": 1.0,
+    "remote": 1.0,
+    "nodes": 1.0,
     "scrape": 1000.0,
 }
 NAMES = ("live", "live-unbooked", "live-index-sent", *DEFAULT_MS)
@@ -71,6 +76,8 @@ def make_information(name: str, ranks: list[SimRank], own: list[list[int]]) -> I
         "broadcast": lambda: Broadcast(ranks, own, seconds, times=len(own)),
         "broadcast-keep": lambda: BroadcastKeep(ranks, own, seconds),
         "immediate": lambda: Immediate(ranks, own, seconds),
+        "remote": lambda: Remote(ranks, own, seconds),
+        "nodes": lambda: Nodes(ranks, own, seconds),
         "scrape": lambda: Broadcast(ranks, own, seconds, times=0),
     }
     return made[kind]()  # type: ignore[no-any-return]

@@ -13,11 +13,11 @@ from dpshm.sim.step_cost import StepCost
 
 
 class World:
-    """Two ranks, two front-ends, and what one of them sees."""
+    """Ranks and front-ends, two of each if not told otherwise, and what one of them sees."""
 
-    def __init__(self, name: str) -> None:
-        self.ranks = [SimRank(StepCost(), 2) for _ in range(2)]
-        self.own = [[0, 0], [0, 0]]
+    def __init__(self, name: str, ranks: int = 2, frontends: int = 2) -> None:
+        self.ranks = [SimRank(StepCost(), frontends) for _ in range(ranks)]
+        self.own = [[0] * ranks for _ in range(frontends)]
         self.information: Information = make_information(name, self.ranks, self.own)
 
     def send(self, frontend: int, rank: int, tokens: int = 100) -> None:
@@ -37,7 +37,7 @@ class World:
         """Requests, and tokens, by rank."""
         while self.information.next_tick_s <= now_s:
             self.information.tick(self.information.next_tick_s)
-        view: View = self.information.view(frontend, [0, 1], now_s)
+        view: View = self.information.view(frontend, list(range(len(self.ranks))), now_s)
         work = view.work
         assert work is not None
         return list(view.requests), list(work.tokens)
@@ -51,6 +51,8 @@ class World:
         ("broadcast", 2, 0, 2, 1),
         ("broadcast-keep", 1, 0, 1, 1),
         ("immediate", 1, 0, 1, 1),
+        ("remote", 1, 1, 1, 1),
+        ("nodes", 1, 1, 1, 1),
         ("scrape", 0, 0, 0, 0),
     ],
 )
@@ -64,6 +66,22 @@ def test_when_a_request_is_known(name, mine_at_once, others_at_once, taken_in, l
     assert world.seen(0, 0.0201) == ([0, taken_in], [0, 100 * taken_in])
     assert world.seen(1, 0.15) == ([0, later], [0, 100 * later])
     assert world.seen(1, 1.05) == ([0, 1], [0, 100])
+
+
+@pytest.mark.parametrize(("name", "others_at_once"), [("remote:50", 1), ("nodes:50", 0)])
+def test_what_crosses_nodes_comes_late(name, others_at_once):
+    """Guards against a study of several nodes in which a booking is known too early, erased, or counted twice."""
+    world = World(name, ranks=16, frontends=4)
+    world.information.view(3, list(range(16)), 0.0)
+    world.send(3, 15)  # with `nodes`, from node 1 to a rank of its own
+    world.send(3, 0)
+    assert [world.seen(3, 0.01)[0][rank] for rank in (0, 15)] == [1, 1]
+    assert [world.seen(0, 0.01)[0][rank] for rank in (0, 15)] == [others_at_once] * 2
+    world.step(0, 0.02)
+    world.step(15, 0.02)
+    for now_s in (0.03, 0.049, 0.0501, 0.0699, 0.0701, 0.2):
+        assert [world.seen(3, now_s)[0][rank] for rank in (0, 15)] == [1, 1], now_s
+    assert [world.seen(0, 0.2)[0][rank] for rank in (0, 15)] == [1, 1]
 
 
 def test_a_broadcast_of_a_lockstep_group_shows_the_last_step_that_ended():

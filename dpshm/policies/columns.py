@@ -102,13 +102,21 @@ class ListColumns(msgspec.Struct, eq=False, gc=False):
         load = self.load
         return [r for r in self.ranks if not is_overloaded(load[r])] or self.ranks
 
-    def least(self, scores: Sequence[float]) -> int:
-        """The first of the ranks that may be chosen whose score is least; an overloaded one only if all are."""
+    def least(self, scores: Sequence[float], times: float | None = None) -> int:
+        """The first of the ranks that may be chosen whose score is least; an overloaded one only if all are.
+
+        Args:
+            scores: by rank.
+            times: if each rank that is not overloaded scores more than so many times the least of all, an
+                overloaded one is taken after all.
+        """
         best = min(self.ranks, key=scores.__getitem__)
         # `is_overloaded`, written out. It is rare, so it comes last: the least of all is the least of the free.
         word = self.load[best]
         if word >> WAITING_SHIFT > 0 and word & KV_ONE > OVERLOADED_KV:
-            best = min(self.free(), key=scores.__getitem__)
+            free = min(self.free(), key=scores.__getitem__)
+            if times is None or scores[free] <= times * scores[best]:
+                best = free
         return best
 
 
@@ -130,14 +138,16 @@ class ArrayColumns(msgspec.Struct, eq=False, gc=False):
         free = ranks[(words >> WAITING_SHIFT <= 0) | (words & KV_ONE <= OVERLOADED_KV)]
         return free if len(free) else ranks
 
-    def least(self, scores: NDArray[Any]) -> int:
+    def least(self, scores: NDArray[Any], times: float | None = None) -> int:
         """As `ListColumns.least`."""
         ranks = self.ranks
         best = ranks[scores[ranks].argmin()]
         word = self.load[best]
         if word >> WAITING_SHIFT > 0 and word & KV_ONE > OVERLOADED_KV:
             ranks = self.free()
-            best = ranks[scores[ranks].argmin()]
+            free = ranks[scores[ranks].argmin()]
+            if times is None or scores[free] <= times * scores[best]:
+                best = free
         return int(best)
 
 

@@ -266,6 +266,19 @@ def test_least_work_waits_for_a_place():
         assert choose(LeastWork(), [0, 1], load, models=models, request=Request(1)) == chosen
 
 
+def test_least_work_passes_an_overloaded_rank_over_for_one_that_is_not_much_later():
+    """Guards against a rank whose long queue waits for room, and which gets every request once others are full."""
+    full, blocked = pack_load(1, 20, 0.99), pack_load(90, 10, 0.85)
+    for tokens, chosen in (
+        ([8000, 9000], 1),  # a little later there: it does not push out what runs
+        ([8000, 100_000], 0),
+        ([0, 20_000], 0),
+    ):
+        assert choose(LeastWork(), [0, 1], [full, blocked], tokens=tokens) == chosen
+    assert choose(policies.least_loaded, [0, 1], [full, blocked]) == 1
+    assert choose(LeastWork(), [1, 2, 0], [full, blocked, full], tokens=[9000, 100_000, 8000]) == 2
+
+
 def test_least_work_spares_those_that_run():
     """Guards against long prompts that meet on the rank with most running requests and make all of them wait."""
     load = [pack_load(0, 40, 0), pack_load(0, 4, 0)]

@@ -41,12 +41,12 @@ INDEXED = (
     *("bounded_hashing@live", "sticky", "lmetric", "least_loaded@live-index"),
     *(
         "least_work@live-index",
-        "least_work@live-index:10",
+        "least_work@live-index-sent",
         "least_work@live-index:100",
         "least_work@live-index:1000",
     ),
 )
-AHEAD = ("least_work@live-index-sent", "least_work@live-index-ahead", "lmetric@live-index-sent")
+AHEAD = ("least_work@live-index-ahead", "lmetric@live-index-sent")
 """With and without the prefix index, live and late, and the rivals; and what is about to be cached."""
 
 

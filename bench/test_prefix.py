@@ -76,7 +76,7 @@ def test_look_up(benchmark: Any, fixture: FixtureBoard, using: Any, count: int, 
     fixture.beat()
     board = fixture.board
     prefixes = PrefixReader(board, fixture.frontend.index)
-    prefixes.refresh(time.monotonic_ns())
+    prefixes.refresh(time.monotonic_ns(), 0)
     hasher = PrefixHasher(BLOCK, board.segment.header.prefix_key)
     shared = {"none": 0, "40 unlike": 0, "256 alike": count // 4, "256 beyond": count - BLOCK}[sent]
     each = {"none": 0, "40 unlike": 5}.get(sent, SLOTS)
@@ -102,7 +102,7 @@ def test_note(benchmark: Any, fixture: FixtureBoard, using: Any) -> None:
     prompt = tokens_of(1, 4096)
     fill(fixture, using, prompt)
     prefixes = PrefixReader(fixture.board, fixture.frontend.index)
-    prefixes.refresh(time.monotonic_ns())
+    prefixes.refresh(time.monotonic_ns(), 0)
     lookup = prefixes.look_up(Prompt(prompt), 4096, time.monotonic_ns())
     timed(benchmark, lambda: prefixes.sent(lookup, 3, time.monotonic_ns()))
 

@@ -300,6 +300,10 @@ class Frontend:
             self._bookings.heal()
         return found
 
+    def expect_no_prompts(self) -> None:
+        """Requests come without prompts, and the caller knows why: it is not logged."""
+        self._prefixes.said = True
+
     def wake(self, *, ring: bool = True) -> None:
         """Wakes the ranks if they are paused: for a request that is sent without `route`.
 
@@ -431,7 +435,7 @@ class Frontend:
         self._alone = self._segment.header.waves and not self.board.is_watched()
         self._reader.refresh()
         self._row.follow_late(self._reader.late)
-        self._prefixes.refresh(now_ns)
+        self._prefixes.refresh(now_ns, self._row.routed)
         self._wakeup.expect(self._reader.dp_size)
 
     def _choose(self, request: Request, now_ns: int, exclude: Collection[int]) -> int:

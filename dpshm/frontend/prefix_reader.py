@@ -19,6 +19,9 @@ from dpshm.rules.prefix_samples import samples_of
 
 logger = logging.getLogger(__name__)
 
+SAID_AFTER = 100
+"""Requests without a prompt after which a front-end says once what it could know."""
+
 
 class Lookup(NamedTuple):
     """What was found of one prompt.
@@ -33,7 +36,11 @@ class Lookup(NamedTuple):
 
 
 class PrefixReader:
-    """The prefix indexes of all ranks, as one front-end reads them. Called under the front-end's lock."""
+    """The prefix indexes of all ranks, as one front-end reads them. Called under the front-end's lock.
+
+    Attributes:
+        said: a prompt was looked up, or it is known that none comes, or it was logged.
+    """
 
     def __init__(self, board: Board, frontend: int) -> None:
         self._board = board
@@ -43,13 +50,23 @@ class PrefixReader:
         self._readers: dict[int, PrefixIndexReader] = {}
         self._sent: SentPrompts | None = None  # made when a rank has an index
         self._warned = False
+        self.said = False
 
-    def refresh(self, now_ns: int) -> None:
+    def refresh(self, now_ns: int, routed: int) -> None:
         """Maps the indexes of ranks that have made one since.
 
         Args:
             now_ns: CLOCK_MONOTONIC.
+            routed: how many requests this front-end has routed.
         """
+        if routed >= SAID_AFTER and not self.said and self._readers:
+            self.said = True
+            logger.warning(
+                "front-end %d has routed %d requests without a prompt, and the ranks have prefix indexes: pass "
+                "route(prompt=token_ids), or requests that share a prefix are computed on every rank. Without "
+                "token ids use policy='affinity' and a key",
+                *(self._frontend, routed),
+            )
         board = self._board
         if self._sent is not None:
             self._sent.rows = board.frontends_used()
@@ -76,6 +93,7 @@ class PrefixReader:
             now_ns: CLOCK_MONOTONIC: what front-ends sent to a rank a moment before counts as cached there.
                 None: only what the ranks' indexes hold.
         """
+        self.said = True
         blocks: dict[int, list[int]] = {}  # by tokens a block, which all ranks should agree on, and by rank
         lengths: dict[int, int] = {}  # how many blocks can be found at all
         near = 0

@@ -64,7 +64,7 @@ class FrontendRow:
         # This front-end's own counts. The board holds copies, which no other process writes.
         self._sent_requests = [words[self._at_sent_requests + e] & COUNT_MASK for e in ranks]
         self._sent_tokens = [words[self._at_sent_tokens + e] & COUNT_MASK for e in ranks]
-        self._routed = words[self._at_routed] & COUNT_MASK
+        self._routed = self._routed_before = words[self._at_routed] & COUNT_MASK
         self.own = [0] * board.engines
         # Ranks whose rows come late, and by rank: requests that ended lately and those before them, since when.
         self._late: frozenset[int] = frozenset()
@@ -153,6 +153,11 @@ class FrontendRow:
         self.own[dp_rank] = own
         self._sent_requests[dp_rank] = words[self._at_sent_requests + dp_rank] = sent
         self._sent_tokens[dp_rank] = words[self._at_sent_tokens + dp_rank] = tokens
+
+    @property
+    def routed(self) -> int:
+        """How many requests this holder of the row has routed."""
+        return self._routed - self._routed_before
 
     def leave(self) -> None:
         """Marks the row as left, so that no watcher takes its process for one that died."""

@@ -164,7 +164,9 @@ class BookingLink(ClientLink):
         )
         self._prompts = PromptHasher(client)
         self._booked: BookedWriter | None = None
-        if self._prompts.works:
+        if not self._prompts.works:
+            self._frontend.expect_no_prompts()  # why was logged, or there is no prefix cache
+        else:
             try:
                 self._booked = BookedWriter(self._frontend.board, self._frontend.index)
             except Exception:

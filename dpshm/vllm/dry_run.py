@@ -233,6 +233,9 @@ class _Board:
             cancel=lambda: ended.append("cancelled"),
         )
 
+    def expect_no_prompts(self) -> None:
+        """Says nothing of prompts."""
+
     def wake(self, **_: Any) -> None:
         """Wakes no rank."""
 

@@ -355,3 +355,21 @@ def test_the_table_is_private(engines, group, board, using):
     """Guards against a person who may read the board and learns which prompts were sent."""
     using(Frontend.attach(group)).choose()
     assert sent_path(board.segment.sockets_path).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_front_end_that_gives_no_prompts_says_so_once(engines, group, using, caplog):
+    """Guards against requests that share a prefix and are computed on every rank, for want of an argument."""
+    silent, speaking = (using(Frontend.attach(group)) for _ in range(2))
+    with caplog.at_level(logging.WARNING):
+        for number in range(130):
+            for frontend, prompt in ((silent, None), (speaking, PROMPT if number == 50 else None)):
+                frontend._next_refresh_ns = 0  # instead of a tenth of a second
+                frontend.route(10, prompt=prompt).done()
+    assert caplog.text.count("requests without a prompt, and the ranks have prefix indexes") == 1
+    assert "front-end 0 has routed 100 requests" in caplog.text
+    silent.close()
+    caplog.clear()
+    again = using(Frontend.attach(group))  # of the same name, so in the same row
+    assert again.index == 0
+    again.route(10).done()
+    assert "without a prompt" not in caplog.text

@@ -323,6 +323,7 @@ def test_random_seeds_are_said_once(vllm, make_client, log, monkeypatch, release
     add(client, Request("a"), Request("b"))
     assert log("does not see what engines have cached: the seed of sha256 is random") == 1
     assert hooked(client)
+    assert vars(client)[LINK]._frontend._prefixes.said
 
 
 @pytest.mark.parametrize("release", ["0.32", "0.28"])

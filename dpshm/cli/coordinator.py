@@ -52,6 +52,10 @@ def coordinator(
         Balancing | None,
         typer.Option(help="What balances the load: the front-ends, those of each node, or an outside balancer."),
     ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESSES", help="Follow the coordinator of another node: its three addresses."),
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address that tcp sockets are bound to.")] = None,
     curve_dir: Annotated[
         str | None,
@@ -123,6 +127,7 @@ def coordinator(
         "dp_size": dp_size,
         "dp_size_local": dp_size_local,
         "balancing": balancing.value if balancing else None,
+        "head": head,
         "host": host,
         "curve_dir": curve_dir,
         "insecure": insecure,

@@ -68,6 +68,11 @@ class CoordinatorThreads:
         self.stats_publish_address = header.stats_address
         self.engine_addresses = (header.engine_input_address, header.engine_output_address)
 
+    @property
+    def head_addresses(self) -> str:
+        """The setting `head` of coordinators on other nodes that follow this one."""
+        return ",".join((self.stats_publish_address, *self.engine_addresses))
+
     def wait_ready(self, timeout_s: float | None = None) -> None:
         """Waits until every engine is there.
 

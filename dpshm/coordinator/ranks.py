@@ -57,7 +57,8 @@ class Ranks:
         watch: Mailbox,
     ) -> None:
         self._group = settings.group
-        self._timeout_s = settings.ready_timeout_s
+        # A follower's ranks are not all of the group, and its head waits for them.
+        self._timeout_s = settings.ready_timeout_s if settings.head is None else 0.0
         self._sockets = sockets
         self._board = board
         self._row = row
@@ -94,6 +95,12 @@ class Ranks:
         """Every connection was ended; engines that live subscribe again."""
         self._connections.on_disconnect()
         self._stock.on_disconnect(time.monotonic_ns())
+
+    def on_heads_ready(self) -> None:
+        """The head says that all ranks of the group are there."""
+        self._row.set_ready()
+        if not self.all_ready.done():
+            self.all_ready.set_result(None)
 
     def greet(self) -> bool:
         """Sends READY if engines joined a ready group since the last call; true if READY was sent since."""

@@ -16,10 +16,11 @@ from dpshm.errors import SettingError
 from dpshm.net.addresses import is_loopback
 
 Balancing = Literal["internal", "hybrid", "external"]
+HEAD_ADDRESSES = 3
 _HINTS = {
     "balancing": "; choose internal, hybrid or external, by who balances (the board's permissions are file_mode)"
 }
-IMMUTABLE = ("balancing", "waves", "counts_with_kv", "exclude_receiver")
+IMMUTABLE = ("balancing", "waves", "counts_with_kv", "exclude_receiver", "head")
 """Settings that every process of a group relies on. A coordinator that takes a live board over must agree."""
 
 
@@ -33,6 +34,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             all.
         balancing: which load balancer chooses ranks: the front-ends of this deployment (internal), those of each
             node (hybrid), or a balancer outside (external). The front-ends' socket is tcp unless internal.
+        head: the addresses of the group's coordinator on another node, which this one follows
+            (`Coordinator.head_addresses`): it gives this node a board, and leaves the waves to its head. With
+            hybrid and external balancing.
         host: address that tcp sockets are bound to.
         curve_dir: folder of the keys (`dpshm keygen`) that peers must have to connect to a tcp socket.
         insecure: allow tcp sockets without keys on other addresses than the loopback's. Every peer that reaches
@@ -63,6 +67,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     dp_size: int
     dp_size_local: int | None = None
     balancing: Balancing = "internal"
+    head: str | None = None
     host: str = "127.0.0.1"
     curve_dir: str | None = None
     insecure: bool = False
@@ -97,12 +102,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def frontends_local(self) -> bool:
         """Whether front-ends connect over ipc."""
-        return self.balancing == "internal"
+        return self.balancing == "internal" or self.head is not None
 
     @property
     def engines_local(self) -> bool:
         """Whether engines connect over ipc."""
-        return self.dp_size_local is None or self.dp_size_local == self.dp_size
+        return self.dp_size_local is None or self.dp_size_local == self.dp_size or self.head is not None
+
+    @property
+    def head_addresses(self) -> tuple[str, str, str]:
+        """Of the head: where front-ends connect, where engines hear, and where they report."""
+        stats, starts, reports = (self.head or ",,").split(",")
+        return stats, starts, reports
 
     @property
     def needs_tcp(self) -> bool:
@@ -117,6 +128,7 @@ class SettingsDict(TypedDict, total=False):
     dp_size: Required[int]
     dp_size_local: int | None
     balancing: Balancing
+    head: str | None
     host: str
     curve_dir: str | None
     insecure: bool
@@ -171,6 +183,14 @@ def make_settings(**given: Any) -> Settings:
     for name, value, low, high in limits:
         if value is not None and not low <= value <= high:
             raise SettingError(f"{name} is {value}, and must be from {low:g} to {high:g}")
+    if settings.head is not None:
+        addresses = settings.head.split(",")
+        if len(addresses) != HEAD_ADDRESSES or settings.balancing == "internal":
+            raise SettingError(
+                f"head is {settings.head!r} with {settings.balancing} balancing: it must be the three addresses "
+                "that the head's `Coordinator.head_addresses` gives, with commas, and balancing hybrid or "
+                "external. With internal balancing ranks of other nodes need no board (`dpshm.engine.remote`)"
+            )
     if settings.file_mode & ~0o044 != 0o600:
         raise SettingError(
             f"file_mode is 0o{settings.file_mode:o}, and must be 0o600, 0o640, 0o604 or 0o644 (octal, with 0o): "

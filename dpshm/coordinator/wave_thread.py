@@ -1,6 +1,7 @@
 """The wave thread: receives what peers send, and hands it to the part of the coordinator that it concerns.
 
     waves         the wave and its rules; scans the rows        `dpshm.coordinator.wave_driver`
+                  or those of a head on another node            `dpshm.coordinator.follower`
     ranks         who has come; scaling and draining            `dpshm.coordinator.ranks`
     stock         stock engines' rows                           `dpshm.coordinator.stock_peers`
     remote        rows of engines on other nodes                `dpshm.coordinator.remote_rows`
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import zmq
 
 from dpshm.coordinator.flood_guard import FloodGuard
+from dpshm.coordinator.follower import Follower
 from dpshm.coordinator.mailbox import Mailbox
 from dpshm.coordinator.publisher import Publisher
 from dpshm.coordinator.ranks import Ranks
@@ -95,8 +97,17 @@ class WaveThread(threading.Thread):
         self.stock = StockEngines(board, row)
         self.remote = RemoteRows(board, row)
         self.publisher = Publisher(settings, sockets, row, self.stock)
-        self.waves = WaveDriver(settings, sockets, board, row, publisher=self.publisher, stock=self.stock)
         self.ranks = Ranks(settings, sockets, board, row, self.stock, watch=watch)
+        self.follower = (
+            None
+            if settings.head is None
+            else Follower(
+                *(settings, sockets, board, row), publisher=self.publisher, on_ready=self.ranks.on_heads_ready
+            )
+        )
+        self.waves: WaveDriver | Follower = self.follower or WaveDriver(
+            settings, sockets, board, row, publisher=self.publisher, stock=self.stock
+        )
         self.all_ready = self.ranks.all_ready
         self._next_scan_ns = 0
         self._removed = False  # the files of the ipc sockets are gone, and their folder is there
@@ -133,6 +144,8 @@ class WaveThread(threading.Thread):
                     poller = self._make_poller(handlers)
         finally:
             self._sockets.close()
+            if self.follower is not None:
+                self.follower.close()
             self.ranks.give_up("the coordinator was closed before all ranks came")
 
     def _handlers(self) -> dict[Socket, Handler]:
@@ -141,6 +154,8 @@ class WaveThread(threading.Thread):
             self._sockets.to_engines: self._from_engine_subscription,
             self._sockets.from_engines: self._from_engine,
         }
+        if self.follower is not None:
+            handlers |= self.follower.handlers
         for s, handle in self._sockets.authenticator.handlers.items():
             handlers[s] = partial(self._from_authenticator, handle)
         return handlers

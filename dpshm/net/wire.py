@@ -245,6 +245,11 @@ def encode_wave_started(engine_index: int, wave: int, *, timestamp: float = 0.0)
     return _encoder.encode((engine_index, (), None, timestamp, None, None, None, wave, None))
 
 
+def encode_report(engine_index: int, stats: SchedulerStats) -> bytes:
+    """A report of an engine's queues, as a stock engine sends it."""
+    return _encoder.encode((engine_index, (), stats, 0.0, None, None, None, None))
+
+
 def encode_remote_row(engine_index: int, stats: SchedulerStats, row: RemoteRow) -> bytes:
     """A row for the coordinator. vLLM's own coordinator reads it as the report that a stock engine sends."""
     return _encoder.encode((engine_index, (), stats, 0.0, None, None, None, None, *_RESERVED, row))

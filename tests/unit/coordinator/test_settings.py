@@ -20,6 +20,7 @@ def test_the_defaults_are_those_that_the_documentation_names():
         "dp_size": 8,
         "dp_size_local": None,
         "balancing": "internal",
+        "head": None,
         "host": "127.0.0.1",
         "curve_dir": None,
         "insecure": False,

@@ -18,9 +18,9 @@ import zmq
 from dpshm import Board, Engine, Frontend
 from dpshm.board.words import DRAINED
 from dpshm.net import wire
+from dpshm.net.wire import encode_scale
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
-from tests.stock_wire import encode_scale
 from tests.support import polled, verdict, wait_until
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from dpshm.net.wire import SCALE, SchedulerStats
+from dpshm.net.wire import SchedulerStats
 
 _encoder = msgspec.msgpack.Encoder()
 _PREFIX_CACHE_STATS = {
@@ -42,8 +42,3 @@ def encode_stats(engine_index: int, stats: SchedulerStats, *, timestamp: float) 
         "perf_stats": None,
     }
     return _encoder.encode((engine_index, (), full, timestamp, None, None, None, None, None))
-
-
-def encode_scale(dp_size: int) -> bytes:
-    """A request to change the number of ranks."""
-    return _encoder.encode((SCALE, dp_size))

@@ -18,7 +18,20 @@ from dpshm.errors import DpshmError
 
 COMMANDS = (
     *("demo", "simulate", "replay"),
-    *("coordinator", "top", "stat", "events", "drain", "undrain", "doctor", "dashboard", "web", "keygen"),
+    *(
+        "ls",
+        "scale",
+        "coordinator",
+        "top",
+        "stat",
+        "events",
+        "drain",
+        "undrain",
+        "doctor",
+        "dashboard",
+        "web",
+        "keygen",
+    ),
 )
 _MODULES = {"undrain": "drain"}
 """The module of a command that shares another's."""

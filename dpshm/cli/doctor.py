@@ -37,24 +37,32 @@ def doctor(
 ) -> None:
     r"""Check this node and the groups on it; say what is wrong, why it matters, and the command that mends it.
 
-    Changes nothing without --sweep, which removes what dead groups left, and nothing that a process has locked.
-    The exit status is 1 if there is an error or a warning.
+    With --group it judges that group alone, and nothing of the node: a health probe. Changes nothing without
+    --sweep, which removes what dead groups left, and nothing that a process has locked.
+
+    \b
+    Exit status:
+      0  nothing is wrong; there may be notes
+      1  there is an error or a warning
+      2  there is no such group
 
     \b
     Examples:
       dpshm doctor
       dpshm doctor --json | jq -r '.findings[] | "\(.severity) \(.what)"'
       dpshm doctor --sweep
+      dpshm doctor --group prod || alert
     """
     found = find_groups()
     if group is not None:
         Board.attach(group, any_owner=True).close()  # or says why not
         found = [f for f in found if f.group == group]
-    findings = examine(found)
+    alone = group is not None
+    findings = examine(found, alone=alone)
     swept: list[str] = []
     if any(f.check == "leftover" for f in findings) and (sweep or (sweep is None and not as_json and _ask())):
         swept = sweep_leftovers(found)
-        findings = examine([f for f in find_groups() if group is None or f.group == group])
+        findings = examine([f for f in find_groups() if group is None or f.group == group], alone=alone)
     if as_json:
         typer.echo(msgspec.json.encode(Diagnosis([f.group for f in found], findings, swept)).decode())
     else:
@@ -63,9 +71,19 @@ def doctor(
         raise typer.Exit(EXIT_FOUND)
 
 
-def examine(found: list[Found]) -> list[Finding]:
-    """All checks, the worst first."""
-    findings = [*check_directory(), *check_leftovers(found), *check_processes(), *check_logind()]
+def examine(found: list[Found], *, alone: bool = False) -> list[Finding]:
+    """All checks, the worst first.
+
+    Args:
+        found: the groups.
+        alone: judge these groups, and not the node.
+    """
+    names = {group.group for group in found}
+    findings = [*check_leftovers(found), *check_processes()]
+    if alone:
+        findings = [finding for finding in findings if finding.group in names]
+    else:
+        findings += [*check_directory(), *check_logind()]
     for group in found:
         if group.state in ("alive", "orphaned"):
             try:

@@ -14,7 +14,7 @@ from dpshm.board.board import Board
 from dpshm.board.events import EventReader
 from dpshm.cli.options import AsciiOption, GroupOption, glyphs, interrupted
 from dpshm.errors import SettingError
-from dpshm.ops.groups import open_group
+from dpshm.ops.groups import live_groups, open_group
 from dpshm.ops.screen.headline import screen
 from dpshm.ops.screen.table import History
 from dpshm.ops.screen.text import Glyphs
@@ -50,6 +50,8 @@ def top(
       dpshm top --once | head -20
     """
     signs = glyphs(ascii_only, sys.stdout.encoding)
+    if group is None and not once and sys.stdin.isatty() and sys.stdout.isatty():
+        group = _choose()
     with Watcher(open_group(group), latency_window_s=None if once else LATENCY_WINDOW_S) as watcher:
         try:
             if once:
@@ -63,6 +65,22 @@ def top(
                 Top(watcher, events, interval, signs).run()
         except KeyboardInterrupt:
             interrupted()
+
+
+def _choose() -> str | None:
+    """Asks which group to show if several live here; None: there is nothing to ask."""
+    live = live_groups()
+    if len(live) < 2:
+        return None
+    for number, found in enumerate(live, 1):
+        typer.echo(f"{number:>3}  {found.group:<24} {found.state}: {found.detail}")
+    names = {str(number): found.group for number, found in enumerate(live, 1)}
+    while True:
+        answer: str = typer.prompt("Which group (number or name)", default="1")
+        group = names.get(answer, answer)
+        if group in names.values():
+            return group
+        typer.echo(f"there is no {answer!r} in this list")
 
 
 def _print_once(watcher: Watcher, signs: Glyphs) -> None:

@@ -270,6 +270,11 @@ def encode_first_request(engine: int | None, wave: int) -> bytes:
     return _encoder.encode((engine, wave))
 
 
+def encode_scale(dp_size: int) -> bytes:
+    """A request to change the number of ranks."""
+    return _encoder.encode((SCALE, dp_size))
+
+
 def encode_drain(dp_rank: int, drained: bool) -> bytes:
     """A request to take a rank out of routing, or to put it back."""
     return _encoder.encode((DRAIN if drained else UNDRAIN, dp_rank))

@@ -8,7 +8,7 @@ the lock.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import zmq
 
@@ -19,7 +19,7 @@ from dpshm.coordinator.row import CoordinatorRow
 from dpshm.errors import DpshmError, SettingError
 from dpshm.net import wire
 from dpshm.net.context import Socket, context
-from dpshm.net.keys import connect, keys_for
+from dpshm.net.keys import Folder, connect, keys_for
 from dpshm.ops.frame import Frame
 
 TIMEOUT_S = 3.0
@@ -28,7 +28,7 @@ LOOK_S = 0.002
 
 
 class NotHeeded(DpshmError):
-    """The coordinator did not drain or undrain the ranks in time."""
+    """The coordinator did not do in time what it was asked for."""
 
 
 def parse_ranks(words: Iterable[str], dp_size: int) -> list[int]:
@@ -62,13 +62,14 @@ def check_some_stay(frame: Frame, ranks: Sequence[int]) -> None:
         )
 
 
-def set_drained(board: Board, ranks: Sequence[int], drained: bool) -> None:
+def set_drained(board: Board, ranks: Sequence[int], drained: bool, *, curve_dir: Folder | None = None) -> None:
     """Drains ranks or puts them back. Returns once the board shows it; the next decision then follows it.
 
     Args:
         board: the group's board; it may be read-only.
         ranks: ranks from 0 to dp_size - 1.
         drained: true takes the ranks out of routing, false puts them back.
+        curve_dir: folder of the group's keys, where its sockets ask for them; default: the environment's.
 
     Raises:
         NotHeeded: the coordinator lives and did not change the marks in time.
@@ -77,13 +78,10 @@ def set_drained(board: Board, ranks: Sequence[int], drained: bool) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while wrong := _wrong(board, ranks, drained):
         if time.monotonic() > deadline:
-            raise NotHeeded(
-                f"the coordinator of group {board.segment.group!r}, pid {int(board.coordinator_pid[0])}, did not "
-                f"{'drain' if drained else 'undrain'} {_words(wrong)} within {TIMEOUT_S:g} s: it is "
-                "stopped or wedged, or its sockets cannot be reached from here. See: dpshm doctor"
-            )
+            raise not_heeded(board, f"{'drain' if drained else 'undrain'} {_words(wrong)}")
         if board.coordinator_alive():
-            _ask(board, wrong, drained)
+            messages = [wire.encode_drain(e, drained) for e in wrong]
+            ask(board, messages, lambda: not _wrong(board, ranks, drained), curve_dir)
         else:
             _write(board.segment.group, wrong, drained)
 
@@ -94,17 +92,31 @@ def _wrong(board: Board, ranks: Sequence[int], drained: bool) -> list[int]:
     return [e for e in ranks if bool(board.engine_mark[e] & DRAINED) != drained]
 
 
-def _ask(board: Board, ranks: Sequence[int], drained: bool) -> None:
-    """Sends one message a rank, and waits a while for the board to show them done."""
-    keys = keys_for(board.segment.header)
+def not_heeded(board: Board, what: str) -> NotHeeded:
+    """The error of a coordinator that did not do something in time."""
+    return NotHeeded(
+        f"the coordinator of group {board.segment.group!r}, pid {int(board.coordinator_pid[0])}, did not {what} "
+        f"within {TIMEOUT_S:g} s: it is stopped or wedged, or its sockets cannot be reached from here. See: "
+        "dpshm doctor"
+    )
+
+
+def ask(board: Board, messages: Iterable[bytes], done: Callable[[], bool], curve_dir: Folder | None) -> None:
+    """Sends messages to the coordinator, and waits a while for the board to show that they are done.
+
+    Raises:
+        NotHeeded: the coordinator's socket cannot be used.
+        SettingError: the group's keys are needed.
+    """
+    keys = keys_for(board.segment.header, curve_dir)
     socket: Socket = context().socket(zmq.XSUB)  # subscribes to nothing: nothing is published to it
     try:
         socket.linger = 0
         connect(socket, board.segment.header.stats_address, keys)
-        for e in ranks:
-            socket.send(wire.encode_drain(e, drained), zmq.NOBLOCK)
+        for message in messages:
+            socket.send(message, zmq.NOBLOCK)
         again = time.monotonic() + ASK_AGAIN_S
-        while _wrong(board, ranks, drained):
+        while not done():
             if time.monotonic() > again:
                 return
             time.sleep(LOOK_S)

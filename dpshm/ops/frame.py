@@ -186,6 +186,7 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
         balance: most requests on a routable rank divided by the mean; null without requests.
         rates_over_s: length of the rates' window.
         ttft: of all ranks together, as the two after it.
+        beyond: ranks that are attached and not of the group, because it has fewer; they get no requests.
         latency_over_s: length of the window of ttft, queue and per_token; null: they count since the group began.
     """
 
@@ -212,3 +213,4 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     queue: Latency | None
     per_token: Latency | None
     latency_over_s: float | None
+    beyond: list[int]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
+
+import msgspec
 
 from dpshm.board.board import Board
 from dpshm.board.files import directory, groups
 from dpshm.errors import SegmentError, SegmentNotFound, SettingError
+from dpshm.ops.read_frame import read_frame
 
 
 class Found(NamedTuple):
@@ -30,6 +34,59 @@ class Found(NamedTuple):
 def find_groups() -> list[Found]:
     """Every group whose segment is on this node."""
     return [_describe(name) for name in groups()]
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """A group in one line.
+
+    Attributes:
+        state: as in `Found`.
+        detail: ranks and coordinator in words, or why the group cannot be read.
+        dp_size: number of ranks; 0 if unknown, as the fields after it.
+        ranks: how many ranks are in each state.
+        requests: requests on all ranks that live.
+        frontends: front-ends that live.
+        coordinator_pid: 0: none lives.
+    """
+
+    group: str
+    state: str
+    detail: str
+    dp_size: int = 0
+    ranks: dict[str, int] = {}
+    requests: int = 0
+    frontends: int = 0
+    coordinator_pid: int = 0
+
+
+def summaries() -> list[Summary]:
+    """Every group of this node, by name."""
+    return [_summary(found) for found in find_groups()]
+
+
+def _summary(found: Found) -> Summary:
+    plain = Summary(group=found.group, state=found.state, detail=found.detail)
+    if not found.readable:
+        return plain
+    try:
+        with Board.attach(found.group, any_owner=True) as board:
+            frame = read_frame(board)
+    except Exception:  # it ended while we looked, or its words are damaged: `doctor` says more
+        return plain
+    living = [rank for rank in frame.ranks if rank.state not in ("dead", "absent")]
+    return msgspec.structs.replace(
+        plain,
+        dp_size=frame.dp_size,
+        ranks=dict(sorted(Counter(rank.state for rank in frame.ranks).items())),
+        requests=sum(rank.requests for rank in living),
+        frontends=sum(frontend.state == "alive" for frontend in frame.frontends),
+        coordinator_pid=0 if frame.coordinator.state == "none" else frame.coordinator.pid,
+    )
+
+
+def live_groups() -> list[Found]:
+    """The groups of this node that have a process."""
+    return [found for found in find_groups() if found.state in ("alive", "orphaned")]
 
 
 def _describe(group: str) -> Found:

@@ -52,7 +52,14 @@ def read_frame(board: Board) -> Frame:
         queue=None,
         per_token=None,
         latency_over_s=None,
+        beyond=_beyond(board),
     )
+
+
+def _beyond(board: Board) -> list[int]:
+    first = board.dp_size
+    taken = np.flatnonzero(board.engine_pid[first:]) + first
+    return [e for e in taken.tolist() if board.engine_alive(e)]
 
 
 def balance(requests: list[int]) -> float | None:

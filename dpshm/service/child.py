@@ -9,6 +9,7 @@ ended in any way: it holds a pidfd of the parent. One that hands over outlives i
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
 import signal
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 import weakref
+from operator import index
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -24,9 +26,11 @@ import msgspec
 from dpshm import errors
 from dpshm.board.board import Board
 from dpshm.coordinator.settings import Settings, SettingsDict, make_settings
-from dpshm.errors import DpshmError, StartupTimeout
+from dpshm.errors import DpshmError, SettingError, StartupTimeout
 from dpshm.linux import descriptors, processes
 from dpshm.linux.signals import EndRequest
+from dpshm.ops.drain import set_drained
+from dpshm.ops.scale import set_size
 from dpshm.service.coordinator import Coordinator
 
 logger = logging.getLogger(__name__)
@@ -34,6 +38,7 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 5.0
 _ORPHAN_INTERVAL_MS = 200
+_LOOK_S = 0.01
 _REMOVE = signal.SIGUSR1
 """From the parent of a child that hands over: end, and remove the board."""
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
@@ -134,6 +139,7 @@ class CoordinatorProcess:
         end_signal = _REMOVE if hands_over else signal.SIGTERM
         self.proc = Process(popen, f"dpshm-coordinator-{self.settings.group}", end_signal)
         self._owner_pid = os.getpid()
+        self._started_s = time.monotonic()
         self._finalizer = weakref.finalize(self, _stop, self._owner_pid, self.proc, STOP_TIMEOUT_S)
         try:
             report = _read_report(report_fd, self.proc, start_timeout_s)
@@ -145,6 +151,77 @@ class CoordinatorProcess:
         self.stats_publish_address = report.stats_address
         self.engine_addresses = (report.engine_input_address, report.engine_output_address)
         self.metrics_address = report.metrics_address
+
+    def wait_ready(self, timeout_s: float | None = None) -> None:
+        """Waits until every engine is there.
+
+        Raises:
+            StartupTimeout: they were not, in `timeout_s` or in the settings' `ready_timeout_s`; names the ranks
+                that are missing. Or the process ended.
+        """
+        now_s = time.monotonic()
+        limit_s = self.settings.ready_timeout_s
+        until_s = min(
+            now_s + timeout_s if timeout_s is not None else math.inf,
+            self._started_s + limit_s if limit_s else math.inf,
+        )
+        group = self.settings.group
+        with Board.attach(group) as board:
+            while not board.ready[0]:
+                if not self.proc.is_alive():
+                    raise StartupTimeout(f"{self.proc.name} ended before all ranks of group {group!r} were there")
+                if time.monotonic() >= until_s:
+                    missing = [e for e in range(board.dp_size) if not board.engine_alive(e)]
+                    raise StartupTimeout(
+                        f"group {group!r} was not ready in {time.monotonic() - now_s:g} s; ranks without a row: "
+                        f"{missing}"
+                    )
+                time.sleep(_LOOK_S)
+                board.segment.refresh()
+
+    def scale(self, dp_size: int) -> None:
+        """Changes the number of ranks; wave and phase stay.
+
+        Raises:
+            SettingError: the board has no room for so many.
+            NotHeeded: the process did not do it in time.
+        """
+        with Board.attach(self.settings.group) as board:
+            set_size(board, index(dp_size), curve_dir=self.settings.curve_dir)
+
+    def drain(self, dp_rank: int) -> None:
+        """Takes a rank out of routing; it finishes the requests that it has.
+
+        Raises:
+            SettingError: there is no such rank.
+            NotHeeded: the process did not do it in time.
+        """
+        self._set_drained(index(dp_rank), True)
+
+    def undrain(self, dp_rank: int) -> None:
+        """Puts a drained rank back into routing.
+
+        Raises:
+            SettingError: there is no such rank.
+            NotHeeded: the process did not do it in time.
+        """
+        self._set_drained(index(dp_rank), False)
+
+    def _set_drained(self, dp_rank: int, drained: bool) -> None:
+        with Board.attach(self.settings.group) as board:
+            if not 0 <= dp_rank < board.dp_size:
+                raise SettingError(f"dp_rank {dp_rank} is outside 0 to {board.dp_size - 1}")
+            set_drained(board, [dp_rank], drained, curve_dir=self.settings.curve_dir)
+
+    def is_healthy(self) -> bool:
+        """Whether the process runs, and its watch thread does its rounds."""
+        if not self.proc.is_alive():
+            return False
+        try:
+            with Board.attach(self.settings.group) as board:
+                return board.coordinator_alive() and board.is_watched()
+        except DpshmError:
+            return False
 
     def get_stats_publish_address(self) -> str:
         """Where front-ends connect. Named as in the class that this one replaces."""

@@ -77,6 +77,25 @@ def test_a_healthy_node_has_nothing_to_mend(node, held):
 
 
 @pytest.mark.slow
+def test_one_group_is_judged_alone(node, held):
+    """Guards against a health probe that fails for another group, for the node, or for nothing."""
+    held(Coordinator(group="good", dp_size=1))
+    held(Engine.attach("good", 0)).publish(waiting=0, running=0)
+    held(Coordinator(group="ill", dp_size=1))  # no engine
+    (node / "dpshm-bad").write_bytes(b"\0" * 8192)
+    sockets_path("lost").mkdir(0o700)
+    done = json.loads(run("doctor", "--json", "-g", "good").stdout)
+    assert (done["groups"], done["findings"]) == (["good"], [])
+    assert {f["group"] for f in json.loads(run("doctor", "--json", "-g", "ill", expect=1).stdout)["findings"]} == {
+        "ill"
+    }
+    assert {"unreadable", "leftover", "no rank"} <= set(diagnose(expect=1))
+    assert "no group 'none'" in run("doctor", "-g", "none", expect=2).stderr
+    sockets_path("lost").rmdir()
+    (node / "dpshm-bad").unlink()
+
+
+@pytest.mark.slow
 def test_leftovers_are_found_and_swept(node):
     """Guards against memory that dead groups keep, and against a sweep of a segment in use."""
     make = {"settings": {}, **dict.fromkeys(ADDRESSES, "")}

@@ -30,6 +30,7 @@ def check_group(board: Board) -> list[Finding]:
         *_coordinator(after),
         *_sockets(board, after),
         *_ranks(after),
+        *_beyond(board, after),
         *_counters(board, before, after),
         *_versions(after),
         *_holders(board, after),
@@ -213,6 +214,24 @@ def _unknown(frame: Frame, unknown: list[Rank]) -> Iterator[Finding]:
             what=f"{_names(unknown)}: on another node, and not heard for a moment",
             why="it may be dead or cut off; it gets no new requests until it is heard",
             fix="see its log on its node, and whether that node reaches the coordinator's address",
+        )
+
+
+def _beyond(board: Board, frame: Frame) -> Iterator[Finding]:
+    for rank in frame.beyond:
+        yield Finding(
+            severity="warning",
+            check="rank number",
+            group=frame.group,
+            what=(
+                f"rank {rank} is attached (pid {int(board.engine_pid[rank])}), and the group has ranks 0 to "
+                f"{frame.dp_size - 1}"
+            ),
+            why="it gets no requests",
+            fix=(
+                "start that engine with the right number; or, if the number is right: "
+                f"dpshm scale {rank + 1} --group {frame.group}"
+            ),
         )
 
 

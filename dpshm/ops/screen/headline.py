@@ -125,6 +125,9 @@ def warnings(frame: Frame) -> list[str]:
     bad = [f"{r.dp_rank} {r.state}" for r in frame.ranks if r.state in ("dead", "stalled", "stuck", "unknown")]
     if bad:
         found.append(f"out of routing: rank {', '.join(bad[:6])}{' ...' if len(bad) > 6 else ''}: dpshm doctor")
+    if frame.beyond:
+        ranks = ", ".join(map(str, frame.beyond[:6]))
+        found.append(f"rank {ranks} attached, and the group has 0 to {frame.dp_size - 1}: dpshm doctor")
     return found[:2]
 
 

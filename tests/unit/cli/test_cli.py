@@ -13,7 +13,20 @@ from dpshm import Coordinator
 from dpshm.cli import COMMANDS, load_command
 from tests.e2e.load import environment, run
 
-OPERATORS = ("coordinator", "top", "stat", "events", "drain", "undrain", "doctor", "dashboard", "web", "keygen")
+OPERATORS = (
+    "ls",
+    "scale",
+    "coordinator",
+    "top",
+    "stat",
+    "events",
+    "drain",
+    "undrain",
+    "doctor",
+    "dashboard",
+    "web",
+    "keygen",
+)
 
 
 def test_every_command_of_the_operator_is_there():

@@ -30,9 +30,9 @@ from dpshm import (
 from dpshm.board import files, layout
 from dpshm.errors import SegmentError
 from dpshm.net import wire
+from dpshm.net.wire import encode_scale
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
-from tests.stock_wire import encode_scale
 from tests.support import (
     LoneBoard,
     Remote,

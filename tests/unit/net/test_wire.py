@@ -22,7 +22,7 @@ from dpshm.net.wire import (
     StartMessage,
     StateMessage,
 )
-from tests.stock_wire import encode_scale, encode_stats
+from tests.stock_wire import encode_stats
 
 VECTORS = json.loads((Path(__file__).parents[2] / "data" / "wire-vllm-0.32.json").read_text())
 pack = msgspec.msgpack.encode
@@ -114,7 +114,7 @@ def test_what_front_ends_send():
     assert golden == {}
     assert wire.encode_first_request(2, 3) == by_integer
     assert pack((b"\x02\x00", 3)) == by_identity
-    assert encode_scale(6) == scale
+    assert wire.encode_scale(6) == scale
     assert wire.decode_frontend_message(by_integer) == FirstRequestMessage(2, 3)
     assert wire.decode_frontend_message(by_identity) == FirstRequestMessage(2, 3)
     assert wire.decode_frontend_message(scale) == ScaleMessage(6)

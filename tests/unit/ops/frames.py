@@ -86,6 +86,7 @@ def make_frame(ranks: list[Rank], frontends: list[Frontend] | None = None, **fie
         "rates_over_s": None,
         "coordinator": make_coordinator(),
         "latency_over_s": None,
+        "beyond": [],
         **dict.fromkeys(KINDS),
     }
     return Frame(**{**base, "ranks": ranks, "frontends": frontends or [], **fields})

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from dpshm import Board, Coordinator, SegmentNotFound, SettingError
+from dpshm import Board, Coordinator, Engine, Frontend, SegmentNotFound, SettingError
 from dpshm.board.header import make_header
 from dpshm.board.segment import Segment
-from dpshm.ops.groups import find_groups, open_group
+from dpshm.cli.ls import as_text
+from dpshm.ops.groups import find_groups, live_groups, open_group, summaries
 from tests.support import LoneBoard
 
 ADDRESSES = ("stats_address", "engine_input_address", "engine_output_address")
@@ -70,3 +71,30 @@ def test_what_cannot_be_read_is_told(alone: Path):
         open_group(None)
     with Coordinator(group="good", dp_size=1), open_group(None) as board:
         assert isinstance(board, Board)
+
+
+def test_each_group_is_one_line(alone: Path):
+    """Guards against a list that hides a group which is ill, or counts what dead ranks had."""
+    (alone / "dpshm-bad").write_bytes(b"\0" * 8192)
+    with Coordinator(group="prod", dp_size=2) as coordinator, Engine.attach("prod", 0) as engine:
+        engine.publish(waiting=1, running=2)
+        Segment.create(make_header("dead", 1, 1, settings={}, **dict.fromkeys(ADDRESSES, ""))).close()
+        with Frontend.attach("prod"):
+            found = {one.group: one for one in summaries()}
+            lines = as_text(summaries()).splitlines()
+    assert [found[name].state for name in ("bad", "dead", "prod")] == ["unreadable", "dead", "alive"]
+    prod = found["prod"]
+    assert (prod.dp_size, prod.requests, prod.frontends) == (2, 3, 1)
+    assert sum(prod.ranks.values()) == 2
+    assert prod.ranks["absent"] == 1
+    assert prod.coordinator_pid == coordinator.board.coordinator_pid[0]
+    assert [line.split()[:2] for line in lines[1:]] == [["bad", "unreadable"], ["dead", "dead"], ["prod", "alive"]]
+    assert "the magic is" in lines[1]
+    assert as_text([]) == "no group is on this node"
+
+
+def test_live_groups_are_offered(alone: Path):
+    """Guards against dead groups among those that one can look at."""
+    with Coordinator(group="a", dp_size=1), Coordinator(group="b", dp_size=1):
+        Segment.create(make_header("dead", 1, 1, settings={}, **dict.fromkeys(ADDRESSES, ""))).close()
+        assert [found.group for found in live_groups()] == ["a", "b"]

@@ -79,7 +79,7 @@ def test_the_fields_of_schema_1_are_these(coordinator, seen):
     assert " ".join(frame) == (
         "schema_version time monotonic_s group linked balancing waves dp_size max_engines max_frontends wave "
         "phase revision waves_per_minute balance rates_over_s coordinator ranks frontends "
-        "ttft queue per_token latency_over_s"
+        "ttft queue per_token latency_over_s beyond"
     )
     assert " ".join(frame["ranks"][0]) == (
         "dp_rank state routable drained stock waiting running in_flight requests prefill_backlog kv_cache_usage "

@@ -49,6 +49,47 @@ def test_it_coordinates(group, using):
     wait_until(lambda: engines[0].board.phase is Phase.RUNNING)
 
 
+def test_it_has_the_methods_of_a_coordinator(group, using):
+    """Guards against a program that cannot do with its coordinator's process what it did with the threads."""
+    process = using(CoordinatorProcess(group=group, dp_size=2, max_engines=4))
+    board = using(Board.attach(group))
+    assert wait_until(process.is_healthy)
+    with pytest.raises(StartupTimeout, match=r"ranks without a row: \[0, 1\]"):
+        process.wait_ready(0.05)
+    engines = [using(Engine.attach(group, dp_rank)) for dp_rank in (0, 1)]
+    process.wait_ready()
+    process.drain(1)
+    assert board.snapshot()["drained"].tolist() == [False, True]
+    process.undrain(1)
+    assert board.snapshot()["drained"].tolist() == [False, False]
+    process.scale(3)
+    assert board.dp_size == 3
+    for wrong in (lambda: process.scale(5), lambda: process.drain(3), lambda: process.undrain(-1)):
+        with pytest.raises(SettingError):
+            wrong()
+    process.proc.kill()
+    process.proc.join()
+    assert not process.is_healthy()
+    for engine in engines:
+        engine.close()
+    board.close()
+    sweep(group)
+
+
+def test_it_has_every_method_of_the_threads():
+    """Guards against a method that only one of the two has."""
+    methods = {name for name, _ in inspect.getmembers(Coordinator, inspect.isfunction) if not name.startswith("_")}
+    ours = {name for name, _ in inspect.getmembers(CoordinatorProcess, inspect.isfunction)}
+    assert methods - ours == {"hand_over"}
+
+
+def test_a_coordinator_that_ends_ends_the_wait(group, using):
+    """Guards against a server that waits for ranks of a coordinator which is gone."""
+    process = using(CoordinatorProcess(group=group, dp_size=1, ready_timeout_s=0.2))
+    with pytest.raises(StartupTimeout, match=r"not ready in .* ranks without a row: \[0\]"):
+        process.wait_ready()
+
+
 def test_the_handle_is_what_a_monitor_wants(group):
     """Guards against a server that cannot watch its coordinator: it has to end when the coordinator does."""
     process = CoordinatorProcess(group=group, dp_size=1)

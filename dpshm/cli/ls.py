@@ -1,0 +1,43 @@
+"""``dpshm ls``: the groups of this node, one line each."""
+
+from __future__ import annotations
+
+import msgspec
+import typer
+
+from dpshm.cli.options import JsonOption
+from dpshm.ops.groups import Summary, summaries
+
+
+def ls(as_json: JsonOption = False) -> None:
+    r"""List the groups of this node: state, ranks, requests and coordinator of each.
+
+    A group is alive; orphaned (no coordinator); dead (no process is attached); or unreadable.
+
+    \b
+    Examples:
+      dpshm ls
+      dpshm ls --json | jq -r 'select(.state == "orphaned") | .group'
+    """
+    found = summaries()
+    if as_json:
+        for one in found:
+            typer.echo(msgspec.json.encode(one).decode())
+    else:
+        typer.echo(as_text(found))
+
+
+def as_text(found: list[Summary]) -> str:
+    """For people."""
+    if not found:
+        return "no group is on this node"
+    rows = [("GROUP", "STATE", "REQUESTS", "COORDINATOR", "RANKS")]
+    for one in found:
+        pid = f"pid {one.coordinator_pid}" if one.coordinator_pid else "none"
+        if not one.ranks:
+            rows.append((one.group, one.state, "-", "-", one.detail))
+        else:
+            ranks = f"{one.dp_size}: " + ", ".join(f"{n} {state}" for state, n in one.ranks.items())
+            rows.append((one.group, one.state, str(one.requests), pid, ranks))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join("  ".join([*map(str.ljust, row[:4], widths), row[4]]).rstrip() for row in rows)

@@ -1,0 +1,47 @@
+"""``dpshm ls`` and ``dpshm scale``, and ``dpshm top`` where there are several groups."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from dpshm import Coordinator, Engine, Frontend
+from tests.e2e.load import run
+from tests.e2e.test_top import Terminal, needs_tmux
+
+
+@pytest.mark.slow
+def test_groups_are_listed_and_scaled(group, using):
+    """Guards against a list without a group, and ranks taken away with what they have."""
+    using(Coordinator(group=group, dp_size=2, max_engines=4))
+    engine, frontend = using(Engine.attach(group, 1)), using(Frontend.attach(group))
+    rows = {row["group"]: row for row in map(json.loads, run("ls", "--json").stdout.splitlines())}
+    assert rows[group]["dp_size"] == 2
+    assert group in run("ls").stdout
+    assert "4 ranks (before: 2)" in run("scale", "4", "-g", group).stdout
+    route = frontend.route(dp_rank=1)
+    refused = run("scale", "1", "-g", group, expect=2).stderr
+    assert f"rank 1 has 1. Drain them first: dpshm drain 1-3 --group {group}" in refused
+    assert "its board holds 1 to 4" in run("scale", "5", "-g", group, expect=2).stderr
+    route.cancel()
+    assert "1 ranks" in run("scale", "1", "-g", group).stdout
+    assert engine.board.dp_size == 1
+
+
+@needs_tmux
+@pytest.mark.slow
+def test_top_asks_which_group(group, using):
+    """Guards against a command that ends with a list where it could ask."""
+    first, second = f"{group}a", f"{group}b"
+    using(Coordinator(group=first, dp_size=1))
+    using(Coordinator(group=second, dp_size=3))
+    terminal = using(Terminal(group, f"{sys.executable} -m dpshm top"))
+    terminal.wait_for("Which group", first, second)
+    terminal.keys("nothing", "Enter")
+    terminal.wait_for("there is no 'nothing'")
+    terminal.keys(second, "Enter")
+    terminal.wait_for(f"{second} ·", "3 ranks: 3 absent")
+    terminal.keys("q")
+    terminal.wait_for("ended 0")

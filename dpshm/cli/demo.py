@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,12 +12,17 @@ import typer
 
 from dpshm.cli.live import make_display
 from dpshm.cli.options import TimeUnitOption
+from dpshm.errors import SettingError
 from dpshm.policies import NAMES
 from dpshm.sim.demo.interrupt import Interrupted
 from dpshm.sim.demo.report import Report
-from dpshm.sim.demo.run import run_demo
+from dpshm.sim.demo.run import Screen, run_demo
 from dpshm.sim.demo.workload import DemoSettings
 from dpshm.sim.workloads.formats import KNOWN
+
+COMPARE_RATE = 1.5
+"""About 45 requests a second on 8 engines: a load at which it matters where each of them goes."""
+NO_DIFFERENCE = 0.03
 
 
 class EngineKind(StrEnum):
@@ -46,7 +52,13 @@ def demo(
         ),
     ] = None,
     time_unit: TimeUnitOption = "",
-    rate: Annotated[float, typer.Option(help="Speed of the trace, as a multiple of the recorded speed.")] = 1.0,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Speed of the trace, as a multiple of the recorded speed.",
+            show_default=f"1; with --compare {COMPARE_RATE:g}",
+        ),
+    ] = None,
     policy: Annotated[str, typer.Option(help=f"How an engine is chosen: {', '.join(NAMES)}.")] = "least_work",
     stats: Annotated[
         StatsPath,
@@ -65,6 +77,26 @@ def demo(
         EngineKind,
         typer.Option(help="A simulated model, or a small one in PyTorch that computes (extra: torch)."),
     ] = EngineKind.SIM,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Independent ranks, as dense models have: no lockstep, no waves.")
+    ] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Begin the arrivals again until Ctrl-C: a group to try the tools on.")
+    ] = False,
+    chaos: Annotated[
+        bool,
+        typer.Option(
+            "--chaos",
+            help="Stop, kill and restart engines, front-ends and the coordinator while it runs. Implies --dense.",
+        ),
+    ] = False,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Play the same arrivals twice, on the board and on a broadcast as vLLM has it, and compare.",
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as one JSON object, the last line of stdout.")
     ] = False,
@@ -79,7 +111,8 @@ def demo(
     \b
     Examples:
       dpshm demo
-      dpshm demo --stats pub                       the same with a broadcast every 100 ms, to compare
+      dpshm demo --compare                         the board and a broadcast every 100 ms, in one table
+      dpshm demo --chaos --keep                    a group to practise on; dpshm top in another terminal
       dpshm demo --trace AzureLLMInferenceTrace_code.csv --rate 12
       dpshm demo --engines 4 --seconds 5 --json | jq .ttft_ms
       dpshm demo --engine torch --engines 2        a small mixture-of-experts transformer in PyTorch
@@ -88,7 +121,7 @@ def demo(
         engines=engines,
         frontends=frontends,
         seconds=seconds,
-        rate=rate,
+        rate=(COMPARE_RATE if compare else 1.0) if rate is None else rate,
         trace=trace,
         time_unit=time_unit,
         stats=stats.value,
@@ -96,18 +129,31 @@ def demo(
         seed=seed,
         engine=engine.value,
         prefix_index=prefix_index,
+        dense=dense,
+        keep=keep,
+        chaos=chaos,
     )
+    if compare and (keep or chaos or settings.stats != "board"):
+        raise SettingError("--compare plays the board and the broadcast: leave out --keep, --chaos and --stats")
+    both = [settings, replace(settings, stats="pub", policy="vllm")] if compare else [settings]
+    reports = [_run(one) for one in both]
+    for problem in [problem for report in reports for problem in report.problems]:
+        typer.echo(f"dpshm: {problem}", err=True)
+    if as_json:
+        typer.echo(msgspec.json.encode(reports if compare else reports[0]).decode())
+    else:
+        typer.echo(compared(*reports) if compare else as_text(reports[0]))
+    if any(report.lost for report in reports):
+        raise typer.Exit(1)
+
+
+def _run(settings: DemoSettings) -> Report:
     try:
         with make_display() as display:
-            report = run_demo(settings, display.show)
+            return run_demo(settings, Screen(display.show, display.tell))
     except Interrupted as e:
         typer.echo(f"dpshm: ended by {e}; nothing is left behind", err=True)
         raise typer.Exit(128 + e.signum) from None
-    for problem in report.problems:
-        typer.echo(f"dpshm: {problem}", err=True)
-    typer.echo(msgspec.json.encode(report).decode() if as_json else as_text(report))
-    if report.lost:
-        raise typer.Exit(1)
 
 
 def as_text(report: Report) -> str:
@@ -119,7 +165,7 @@ def as_text(report: Report) -> str:
     staleness, ttft, imbalance = report.staleness_us, report.ttft_ms, report.imbalance
     figures = {
         "requests": f"{report.sent} sent, {report.completed} completed, {report.refused} refused, "
-        f"{report.lost} lost",
+        f"{report.lost} lost" + (f", {report.cut_off} gone with killed front-ends" if report.cut_off else ""),
         "time": f"{report.seconds:.1f} s, {report.waves} waves, {report.steps} steps",
         "staleness": f"p50 {figure(staleness.p50, 'us')}, p99 {figure(staleness.p99, 'us')}",
         "time to first token": f"mean {figure(ttft.mean, 'ms')}, p50 {figure(ttft.p50, 'ms')}, "
@@ -137,3 +183,50 @@ def as_text(report: Report) -> str:
         f"policy: {report.policy}, workload: {report.trace or 'built-in'} at {report.rate:g}x"
     )
     return "\n".join((title, *(f"  {name:<20} {text}" for name, text in figures.items())))
+
+
+def compared(board: Report, broadcast: Report) -> str:
+    """Two reports of the same arrivals in one table, and what it comes to in a sentence."""
+
+    def figure(value: float | None) -> str:
+        return "-" if value is None else f"{value:,.1f}"
+
+    def ratio(one: float | None, other: float | None) -> str:
+        return f"{one / other:.2f}" if one is not None and other else "-"
+
+    ttfts, rows = (board.ttft_ms, broadcast.ttft_ms), []
+    stale = _percent(board.staleness_us.share), _percent(broadcast.staleness_us.share)
+    for name, one, other in (
+        ("first token after, mean (ms)", ttfts[0].mean, ttfts[1].mean),
+        ("first token after, p50 (ms)", ttfts[0].p50, ttfts[1].p50),
+        ("first token after, p99 (ms)", ttfts[0].p99, ttfts[1].p99),
+        ("requests apart, mean", board.imbalance.mean, broadcast.imbalance.mean),
+        ("decisions on old numbers (%)", *stale),
+        ("requests completed", board.completed, broadcast.completed),
+    ):
+        rows.append((name, figure(one), figure(other), ratio(one, other)))
+    head = ("", f"board, {board.policy}", f"broadcast, {broadcast.policy}", "ratio")
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(4)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (head, *rows)]
+    title = (
+        f"{board.engines} engines, {board.frontends} front-ends, the same {board.sent} arrivals twice, "
+        f"{board.trace or 'built-in'} at {board.rate:g}x"
+    )
+    return "\n".join((title, *(f"  {line}".rstrip() for line in lines), _in_a_sentence(board, broadcast)))
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _in_a_sentence(board: Report, broadcast: Report) -> str:
+    one, other = board.ttft_ms.mean, broadcast.ttft_ms.mean
+    if not one or not other:
+        return "No request was answered, so there is nothing to compare."
+    if abs(one / other - 1) < NO_DIFFERENCE:
+        return f"At this load it makes no difference ({one:,.0f} and {other:,.0f} ms): try another --rate."
+    word, times = ("sooner", other / one) if one < other else ("later", one / other)
+    return (
+        f"On the board the first token came {times:.2f} times {word}: after {one:,.0f} ms instead of {other:,.0f} "
+        "ms at the mean (one run of each)."
+    )

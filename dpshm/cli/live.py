@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from math import inf
 from types import TracebackType
 
 import typer
@@ -33,6 +34,10 @@ class Display(ABC):
             self._draw(sample)
 
     @abstractmethod
+    def tell(self, line: str) -> None:
+        """Prints a line that stays."""
+
+    @abstractmethod
     def _draw(self, sample: Sample) -> None: ...
 
     def __enter__(self) -> Display:
@@ -52,7 +57,10 @@ class Lines(Display):
         self._next_s = time.monotonic() + LINE_S
 
     def _draw(self, sample: Sample) -> None:
-        typer.echo(f"dpshm demo: {headline(sample)}", err=True)
+        self.tell(headline(sample))
+
+    def tell(self, line: str) -> None:
+        typer.echo(f"dpshm demo: {line}", err=True)
 
 
 class LiveTable(Display):
@@ -61,6 +69,9 @@ class LiveTable(Display):
     def __init__(self, console: Console) -> None:
         super().__init__(REFRESH_S)
         self._live = Live(console=console, auto_refresh=False, transient=True)
+
+    def tell(self, line: str) -> None:
+        self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _draw(self, sample: Sample) -> None:
         self._live.update(render(sample), refresh=True)
@@ -86,7 +97,7 @@ def headline(sample: Sample) -> str:
     if sample.elapsed_s < 0:
         return sample.stage
     sent, answered = sum(sample.sent), sum(sample.answered)
-    of = f" of {sample.seconds:.4g}" if sample.elapsed_s < sample.seconds else ""
+    of = f" of {sample.seconds:.4g}" if sample.elapsed_s < sample.seconds < inf else ""
     return (
         f"{sample.stage}, {sample.elapsed_s:.0f} s{of}; wave {sample.wave} {sample.phase}; "
         f"{sent} sent, {answered} answered, {sent - answered} under way"

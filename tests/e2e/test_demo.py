@@ -177,9 +177,67 @@ def test_a_killed_engine_is_reported_and_costs_the_exit_status(shell):
     shell.check_gone()
 
 
+@pytest.mark.slow
+def test_chaos(shell):
+    """Guards against a demo of failures that loses requests which others could answer, ends with the first of its
+    victims, or leaves one of them behind.
+    """
+    code, out, err = shell.run(
+        "demo", "--engines", "3", "--frontends", "2", "--seconds", "22", "--chaos", "--json"
+    )
+    report = json.loads(out.splitlines()[-1])
+    assert (code, report["lost"], report["problems"]) == (0, 0, []), err
+    assert report["completed"] + report["cut_off"] == report["sent"] > 50
+    for victim in ("engine", "front-end", "the coordinator"):
+        for act, undone in ((f"killed {victim}", f"started {victim}"), (f"stopped {victim}", f"let {victim}")):
+            assert err.count(f"chaos: {act}") == err.count(f"chaos: {undone}") > 0, (act, err)
+    shell.check_gone()
+
+
+@pytest.mark.slow
+def test_a_demo_that_is_kept(shell):
+    """Guards against a group to practise on that ends, falls silent, or is not found from another terminal."""
+    with shell.start(
+        "demo", "--engines", "2", "--frontends", "2", "--seconds", "1", "--dense", "--keep"
+    ) as process:
+        lines = iter(process.stderr.readline, "")
+        (command,) = (line for line in lines if "in another terminal: " in line).__next__().split(": ")[-1:]
+        stat = ["stat", *command.split()[2:], "--json"]
+        assert command.startswith("dpshm top -g demo-")
+
+        def finished():
+            code, out, _ = shell.run(*stat)
+            return code == 0 and sum(rank["requests_finished"] for rank in json.loads(out)["ranks"])
+
+        first = wait_until(finished)
+        wait_until(lambda: finished() > first + 30)  # more than its second of arrivals
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate()
+    assert process.returncode == 128 + signal.SIGINT
+    assert "nothing is left behind" in err
+    shell.check_gone()
+
+
+@pytest.mark.slow
+def test_the_board_and_the_broadcast_are_compared(shell):
+    """Guards against a comparison that plays other arrivals, or ends in a table without a word."""
+    code, out, err = shell.run(*SMALL, "--compare")
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0].startswith("3 engines, 2 front-ends, the same ")
+    assert "at 1.5x" in lines[0]
+    completed = next(line for line in lines if "requests completed" in line).split()
+    assert completed[-3] == completed[-2]
+    assert lines[-1].endswith(".")
+    shell.check_gone()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (("demo", "--compare", "--keep"), "dpshm: error: --compare plays the board and the broadcast"),
+        (("demo", "--chaos", "--stats", "pub"), "dpshm: error: --chaos is for the board"),
+        (("demo", "--engine", "torch", "--dense"), "dpshm: error: the ranks of --engine torch step together"),
         (("demo", "--policy", "best"), "dpshm: error: no policy 'best': choose one of"),
         (("demo", "--engines", "0"), "dpshm: error: engines is 0"),
         (("demo", "--rate", "nan"), "dpshm: error: rate is nan"),

@@ -106,6 +106,15 @@ class Child:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
         return f"{self.name} {how}" + (f"; it said: {self.said.splitlines()[-1]}" if self.said else "")
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def signal(self, number: int) -> None:
+        """Sends it a signal; does nothing if it has ended."""
+        self._process.send_signal(number)
+
     def terminate(self) -> None:
         """Asks it to end."""
         with suppress(BrokenPipeError):

@@ -23,7 +23,12 @@ def main() -> None:
     poller = zmq.Poller()
     lifeline.register(poller)
     try:
-        with Coordinator(group=settings.group, dp_size=settings.dp_size):
+        with Coordinator(
+            group=settings.group,
+            dp_size=settings.dp_size,
+            waves=settings.waves,
+            stall_timeout_s=settings.stall_timeout_s,
+        ):
             write_line(Ready())
             while not lifeline.ended():
                 poller.poll()

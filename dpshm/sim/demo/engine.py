@@ -86,6 +86,20 @@ class Sleeper:
         self._lockstep.close()
 
 
+class LoneSleeper:
+    """The accelerator of a dense model: its rank sleeps its own steps, and waits for no other."""
+
+    def __init__(self) -> None:
+        self.cost = StepCost()
+
+    def compute(self, batcher: Batcher, step: Step, interrupted: Callable[[], bool]) -> bool:  # noqa: ARG002
+        time.sleep(step.seconds)
+        return False
+
+    def close(self) -> None:
+        return
+
+
 class SimEngine:
     """One rank: the handle of the core, the scheduler, the accelerator, and the sockets between them."""
 
@@ -114,6 +128,7 @@ class SimEngine:
             socket.connect(frontend_address(settings.prefix, index))
         self._sender = StatsSender(context, settings.prefix) if settings.stats == "pub" else None
         self._engine = Engine.attach(settings.group, dp_rank=settings.dp_rank)
+        self._waves = self._engine.board.segment.header.waves
         self._cache = self._open_cache(settings) if settings.block_tokens else None
         self._poller = zmq.Poller()
         self._poller.register(self._requests, zmq.POLLIN)
@@ -146,7 +161,7 @@ class SimEngine:
         """Serves until the process is told to end."""
         self._publish()
         while not self._lifeline.ended():
-            if self._engine.running:
+            if self._engine.running if self._waves else self._batcher.unfinished:
                 self._step()
             else:
                 self._poller.poll(IDLE_BEAT_MS)
@@ -285,7 +300,7 @@ def main() -> None:
     settings = read_line(EngineSettings)
     lifeline = Lifeline(settings.parent_pid)
     set_title(f"dpshm:engine{settings.dp_rank}")
-    engine = SimEngine(settings, lifeline, Sleeper(settings))
+    engine = SimEngine(settings, lifeline, Sleeper(settings) if settings.lockstep_fd >= 0 else LoneSleeper())
     try:
         write_line(Ready())
         engine.run()

@@ -9,7 +9,7 @@ sent, the front-end waits for the outstanding ones. It gives up, and counts the 
 from __future__ import annotations
 
 import time
-from math import floor
+from math import floor, inf
 
 import msgspec
 import zmq
@@ -45,8 +45,11 @@ class SimFrontend:
         self._lifeline = lifeline
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ReplyMessage)
-        self._out: dict[int, tuple[float, Route]] = {}  # by request id: when it was due, where it went
+        # By request id: when it was due, where it went, and the process that had that rank.
+        self._out: dict[int, tuple[float, Route, int]] = {}
+        self._homeless: dict[int, float] = {}  # by request id when it was due: no rank took it
         self._report = FrontendReport(0, 0, 0, [], [])
+        self._start_s = 0.0
         self._router = make_router(settings)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._replies = context.socket(zmq.PULL)
@@ -56,6 +59,7 @@ class SimFrontend:
         for rank, socket in enumerate(self._engines):
             socket.setsockopt(zmq.SNDHWM, 0)
             socket.setsockopt(zmq.RECONNECT_IVL, 10)
+            socket.setsockopt(zmq.IMMEDIATE, int(settings.retries))  # nothing is kept for a rank that died
             socket.connect(engine_address(settings.prefix, rank))
         self._poller = zmq.Poller()
         self._poller.register(self._replies, zmq.POLLIN)
@@ -69,30 +73,31 @@ class SimFrontend:
 
     def run(self, start_ns: int) -> None:
         """Sends every arrival at its time and receives the replies, until all came or it gives up."""
-        arrivals = self._settings.arrivals
-        start_s = start_ns / 1e9
-        next_id = 0
+        self._start_s = start_s = start_ns / 1e9
+        next_id = self._settings.first_id
         next_look_s = patience_ends_s = start_s
         last_sign: object = None
         while not self._lifeline.ended():
             now_s = time.monotonic()
-            while next_id < len(arrivals) and start_s + arrivals[next_id][0] <= now_s:
-                self._send(next_id, start_s + arrivals[next_id][0])
+            while (due_s := self._due_s(next_id)) <= now_s:
+                self._report.sent += 1
+                self._send(next_id, due_s)
                 next_id += 1
             self._receive_replies()
-            if next_id == len(arrivals) and not self._out:
+            if due_s == inf and not self._out and not self._homeless:
                 return
             now_s = time.monotonic()
             if now_s >= next_look_s:
                 next_look_s = now_s + LOOK_S
                 write_line(Progress(self._report.sent, self._answered))
-                if next_id < len(arrivals) or (sign := self._sign_of_life()) != last_sign:
+                if self._settings.retries:
+                    self._send_again()
+                if due_s < inf or (sign := self._sign_of_life()) != last_sign:
                     patience_ends_s = now_s + TIMEOUT_S
-                    last_sign = None if next_id < len(arrivals) else sign
+                    last_sign = None if due_s < inf else sign
                 elif now_s > patience_ends_s:
                     return
-            due_s = start_s + arrivals[next_id][0] if next_id < len(arrivals) else next_look_s
-            self._sleep(min(due_s, next_look_s) - now_s)
+            self._sleep(min(self._due_s(next_id), next_look_s) - now_s)
 
     def _sleep(self, seconds: float) -> None:
         """Waits until that time, or until a message comes."""
@@ -105,20 +110,57 @@ class SimFrontend:
     def _answered(self) -> int:
         return self._report.completed + self._report.refused
 
+    def _due_s(self, request_id: int) -> float:
+        """When a request is due (CLOCK_MONOTONIC); infinity if there is none of that number."""
+        arrivals, repeat_s = self._settings.arrivals, self._settings.repeat_s
+        turn, at = divmod(request_id - self._settings.first_id, max(1, len(arrivals)))
+        if not arrivals or (turn and not repeat_s):
+            return inf
+        return self._start_s + turn * repeat_s + arrivals[at][0]
+
+    def _arrival(self, request_id: int) -> tuple[float, int, int, tuple[int, ...]]:
+        arrivals = self._settings.arrivals
+        return arrivals[(request_id - self._settings.first_id) % len(arrivals)]
+
     def _send(self, request_id: int, due_s: float) -> None:
-        _, prompt_tokens, output_tokens, blocks = self._settings.arrivals[request_id]
-        self._report.sent += 1
+        _, prompt_tokens, output_tokens, blocks = self._arrival(request_id)
         try:
             route = self._router.route(prompt_tokens, blocks)
         except DpshmError:
-            return  # no engine accepts it: it counts as lost, because it was sent and never answered
-        self._out[request_id] = (due_s, route)
+            # No engine accepts it. Without retries it counts as lost: it was sent and never answered.
+            if self._settings.retries:
+                self._homeless[request_id] = due_s
+            return
         message = RequestMessage.of(
             *(request_id, self._router.frontend.index, route, output_tokens),
             blocks=blocks,
             reply_to=self._settings.index,
         )
-        self._engines[route.dp_rank].send(self._encoder.encode(message))
+        incarnation = int(self._router.frontend.board.engine_incarnation[route.dp_rank])
+        try:
+            self._engines[route.dp_rank].send(self._encoder.encode(message), zmq.NOBLOCK)
+        except zmq.Again:  # the rank died, and the board does not tell it yet
+            route.cancel()
+            self._homeless[request_id] = due_s
+            return
+        self._out[request_id] = (due_s, route, incarnation)
+
+    def _send_again(self) -> None:
+        """Sends the requests whose rank died, or that no rank took, to others."""
+        board = self._router.frontend.board
+        there = {
+            rank: int(board.engine_incarnation[rank])
+            for rank in {route.dp_rank for _, route, _ in self._out.values()}
+            if board.engine_alive(rank)
+        }
+        for request_id, (due_s, route, incarnation) in list(self._out.items()):
+            if there.get(route.dp_rank) != incarnation:
+                del self._out[request_id]
+                route.done()
+                self._homeless[request_id] = due_s
+        homeless, self._homeless = self._homeless, {}
+        for request_id, due_s in homeless.items():
+            self._send(request_id, due_s)
 
     def _receive_replies(self) -> None:
         self._router.receive_broadcasts()
@@ -132,7 +174,7 @@ class SimFrontend:
             now_s = time.monotonic()
             for request_id, queue_s in zip(reply.first, reply.queue_s, strict=False):
                 if request_id in self._out:
-                    due_s, route = self._out[request_id]
+                    due_s, route, _ = self._out[request_id]
                     self._report.ttft_ms.append((now_s - due_s) * 1e3)
                     route.first_token(queue_s)
             self._report.completed += sum(map(self._end, reply.completed))
@@ -141,7 +183,7 @@ class SimFrontend:
     def _end(self, request_id: int) -> bool:
         if request_id not in self._out:
             return False
-        output_tokens = self._settings.arrivals[request_id][2]
+        output_tokens = self._arrival(request_id)[2]
         self._router.done(self._out.pop(request_id)[1], output_tokens)
         return True
 

@@ -34,7 +34,9 @@ class EngineSettings(msgspec.Struct):
     dp_rank: int
     dp_size: int
     num_frontends: int
-    lockstep_fd: int  # what `dpshm.sim.demo.lockstep` needs; with PyTorch an empty file for the ranks to meet in
+    # What `dpshm.sim.demo.lockstep` needs; with PyTorch an empty file for the ranks to meet in; -1: each rank
+    # steps on its own.
+    lockstep_fd: int
     step_limit_s: float = 60.0  # with PyTorch: a step that lasts longer is stuck
     block_tokens: int = 0  # of the prefix cache; 0: the engine has none
     prefix_index: bool = True  # whether it shows its prefix cache to front-ends
@@ -56,6 +58,9 @@ class FrontendSettings(msgspec.Struct):
     num_frontends: int
     arrivals: list[tuple[float, int, int, tuple[int, ...]]]
     block_tokens: int = 0  # of the blocks; 0: there are none
+    repeat_s: float = 0.0  # the arrivals begin again after so many seconds; 0: they do not
+    retries: bool = False  # requests whose rank died are sent again
+    first_id: int = 0  # of its requests: replies to a predecessor have other numbers
 
 
 class CoordinatorSettings(msgspec.Struct):
@@ -64,6 +69,8 @@ class CoordinatorSettings(msgspec.Struct):
     parent_pid: int
     group: str
     dp_size: int
+    waves: bool = True
+    stall_timeout_s: float = 60.0
 
 
 class BroadcastSettings(msgspec.Struct):

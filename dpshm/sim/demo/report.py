@@ -44,6 +44,7 @@ class Report(msgspec.Struct):
         sent: requests due and handed to a router. Each one is then completed, refused or lost.
         completed: requests whose last token came back.
         refused: requests that can never fit an engine's KV cache.
+        cut_off: requests that went with a front-end which chaos killed.
         lost: all other requests.
         waves: waves completed.
         prefix_hit_rate: prompt tokens that engines found in their prefix caches, of all; null without blocks.
@@ -63,6 +64,7 @@ class Report(msgspec.Struct):
     completed: int
     refused: int
     lost: int
+    cut_off: int
     waves: int
     staleness_us: Staleness
     ttft_ms: Ttft

@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from math import inf
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
@@ -21,20 +22,15 @@ from dpshm.board.board import Board
 from dpshm.board.sweep import sweep
 from dpshm.errors import DpshmError, StartupTimeout
 from dpshm.rules.waves import Phase
-from dpshm.sim.demo import lockstep
+from dpshm.sim.demo.cast import Cast
+from dpshm.sim.demo.chaos import Chaos
 from dpshm.sim.demo.children import Child, Children
 from dpshm.sim.demo.interrupt import StopFlag
 from dpshm.sim.demo.messages import (
-    BroadcastSettings,
-    CoordinatorSettings,
     EngineReport,
-    EngineSettings,
     FrontendReport,
-    FrontendSettings,
-    Go,
     Progress,
     Ready,
-    new_prefix,
 )
 from dpshm.sim.demo.report import Report, imbalance_of, staleness_of, ttft_of
 from dpshm.sim.demo.workload import DemoSettings, Workload, make_workload
@@ -44,8 +40,6 @@ START_TIMEOUT_S = 60.0
 PAUSE_TIMEOUT_S = 5.0
 """Time for the ranks to agree that they are idle after the last reply."""
 SAMPLE_INTERVAL_S = 0.05
-LEAD_S = 0.1
-"""Time from the order to time 0, so that every front-end has the order by then."""
 
 
 class DemoFailed(DpshmError):
@@ -76,14 +70,27 @@ class Sample(NamedTuple):
 
 
 Show = Callable[[Sample], None]
+Tell = Callable[[str], None]
 
 
-def run_demo(settings: DemoSettings, show: Show) -> Report:
+class Screen(NamedTuple):
+    """Where a demo shows itself.
+
+    Attributes:
+        show: called with a `Sample` about every 50 ms.
+        tell: called with lines that stay: the group's name, and what chaos does.
+    """
+
+    show: Show
+    tell: Tell = lambda _: None
+
+
+def run_demo(settings: DemoSettings, screen: Screen) -> Report:
     """Runs a demo from start to end.
 
     Args:
         settings: the demo's settings.
-        show: called with a `Sample` about every 50 ms.
+        screen: where it shows itself.
 
     Raises:
         TraceError, SettingError: the workload cannot be read or made.
@@ -94,12 +101,14 @@ def run_demo(settings: DemoSettings, show: Show) -> Report:
 
         def show_reading(count: int) -> None:
             flag.check()
-            show(Sample(f"reading the trace: {count} requests", -1.0, settings.seconds, -1, "", None, [], []))
+            screen.show(
+                Sample(f"reading the trace: {count} requests", -1.0, settings.seconds, -1, "", None, [], [])
+            )
 
         workload = make_workload(settings, show_reading)
         flag.check()
         with ExitStack() as stack:
-            demo = _Demo(settings, workload, show, flag, stack)
+            demo = _Demo(settings, workload, screen, flag, stack)
             try:
                 demo.start()
                 demo.play()
@@ -118,19 +127,19 @@ class _Demo:
     """One run; `stack` ends the processes that it starts."""
 
     def __init__(
-        self, settings: DemoSettings, workload: Workload, show: Show, flag: StopFlag, stack: ExitStack
+        self, settings: DemoSettings, workload: Workload, screen: Screen, flag: StopFlag, stack: ExitStack
     ) -> None:
         self._settings = settings
         self._workload = workload
-        self._show = show
+        self._show, self._tell = screen
         self._flag = flag
         self._stack = stack
         self._group = f"{GROUP_PREFIX}{os.getpid()}-{secrets.token_hex(2)}"
         self._board: Board | None = None
         stack.callback(_sweep, self._group)  # last of all, in case the coordinator was killed
         self._children = stack.enter_context(Children())
-        self._engines: list[Child] = []
-        self._frontends: list[Child] = []
+        self._cast = Cast(settings, workload, self._group, self._start)
+        self._cut_off = 0  # requests of front-ends that chaos killed
         self._ready: set[Child] = set()
         self._progress: dict[Child, Progress] = {}
         self._reports: dict[Child, FrontendReport] = {}
@@ -145,38 +154,16 @@ class _Demo:
 
     def start(self) -> None:
         """Starts every process and waits until all are ready."""
-        s, group, shares = self._settings, self._group, self._workload.shares
-        prefix, pid = new_prefix(), os.getpid()
-        coordinator = self._start("the coordinator", "demo.coordinator")
-        computes = s.engine == "torch"
-        # PyTorch's ranks meet in an empty file.
-        memory = os.memfd_create("dpshm-ranks", 0) if computes else lockstep.create_memory(s.engines)
-        module = "torch.engine" if computes else "demo.engine"
-        try:
-            self._engines = [self._start(f"engine {i}", module, (memory,)) for i in range(s.engines)]
-        finally:
-            os.close(memory)
-        self._frontends = [self._start(f"front-end {i}", "demo.frontend") for i in range(s.frontends)]
-        coordinator.tell(CoordinatorSettings(pid, group, s.engines))
+        self._cast.start()
         self._wait_until_ready()
-        self._board = self._stack.enter_context(Board.attach(group))
-        if s.stats == "pub":
-            self._start("the broadcaster", "demo.broadcast").tell(BroadcastSettings(pid, prefix, s.engines))
-        for i, child in enumerate(self._engines):
-            orders = EngineSettings(pid, group, prefix, s.stats, i, s.engines, s.frontends, memory)
-            orders.block_tokens = (
-                0 if computes else self._workload.block_tokens
-            )  # PyTorch's engine keeps no prefix
-            orders.prefix_index = s.prefix_index and s.stats == "board"
-            child.tell(orders)
-        for i, child in enumerate(self._frontends):
-            order = FrontendSettings(pid, group, prefix, s.stats, s.policy, i, s.engines, s.frontends, shares[i])
-            order.block_tokens = self._workload.block_tokens
-            child.tell(order)
+        self._board = self._stack.enter_context(Board.attach(self._group))
+        self._tell(f"group {self._group}; in another terminal: dpshm top -g {self._group}")
+        self._cast.order()
         self._wait_until_ready()
 
-    def _start(self, name: str, module: str, pass_fds: tuple[int, ...] = ()) -> Child:
-        self._sample("starting the processes")
+    def _start(self, name: str, module: str, pass_fds: tuple[int, ...]) -> Child:
+        if not self._start_ns:
+            self._sample("starting the processes")
         return self._children.start(name, f"dpshm.sim.{module}", pass_fds)
 
     def _wait_until_ready(self) -> None:
@@ -196,22 +183,27 @@ class _Demo:
 
     def play(self) -> None:
         """Gives the start, and returns when every front-end has reported and the ranks have paused."""
-        self._start_ns = time.monotonic_ns() + int(LEAD_S * 1e9)
-        for child in self._frontends:
-            child.tell(Go(self._start_ns))
+        self._start_ns = self._cast.go()
         last_ns = self._start_ns + round(self._workload.seconds * 1e9)
+        chaos = Chaos(self._cast, self._settings.seed, self._tell) if self._settings.chaos else None
         while True:
-            answered = all(child in self._reports or child in self._buried for child in self._frontends)
-            sending = time.monotonic_ns() < last_ns
+            answered = all(child in self._reports or child in self._buried for child in self._cast.frontends)
+            sending = self._settings.keep or time.monotonic_ns() < last_ns
             if answered and (self._problems or not sending):
                 break
             self._turn("sending" if sending else "finishing the requests that were sent")
             self._bury()
+            if chaos is not None:
+                chaos.turn(time.monotonic()) if sending else chaos.undo()
         self._end_ns = time.monotonic_ns()
         assert self._board is not None
         deadline = time.monotonic() + PAUSE_TIMEOUT_S
-        while not self._problems and self._board.phase is not Phase.PAUSED and time.monotonic() < deadline:
+        while not self._problems and self._awake() and time.monotonic() < deadline:
             self._turn("waiting for the ranks to pause")
+
+    def _awake(self) -> bool:
+        assert self._board is not None
+        return self._settings.waves and self._board.phase is not Phase.PAUSED
 
     def _bury(self) -> None:
         """Notices children that ended early. If an engine ended, all outstanding requests are lost."""
@@ -219,9 +211,13 @@ class _Demo:
             if not child.ended or child in self._buried or child in self._reports:
                 continue
             self._buried.add(child)
+            if child in self._cast.doomed:
+                progress = self._progress.get(child, Progress(0, 0))
+                self._cut_off += progress.sent - progress.answered
+                continue
             self._problems.append(child.obituary())
-            if child in self._engines:
-                for frontend in self._frontends:
+            if child in self._cast.engines:
+                for frontend in self._cast.frontends:
                     frontend.terminate()
 
     def _turn(self, stage: str) -> None:
@@ -253,12 +249,12 @@ class _Demo:
         if ranks is not None and 0 <= elapsed_s < self._workload.seconds:
             requests = ranks["requests"]
             self._imbalance.append(int(requests.max() - requests.min()))
-        progress = [self._progress.get(child, Progress(0, 0)) for child in self._frontends]
+        progress = self._progress_by_frontend()
         self._show(
             Sample(
                 stage,
                 elapsed_s,
-                self._workload.seconds,
+                inf if self._settings.keep else self._workload.seconds,
                 board.wave if board else -1,
                 board.phase.name.lower() if board else "",
                 ranks,
@@ -266,6 +262,11 @@ class _Demo:
                 [p.answered for p in progress],
             )
         )
+
+    def _progress_by_frontend(self) -> list[Progress]:
+        """What each front-end has sent and heard of, also in processes that were killed."""
+        each = [[self._progress.get(child, Progress(0, 0)) for child in lives] for lives in self._cast.lives]
+        return [Progress(sum(p.sent for p in lives), sum(p.answered for p in lives)) for lives in each]
 
     def report(self) -> Report:
         """Ends the children and puts the figures together."""
@@ -275,12 +276,12 @@ class _Demo:
         waves = board.wave
         self._stop_engines()
         reports = list(self._reports.values())
-        sent = [self._progress.get(child, Progress(0, 0)).sent for child in self._frontends]
+        sent = [progress.sent for progress in self._progress_by_frontend()]
         completed = sum(r.completed for r in reports)
         refused = sum(r.refused for r in reports)
         # For a front-end that died, its last progress counts, which does not tell these two apart.
         completed += sum(self._progress[c].answered for c in self._buried if c in self._progress)
-        lost = sum(sent) - completed - refused
+        lost = sum(sent) - completed - refused - self._cut_off
         if lost and not self._problems:
             self._problems.append(f"{lost} requests were never answered, though no process ended")
         return Report(
@@ -296,6 +297,7 @@ class _Demo:
             completed=completed,
             refused=refused,
             lost=lost,
+            cut_off=self._cut_off,
             waves=waves,
             staleness_us=staleness_of([x for r in reports for x in r.staleness_us]),
             ttft_ms=ttft_of([x for r in reports for x in r.ttft_ms]),
@@ -315,8 +317,8 @@ class _Demo:
         return round(self._cached_tokens / self._prompt_tokens, 4)
 
     def _stop_engines(self) -> None:
-        for child in self._engines:
+        for child in self._cast.engines:
             child.terminate()
         deadline = time.monotonic() + PAUSE_TIMEOUT_S
-        while not all(child.ended for child in self._engines) and time.monotonic() < deadline:
+        while not all(child.ended for child in self._cast.engines) and time.monotonic() < deadline:
             self._turn("ending")

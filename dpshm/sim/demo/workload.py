@@ -39,6 +39,10 @@ class DemoSettings:
         engine: "sim", whose model is a sleep, or "torch", which computes one.
         prefix_index: whether front-ends know which blocks of prompts each engine has cached, where a trace has
             hashes of blocks and stats are on the board.
+        dense: ranks step on their own, and there are no waves.
+        keep: the arrivals begin again until a signal ends the demo.
+        chaos: processes are stopped, killed and started again while it runs. Ranks are dense then: in lockstep
+            the death of one ends the others.
 
     Raises:
         SettingError: a value is out of range.
@@ -55,6 +59,14 @@ class DemoSettings:
     seed: int = 0
     engine: EngineKind = "sim"
     prefix_index: bool = True
+    dense: bool = False
+    keep: bool = False
+    chaos: bool = False
+
+    @property
+    def waves(self) -> bool:
+        """Whether ranks are in lockstep."""
+        return not (self.dense or self.chaos)
 
     def __post_init__(self) -> None:
         for name, number in (("engines", self.engines), ("frontends", self.frontends)):
@@ -65,6 +77,10 @@ class DemoSettings:
                 raise SettingError(f"{name} is {value}: choose a number above 0")
         check_units(Units(self.time_unit))
         policies.by_name(self.policy)
+        if self.engine == "torch" and not self.waves:
+            raise SettingError("the ranks of --engine torch step together: leave out --dense and --chaos")
+        if self.chaos and self.stats == "pub":
+            raise SettingError("--chaos is for the board: leave out --stats pub")
         if self.engine == "torch" and find_spec("torch") is None:
             raise SettingError("--engine torch needs PyTorch, which is not installed: pip install 'dpshm[torch]'")
 

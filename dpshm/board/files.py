@@ -44,7 +44,7 @@ def segment_path(group: str) -> Path:
     Raises:
         SettingError: the name cannot name a group.
     """
-    if not _names_group(group):
+    if not names_group(group):
         raise SettingError(
             f"{group!r} cannot name a group: use 1 to 48 letters, digits, '.', '_' or '-', "
             f"the first a letter, digit or '_', and do not end in {SOCKETS_SUFFIX!r} or {LOCKS_SUFFIX!r}"
@@ -52,7 +52,8 @@ def segment_path(group: str) -> Path:
     return directory() / (FILE_PREFIX + group)
 
 
-def _names_group(name: str) -> bool:
+def names_group(name: str) -> bool:
+    """Whether a group may have this name."""
     return _GROUP_NAME.fullmatch(name) is not None and not name.endswith((SOCKETS_SUFFIX, LOCKS_SUFFIX))
 
 
@@ -72,7 +73,7 @@ def groups() -> list[str]:
     with suppress(OSError):
         for entry in os.scandir(directory()):
             name = entry.name.removeprefix(FILE_PREFIX)
-            if name == entry.name or not _names_group(name):
+            if name == entry.name or not names_group(name):
                 continue
             if entry.is_file(follow_symlinks=False):
                 names.append(name)
@@ -82,9 +83,10 @@ def groups() -> list[str]:
 def stray_sockets_folders() -> list[Path]:
     """The sockets' folders without their segment. A coordinator that is starting has one, and holds its lock."""
     folders = directory().glob(f"{FILE_PREFIX}*{SOCKETS_SUFFIX}")
-    return sorted(
-        f for f in folders if f.is_dir() and not f.with_name(f.name.removesuffix(SOCKETS_SUFFIX)).exists()
-    )
+    segments = {folder: folder.with_name(folder.name.removesuffix(SOCKETS_SUFFIX)) for folder in folders}
+    # Any user may make a folder here: a name that names no group may hold what a terminal obeys.
+    ours = (folder for folder, path in segments.items() if names_group(path.name.removeprefix(FILE_PREFIX)))
+    return sorted(folder for folder in ours if folder.is_dir() and not segments[folder].exists())
 
 
 # The segment's file.

@@ -97,7 +97,7 @@ def encode_header(header: Header) -> bytes:
 
 
 def group_in(page: bytes) -> str | None:
-    """The group that a first page of any version names. None if the page is not a segment's."""
+    """The group that a first page of any version names, printable. None if the page is not a segment's."""
     if len(page) < PREAMBLE.size or not page.startswith(layout.MAGIC):
         return None
     length = PREAMBLE.unpack_from(page)[3]
@@ -105,7 +105,7 @@ def group_in(page: bytes) -> str | None:
         group = msgspec.json.decode(page[PREAMBLE.size : PREAMBLE.size + length])["group"]
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, KeyError, TypeError):
         return None
-    return group if isinstance(group, str) else None
+    return printable(group) if isinstance(group, str) else None
 
 
 def printable(text: str) -> str:

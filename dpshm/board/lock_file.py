@@ -45,8 +45,9 @@ def all_beside(segment: Path) -> list[Path]:
 
 def all_files() -> list[Path]:
     """Every lock file in the directory of segments, sorted."""
-    named = re.compile(re.escape(FILE_PREFIX) + ".+" + re.escape(".") + _TOKEN.pattern + re.escape(LOCKS_SUFFIX))
-    return sorted(path for path in files.directory().iterdir() if named.fullmatch(path.name))
+    named = re.compile(re.escape(FILE_PREFIX) + "(.+)[.]" + _TOKEN.pattern + re.escape(LOCKS_SUFFIX))
+    found = [(path, named.fullmatch(path.name)) for path in files.directory().iterdir()]
+    return sorted(path for path, match in found if match and files.names_group(match[1]))
 
 
 def segment_of(path: Path) -> Path:

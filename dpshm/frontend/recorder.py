@@ -27,6 +27,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import msgspec
 
 from dpshm.board.files import sockets_path
+from dpshm.board.header import printable
 from dpshm.board.layout import MODEL_WORDS, PAGE_BYTES, STEP_MODEL_WORDS, STEP_WORDS, WORD_BYTES
 from dpshm.errors import SettingError
 from dpshm.policies import Request, View
@@ -267,7 +268,7 @@ def _check(path: Path, data: bytes) -> RingHeader:
         raise SettingError(
             f"{path} has {len(data)} bytes and its header says {_ring_bytes(header)}: the file is cut off"
         )
-    return header
+    return msgspec.structs.replace(header, group=printable(header.group))  # the file may be another user's
 
 
 def _records(header: RingHeader, data: bytes) -> Iterator[tuple[int, _Record]]:

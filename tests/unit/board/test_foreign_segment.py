@@ -7,10 +7,10 @@ import os
 import msgspec
 import pytest
 
-from dpshm.board import files, layout
+from dpshm.board import files, layout, lock_file
 from dpshm.board.board import Board
 from dpshm.board.events import EventReader
-from dpshm.board.header import encode_header, printable, read_header
+from dpshm.board.header import encode_header, group_in, printable, read_header
 from dpshm.board.segment import FOREIGN_BYTES
 from dpshm.errors import SegmentInvalid
 from dpshm.ops.groups import find_groups
@@ -77,6 +77,25 @@ def test_an_owners_name_is_printable(group, using):
     assert board.owner_of(0).isprintable()
     assert "PWNED" in read_frame(board).frontends[0].owner
     assert printable("Zürich\n\x9b1m") == "Zürich\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}1m"
+
+
+@pytest.mark.parametrize("suffix", [".sockets", ".0123456789abcdef.locks", ""])
+def test_names_of_files_that_no_group_has_are_not_shown(folder, suffix):
+    """Guards against a name that any user can give to a file here, and that a terminal obeys."""
+    (folder / f"dpshm-{ESCAPE.replace('/', '')}{suffix}").mkdir()
+    (folder / f"dpshm-a\n{suffix}").mkdir()
+    assert files.stray_sockets_folders() == []
+    assert lock_file.all_files() == []
+    assert files.groups() == []
+    (folder / "dpshm-a.sockets").mkdir()
+    assert files.stray_sockets_folders() == [folder / "dpshm-a.sockets"]
+
+
+def test_the_group_of_an_open_segment_is_printable():
+    """Guards against the header of a segment that only a process has open, and that is read without a check."""
+    page = encode_header(header("g" + ESCAPE))
+    assert (group_in(page) or "").isprintable()
+    assert group_in(encode_header(header())) == "g"
 
 
 @pytest.mark.parametrize("field", ["stats_address", "engine_input_address", "boot_id", "settings", "setting"])

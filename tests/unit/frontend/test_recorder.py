@@ -135,6 +135,14 @@ def test_another_file_is_refused(tmp_path, data, message):
         read(path)
 
 
+def test_the_groups_name_in_a_ring_is_printable(tmp_path):
+    """Guards against a recording that another user made, whose text a terminal obeys."""
+    path = tmp_path / "ring"
+    Recorder.create(path, engines=2, group="ggggggggggg", frontend=0, slots=4)
+    path.write_bytes(path.read_bytes().replace(b'"ggggggggggg"', b'"g\\u001b[31m"'))
+    assert read(path)[0].group == "g\N{REPLACEMENT CHARACTER}[31m"
+
+
 def test_a_ring_that_is_cut_off_is_refused(tmp_path):
     """Guards against a copy that was interrupted and is read as if it were whole."""
     path = tmp_path / "ring"

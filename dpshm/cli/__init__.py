@@ -30,6 +30,7 @@ COMMANDS = (
         "doctor",
         "dashboard",
         "web",
+        "feed",
         "keygen",
     ),
 )

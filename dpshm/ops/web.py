@@ -4,6 +4,7 @@
     GET /stream        server-sent events: `past` once (points of the last minutes, recorded events), then a
                        `frame` at each interval and an `event` for each change
     GET /stat.json     the newest frame, as ``dpshm stat --json`` prints it
+    GET /loads         the loads at this moment (`dpshm.ops.loads`), for routers outside
     GET /metrics       the group's metrics for Prometheus; they outlive the coordinator
 
 One thread reads the board for all viewers. Beyond loopback a token is required. On loopback the Host header must
@@ -31,6 +32,7 @@ from dpshm.errors import SettingError
 from dpshm.net.addresses import bare, is_loopback, joined
 from dpshm.ops.bounded_http import MAX_CONNECTIONS, BoundedHandler, BoundedServer
 from dpshm.ops.frame import Frame
+from dpshm.ops.loads import LoadReader
 from dpshm.ops.watcher import Watcher
 
 PAST_POINTS = 600
@@ -185,6 +187,7 @@ class Server(BoundedServer):
         super().__init__(host, port, Handler, setting="--port", max_connections=MAX_STREAMS + MAX_CONNECTIONS)
         try:
             self.looker = Looker(group, interval_s)
+            self.loads = LoadReader(Board.attach(group, any_owner=True))
         except BaseException:
             self.server_close()
             raise
@@ -201,6 +204,7 @@ class Server(BoundedServer):
         """Ends every stream and closes the port."""
         self.looker.stop()
         self.server_close()
+        self.loads.close()
 
 
 class Handler(BoundedHandler):
@@ -219,6 +223,8 @@ class Handler(BoundedHandler):
                 self._send(self.server.page, "text/html; charset=utf-8")
             case "/stat.json":
                 self._send(self.server.looker.frame, "application/json")
+            case "/loads":
+                self._send(self.server.loads.read_json(), "application/json")
             case "/metrics":
                 self._metrics()
             case "/stream":

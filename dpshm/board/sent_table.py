@@ -7,7 +7,7 @@ goes with the group.
 
     offset 0     magic, version, rows                                                            one page
     offset 4096  stamps[row, slot]: when and where a prompt was sent, 0: no prompt               8 bytes each
-    then         samples[row, slot, 64]: fingerprints of its sampled blocks, 0: it is shorter    512 bytes a slot
+    then         samples[row, slot, 128]: fingerprints of its sampled blocks, 0: it is shorter   1024 bytes a slot
 
 A row belongs to the front-end with that row of the board, which alone writes there. Its 32 slots hold the prompts
 that it sent last. A stamp has the rank in its low 16 bits, and CLOCK_MONOTONIC in units of 2**20 ns above them.
@@ -40,8 +40,8 @@ from dpshm.rules.prefix_samples import SAMPLES
 MAGIC = int.from_bytes(b"DPSHMSNT", "little") & ((1 << 63) - 1)
 VERSION = 1
 SLOTS = 32
-MAX_ROWS = 256
-"""Front-ends with a higher row share nothing. A table takes at most 4.1 MiB; for 64 front-ends it takes 1.1."""
+MAX_ROWS = 128
+"""Front-ends with a higher row share nothing. A table takes at most 4.2 MiB; for 64 front-ends it takes 2.1."""
 RANK_BITS = 16
 TICK_SHIFT = 20
 _HEADER = (MAGIC, VERSION)

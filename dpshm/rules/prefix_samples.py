@@ -2,7 +2,7 @@
 
 A fingerprint covers all blocks before its own. So two prompts that agree at one sampled block agree in all before
 it, and the last sampled block at which they agree is a lower bound of what they share. Blocks are sampled at every
-position up to 8 and at four positions in each octave from there on: the bound is short by less than a fifth.
+position up to 16 and at eight positions in each octave from there on: the bound is short by less than a ninth.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 
 from dpshm.rules.prefix_hash import Fingerprints
 
-SAMPLES = 64
-_STEPS = 4  # in each octave
+SAMPLES = 128
+_STEPS = 8  # in each octave
 _FIRST = tuple(range(1, 2 * _STEPS + 1))
 _OCTAVES = (SAMPLES - len(_FIRST)) // _STEPS
 SAMPLED_BLOCKS = (
     *_FIRST,
     *(step << octave for octave in range(1, _OCTAVES + 1) for step in range(_STEPS + 1, 2 * _STEPS + 1)),
 )
-"""How many leading blocks each sample covers: 1 to 8, 10, 12, 14, 16, 20, ... 131,072."""
+"""How many leading blocks each sample covers: 1 to 16, 18, 20, ... 32, 36, ... 262,144."""
 _COUNTS: NDArray[np.int64] = np.array(SAMPLED_BLOCKS)
 _PLACES = _COUNTS - 1
 

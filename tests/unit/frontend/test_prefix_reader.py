@@ -273,7 +273,7 @@ def test_a_burst_on_one_new_prompt_stays_together(engines, group, board, using):
     context = np.arange(4000)
     routes = [frontend.route(prompt=np.concatenate((context, [own] * 20))) for own in range(6)]
     assert {route.dp_rank for route in routes} == {0}
-    assert [route.cached_tokens for route in routes] == [0] + [3584] * 5  # of 4000: a sampled block's end
+    assert [route.cached_tokens for route in routes] == [0] + [3840] * 5  # of 4000: a sampled block's end
     assert frontend.cached(context) == [0, 0]  # it is expected there, and not there yet
     # The engine subtracts what was booked, so nothing stays in the sums.
     for route in routes:
@@ -294,7 +294,7 @@ def test_a_burst_over_several_front_ends_stays_together(engines, group, board, u
     context = np.arange(4000)
     routes = [frontends[own % 4].route(prompt=np.concatenate((context, [own] * 20))) for own in range(8)]
     assert {route.dp_rank for route in routes} == {0}
-    assert [route.cached_tokens for route in routes] == [0] + [3584] * 7
+    assert [route.cached_tokens for route in routes] == [0] + [3840] * 7
     for own, route in enumerate(routes):
         engines[0].receive(frontends[own % 4].index, route.prompt_tokens)
     for engine in engines:

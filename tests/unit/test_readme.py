@@ -417,8 +417,8 @@ def test_the_memory_map_is_the_real_one() -> None:
 
 
 def test_the_step_models_words_are_the_real_ones() -> None:
-    """Guards against a drawn order of the eight words that a reader uses and that is wrong."""
-    found = re.search(r"`step_model` has eight words.*?\(what", text_of(BOARD), re.DOTALL)
+    """Guards against a drawn order of the ten words that a reader uses and that is wrong."""
+    found = re.search(r"`step_model` has ten words.*?\(what", text_of(BOARD), re.DOTALL)
     assert found
     assert tuple(re.findall(r"`(\w+)`", found.group())[1:]) == STEP_MODEL_WORDS
 

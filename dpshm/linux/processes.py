@@ -4,10 +4,10 @@ A pid alone does not name a process for long; a pid and the start time (in clock
 ``/proc/PID/stat``, see proc(5)) do, within one pid namespace. A pidfd (pidfd_open(2)) becomes readable
 when its process ends, also if this process is not the parent.
 
-The kernel ends a process in this order: each thread gets the flag ``PF_EXITING``; the last thread frees the
-memory; files are closed, which drops the locks; the process is gone. With gigabytes of memory, seconds lie between
-the first and the last. A thread that is not the last one ends early, and a pidfd of that thread (``PIDFD_THREAD``,
-Linux 6.9 and later) tells of it.
+The kernel ends a process in this order: it writes a core dump, if one is wanted, for which the other threads
+wait; each thread gets the flag ``PF_EXITING``; the last thread frees the memory; files are closed, which drops the
+locks; the process is gone. With gigabytes of memory, seconds lie between the first and the last. A thread that is
+not the last one ends early, and a pidfd of that thread (``PIDFD_THREAD``, Linux 6.9 and later) tells of it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from pathlib import Path
 PR_SET_NAME = 15  # prctl(2)
 COMM_BYTES = 15
 PF_EXITING = 0x4  # include/linux/sched.h
+PF_POSTCOREDUMP = 0x8
+PF_DUMPCORE = 0x200
+_ENDS = PF_EXITING | PF_POSTCOREDUMP | PF_DUMPCORE
+"""A thread with one of these runs no code of its program any more: it exits, or a core dump is written first."""
 PIDFD_THREAD = os.O_EXCL  # pidfd_open(2)
 
 
@@ -56,11 +60,11 @@ def life_of(pid: int, started: int) -> Life:
         flags, start = _flags_and_start(f"/proc/{pid}/stat")  # the flags are the first thread's
         if start != started or not start:
             return Life.GONE
-        if not flags & PF_EXITING:
+        if not flags & _ENDS:
             return Life.LIVES
         for thread in os.listdir(f"/proc/{pid}/task"):
             with suppress(FileNotFoundError, ProcessLookupError):
-                if not _flags_and_start(f"/proc/{pid}/task/{thread}/stat")[0] & PF_EXITING:
+                if not _flags_and_start(f"/proc/{pid}/task/{thread}/stat")[0] & _ENDS:
                     return Life.LIVES
     except (FileNotFoundError, ProcessLookupError):
         return Life.GONE

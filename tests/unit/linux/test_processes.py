@@ -114,6 +114,38 @@ def test_a_process_whose_first_thread_ended_lives():
         assert processes.life_of(process.pid, started) is Life.EXITS
 
 
+CRASHES = """
+import mmap, os, resource, signal, threading
+hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
+memory = mmap.mmap(-1, 64 << 20)
+memory.write(os.urandom(1 << 20) * 64)
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+print("ready", flush=True)
+input()
+os.kill(os.getpid(), signal.SIGSEGV)
+"""
+
+
+def test_a_process_of_which_a_core_dump_is_written_does_not_live(tmp_path, monkeypatch):
+    """Guards against a crashed engine that is routed to for as long as its memory is written to a disk."""
+    monkeypatch.chdir(tmp_path)
+    with child(CRASHES) as process:
+        started, seen = processes.start_time(process.pid), set()
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+        while (life := processes.life_of(process.pid, started)) is not Life.GONE:
+            exits = processes._flags_and_start(f"/proc/{process.pid}/stat")[0] & processes.PF_EXITING
+            seen.add((life, bool(exits)))
+            if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
+                break
+        status = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    if status is None or status.si_code != os.CLD_DUMPED:
+        pytest.skip("this machine writes no core dumps")
+    assert (Life.EXITS, False) in seen  # ended, and it does not exit yet
+
+
 def test_a_process_that_cannot_read_calls_no_other_dead():
     """Guards against an observer without a descriptor left, for which all others are dead."""
     code = (

@@ -63,10 +63,11 @@ class Bookings:
             return
         with self.lock:
             if self._segment.usable:
-                if output_tokens > 1 and route.first_token_ns and route.open and self._latencies is not None:
-                    # There is room for the rank since its first token.
-                    took_ns = (monotonic_ns() - route.first_token_ns) // (output_tokens - 1)
-                    self._latencies.observe(route.dp_rank, PER_TOKEN, took_ns)
+                if output_tokens > 1 and (latencies := self._latencies) is not None:
+                    first_ns = route.first_token_ns
+                    if first_ns and route.open:  # there is room for the rank since its first token
+                        took_ns = (monotonic_ns() - first_ns) // (output_tokens - 1)
+                        latencies.observe(route.dp_rank, PER_TOKEN, took_ns)
                 self._row.end(route, unbook=unbook)
         if self.lost:
             self.heal()

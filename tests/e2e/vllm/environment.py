@@ -30,6 +30,7 @@ VERSION = os.environ.get("DPSHM_VLLM_VERSION") or "0.32.0"
 TORCH = {"0.28.0": "2.13.0", "0.31.0": "2.13.0", "0.32.0": "2.13.0"}
 LAID_OVER = {"0.33.0": ("0.32.0", ("orjson",))}
 """Releases without a CPU build: the release below, and what they need beyond it."""
+RAY = "ray[serve]==2.60.0"
 COMPILED = (".so", "/vllm-rs")
 CARRIED = "carried"
 """A file of this name marks an environment that `bench.vllm.carry` made."""
@@ -82,6 +83,19 @@ def make(version: str = VERSION) -> Path:
     return where
 
 
+def with_ray() -> Path:
+    """An environment with the same vLLM and Ray; made where it is missing (0.5 GB)."""
+    where = folder().with_name(f"{folder().name}-ray")
+    with open(f"{where}.lock", "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (where / "bin" / "vllm").exists():
+            subprocess.run([sys.executable, "-m", "venv", where], check=True)
+            _pip(where, "install", RAY)
+            (_packages(where) / "below.pth").write_text(f"{_packages(folder())}\n")
+            _write_command(where)
+    return where
+
+
 def _lay_over(where: Path, version: str) -> None:
     """Unpacks a release's Python files, before those of the environment of an older release on the path."""
     below, needs = LAID_OVER[version]
@@ -96,6 +110,11 @@ def _lay_over(where: Path, version: str) -> None:
             archive.extractall(packages, names)
     _pip(where, "install", "--no-deps", *needs)
     (packages / "below.pth").write_text(f"{packages_below}\n")
+    _write_command(where)
+
+
+def _write_command(where: Path) -> None:
+    """The command ``vllm``, for an environment in which it was not installed."""
     command = where / "bin" / "vllm"
     command.write_text(
         f"#!{where / 'bin' / 'python'}\nimport sys\nfrom vllm.entrypoints.cli.main import main\n"

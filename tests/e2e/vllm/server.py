@@ -75,10 +75,19 @@ class Server:
         model: a key of `MODELS`.
         arguments: of the command line.
         within: a command that runs its arguments elsewhere, such as on another node.
+        where: the environment that it runs in; None: vLLM's.
         env: variables on top of this process's.
     """
 
-    def __init__(self, folder: Path, model: str, *arguments: str, within: Sequence[str] = (), **env: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: str,
+        *arguments: str,
+        within: Sequence[str] = (),
+        where: Path | str | None = None,
+        **env: str,
+    ) -> None:
         config = folder / model
         config.mkdir(parents=True, exist_ok=True)
         (config / "config.json").write_text(json.dumps(SIZES | MODELS[model]))
@@ -86,7 +95,8 @@ class Server:
         self._log_path = folder / "server.log"
         command = [
             *within,
-            *(str(environment.folder() / "bin" / "vllm"), "serve", str(config), "--load-format", "dummy"),
+            *(str(Path(where or environment.folder()) / "bin" / "vllm"), "serve", str(config)),
+            *("--load-format", "dummy"),
             *("--dtype", "float32", "--skip-tokenizer-init", "--enforce-eager"),
             *(["--enable-scale-out"] if environment.installed() >= SCALE_OUT_SINCE else []),
             *("--max-model-len", "2048", "--max-num-seqs", "32"),

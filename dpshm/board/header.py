@@ -55,6 +55,12 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
         return key & MAX_WORD if isinstance(key, int) else 0
 
     @property
+    def head_address(self) -> str | None:
+        """Where front-ends connect to the coordinator that this board's one follows; None if it follows none."""
+        head = self.settings.get("head")
+        return head.partition(",")[0] if isinstance(head, str) else None
+
+    @property
     def waves(self) -> bool:
         """Whether the group's ranks run in lockstep."""
         return bool(self.settings.get("waves", True))

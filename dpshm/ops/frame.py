@@ -179,6 +179,8 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
         monotonic_s: the same time on CLOCK_MONOTONIC, for intervals.
         linked: whether the segment still has its name, so that new processes can attach.
         balancing: internal, hybrid or external load balancing.
+        head: where front-ends connect to the coordinator of another node that this one follows; null: it follows
+            none. Ranks of other nodes are then absent here.
         waves: whether ranks run in lockstep.
         phase: paused, waking or running.
         revision: number of changes of marks so far.
@@ -196,6 +198,7 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     group: str
     linked: bool
     balancing: str
+    head: str | None
     waves: bool
     dp_size: int
     max_engines: int

@@ -35,6 +35,7 @@ def read_frame(board: Board) -> Frame:
         group=header.group,
         linked=board.segment.linked,
         balancing=str(header.settings.get("balancing", "internal")),
+        head=header.head_address,
         waves=header.waves,
         dp_size=board.dp_size,
         max_engines=board.engines,

@@ -58,9 +58,17 @@ def busy_loop(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
             return stock(core)
         finally:
             if link is not None:
-                link.close()
+                _close(link)
 
     return run_busy_loop
+
+
+def _close(link: EngineLink) -> None:
+    """Closes a link; what fails there must not take the place of the exception with which vLLM ends the loop."""
+    try:
+        link.close()
+    except Exception:
+        logger.warning("dpshm: a row could not be closed", exc_info=True)
 
 
 def _attach(core: Any) -> EngineLink | None:
@@ -151,14 +159,16 @@ class EngineLink:
 
     def close(self) -> None:
         """Takes the hooks off and gives the row up."""
-        self._hooks.remove()
-        self._core.step_fn = self._stock_step_fn
-        self._close_bells()
-        if self._prefix is not None:
-            self._prefix.close()
         row, self._row = self._row, None
-        if row is not None:
-            row.close()
+        try:
+            self._hooks.remove()
+            self._core.step_fn = self._stock_step_fn
+            self._close_bells()
+            if self._prefix is not None:
+                self._prefix.close()
+        finally:
+            if row is not None:
+                row.close()
 
     def _close_bells(self) -> None:
         bells, self._bells = self._bells, None

@@ -51,4 +51,5 @@ class InstanceHooks:
         for name, value in self._replaced.items():
             self._target.__dict__[name] = value
         self._replaced.clear()
-        self._target.__class__ = self._class
+        if type(self._target) is not self._class:  # None's, for one, cannot be assigned at all
+            self._target.__class__ = self._class

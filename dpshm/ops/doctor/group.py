@@ -171,7 +171,7 @@ def _ranks(frame: Frame) -> Iterator[Finding]:
                 fix=f"dpshm drain {rank.dp_rank} --group {frame.group} --no-wait; py-spy dump --pid {rank.pid}",
             )
     absent = by_state["absent"]
-    if 0 < len(absent) < frame.dp_size:
+    if 0 < len(absent) < frame.dp_size and frame.head is None:  # else they are on other nodes
         yield Finding(
             severity="warning",
             check="absent ranks",

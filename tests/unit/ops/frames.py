@@ -74,6 +74,7 @@ def make_frame(ranks: list[Rank], frontends: list[Frontend] | None = None, **fie
         "group": "g",
         "linked": True,
         "balancing": "internal",
+        "head": None,
         "waves": True,
         "dp_size": len(ranks),
         "max_engines": 64,

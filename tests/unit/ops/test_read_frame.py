@@ -77,7 +77,7 @@ def test_the_fields_of_schema_1_are_these(coordinator, seen):
     frame = json.loads(msgspec.json.encode(seen()))
     assert frame["schema_version"] == 1
     assert " ".join(frame) == (
-        "schema_version time monotonic_s group linked balancing waves dp_size max_engines max_frontends wave "
+        "schema_version time monotonic_s group linked balancing head waves dp_size max_engines max_frontends wave "
         "phase revision waves_per_minute balance rates_over_s coordinator ranks frontends "
         "ttft queue per_token latency_over_s beyond"
     )

@@ -26,6 +26,11 @@ def test_hooks_come_off_again():
     assert target.method() == "stock"
 
 
+def test_what_was_never_hooked_comes_off():
+    """Guards against an engine that fails as it ends: without room for a prefix index there is nothing to hook."""
+    InstanceHooks(None).remove()
+
+
 class Flagged:
     """Something with a flag, which a method reads."""
 

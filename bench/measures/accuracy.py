@@ -137,7 +137,7 @@ def _last_true_ms(times: Times, level: Times, now: int, at: float, believed: int
 
 
 class Request(msgspec.Struct, array_like=True):
-    """A request on its way to an engine."""
+    """A request in flight to an engine."""
 
     frontend: int
     reply_to: int

@@ -2,7 +2,7 @@
 
 - *publish*: `Engine.publish` with one request received since the last; the broadcast's: encode and send.
 - *decide*: read what there is, count every front-end's bookings, choose: `Frontend.choose`. The broadcast's:
-  choose from the copy, raise the copy. With one request of each front-end on its way; beside it with none, and
+  choose from the copy, raise the copy. With one request of each front-end in flight; beside it with none, and
   the worst case, where every front-end has one on its way to every rank.
 - *route*: the whole `Frontend.route`, in a running group; beside it, *done*.
 

@@ -1,6 +1,6 @@
 """What is outstanding at each rank: requests sent and not ended, prompt tokens sent and not computed.
 
-Every request that is on its way, waiting or running was sent by some front-end and has not ended yet, and nothing
+Every request that is in flight, waiting or running was sent by some front-end and has not ended yet, and nothing
 else is. So load is a sum of counts that only their own writers touch (rule 3 of dpshm/README.md):
 
     requests = offset + sum of sent requests over front-ends    offset = waiting + running - received

@@ -5,7 +5,7 @@ own (vLLM's engines do) uses this class directly: it counts, publishes, and stor
 machine.
 
 `EngineRow.publish` is a dozen 64-bit stores. A new holder zeroes the row and copies each front-end's ``sent`` into
-``received``: requests of the previous holder, and those on their way to it, no longer count.
+``received``: requests of the previous holder, and those in flight to it, no longer count.
 """
 
 from __future__ import annotations

@@ -2,17 +2,17 @@
 
 `FrontendRow` holds a front-end's bookings: ``sent[front-end, engine]``, counts that other front-ends read at once.
 The counts heal (rule 3). A front-end knows how many of its requests are unfinished at each engine, and a request
-on its way is unfinished. So each end of a request clamps ``sent`` into ``[received, received + unfinished]``, and
-sets ``sent_tokens`` to ``received_tokens`` when no request is on its way. A request that was booked and never
+in flight is unfinished. So each end of a request clamps ``sent`` into ``[received, received + unfinished]``, and
+sets ``sent_tokens`` to ``received_tokens`` when no request is in flight. A request that was booked and never
 arrived, or that the row's previous holder sent, leaves no lasting error.
 
 The row of an engine on another node, or of a stock one, shows late what the engine received. A request that ended
-there a moment ago may still be on its way as far as the row shows. So it counts as unfinished for a while: until a
+there a moment ago may still be in flight as far as the row shows. So it counts as unfinished for a while: until a
 row was heard `LATE_NS` later.
 
 A front-end that starts copies ``received`` into ``sent``: the bookings of the row's previous holder are settled.
 Engines would count that holder's messages that are still on their way as if the new one had sent them, so rows
-whose previous holder has no message on its way are locked first.
+whose previous holder has no message in flight are locked first.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class FrontendRow:
                     self._settle(dp_rank)
 
     def _settle(self, dp_rank: int) -> None:
-        """Nothing is on its way to a rank: what was booked and not received was lost."""
+        """Nothing is in flight to a rank: what was booked and not received was lost."""
         words = self._words
         received = words[self._at_received_requests[dp_rank]] & COUNT_MASK
         received_tokens = words[self._at_received_tokens[dp_rank]] & COUNT_MASK
@@ -168,7 +168,7 @@ def lock_row(board: Board, owner: bytes) -> int:
     """Locks and initialises a row; returns its index.
 
     First choice is a row of the same owner, then the lowest free one; in either case a row whose previous holder
-    has no message on its way, if there is one. Low rows are best: readers sum all rows up to the highest.
+    has no message in flight, if there is one. Low rows are best: readers sum all rows up to the highest.
 
     Raises:
         CapacityExceeded: every row is locked.

@@ -14,8 +14,8 @@ A word may be overwritten before the engine reads it: by one of the requests tha
 that time, each with probability 1 in 16,384. The engine then counts the whole prompt as received, more than was
 sent. The rank's sum is too small by that hit. The error ends when the API server next books at that rank, or
 when a request of its own ends there, because it then starts from the larger of the two counts
-(`dpshm.frontend.row`). Tokens that are on their way hide the difference, so the error ends at the latest when
-nothing of that API server is on its way.
+(`dpshm.frontend.row`). Tokens that are in flight hide the difference, so the error ends at the latest when
+nothing of that API server is in flight.
 
 SYNC: one writer, one store a request. The request travels through a socket, two system calls, so its engine sees
 the word.

@@ -545,9 +545,11 @@ def test_ready_is_heard(coordinator, group, using):
 def test_rubbish_from_the_coordinator_is_dropped(coordinator, group, using, caplog):
     """Guards against an engine that a single wrong message ends."""
     engine = using(Engine.attach(group, 0))
+    wait_until(lambda: start_from(coordinator, 0) or engine.poll(10))  # its subscription may be on its way
+    engine.wave_complete()
     for frames in ([b"\x02"], [b"\x02", b"\xc1"], [b"\x03", b"\x90"], [b""], [b"\x02", b"\x92\x00\xc0", b""]):
         call(coordinator, lambda sockets, frames=frames: sockets.to_engines.send_multipart(frames))
-    start_from(coordinator, 0)
+    start_from(coordinator, 1)
     wait_until(lambda: engine.poll(10))
     assert len([r for r in caplog.records if "dropped a message" in r.message]) == 5
 

@@ -97,7 +97,21 @@ def machine_facts() -> Result:
         "libzmq": zmq.zmq_version(),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "load_before": os.getloadavg()[0],
+        "busy_before": busy_share(),
     }
+
+
+def busy_share(seconds: float = 0.5) -> float:
+    """The share of all CPU time that is not idle, while this process does nothing."""
+
+    def spent() -> tuple[int, int]:
+        user, nice, system, idle, iowait, *rest = map(int, _lines("/proc/stat")[0].split()[1:9])
+        return user + nice + system + sum(rest), idle + iowait
+
+    busy_before, idle_before = spent()
+    time.sleep(seconds)
+    busy, idle = spent()
+    return (busy - busy_before) / max(1, busy - busy_before + idle - idle_before)
 
 
 def _lines(path: str) -> list[str]:

@@ -12,6 +12,9 @@ from bench.comparison import flat
 
 Result = dict[str, Any]
 
+TOO_BUSY = 0.15
+"""Share of all CPU time. A reader that waits for a core for a millisecond moves a median of some microseconds."""
+
 
 def show(result: Result) -> None:
     """Prints them."""
@@ -22,6 +25,8 @@ def show(result: Result) -> None:
         f"{machine['date']}, load {machine['load_before']:.1f} before, {machine['load_after']:.1f} after; "
         f"vLLM {result['vllm']}"
     )
+    if warning := too_busy(machine):
+        console.print(f"[bold red]{warning}[/bold red]")
     console.print(_figures(result))
     console.print(_ratios(result))
     console.print(_targets(result))
@@ -35,6 +40,7 @@ def markdown(result: Result) -> str:
         f"{machine['python']}, numpy {machine['numpy']}, libzmq {machine['libzmq']}, vLLM {result['vllm']}; "
         f"load average {machine['load_before']:.1f} when it began, {machine['load_after']:.1f} when it ended; "
         f"{machine['sizes']['rounds']} rounds.",
+        *filter(None, [too_busy(machine)]),
         "",
         "| figure | reach | measured | vLLM, same run | reached |",
         "|---|---|---|---|---|",
@@ -54,7 +60,7 @@ def markdown(result: Result) -> str:
 
 
 def _figures(result: Result) -> Table:
-    table = Table("figure", "peer", "medians over the rounds", title="Figures (us unless named otherwise)")
+    table = Table("figure", "peer", "medians over the rounds", title="Figures")
     table.add_row("limit", "", _numbers(result["limit"]))
     section_before = ""
     for section, peer, record in flat(result):
@@ -86,11 +92,33 @@ def _spread(ratio: dict[str, float]) -> list[str]:
     return [f"{ratio[name]:.3g}" for name in ("min", "median", "max")]
 
 
+UNITS = {"us": "us", "ms": "ms", "s": "s", "mb": "MB", "percent": "%", "requests": "requests"}
+_IN_US = {"p50", "p99", "p99.9", "age_p50", "age_p99", "engines", "middle", "frontends"}
+"""Figures whose names have no unit."""
+
+
+def figure(name: str, value: float) -> str:
+    """A figure with its name and unit, such as ``receive 0.718 us`` of `receive_us`."""
+    parts = name.split("_")
+    unit = next((part for part in parts if part in UNITS), "")
+    words = " ".join(part for part in parts if part != unit)
+    number = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    unit = UNITS.get(unit, "us" if name in _IN_US else "")
+    return " ".join(part for part in (words, number, unit) if part)
+
+
 def _numbers(record: dict[str, Any]) -> str:
-    return "  ".join(
-        f"{name} {value:,.0f}" if abs(value) >= 1000 else f"{name} {value:.3g}"
-        for name, value in record.items()
-        if name != "rounds"
+    return ", ".join(figure(name, value) for name, value in record.items() if name != "rounds")
+
+
+def too_busy(machine: Result) -> str:
+    """A warning if other processes took much of the machine just before the run; else nothing."""
+    busy = machine.get("busy_before", 0.0)
+    if busy < TOO_BUSY:
+        return ""
+    return (
+        f"The machine was too busy for figures: other processes took {busy:.0%} of it just before the run. "
+        "The order of the peers may hold; do not quote the numbers."
     )
 
 

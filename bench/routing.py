@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from dpshm.sim.lab.figures import Comparison, Estimate, Result
-from dpshm.sim.lab.run import Plant
+from dpshm.sim.lab.run import COST, Plant
 from dpshm.sim.lab.study import SimulationSettings, compare
 from dpshm.sim.step_cost import FLAT_COST
 
@@ -62,7 +62,7 @@ class Scenario(NamedTuple):
 
 def flat(**plant: Any) -> Plant:
     """A plant in which a request costs the same whatever its context: that of the older tables."""
-    return Plant(cost=FLAT, **plant)
+    return Plant(**{"cost": FLAT, **plant})
 
 
 def chat(name: str, table: str, label: str, rate_per_s: float, plant: dict[str, Any], **more: Any) -> Scenario:
@@ -85,7 +85,7 @@ def traced(name: str, table: str, label: str, trace: str, rate: float, **more: A
 
 def scenarios() -> list[Scenario]:
     """All of them, in the order of the tables."""
-    return [*chats(), *traces(), *prefixes(), *defaults()]
+    return [*chats(), *traces(), *prefixes(), *defaults(), *decoding()]
 
 
 def chats() -> list[Scenario]:
@@ -216,6 +216,32 @@ def defaults() -> list[Scenario]:
                 )
             )
     return found
+
+
+def decoding() -> list[Scenario]:
+    """With steps that pay for the context that requests hold: in lockstep and with independent ranks."""
+    usual: dict[str, Any] = {
+        "policies": ("vllm", "least_loaded", "lmetric@live", "shortest_kv", "br_0", "least_work"),
+        "requests": 1000,
+        "seeds": 6,
+    }
+    longer = {**usual, "workload": "long-context"}
+    held = COST._replace(max_running=256)
+    lockstep, dense = {"cost": held, "lockstep": True}, {"cost": held}
+    bursty = {"cost": held._replace(base_s=20e-3, max_prompt_tokens=2048)}
+    found = [
+        chat("decode-lockstep-chat", "decode", "lockstep, chat 25/s", 25.0, lockstep, **usual),
+        chat("decode-lockstep-long", "decode", "lockstep, long contexts 6/s", 6.0, lockstep, **longer),
+        chat("decode-chat", "decode", "chat 60/s", 60.0, dense, **usual),
+        chat("decode-long", "decode", "long contexts 12/s", 12.0, dense, **longer),
+        chat("decode-fan-out", "decode", "bursts 20/s, 20 ms steps", 20.0, bursty, **usual, workload="fan-out"),
+    ]
+    found += [
+        traced(f"decode-code-{rate:g}", "decode", f"code {rate:g}x", CODE, rate, plant=Plant(cost=held), **usual)
+        for rate in (3.0, 10.0)
+    ]
+    flat_too = chat("decode-flat", "decode", "lockstep, chat 21/s, flat", 21.0, {"lockstep": True}, **usual)
+    return [*found, flat_too]
 
 
 def figure(e: Estimate, digits: int = 2) -> str:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import threading
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from bench.comparison import busy_share
 from bench.distribution import compare, quantiles
 from bench.measures.accuracy import HORIZON_MS, Belief, judge
 from bench.measures.freshness import first_known, sampled_ages
+from bench.report import figure, show, too_busy
 
 
 def _array(*values: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -57,3 +64,43 @@ def test_a_belief_that_never_was_true_is_as_old_as_can_be() -> None:
     """Guards against leaving the worst beliefs out of the figure."""
     wrong = [Belief(0.5, [7], [7], 0, 1.0)]
     assert judge(wrong, [_array(2.0)], bookings=True)["ms_p50"] == HORIZON_MS
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("p50", 7.66, "p50 7.66 us"),
+        ("us", 0.998, "0.998 us"),
+        ("us_nothing_received", 0.909, "nothing received 0.909 us"),
+        ("middle_cpu_us", 3.95, "middle cpu 3.95 us"),
+        ("requests_mean", 0.5, "mean 0.5 requests"),
+        ("rss_mb", 41.0, "rss 41 MB"),
+        ("count", 20000.0, "count 20,000"),
+        ("percent", 0.172, "0.172 %"),
+    ],
+)
+def test_a_figure_has_its_unit(name: str, value: float, text: str) -> None:
+    """Guards against a table whose reader has to know which of its numbers are microseconds."""
+    assert figure(name, value) == text
+
+
+def test_a_busy_machine_is_told() -> None:
+    """Guards against figures of a busy machine that are quoted, and a quiet one that is called busy."""
+    assert "too busy for figures: other processes took 63% of it" in too_busy({"busy_before": 0.63})
+    assert too_busy({"busy_before": 0.02}) == too_busy({}) == ""
+    stop = threading.Event()
+    busy = threading.Thread(target=lambda: [None for _ in iter(stop.is_set, True)])
+    busy.start()
+    share = busy_share(0.2)
+    stop.set()
+    busy.join()
+    assert 0.5 / (os.cpu_count() or 1) < share <= 1
+
+
+def test_the_tables_fit_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against tables that a terminal of 80 columns breaks, or from which it cuts numbers."""
+    monkeypatch.setenv("COLUMNS", "80")
+    show(json.loads((Path(__file__).parent / "charts/result.json").read_text(encoding="utf-8")))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)

@@ -115,6 +115,7 @@ ENGINE_WORDS = (
 STEP_WORDS = (
     "step_end",  # CLOCK_MONOTONIC ns at which the running step should end; 0 between steps, or unknown
     "step_tokens",  # prompt tokens that the running step computes
+    "held_tokens",  # tokens of context of the running requests, computed or cached
 )
 MODEL_WORDS = (
     "base_ns",  # what a step takes by itself; 0: nothing was learnt yet
@@ -123,6 +124,7 @@ MODEL_WORDS = (
     "chunk_tokens",  # the most prompt tokens of a step; 0: no step was seen to be full
     "max_running",  # requests that ran when some had to wait for room; 0: none ever had to
     "ending_ns",  # mean time from one request's end to the next
+    "per_held_token_ps",  # what a token of context of the running requests adds to a step, in picoseconds
 )
 STEP_MODEL_WORDS = (*STEP_WORDS, *MODEL_WORDS)
 # The items of an engine's row in `remote_state`, for a rank of another node: what its newest message said.
@@ -137,7 +139,6 @@ CACHE_WORDS = (
     "block_tokens",  # tokens a block
     "num_blocks",  # blocks of the KV cache
     "blocks_in_use",  # of those, held by requests
-    "held_tokens",  # tokens of KV cache that running requests hold
     "cached_tokens",  # prompt tokens that were found in the cache; only grows within an incarnation
     "indexed_blocks",  # different blocks that the prefix index holds
     "dropped_blocks",  # blocks that found no place in it; only grows with each index

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpshm.board.layout import CACHE_WORDS
+from dpshm.board.layout import CACHE_WORDS, STEP_WORDS
 from dpshm.board.words import DRAINED, ON_BEHALF, unpack_load, unpack_progress, unpack_state
 from dpshm.errors import SettingError
 from dpshm.rules.liveness import is_silent, state_of
@@ -47,6 +47,7 @@ SNAPSHOT_DTYPE = np.dtype(
         ("generation_tokens", np.int64),
         ("requests_finished", np.int64),
         ("preemptions", np.int64),
+        ("held_tokens", np.int64),
         ("has_index", np.bool_),
         *((name, np.int64) for name in CACHE_WORDS[1:]),
     ]
@@ -123,6 +124,7 @@ def take_snapshot(board: Board, now_ns: int | None, counted: Sequence[int], watc
         row["incarnation"], row["pid"] = board.engine_incarnation[e], board.engine_pid[e]
         for name in _COUNTERS:
             row[name] = getattr(board, name)[e]
+        row["held_tokens"] = _sane(int(board.step_model[e, STEP_WORDS.index("held_tokens")]))
         index, *cache = board.cache_state[e].tolist()
         row["has_index"] = index != 0
         for name, value in zip(CACHE_WORDS[1:], cache, strict=True):

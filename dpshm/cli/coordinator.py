@@ -11,7 +11,7 @@ import typer
 
 from dpshm.errors import DpshmError, GroupInUse, SegmentError, SettingError
 from dpshm.service.logs import set_up
-from dpshm.service.serve import CoordinatorFailed, read_config, serve, settings_of_live_group
+from dpshm.service.serve import CoordinatorFailed, octal, read_config, serve, settings_of_live_group
 
 EXIT_FAILED, EXIT_SETTING, EXIT_IN_USE, EXIT_MEMORY = 1, 2, 3, 4
 
@@ -136,7 +136,7 @@ def coordinator(
         "max_frontends": max_frontends,
         "stall_timeout_s": stall_timeout,
         "ready_timeout_s": ready_timeout,
-        "file_mode": _octal(mode) if mode is not None else None,
+        "file_mode": octal(mode) if mode is not None else None,
         "file_group": file_group,
         "metrics_port": metrics_port,
         "metrics_host": metrics_host,
@@ -164,10 +164,3 @@ def coordinator(
         sys.stderr.write(f"dpshm: error: {e}\n")
         code = EXIT_IN_USE if isinstance(e, GroupInUse) else EXIT_SETTING
         raise typer.Exit(EXIT_MEMORY if isinstance(e, SegmentError) else code) from None
-
-
-def _octal(text: str) -> int:
-    try:
-        return int(text, 8)
-    except ValueError:
-        raise typer.BadParameter(f"--mode {text!r} is not octal: 0600, 0640 or 0644") from None

@@ -59,8 +59,12 @@ def top(
                 return
             if not sys.stdout.isatty() or not sys.stdin.isatty():
                 raise SettingError("top needs a terminal: use `dpshm top --once`, or `dpshm stat --watch 1`")
-            from dpshm.ops.screen.app import Top
-
+            try:
+                from dpshm.ops.screen.app import Top
+            except ModuleNotFoundError as e:
+                raise SettingError(
+                    f"the live screen needs textual ({e}): pip install 'dpshm[cli]', or use `dpshm top --once`"
+                ) from None
             with EventReader(Board.attach(watcher.board.segment.group, any_owner=True)) as events:
                 Top(watcher, events, interval, signs).run()
         except KeyboardInterrupt:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any, Literal, Required, TypedDict
 
 import msgspec
@@ -149,15 +151,29 @@ class SettingsDict(TypedDict, total=False):
     metrics_host: str
 
 
+def check_names(given: Iterable[str]) -> None:
+    """Checks that these are names of settings.
+
+    Raises:
+        SettingError: names the first that is not, and the one that is most like it.
+    """
+    names = Settings.__struct_fields__
+    for name in sorted(set(given) - set(names)):
+        alike = get_close_matches(name, names, 1)
+        raise SettingError(
+            f"unknown setting {name!r}: "
+            + (f"is {alike[0]} meant? Otherwise " if alike else "")
+            + f"choose from {', '.join(names)}"
+        )
+
+
 def make_settings(**given: Any) -> Settings:
     """Settings from keyword arguments or a decoded file.
 
     Raises:
         SettingError: names the setting, the value given, and the values that it may have.
     """
-    unknown = sorted(given.keys() - set(Settings.__struct_fields__))
-    if unknown:
-        raise SettingError(f"unknown setting {unknown[0]!r}: choose from {', '.join(Settings.__struct_fields__)}")
+    check_names(given)
     given = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
     try:
         settings = msgspec.convert(given, Settings)

@@ -6,15 +6,21 @@ time after it was made (`dpshm.coordinator.sent_log`): a report erases no bookin
 It has no lock, so it gets no verdict but *alive*, and its row shows its queues and not whether it steps. An engine
 that has taken its row writes the row itself; its reports are then not heeded.
 
-A report alone proves that a stock engine is there: a connection does not say whose it is. The mark on behalf
-stays while the engine's connection does. If fewer stock engines are connected than marked, it is not known which
-one left: all these marks go, and the next report of each engine brings its mark back.
+A report proves that a stock engine is there: a connection does not say whose it is. A dense engine reports only
+after a step, so before its first request a front-end's word counts too: it has a live connection to that very
+rank. The word counts only if there is a nameless connection for each rank that is marked or named. So a connection
+that a forked worker keeps stands for no rank of which no front-end has heard.
+
+The mark on behalf stays while the engine's connection does. If fewer stock engines are connected than marked, it
+is not known which one left: all these marks go, and the next report of each engine, or the next word of a
+front-end, brings its mark back.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dpshm.board.words import ON_BEHALF, VERDICT_MASK, pack_load, pack_progress, queued, unpack_load
@@ -80,6 +86,25 @@ class StockEngines:
         if self.due_ns is None:
             self.due_ns = now_ns + LOOK_NS
         return SeenRunning(e, stats.current_wave) if running else None
+
+    def heard(self, dp_ranks: Sequence[int], now_ns: int) -> None:
+        """A front-end has live connections to these ranks: those that are not there yet are idle stock engines."""
+        board, row, marked = self._board, self._row, set(self._marked())
+        new = [
+            e
+            for e in dp_ranks
+            if e < board.dp_size and e not in marked and not board.engine_pid[e] and not self._holds_row(e)
+        ]
+        new = [e for e in new if not row.is_remote(e) and not board.engine_alive(e)]
+        if not new or self._connected() < len(marked) + len(new):
+            return
+        for e in new:
+            board.words[board.index("load", e)] = pack_load(0, 0, 0.0)
+            self._receive(e, self._look(now_ns))
+            board.words[board.index("beat", e)] = now_ns
+            row.set_engine(e, verdict=Verdict.ALIVE, on_behalf=True, remote=False)
+        if self.due_ns is None:
+            self.due_ns = now_ns + LOOK_NS
 
     def on_time(self, now_ns: int) -> None:
         """Time has passed: bookings that are old enough count as received, also without a report."""

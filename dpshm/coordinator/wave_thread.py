@@ -295,6 +295,8 @@ class WaveThread(threading.Thread):
                     self.ranks.set_drained(dp_rank, drained)
                 except SettingError as e:
                     self._drop("drain refused", e)
+            case wire.HeardMessage(dp_ranks):
+                self.stock.heard(dp_ranks, time.monotonic_ns())
 
     def _from_engine_subscription(self, frames: list[bytes]) -> None:
         data = frames[0]

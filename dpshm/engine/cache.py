@@ -64,7 +64,7 @@ class EngineCache:
         self._words = board.words
         self._at = {name: board.index("cache_state", dp_rank, i) for i, name in enumerate(CACHE_WORDS)}
         self._at_cached = self._at["cached_tokens"]
-        self._at_in_use, self._at_held = self._at["blocks_in_use"], self._at["held_tokens"]
+        self._at_in_use = self._at["blocks_in_use"]
         self._at_indexed, self._at_dropped = self._at["indexed_blocks"], self._at["dropped_blocks"]
         self._cached_tokens = 0
         self._index: PrefixIndexWriter | None = None
@@ -139,16 +139,14 @@ class EngineCache:
         self._cached_tokens = saturate(self._cached_tokens + index(cached_tokens))
         self._words[self._at_cached] = self._cached_tokens
 
-    def show(self, *, blocks_in_use: int, held_tokens: int) -> None:
+    def show(self, *, blocks_in_use: int) -> None:
         """Stores how full the cache and the index are.
 
         Args:
             blocks_in_use: blocks that requests hold.
-            held_tokens: tokens of KV cache that running requests hold.
         """
         self._check()
-        in_use, held = saturate(index(blocks_in_use)), saturate(index(held_tokens))
-        self._words[self._at_in_use], self._words[self._at_held] = in_use, held
+        self._words[self._at_in_use] = saturate(index(blocks_in_use))
         if self._index is not None:
             self._words[self._at_indexed] = len(self._index)
             self._words[self._at_dropped] = self._index.dropped

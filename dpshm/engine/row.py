@@ -301,16 +301,17 @@ class EngineRow:
         # SYNC: the beat comes last, so a reader that has seen it (x86-64) sees the report that it dates.
         words[self._at_beat] = time.monotonic_ns()
 
-    def step(self, prefill_tokens: int = 0, batch: int = 0) -> StepTimer:
+    def step(self, prefill_tokens: int = 0, batch: int = 0, held_tokens: int = 0) -> StepTimer:
         """A context for one step of the model: marks it as begun, times it, counts it.
 
         Args:
             prefill_tokens: prompt tokens that it computes.
             batch: requests that get a token from it. Neither of the two: a dummy step.
+            held_tokens: tokens of context of the running requests, computed or cached: what attention reads.
         """
         self._check()
         step = self._step
-        step.prefill_tokens, step.batch = index(prefill_tokens), index(batch)
+        step.prefill_tokens, step.batch, step.held_tokens = index(prefill_tokens), index(batch), index(held_tokens)
         return step
 
     def finished(self, requests: int = 1) -> None:

@@ -27,6 +27,8 @@ class StepTimer:
     Attributes:
         prefill_tokens: prompt tokens that the step computes; may be set until the step ends.
         batch: requests that get a token from it; likewise.
+        held_tokens: tokens of context of the running requests, computed or cached: when it begins. May be set anew
+            when it ends, for front-ends.
         unreported: a step ended, and `report` was not called since.
     """
 
@@ -38,13 +40,15 @@ class StepTimer:
         self._started_ns = 0
         self.prefill_tokens = 0
         self.batch = 0
+        self.held_tokens = self._held_at_start = 0
         self.unreported = False
 
     def __enter__(self) -> Self:
         words, at, model = self._words, self._at_model, self._model
         now_ns = words[self._at_step_start] = self._started_ns = time.monotonic_ns()
-        model.begin(now_ns, self.prefill_tokens, self.batch)
-        words[at], words[at + 1] = model.words[:2]
+        self._held_at_start = self.held_tokens
+        model.begin(now_ns, self.prefill_tokens, self.batch, self.held_tokens)
+        words[at], words[at + 1], words[at + 2] = model.words[:3]
         return self
 
     def __exit__(
@@ -63,14 +67,14 @@ class StepTimer:
         for i, value in enumerate(counters):
             words[at + i] = value
         words[self._at_step_start] = 0
-        self._model.end(duration_ns, prefill_tokens, batch)
+        self._model.end(duration_ns, prefill_tokens, batch, self._held_at_start, int(self.held_tokens))
         self._store_model()
         self.unreported = True
 
     def forget(self) -> None:
         """Call it instead of the exit if the step computed nothing: it is not counted."""
         words, at = self._words, self._at_model
-        words[self._at_step_start] = words[at] = words[at + 1] = 0
+        words[self._at_step_start] = words[at] = words[at + 1] = words[at + 2] = 0
 
     def finished(self, requests: int) -> None:
         """Counts requests that ended, for the step model."""

@@ -22,7 +22,7 @@ from dpshm.board.board import Board
 from dpshm.board.events import Event
 from dpshm.board.segment import Segment
 from dpshm.board.snapshot import Snapshot
-from dpshm.board.words import AWAKE, MAX_PROMPT_TOKENS, PHASE_MASK, WAVE_SHIFT
+from dpshm.board.words import AWAKE, MAX_PROMPT_TOKENS, ON_BEHALF, PHASE_MASK, VERDICT_MASK, WAVE_SHIFT
 from dpshm.errors import NoEngineAvailable, SettingError, StartupTimeout
 from dpshm.frontend.changes import Changes, ChangeThread
 from dpshm.frontend.decision_lock import DecisionLock
@@ -43,6 +43,8 @@ from dpshm.rules.waves import MAX_WAVE
 logger = logging.getLogger(__name__)
 
 REFRESH_INTERVAL_NS = 100_000_000
+SAY_AGAIN_NS = 1_000_000_000
+"""Between two words to the coordinator that a rank was heard which the board does not show."""
 """Interval between refreshes while no mark changes: a coordinator may have ended, or the file been unlinked."""
 READY_INTERVAL_S = 0.02
 
@@ -96,6 +98,8 @@ class Frontend:
         self._next_refresh_ns = 0
         self._alone = False  # the coordinator of a group with waves has ended, or is stopped
         self._warned_unlinked = False
+        self._heard: set[int] = set()
+        self._next_word_ns = 0
 
     @classmethod
     @explained()
@@ -181,6 +185,31 @@ class Frontend:
             board.close()
             raise
         return frontend
+
+    def heard_from(self, dp_rank: int, connected: bool = True) -> None:
+        """Says that this front-end has a live connection to a rank: its handshake, or a message, came from it.
+
+        Only vLLM's own engines need it, and in a dense group: they report to the coordinator after a step alone,
+        so a rank that has had no request yet is not known to be there. Ranks that have dpshm need no word.
+
+        Args:
+            dp_rank: the rank.
+            connected: False takes the word back: the connection has ended.
+
+        Raises:
+            SettingError: the group has no such rank.
+        """
+        dp_rank = operator.index(dp_rank)
+        if not 0 <= dp_rank < self.board.engines:
+            raise SettingError(f"dp_rank {dp_rank} is outside 0 to {self.board.engines - 1}")
+        with self._lock:
+            if not self._segment.usable:
+                raise self._segment.why_unusable()
+            if connected:
+                self._heard.add(dp_rank)
+                self._tell_heard(time.monotonic_ns())
+            else:
+                self._heard.discard(dp_rank)
 
     def route(
         self,
@@ -437,6 +466,17 @@ class Frontend:
         self._row.follow_late(self._reader.late)
         self._prefixes.refresh(now_ns, self._row.routed)
         self._wakeup.expect(self._reader.dp_size)
+        if self._heard and now_ns >= self._next_word_ns:
+            self._tell_heard(now_ns)
+
+    def _tell_heard(self, now_ns: int) -> None:
+        """Names the ranks that were heard and have no row of their own, if one of them is not there yet."""
+        marks = self.board.engine_mark[: self.board.dp_size].tolist()
+        absent = {e for e in self._heard if e < len(marks) and marks[e] & VERDICT_MASK == Verdict.ABSENT}
+        if absent:
+            self._next_word_ns = now_ns + SAY_AGAIN_NS
+            stock = {e for e in self._heard if e < len(marks) and marks[e] & ON_BEHALF}
+            self._wakeup.tell_heard(sorted(absent | stock))
 
     def _choose(self, request: Request, now_ns: int, exclude: Collection[int]) -> int:
         reader, recorder = self._reader, self._recorder

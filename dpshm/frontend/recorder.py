@@ -69,7 +69,7 @@ class _Record(msgspec.Struct, array_like=True, gc=False):
     requests: list[_Word]
     own: list[_Word]
     beats: list[_Word]
-    work: tuple[list[_Word], list[list[_Word]], list[list[_Word]]] | None
+    work: tuple[list[_Word], list[list[_Word]], list[list[_Word]], bool] | None
     cached: list[_Word] | None
 
 
@@ -100,7 +100,7 @@ def default_path(group: str, frontend: int) -> Path:
 
 def slot_bytes(engines: int) -> int:
     """Bytes for any record of `engines` engines: an integer takes at most 9 bytes, an array's head at most 5."""
-    integers = 6 + engines * (5 + 2 + len(STEP_MODEL_WORDS) + 1)
+    integers = 7 + engines * (5 + 2 + len(STEP_MODEL_WORDS) + 1)
     size = 2 * WORD_BYTES + 9 * integers + 5 * (engines + 11)
     return -(-size // WORD_BYTES) * WORD_BYTES
 
@@ -209,7 +209,7 @@ class Recorder:
                 self._models = work.models
                 self._encoded_models = msgspec.Raw(self._encode(work.models if few else work.models.tolist()))
             rows = (work.tokens, work.steps) if few else (work.tokens.tolist(), work.steps.tolist())
-            rows = (*rows, self._encoded_models)
+            rows = (*rows, self._encoded_models, work.lockstep)
         data = self._encode(
             (
                 *(now_ns, choice, request.prompt_tokens, request.key, columns.num_frontends),
@@ -292,7 +292,7 @@ def _records(header: RingHeader, data: bytes) -> Iterator[tuple[int, _Record]]:
 
 def _is_whole(record: _Record) -> bool:
     n = len(record.load)
-    rows: list[Any] = [record.requests, record.own, record.beats, *(record.work or ())]
+    rows: list[Any] = [record.requests, record.own, record.beats, *(record.work or ())[:3]]
     if record.cached is not None:
         rows.append(record.cached)
     if any(len(row) != n for row in rows) or not record.ranks:
@@ -306,7 +306,7 @@ def _is_whole(record: _Record) -> bool:
 
 
 def _as_decision(number: int, record: _Record) -> Decision:
-    work = None if record.work is None else ListWork(*record.work, record.time_ns)
+    work = None if record.work is None else ListWork(*record.work[:3], record.time_ns, record.work[3])
     seen = ListColumns(record.ranks, record.load, record.requests, record.own, record.num_frontends, work)
     view = View(columns_of(seen))  # in the form in which the front-end had it
     age_ns = [max(0, record.time_ns - beat) if beat else -1 for beat in record.beats]

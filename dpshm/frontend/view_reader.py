@@ -17,7 +17,7 @@ import numpy as np
 
 from dpshm.board import layout
 from dpshm.board.board import Board
-from dpshm.board.words import DRAINED, ON_BEHALF, REMOTE, unpack_state
+from dpshm.board.words import DRAINED, ON_BEHALF, REMOTE, unpack_load, unpack_state
 from dpshm.errors import NoEngineAvailable, Overloaded, SettingError
 from dpshm.policies import View, comparable
 from dpshm.policies.columns import VECTOR_FROM, ArrayColumns, ArrayWork, ListColumns, ListWork
@@ -85,6 +85,7 @@ class ViewReader:
         self._sees_work = sees_work
         self._weights = weights
         self._max_requests = max_requests
+        self._lockstep = board.segment.header.waves  # ranks that have waves step together
         self._idle = IdleRanks()
         self.eligible = frozenset()
         self._at_revision = board.index("revision")
@@ -119,9 +120,10 @@ class ViewReader:
             self._step_columns = list(self._steps.T)
             models = board.step_model[:n, len(layout.STEP_WORDS) :]
             # Copied here and not in each decision: step models change slowly.
-            # Ranks that have waves step together.
             idle = self._idle.look(board.steps[:n].tolist(), time.monotonic_ns())
-            learnt = comparable(models.tolist(), lockstep=board.segment.header.waves, idle=idle)
+            rows = self._steps.tolist()
+            running, held = [unpack_load(word)[1] for word in self._load.tolist()], [row[2] for row in rows]
+            learnt = comparable(models.tolist(), lockstep=self._lockstep, idle=idle, running=running, held=held)
             many = np.array(learnt, np.int64) if n >= VECTOR_FROM else None
             self._models: Any = learnt if many is None else many
             self._prepared = None if many is None else prepare(many)
@@ -259,13 +261,13 @@ class ViewReader:
     def _few_work(self, now_ns: int) -> ListWork:
         steps = self._steps.tolist()
         if not self._clocks_agree:
-            steps = [[0, step_tokens] for _, step_tokens in steps]
-        return ListWork(self._tokens.count().tolist(), steps, self._models, now_ns)
+            steps = [[0, *rest] for _, *rest in steps]
+        return ListWork(self._tokens.count().tolist(), steps, self._models, now_ns, self._lockstep)
 
     def _many_work(self, now_ns: int) -> ArrayWork:
         # Column by column: at 1024 ranks a fifth of the time of one copy of all.
         steps = np.empty((len(layout.STEP_WORDS), self.dp_size), np.int64)
-        steps[0], steps[1] = self._step_columns
+        steps[0], steps[1], steps[2] = self._step_columns
         if not self._clocks_agree:
             steps[0] = 0
-        return ArrayWork(self._tokens.count(), steps.T, self._models, now_ns, self._prepared)
+        return ArrayWork(self._tokens.count(), steps.T, self._models, now_ns, self._prepared, self._lockstep)

@@ -63,6 +63,15 @@ class Wakeup:
         except (OSError, zmq.ZMQError) as e:  # no descriptor for a socket, or no room in it
             logger.warning("could not send a wake-up: %s; the engine will wake the others", e)
 
+    def tell_heard(self, dp_ranks: list[int]) -> None:
+        """Tells the coordinator of live connections to ranks. A word that is lost is said again."""
+        try:
+            if self._socket is None:
+                self._socket = self._connect()
+            self._socket.send(wire.encode_heard(dp_ranks), zmq.NOBLOCK)
+        except (OSError, zmq.ZMQError) as e:  # no descriptor for a socket, or no room in it
+            logger.debug("could not tell of connections to ranks: %s", e)
+
     def close(self) -> None:
         """Closes the sockets."""
         if self._socket is not None:

@@ -38,6 +38,11 @@ def is_loopback(host: str) -> bool:
     return bool((getattr(address, "ipv4_mapped", None) or address).is_loopback)
 
 
+def reachable(host: str) -> str:
+    """A host for an address that people open: this machine's name in the place of "every address"."""
+    return socket.gethostname() if bare(host) in ("0.0.0.0", "::") else host
+
+
 def is_ipv6(host: str) -> bool:
     """Whether a host is an IPv6 address, or a name that has no IPv4 address."""
     if ":" in host:

@@ -12,6 +12,7 @@
     engine -> coordinator       SUB    0x01 / 0x00 (subscribe, unsubscribe), then the topic: empty (everything);
                                        engines with dpshm's own link also `dpshm-rank`, rank (2 bytes)
     operator -> coordinator     XSUB   ("DPSHM_DRAIN", rank), ("DPSHM_UNDRAIN", rank)
+    front-end -> coordinator    XSUB   ("DPSHM_HEARD", 0, ranks): a little-endian number, a bit a rank
 
 All payloads are msgpack. What does not decode strictly to these raises `WireError`; nothing is unpickled,
 and nothing decoded here is used as an index before its reader has checked it. The encoders of our own
@@ -25,7 +26,7 @@ from typing import Annotated, Final, NamedTuple, TypeVar
 
 import msgspec
 
-from dpshm.board.layout import CARRIED_WORDS, MAX_FRONTENDS
+from dpshm.board.layout import CARRIED_WORDS, MAX_ENGINES, MAX_FRONTENDS
 from dpshm.board.words import COUNT_MASK, MAX_WORD
 from dpshm.errors import WireError
 from dpshm.rules.waves import MAX_WAVE
@@ -37,6 +38,7 @@ UNSUBSCRIBE: Final = b"\x00"
 SCALE: Final = "SCALE_ELASTIC_EP"
 DRAIN: Final = "DPSHM_DRAIN"
 UNDRAIN: Final = "DPSHM_UNDRAIN"
+HEARD: Final = "DPSHM_HEARD"
 MAX_MESSAGE_BYTES: Final = 1 << 20
 """Larger messages are refused by the sockets: the largest honest one, 4096 engines' counts, is 80 KiB."""
 MAX_UPSTREAM_BYTES: Final = 1 << 10
@@ -49,6 +51,7 @@ _NAME: Final = b"dpshm-rank"
 ENGINE_LIMIT: Final = 1 << 16
 """Ranks are named by two bytes at most."""
 ENGINE_IDENTITY_BYTES: Final = 2
+_HEARD_BYTES: Final = MAX_ENGINES // 8
 
 T = TypeVar("T")
 Wave = Annotated[int, msgspec.Meta(ge=0, le=MAX_WAVE)]
@@ -182,9 +185,16 @@ class DrainMessage(NamedTuple):
     drained: bool
 
 
+class HeardMessage(NamedTuple):
+    """A front-end's word that it has live connections to these ranks. Not one of vLLM's messages."""
+
+    dp_ranks: tuple[int, ...]
+
+
 class _FromFrontend(msgspec.Struct, array_like=True, frozen=True):
     head: object  # an engine or SCALE; msgspec has no union of bytes and str
     number: Count
+    ranks: object = None
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -208,7 +218,7 @@ def decode_engine_message(data: bytes) -> EngineMessage:
     return _decode(_engine, "an engine's message", data)
 
 
-def decode_frontend_message(data: bytes) -> FirstRequestMessage | ScaleMessage | DrainMessage:
+def decode_frontend_message(data: bytes) -> FirstRequestMessage | ScaleMessage | DrainMessage | HeardMessage:
     """A front-end's message to the coordinator (subscriptions apart). Raises `WireError`."""
     message = _decode(_from_frontend, "a front-end's message", data)
     match message.head:
@@ -222,6 +232,11 @@ def decode_frontend_message(data: bytes) -> FirstRequestMessage | ScaleMessage |
             return ScaleMessage(message.number)
         case str(word) if word in (DRAIN, UNDRAIN):
             return DrainMessage(message.number, word == DRAIN)
+        case str(word) if (
+            word == HEARD and isinstance(message.ranks, bytes) and len(message.ranks) <= _HEARD_BYTES
+        ):
+            bits = ((8 * at, byte) for at, byte in enumerate(message.ranks) if byte)
+            return HeardMessage(tuple(first + i for first, byte in bits for i in range(8) if byte >> i & 1))
     raise WireError(f"not a front-end's message: {message.head!r:.40} names neither an engine nor {SCALE}")
 
 
@@ -273,6 +288,12 @@ def encode_first_request(engine: int | None, wave: int) -> bytes:
 def encode_scale(dp_size: int) -> bytes:
     """A request to change the number of ranks."""
     return _encoder.encode((SCALE, dp_size))
+
+
+def encode_heard(dp_ranks: Sequence[int]) -> bytes:
+    """A front-end's word that it has live connections to these ranks."""
+    bits = sum(1 << e for e in set(dp_ranks))
+    return _encoder.encode((HEARD, 0, bits.to_bytes((bits.bit_length() + 7) // 8, "little")))
 
 
 def encode_drain(dp_rank: int, drained: bool) -> bytes:

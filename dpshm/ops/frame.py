@@ -85,11 +85,11 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
         prompt_tokens_per_s: prompt tokens computed.
         generation_tokens_per_s: tokens generated.
         steps: this and the five fields after it count since this incarnation began.
+        held_tokens: tokens of context of the running requests, computed or cached.
         has_index: whether front-ends can see what its KV cache holds (the prefix index).
         block_tokens: tokens a block of its KV cache; 0 if it does not say, as the fields after it.
         num_blocks: blocks of its KV cache.
         blocks_in_use: blocks that requests hold.
-        held_tokens: tokens of KV cache that running requests hold.
         cached_tokens: prompt tokens that were found in the cache, since this incarnation began.
         indexed_blocks: different blocks in the prefix index.
         dropped_blocks: blocks that found no place in it.

@@ -116,7 +116,7 @@ PANELS = (
         help="Requests that lost their place in the batch, for want of KV cache.",
     ),
     Panel("KV cache", "percentunit", _rank("dpshm_rank_kv_cache_usage_ratio")),
-    Panel("KV-cache tokens of running requests", "short", _rank("dpshm_rank_held_tokens")),
+    Panel("Tokens of context of running requests", "short", _rank("dpshm_rank_held_tokens")),
     Panel(
         "KV-cache blocks in use",
         "percentunit",

@@ -52,7 +52,7 @@ _RANK_GAUGES: tuple[tuple[str, str, Callable[[Rank], float | None]], ...] = (
     ("incarnation", "Number of processes that have had this rank.", lambda r: r.incarnation),
     ("kv_blocks", "Blocks of the KV cache; 0 if the engine does not say.", lambda r: r.num_blocks),
     ("kv_blocks_in_use", "Blocks of the KV cache that requests hold.", lambda r: r.blocks_in_use),
-    ("held_tokens", "Tokens of KV cache that running requests hold.", lambda r: r.held_tokens),
+    ("held_tokens", "Tokens of context of the running requests, computed or cached.", lambda r: r.held_tokens),
     ("indexed_blocks", "Blocks of prompts in the prefix index.", lambda r: r.indexed_blocks),
     ("dropped_blocks", "Blocks that found no place in the prefix index.", lambda r: r.dropped_blocks),
 )  # fmt: skip

@@ -129,7 +129,7 @@ def _ranks(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Rank]:
 _SAME = (
     *("dp_rank", "drained", "stock", "waiting", "running", "in_flight", "requests", "prefill_backlog"),
     *("kv_cache_usage", "wave", "step", "pid", "incarnation", "steps", "dummy_steps", "prompt_tokens"),
-    *("generation_tokens", "requests_finished", "preemptions", "has_index", *CACHE_WORDS[1:]),
+    *("generation_tokens", "requests_finished", "preemptions", "held_tokens", "has_index", *CACHE_WORDS[1:]),
 )
 
 

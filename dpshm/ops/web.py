@@ -29,7 +29,7 @@ import msgspec
 from dpshm.board.board import Board
 from dpshm.board.events import Event, EventReader
 from dpshm.errors import SettingError
-from dpshm.net.addresses import bare, is_loopback, joined
+from dpshm.net.addresses import bare, is_loopback, joined, reachable
 from dpshm.ops.bounded_http import MAX_CONNECTIONS, BoundedHandler, BoundedServer
 from dpshm.ops.frame import Frame
 from dpshm.ops.loads import LoadReader
@@ -196,7 +196,7 @@ class Server(BoundedServer):
     @property
     def url(self) -> str:
         """The address of the page."""
-        return f"http://{joined(str(self.server_address[0]), self.server_port)}/" + (
+        return f"http://{joined(reachable(str(self.server_address[0])), self.server_port)}/" + (
             f"?token={self.token}" if self.token else ""
         )
 

@@ -24,9 +24,10 @@ import msgspec
 
 from dpshm.errors import SettingError
 from dpshm.policies.affinity import Affinity
+from dpshm.policies.alike import comparable
 from dpshm.policies.counts import PowerOfTwo, least_loaded, round_robin, vllm
 from dpshm.policies.view import Policy, Request, View, Work, sees_work
-from dpshm.policies.work import LeastWork, comparable
+from dpshm.policies.work import LeastWork
 from dpshm.rules.hashing import key_of
 
 __all__ = [

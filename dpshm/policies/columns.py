@@ -21,6 +21,8 @@ from dpshm.board.words import KV_ONE, WAITING_SHIFT
 
 VECTOR_FROM = 32
 """Ranks from which on a view is made of arrays. The two forms cost the same at about this size."""
+NO_LIMIT = 1 << 40
+"""Tokens or requests, where a rank has met no limit."""
 OVERLOADED_KV = round(0.95 * KV_ONE)
 """A rank with a queue and more of its KV cache in use than this (the low 16 bits of a load word, so 95 %) is
 overloaded: what it admits next may push out what it runs."""
@@ -33,16 +35,18 @@ class ListWork(msgspec.Struct, eq=False, gc=False):
 
     Attributes:
         tokens: prompt tokens that any front-end sent and the engine has not computed.
-        steps: by rank the words of `dpshm.board.layout.STEP_WORDS`: the running step.
+        steps: by rank the words of `dpshm.board.layout.STEP_WORDS`: the running step, and the held context.
         models: by rank the words of `dpshm.board.layout.MODEL_WORDS`: what the engine has learnt of its steps, as
             `dpshm.policies.comparable` gives them. They may be some tenths of a second old.
         now_ns: CLOCK_MONOTONIC.
+        lockstep: whether the ranks step together, so that a step lasts as long as the slowest rank's.
     """
 
     tokens: list[int]
     steps: list[list[int]]
     models: list[list[int]]
     now_ns: int
+    lockstep: bool = False
 
 
 class PreparedModels(msgspec.Struct, eq=False, gc=False):
@@ -50,6 +54,8 @@ class PreparedModels(msgspec.Struct, eq=False, gc=False):
 
     Attributes:
         base_and_request: of a step with the new request alone.
+        least_chunk, least_running: the least over the ranks.
+        most_held: the most over the ranks of `per_held`.
     """
 
     base_and_request: Words
@@ -59,12 +65,14 @@ class PreparedModels(msgspec.Struct, eq=False, gc=False):
     chunk_less_one: Words
     running_less_one: Words
     ending: Words
+    per_held: Words
     least_chunk: int
     least_running: int
+    most_held: int
 
 
 class ArrayWork(msgspec.Struct, eq=False, gc=False):
-    """The same of many ranks: `tokens` of shape (ranks,), `steps` (ranks, 2), `models` (ranks, 6).
+    """The same of many ranks: `tokens` of shape (ranks,), `steps` (ranks, 3), `models` (ranks, 7).
 
     `prepared` is `dpshm.policies.work.prepare` of `models`, where it was made before.
     """
@@ -74,6 +82,7 @@ class ArrayWork(msgspec.Struct, eq=False, gc=False):
     models: Words
     now_ns: int
     prepared: PreparedModels | None = None
+    lockstep: bool = False
 
 
 class ListColumns(msgspec.Struct, eq=False, gc=False):
@@ -167,6 +176,6 @@ def columns_of(few: ListColumns) -> Columns:
     work = None
     if few.work is not None:
         tokens, steps, models = (np.array(r, np.int64) for r in (few.work.tokens, few.work.steps, few.work.models))
-        work = ArrayWork(tokens, steps, models, few.work.now_ns)
+        work = ArrayWork(tokens, steps, models, few.work.now_ns, lockstep=few.work.lockstep)
     weights = None if few.weights is None else np.array(few.weights)
     return ArrayColumns(ranks, load, requests, few.own, few.num_frontends, work, weights)

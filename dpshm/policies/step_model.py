@@ -1,12 +1,14 @@
 """What an engine learns of its own steps: how long one takes, for how much it holds.
 
-    duration = base + per_request * batch + per_token * prefill_tokens
+    duration = base + per_request * batch + per_token * prefill_tokens + per_held_token * held_tokens
 
-The three coefficients are found by least squares over the steps themselves, each weighted by ``FORGETTING`` to
-the power of its age, so they follow an engine that slows down. Steps often say nothing about one of the three
-(a constant batch, no prompts for a while): so the estimate is also drawn, with the weight of one step, to where it
-was before. A direction of which nothing new is known keeps its last value instead of drifting, the well-known
-fault of recursive least squares with forgetting (Astrom, Wittenmark, "Adaptive Control", 2nd ed., ch. 11.5).
+Held tokens are the context of the running requests, which attention reads. The four coefficients are found by
+least squares over the steps themselves, each weighted by ``FORGETTING`` to the power of its age, so they follow an
+engine that slows down. Steps often say nothing about one of the four (a constant batch, no prompts for a while):
+so the estimate is also drawn, with the weight of one step, to where it was before. A negative
+one counts as 0; if it is that of the batch or of held tokens, the others are found anew. A direction of which
+nothing new is known keeps its last value instead of drifting, the well-known fault of recursive least squares with
+forgetting (Astrom, Wittenmark, "Adaptive Control", 2nd ed., ch. 11.5).
 
 An engine that becomes slow, or recovers, is followed within some tens of steps: when its newest steps took less
 than `PACE_FAST` or more than `PACE_SLOW` times their expectation on average, the weights of older steps fall by
@@ -24,14 +26,17 @@ simulator hands the same words to the same policies.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dpshm.board.layout import STEP_MODEL_WORDS
 
 # The words by name.
-STEP_END, STEP_TOKENS, BASE_NS, PER_REQUEST_NS, PER_TOKEN_NS, CHUNK_TOKENS, MAX_RUNNING, ENDING_NS = map(
+STEP_END, STEP_TOKENS, HELD_TOKENS = map(STEP_MODEL_WORDS.index, ("step_end", "step_tokens", "held_tokens"))
+BASE_NS, PER_REQUEST_NS, PER_TOKEN_NS, CHUNK_TOKENS, MAX_RUNNING, ENDING_NS, PER_HELD_TOKEN_PS = map(
     STEP_MODEL_WORDS.index,
     (
-        *("step_end", "step_tokens", "base_ns", "per_request_ns", "per_token_ns"),
-        *("chunk_tokens", "max_running", "ending_ns"),
+        *("base_ns", "per_request_ns", "per_token_ns"),
+        *("chunk_tokens", "max_running", "ending_ns", "per_held_token_ps"),
     ),
 )
 FORGETTING = 0.998
@@ -48,13 +53,14 @@ MIN_STEPS = 16
 MIN_PROMPT_STEPS = 4
 """so many of which have to have computed prompts."""
 SOLVE_EVERY = 8
-"""Steps between two solutions, once `SOLVE_EVERY` squared are done; before, after each."""
+"""Steps between two solutions, once `SOLVED_EACH` are done; before, after each."""
+SOLVED_EACH = 64
 OUTLIER_FACTOR = 4.0
 """A step that takes more than so many times its expectation (a page fault, a stopped process) counts as so
 many times: a stray one does little, and an engine that has become slow is still followed."""
 BLOCKED_STEPS = 3
 """Steps in a row that leave requests waiting, before the engine counts as full."""
-_BATCH_UNIT, _TOKEN_UNIT = 16.0, 1024.0  # of the same order as base, so that one ridge suits all three
+_BATCH_UNIT, _TOKEN_UNIT, _HELD_UNIT = 16.0, 1024.0, 65536.0  # of the order of base: one ridge suits all four
 
 
 class StepModel:
@@ -70,9 +76,10 @@ class StepModel:
         self._steps = self._prompt_steps = 0
         self._pace = 1.0  # the newest steps' time over expectation
         self._follows = False  # it has left its bounds, and is not near 1 again
-        self._theta = (0.0, 0.0, 0.0)  # ns: base, per _BATCH_UNIT requests, per _TOKEN_UNIT prompt tokens
-        # Weighted sums: of 1, batch, tokens, their products, and of the duration with each.
-        self._sums = (0.0,) * 9
+        # ns: base, per _BATCH_UNIT requests, per _TOKEN_UNIT prompt tokens, per _HELD_UNIT held tokens
+        self._theta = (0.0, 0.0, 0.0, 0.0)
+        # Weighted sums: of 1, batch, tokens, held tokens and their products, then of the duration with each.
+        self._sums = (0.0,) * 14
         self._finished = 0  # since the last step ended
         self._finished_told = 0  # of those, the ones that `after_step` has seen
         self._finished_in_step = 0
@@ -80,24 +87,34 @@ class StepModel:
         self.step_tokens: int | None = None
         self._blocked = self._blocked_running = 0  # steps in a row, and the most requests that ran in them
 
-    def begin(self, now_ns: int, prefill_tokens: int, batch: int) -> None:
+    def begin(self, now_ns: int, prefill_tokens: int, batch: int, held_tokens: int = 0) -> None:
         """A step begins; afterwards `words` say when it should end and what it computes, as far as is known.
 
         Args:
             now_ns: CLOCK_MONOTONIC.
             prefill_tokens: prompt tokens that it computes.
             batch: requests in it.
+            held_tokens: tokens of context of the running requests.
         """
         words = self.words
-        words[STEP_TOKENS] = prefill_tokens
-        words[STEP_END] = now_ns + int(self.expect(prefill_tokens, batch)) if words[BASE_NS] else 0
+        words[STEP_TOKENS], words[HELD_TOKENS] = prefill_tokens, held_tokens
+        words[STEP_END] = now_ns + int(self.expect(prefill_tokens, batch, held_tokens)) if words[BASE_NS] else 0
 
     def finished(self, requests: int) -> None:
         """Requests ended; counted with the step that `end` ends next."""
         self._finished += requests
 
-    def end(self, duration_ns: int, prefill_tokens: int, batch: int) -> None:
-        """The step is over; afterwards `words` hold what was learnt of it."""
+    def end(
+        self,
+        duration_ns: int,
+        prefill_tokens: int,
+        batch: int,
+        held_tokens: int = 0,
+        held_after: int | None = None,
+    ) -> None:
+        """The step is over; afterwards `words` hold what was learnt of it, and the context that is held after
+        it.
+        """
         words = self.words
         self._steps += 1
         self._prompt_steps += prefill_tokens > 0
@@ -107,17 +124,19 @@ class StepModel:
         self._finished_in_step = self._finished - self._finished_told
         self._finished = self._finished_told = 0
         self.step_tokens = prefill_tokens
-        self._take(float(duration_ns), prefill_tokens, batch)
+        self._take(float(duration_ns), prefill_tokens, batch, held_tokens)
         words[STEP_END] = words[STEP_TOKENS] = 0
+        words[HELD_TOKENS] = held_tokens if held_after is None else held_after
         words[ENDING_NS] = int(self._busy_ns / self._ended) if self._ended >= 1.0 else 0
-        if self._steps % SOLVE_EVERY == 0 or self._steps < SOLVE_EVERY * SOLVE_EVERY:
+        if self._steps % SOLVE_EVERY == 0 or self._steps < SOLVED_EACH:
             self._solve()
             if self._steps >= MIN_STEPS and self._prompt_steps >= MIN_PROMPT_STEPS:
-                base, per_batch, tokens = self._theta
+                base, per_batch, tokens, held = self._theta
                 # Base is never published as 0, which means "not learnt".
                 words[BASE_NS] = int(base) or 1
                 words[PER_REQUEST_NS] = int(per_batch / _BATCH_UNIT)
                 words[PER_TOKEN_NS] = int(tokens / _TOKEN_UNIT)
+                words[PER_HELD_TOKEN_PS] = int(held * 1000.0 / _HELD_UNIT)
 
     def after_step(self, waiting: int, running: int, prefill_backlog: int) -> None:
         """What the step left, as the engine published it next. Later calls say nothing.
@@ -131,6 +150,8 @@ class StepModel:
         if tokens is None:
             return
         self.step_tokens = None
+        if not running:
+            words[HELD_TOKENS] = 0
         self._finished_told = self._finished
         running += self._finished_in_step + self._finished
         if tokens > words[CHUNK_TOKENS] and (words[CHUNK_TOKENS] or prefill_backlog):
@@ -144,15 +165,20 @@ class StepModel:
         else:
             self._blocked = self._blocked_running = 0
 
-    def expect(self, prefill_tokens: int, batch: int) -> float:
+    def expect(self, prefill_tokens: int, batch: int, held_tokens: int = 0) -> float:
         """How long such a step should take, in ns."""
-        base, per_batch, per_tokens = self._theta
-        return base + per_batch * (batch / _BATCH_UNIT) + per_tokens * (prefill_tokens / _TOKEN_UNIT)
+        base, per_batch, per_tokens, per_held = self._theta
+        return (
+            base
+            + per_batch * (batch / _BATCH_UNIT)
+            + per_tokens * (prefill_tokens / _TOKEN_UNIT)
+            + per_held * (held_tokens / _HELD_UNIT)
+        )
 
-    def _take(self, y: float, prefill_tokens: int, batch: int) -> None:
+    def _take(self, y: float, prefill_tokens: int, batch: int, held_tokens: int) -> None:
         f = FORGETTING
         if self._steps > MIN_STEPS:
-            expected = self.expect(prefill_tokens, batch)
+            expected = self.expect(prefill_tokens, batch, held_tokens)
             y = min(y, OUTLIER_FACTOR * expected)
             self._pace += PACE_WEIGHT * (min(y / expected, PACE_MOST) - self._pace) if expected else 0.0
             if self._follows:
@@ -161,25 +187,55 @@ class StepModel:
                 self._follows = not PACE_FAST < self._pace < PACE_SLOW
             if self._follows:
                 f = FORGETTING_FAST
-        b, t = batch / _BATCH_UNIT, prefill_tokens / _TOKEN_UNIT
-        n, sb, st, sbb, sbt, stt, sy, sby, sty = self._sums
+        b, t, h = batch / _BATCH_UNIT, prefill_tokens / _TOKEN_UNIT, held_tokens / _HELD_UNIT
+        n, sb, st, sh, sbb, sbt, sbh, stt, sth, shh, sy, sby, sty, shy = self._sums
         self._sums = (
-            *(n * f + 1.0, sb * f + b, st * f + t),
-            *(sbb * f + b * b, sbt * f + b * t, stt * f + t * t),
-            *(sy * f + y, sby * f + b * y, sty * f + t * y),
+            *(n * f + 1.0, sb * f + b, st * f + t, sh * f + h),
+            *(sbb * f + b * b, sbt * f + b * t, sbh * f + b * h),
+            *(stt * f + t * t, sth * f + t * h, shh * f + h * h),
+            *(sy * f + y, sby * f + b * y, sty * f + t * y, shy * f + h * y),
         )
 
     def _solve(self) -> None:
-        """The three by three system of least squares with a ridge, by Cramer's rule; never negative."""
-        n, sb, st, sbb, sbt, stt, sy, sby, sty = self._sums
-        base, batch, tokens = self._theta
-        n, sbb, stt = n + 1.0, sbb + 1.0, stt + 1.0
-        sy, sby, sty = sy + base, sby + batch, sty + tokens
-        c00, c01, c02 = sbb * stt - sbt * sbt, sbt * st - sb * stt, sb * sbt - sbb * st
-        c11, c12, c22 = n * stt - st * st, sb * st - n * sbt, n * sbb - sb * sb
-        determinant = n * c00 + sb * c01 + st * c02  # at least 1: the ridge adds one to each diagonal item
-        self._theta = (
-            max(0.0, (c00 * sy + c01 * sby + c02 * sty) / determinant),
-            max(0.0, (c01 * sy + c11 * sby + c12 * sty) / determinant),
-            max(0.0, (c02 * sy + c12 * sby + c22 * sty) / determinant),
+        """Least squares with a ridge; never negative."""
+        n, sb, st, sh, sbb, sbt, sbh, stt, sth, shh, sy, sby, sty, shy = self._sums
+        base, batch, tokens, held = self._theta
+        matrix = (
+            (n + 1.0, sb, st, sh),
+            (sb, sbb + 1.0, sbt, sbh),
+            (st, sbt, stt + 1.0, sth),
+            (sh, sbh, sth, shh + 1.0),
         )
+        right = (sy + base, sby + batch, sty + tokens, shy + held)
+        used = [0, 1, 2, 3]
+        found = solve(matrix, right, used)
+        # Batch and held tokens grow together: what one has too little the other has too much.
+        if found[3] < 0.0 or (found[1] < 0.0 < found[3]):
+            used = [0, 1, 2] if found[3] < 0.0 else [0, 2, 3]
+            found = solve(matrix, right, used)
+        theta = [0.0] * 4
+        for i, value in zip(used, found, strict=True):
+            theta[i] = max(0.0, value)
+        self._theta = (theta[0], theta[1], theta[2], theta[3])
+
+
+def solve(matrix: Sequence[Sequence[float]], right: Sequence[float], used: Sequence[int]) -> list[float]:
+    """Solves the system of the used rows and columns, by elimination without exchanges.
+
+    Args:
+        matrix: symmetric and positive definite, so no pivot is 0.
+        right: the right-hand side.
+        used: indices of rows and columns.
+    """
+    rows = [[*(matrix[i][j] for j in used), right[i]] for i in used]
+    size = len(rows)
+    for k, pivot in enumerate(rows):
+        for row in rows[k + 1 :]:
+            factor = row[k] / pivot[k]
+            for j in range(k + 1, size + 1):
+                row[j] -= factor * pivot[j]
+    found = [0.0] * size
+    for k in range(size - 1, -1, -1):
+        row = rows[k]
+        found[k] = (row[size] - sum(row[j] * found[j] for j in range(k + 1, size))) / row[k]
+    return found

@@ -37,9 +37,10 @@ class Request(msgspec.Struct, frozen=True, gc=False):
 class Work(msgspec.Struct, frozen=True, eq=False, dict=True):
     """What the ranks have to compute and how fast they are.
 
-    A step takes about ``base_ns + per_request_ns * requests + per_token_ns * prompt tokens``. Each engine learns
-    these of its own steps; they change slowly and may be some tenths of a second old. An engine that has learnt
-    nothing yet has the mean of those that have. If none has, all of them are 0 (see `learnt`).
+    A step takes about ``base_ns + per_request_ns * requests + per_token_ns * prompt tokens + per_held_token_ps /
+    1000 * held tokens``. Each engine learns these of its own steps; they change slowly and may be some tenths of a
+    second old. An engine that has learnt nothing yet has the mean of those that have. If none has, all of them are
+    0 (see `learnt`).
     """
 
     columns: ListWork | ArrayWork
@@ -98,6 +99,21 @@ class Work(msgspec.Struct, frozen=True, eq=False, dict=True):
     def ending_ns(self) -> list[int]:
         """The mean time from one request's end to the next; 0 if it is not known."""
         return self._model(5)
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether the ranks step together: a step of all lasts as long as that of the slowest."""
+        return self.columns.lockstep
+
+    @cached_property
+    def held_tokens(self) -> list[int]:
+        """Tokens of context of the running requests, when the newest step began."""
+        return self._step(2)
+
+    @cached_property
+    def per_held_token_ps(self) -> list[int]:
+        """What each held token adds to a step, in picoseconds."""
+        return self._model(6)
 
     def _step(self, item: int) -> list[int]:
         return [int(row[item]) for row in self.columns.steps]

@@ -19,11 +19,11 @@ from typing import Any
 
 from dpshm.board.board import Board
 from dpshm.coordinator.kept_settings import kept
-from dpshm.coordinator.settings import IMMUTABLE
+from dpshm.coordinator.settings import IMMUTABLE, check_names
 from dpshm.errors import SegmentError, SettingError
 from dpshm.linux import descriptors, processes
 from dpshm.linux.signals import EndRequest
-from dpshm.net.addresses import joined
+from dpshm.net.addresses import joined, reachable
 from dpshm.rules.liveness import State
 from dpshm.service.coordinator import Coordinator
 from dpshm.service.systemd import notify, watchdog_interval_s
@@ -41,15 +41,36 @@ def read_config(path: Path) -> dict[str, Any]:
     """The settings in a TOML file.
 
     Raises:
-        SettingError: it cannot be read.
+        SettingError: it cannot be read, or a name in it is not one of a setting.
     """
     try:
         with path.open("rb") as f:
-            return tomllib.load(f)
+            settings = tomllib.load(f)
     except OSError as e:
         raise SettingError(f"cannot read the settings in {path}: {e.strerror}") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise SettingError(f"{path} is not TOML: {e}. It holds lines such as: dp_size = 8") from e
+        raise SettingError(
+            f'{path} is not TOML: {e}. It holds lines such as: dp_size = 8, or file_mode = "0640"'
+        ) from e
+    try:
+        check_names(settings)
+    except SettingError as e:
+        raise SettingError(f"{path}: {e}") from None
+    if isinstance(mode := settings.get("file_mode"), str):
+        settings["file_mode"] = octal(mode)
+    return settings
+
+
+def octal(text: str) -> int:
+    """Permissions as they are written for chmod.
+
+    Raises:
+        SettingError: it is not octal.
+    """
+    try:
+        return int(text, 8)
+    except ValueError:
+        raise SettingError(f"file_mode {text!r} is not octal: 0600, 0640, 0604 or 0644") from None
 
 
 def settings_of_live_group(group: str) -> dict[str, Any]:
@@ -109,7 +130,8 @@ def _announce(coordinator: Coordinator) -> None:
         *coordinator.engine_addresses,
     )
     if coordinator.metrics_address:
-        logger.info("metrics on http://%s/metrics", joined(*coordinator.metrics_address))
+        host, port = coordinator.metrics_address
+        logger.info("metrics on http://%s/metrics", joined(reachable(host), port))
     notify("READY=1", f"STATUS=group {settings.group}: waiting for {board.dp_size} ranks")
 
 

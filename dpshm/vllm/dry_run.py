@@ -138,7 +138,7 @@ class _Row:
     def finished(self, _: int) -> None:
         """Drops a count."""
 
-    def step(self) -> Any:
+    def step(self, **_: Any) -> Any:
         """Counts a step."""
         self.steps += 1
         return Blank()

@@ -281,7 +281,7 @@ class EngineLink:
         else:
             running, waiting = self._counts
         if self._prefix is not None:
-            self._show_cache(self._prefix, running)
+            self._show_cache(self._prefix)
         self._is_changed, self._shown_wave = False, self._wave()
         # Not `has_work`: that is also true while the engine has only to tell which requests finished. It is in the
         # next wave by then, and would wake all ranks for nothing.
@@ -301,11 +301,11 @@ class EngineLink:
         core = self._core
         return core.current_wave if self._lockstep else 0, core.engines_running
 
-    def _show_cache(self, prefix: PrefixCache, running: int) -> None:
+    def _show_cache(self, prefix: PrefixCache) -> None:
         if self._backlog.cached != self._cached_tokens:
             prefix.cache.found(self._backlog.cached - self._cached_tokens)
             self._cached_tokens = self._backlog.cached
-        prefix.show(self._held_tokens if running else 0)
+        prefix.show()
 
     def _kv_cache_usage(self) -> float:
         get = getattr(self._scheduler, "get_kv_cache_usage", None)  # after 0.24
@@ -377,7 +377,7 @@ class EngineLink:
     def _begin_step(self) -> None:
         assert self._row is not None
         if self._step is None:
-            self._step = self._row.step()
+            self._step = self._row.step(held_tokens=self._held_tokens)
             self._step.__enter__()
 
     def _end_step(self, result: Any) -> None:
@@ -399,14 +399,13 @@ class EngineLink:
         counts = scheduler.get_request_counts()
         prefilled = self._backlog.update(scheduler.running, counts[1], scheduler.requests.values())
         self._counts = counts if result is not None else None
-        if self._prefix is not None:  # once a step, because it goes through the batch
-            self._held_tokens = sum([request.num_computed_tokens for request in self._scheduler.running])
+        self._held_tokens = sum([request.num_computed_tokens for request in scheduler.running])
         if result is not None and not tokens and not prefilled:
             if not self._core.batch_queue:
                 self._forget_step()  # it only told which requests had finished
             return  # with a queued batch the step goes on until its outputs are here
         step, self._step = self._step, None
-        step.batch, step.prefill_tokens = tokens, prefilled
+        step.batch, step.prefill_tokens, step.held_tokens = tokens, prefilled, self._held_tokens
         step.__exit__(None, None, None)
         self._steps += 1
 

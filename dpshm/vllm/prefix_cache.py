@@ -103,15 +103,11 @@ class PrefixCache:
             )
         return made
 
-    def show(self, held_tokens: int) -> None:
-        """Stores how full the cache is.
-
-        Args:
-            held_tokens: tokens of KV cache that running requests hold.
-        """
+    def show(self) -> None:
+        """Stores how full the cache is."""
         pool = self._pool
         in_use = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is vLLM's null block
-        self.cache.show(blocks_in_use=in_use, held_tokens=held_tokens)
+        self.cache.show(blocks_in_use=in_use)
 
     def close(self) -> None:
         """Takes the hooks off. The row closes its cache."""

@@ -8,7 +8,8 @@ from collections import Counter
 
 import pytest
 
-from dpshm import Coordinator, Engine, Frontend, NoEngineAvailable, StartupTimeout
+from dpshm import Coordinator, Engine, Frontend, NoEngineAvailable, SettingError, StartupTimeout
+from dpshm.board.words import ON_BEHALF
 from dpshm.net import wire
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
@@ -225,6 +226,60 @@ def test_connections_alone_make_no_stock_engine(group, using):
     stock[1].report(0, 0)
     wait_until(lambda: verdict(coordinator.board, 1) is Verdict.ALIVE)
     assert {frontend.route().dp_rank for _ in range(4)} == {1}
+
+
+def test_a_front_end_proves_a_stock_engine_that_had_no_request_yet(group, using):
+    """Guards against a dense group of stock engines whose first request waits for a report, and that for it."""
+    coordinator = using(Coordinator(group=group, dp_size=3, waves=False))
+    frontend = using(Frontend.attach(group))
+    stock = [using(StockEngine(coordinator.engine_addresses, e)) for e in range(2)]
+    for e in range(2):
+        frontend.heard_from(e)  # perhaps before the coordinator knows of its connection
+    wait_until(lambda: _route_or_none(frontend) is not None)
+    wait_until(lambda: verdict(coordinator.board, 1) is Verdict.ALIVE)
+    routes = [frontend.route() for _ in range(8)]
+    assert {route.dp_rank for route in routes} == {0, 1}
+    assert verdict(coordinator.board, 2) is Verdict.ABSENT  # no front-end has heard of it
+    stock[0].report(0, 1)
+    wait_until(lambda: coordinator.board.snapshot()["running"].tolist() == [1, 0, 0])
+    for route in routes:
+        route.done()
+
+    stock[1].close()  # it is not known which one left
+    wait_until(lambda: verdict(coordinator.board, 0) is Verdict.ABSENT)
+    before = coordinator.board.messages_received[0]
+    frontend.heard_from(0)
+    frontend.heard_from(1)  # a word that is too old: one connection, two ranks
+    wait_until(lambda: coordinator.board.messages_received[0] >= before + 2)
+    assert verdict(coordinator.board, 1) is Verdict.ABSENT
+    frontend.heard_from(1, connected=False)
+    wait_until(lambda: _route_or_none(frontend) == 0)
+    assert verdict(coordinator.board, 1) is Verdict.ABSENT
+
+
+def test_a_front_ends_word_makes_no_rank_of_which_there_is_no_connection(group, using):
+    """Guards against a rank that never came, and that a front-end takes for another one's left-over connection."""
+    coordinator = using(Coordinator(group=group, dp_size=2, waves=False))
+    frontend = using(Frontend.attach(group))
+    engine = using(Engine.attach(group, 0))
+    before = coordinator.board.messages_received[0]
+    frontend.heard_from(0)  # of a rank that is there, nothing is said
+    frontend.heard_from(1)
+    wait_until(lambda: coordinator.board.messages_received[0] > before)
+    assert verdict(coordinator.board, 1) is Verdict.ABSENT
+    assert {frontend.route().dp_rank for _ in range(6)} == {0}
+    assert not engine.board.engine_mark[0] & ON_BEHALF  # it writes its row itself
+    with pytest.raises(SettingError, match="outside 0 to"):
+        frontend.heard_from(coordinator.board.engines)
+
+
+def _route_or_none(frontend):
+    """The rank of a decision; None if there is none to choose."""
+    try:
+        with frontend.route() as route:
+            return route.dp_rank
+    except NoEngineAvailable:
+        return None
 
 
 def test_a_stock_engine_that_leaves_is_left_out(group, using):

@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -27,6 +26,7 @@ from dpshm.coordinator.settings import Settings, make_settings
 from dpshm.policies import NAMES, View
 from dpshm.rules import waves
 from dpshm.rules.liveness import Verdict
+from dpshm.service.serve import read_config
 from tests.unit.test_imports import FLOORS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -332,10 +332,11 @@ def test_the_table_of_a_view_is_complete() -> None:
     assert named == public - {"of", "columns"}
 
 
-def test_the_service_settings_are_accepted() -> None:
+def test_the_service_settings_are_accepted(tmp_path: Path) -> None:
     """Guards against a page whose configuration file is refused."""
-    settings = make_settings(**tomllib.loads(block(ROOT / "dpshm/ops/README.md", "settings")))
-    assert settings.file_mode == 0o640
+    config = tmp_path / "dpshm.toml"
+    config.write_text(block(ROOT / "dpshm/ops/README.md", "settings"))
+    assert make_settings(**read_config(config)).file_mode == 0o640
 
 
 # Tables that equal the code.
@@ -416,8 +417,8 @@ def test_the_memory_map_is_the_real_one() -> None:
 
 
 def test_the_step_models_words_are_the_real_ones() -> None:
-    """Guards against a drawn order of the eight words that a reader uses and that is wrong."""
-    found = re.search(r"`step_model` has eight words.*?\(what", text_of(BOARD), re.DOTALL)
+    """Guards against a drawn order of the ten words that a reader uses and that is wrong."""
+    found = re.search(r"`step_model` has ten words.*?\(what", text_of(BOARD), re.DOTALL)
     assert found
     assert tuple(re.findall(r"`(\w+)`", found.group())[1:]) == STEP_MODEL_WORDS
 

@@ -241,7 +241,7 @@ class SimEngine:
                 self._queue_s[request.key] = now_s - arrived_s
 
     def _timed(self, step: Step) -> AbstractContextManager[object]:
-        return self._engine.step(prefill_tokens=step.prompt_tokens, batch=step.output_tokens)
+        return self._engine.step(step.prompt_tokens, step.output_tokens, step.held_tokens)
 
     def _publish(self) -> None:
         batcher = self._batcher
@@ -253,9 +253,7 @@ class SimEngine:
             step=self._steps,
         )
         if self._cache is not None and self._engine.cache is not None:
-            self._engine.cache.show(
-                blocks_in_use=-(-batcher.kv_used // self._cache.block_tokens), held_tokens=batcher.held_tokens
-            )
+            self._engine.cache.show(blocks_in_use=-(-batcher.kv_used // self._cache.block_tokens))
         if self._sender:
             self._sender.send(
                 RankReport(

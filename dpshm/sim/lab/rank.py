@@ -15,7 +15,15 @@ from random import Random
 from typing import Literal, NamedTuple, TypeAlias
 
 from dpshm.board.words import pack_load
-from dpshm.policies.step_model import BASE_NS, CHUNK_TOKENS, STEP_END, STEP_TOKENS, StepModel
+from dpshm.policies.step_model import (
+    BASE_NS,
+    CHUNK_TOKENS,
+    HELD_TOKENS,
+    PER_HELD_TOKEN_PS,
+    STEP_END,
+    STEP_TOKENS,
+    StepModel,
+)
 from dpshm.sim.batching import Batcher, SimRequest, Step
 from dpshm.sim.lab.prefix_cache import PrefixCache
 from dpshm.sim.step_cost import StepCost
@@ -136,6 +144,7 @@ class SimRank:
                 *(int(x * 1e9) for x in (cost.base_s, cost.per_request_s, cost.per_prompt_token_s)),
                 cost.max_prompt_tokens,
             )
+            words[PER_HELD_TOKEN_PS] = int(cost.per_held_token_s * 1e12)
         self._frozen = ((0,) * num_frontends, (0,) * num_frontends)
         self.publish()
 
@@ -157,9 +166,9 @@ class SimRank:
         if not self._learns:
             words = self._model.words
             words[STEP_END] = int((now_s + step.seconds) * 1e9) if words[BASE_NS] else 0
-            words[STEP_TOKENS] = step.prompt_tokens
+            words[STEP_TOKENS], words[HELD_TOKENS] = step.prompt_tokens, step.held_tokens
         else:
-            self._model.begin(int(now_s * 1e9), step.prompt_tokens, step.batch)
+            self._model.begin(int(now_s * 1e9), step.prompt_tokens, step.batch, step.held_tokens)
         self.publish()
         return step
 
@@ -176,10 +185,18 @@ class SimRank:
             request.key.done_s = now_s
             completed.append(request.key)
         if not self._learns:
-            self._model.words[STEP_END] = self._model.words[STEP_TOKENS] = 0
+            words = self._model.words
+            words[STEP_END] = words[STEP_TOKENS] = 0
+            words[HELD_TOKENS] = batcher.held_tokens
         else:
             self._model.finished(len(completed))
-            self._model.end(int(seconds * 1e9), self.step.prompt_tokens, self.step.batch)
+            self._model.end(
+                int(seconds * 1e9),
+                self.step.prompt_tokens,
+                self.step.batch,
+                self.step.held_tokens,
+                batcher.held_tokens,
+            )
             self._model.after_step(batcher.waiting, batcher.running, batcher.prefill_backlog)
         return completed
 

@@ -68,7 +68,47 @@ def sticky(view: View, request: Request) -> int:
     return best if fits and 2 * request.cached[best] >= request.prompt_tokens else least
 
 
-RIVALS: dict[str, Policy] = {"lmetric": lmetric, "bounded_hashing": bounded_hashing, "sticky": sticky}
+def shortest_kv(view: View, request: Request) -> int:
+    """Join the shortest queue by tokens of KV cache: those that are held, and prompt tokens that are on their way.
+
+    Formula: ``argmin(held tokens + prompt tokens sent and not computed)``.
+    Source: the metric of the SGLang router's ``minimum_tokens`` (sgl-project/sglang, pull request 7379) and of
+    patches of vLLM's balancer that count tokens (vllm-project/vllm, pull request 40795).
+    """
+    loads = _kv_loads(view)
+    return min(view.ranks, key=loads.__getitem__)
+
+
+def br_0(view: View, request: Request) -> int:
+    """BR-0 of BalanceRoute, for one request: it fills what lies below the most loaded rank, and raises that least.
+
+    Formula: ``argmax(s - G * max(0, s - margin))`` with ``margin = most load - load``, load in tokens of KV cache,
+    ``s`` prompt tokens and ``G`` ranks; of equal ranks the one with the fewest requests.
+    Source: Bu et al., "Tackling the Data-Parallel Load Balancing Bottleneck in LLM Serving: Practical Online
+    Routing at Scale", arXiv 2605.06113, 2026. There a pool of requests whose prompts are computed elsewhere waits
+    to be placed, and the rule also chooses among these; here each request is placed when it comes.
+    """
+    loads, requests, size = _kv_loads(view), view.requests, request.prompt_tokens
+    most = max(loads[r] for r in view.ranks)
+    return min(view.ranks, key=lambda r: (max(0, loads[r] + size - most), requests[r]))
+
+
+shortest_kv.sees_work = br_0.sees_work = True  # type: ignore[attr-defined]
+
+
+def _kv_loads(view: View) -> list[int]:
+    if not view.has_work:
+        return view.requests
+    return [held + sent for held, sent in zip(view.work.held_tokens, view.work.tokens, strict=True)]
+
+
+RIVALS: dict[str, Policy] = {
+    "lmetric": lmetric,
+    "bounded_hashing": bounded_hashing,
+    "sticky": sticky,
+    "shortest_kv": shortest_kv,
+    "br_0": br_0,
+}
 
 
 def rival_or_policy(name: str) -> Policy:

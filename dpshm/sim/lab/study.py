@@ -28,12 +28,18 @@ from dpshm.sim.lab.run import ORACLE, Plant, run
 from dpshm.sim.workloads.agents import agents_arrivals, fan_out_arrivals
 from dpshm.sim.workloads.chat import chat_arrivals
 from dpshm.sim.workloads.formats import MAX_TOKENS
+from dpshm.sim.workloads.long_context import long_context_arrivals
 from dpshm.sim.workloads.traces import Arrival, Trace, TraceError, Units, check_units, read_trace
 
 DEFAULT_REQUESTS = 12_000
 MAX_REQUESTS = 1_000_000
 BASELINE = ("vllm", "broadcast")
-WORKLOADS = {"chat": chat_arrivals, "agents": agents_arrivals, "fan-out": fan_out_arrivals}
+WORKLOADS = {
+    "chat": chat_arrivals,
+    "agents": agents_arrivals,
+    "fan-out": fan_out_arrivals,
+    "long-context": long_context_arrivals,
+}
 """The built-in ones by name: how many requests, and a seed, to arrivals."""
 _BROADCAST_BY_DEFAULT = ("vllm", "round_robin")
 
@@ -298,4 +304,4 @@ def _check_combination(policy: str) -> None:
 def _information_of(policy: str) -> str:
     if policy in _BROADCAST_BY_DEFAULT:
         return "broadcast"
-    return "live-index" if policy in RIVALS else "live"
+    return "live-index" if policy in RIVALS and policy not in ("shortest_kv", "br_0") else "live"

@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from dpshm.board.words import queued
+from dpshm.board.layout import STEP_WORDS
+from dpshm.board.words import queued, unpack_load
 from dpshm.policies import View, comparable
 from dpshm.policies.columns import ListColumns, ListWork
 from dpshm.policies.idle_ranks import IdleRanks
+from dpshm.policies.step_model import HELD_TOKENS
 from dpshm.sim.lab.rank import Job, Row, SimRank
 
 NEVER_S = float("inf")
+STEPS = len(STEP_WORDS)
 
 
 class Information(ABC):
@@ -66,13 +69,16 @@ class Information(ABC):
     ) -> View:
         work = ListWork(
             [r.backlog + tokens for r, tokens in zip(rows, in_flight_tokens, strict=True)],
-            [list(r.model[:2]) for r in rows],
+            [list(r.model[:STEPS]) for r in rows],
             comparable(
-                [list(r.model[2:]) for r in rows],
+                [list(r.model[STEPS:]) for r in rows],
                 lockstep=self.lockstep,
                 idle=self._idle.look([r.steps for r in rows], int(now_s * 1e9)),
+                running=[unpack_load(r.load)[1] for r in rows] if self.lockstep else (),
+                held=[r.model[HELD_TOKENS] for r in rows] if self.lockstep else (),
             ),
             int(now_s * 1e9),
+            self.lockstep,
         )
         load = [r.load for r in rows]
         requests = [queued(w) + u for w, u in zip(load, in_flight, strict=True)]

@@ -248,7 +248,8 @@ def test_a_snapshot_counts_reported_and_unseen(board: Board):
     words[board.index("steps", 1)] = 99
     words[board.index("preemptions", 1)] = 3
     words[board.index("engine_mark", 1)] = Verdict.ALIVE | ON_BEHALF
-    board.cache_state[1] = (4096, 16, 500, 40, 600, 7000, 300, 1)
+    board.cache_state[1] = (4096, 16, 500, 40, 7000, 300, 1)
+    board.step_model[1, layout.STEP_WORDS.index("held_tokens")] = 600
     take_front_ends(board, Verdict.ALIVE, Verdict.DEAD, Verdict.ALIVE)
     board.sent_requests[:, 1] = [5, 100, 3]  # the second front-end is dead: its bookings do not count
     board.received_requests[1] = [3, 0, 4]  # the third restarted: a negative difference counts as 0
@@ -260,8 +261,8 @@ def test_a_snapshot_counts_reported_and_unseen(board: Board):
         "waiting": 2, "running": 30, "in_flight": 2, "requests": 34, "kv_cache_usage": 1.0,
         "prefill_backlog": 1400, "in_flight_tokens": 500, "wave": 7, "step": 17, "age_ns": 500, "step_age_ns": 100,
         "incarnation": 0, "pid": 4242, "steps": 99, "dummy_steps": 0, "busy_ns": 0, "prompt_tokens": 0,
-        "generation_tokens": 0, "requests_finished": 0, "preemptions": 3,
-        "has_index": True, "block_tokens": 16, "num_blocks": 500, "blocks_in_use": 40, "held_tokens": 600,
+        "generation_tokens": 0, "requests_finished": 0, "preemptions": 3, "held_tokens": 600,
+        "has_index": True, "block_tokens": 16, "num_blocks": 500, "blocks_in_use": 40,
         "cached_tokens": 7000, "indexed_blocks": 300, "dropped_blocks": 1,
     }  # fmt: skip
     untouched = board.snapshot()[0]

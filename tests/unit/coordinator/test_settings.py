@@ -77,7 +77,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("balancing", {"balancing": "Internal"}, "'Internal'"),
     ("waves", {"waves": 1}, "expected `bool`, got `int`"),
     ("group", {"group": None}, "expected `str`, got `null`"),
-    ("dpsize", {"dpsize": 8}, "unknown setting 'dpsize': choose from group, dp_size, "),
+    ("dpsize", {"dpsize": 8}, "unknown setting 'dpsize': is dp_size meant. Otherwise choose from group, "),
+    ("qqqq", {"qqqq": 8}, "unknown setting 'qqqq': choose from group, dp_size, "),
 ]
 
 

@@ -114,7 +114,7 @@ def test_policies_see_what_each_rank_has(engines, group, using):
 
 def test_least_work_counts_what_has_to_be_computed(engines, group, board, using):
     """Guards against a long queue that is chosen for a short prefix, and a long prefix that is given away."""
-    board.step_model[:2, 2:5] = (8_000_000, 200_000, 40_000)  # as both have learnt it
+    board.step_model[:2, 3:6] = (8_000_000, 200_000, 40_000)  # as both have learnt it
     frontend = using(Frontend.attach(group, policy="least_work"))
     insert(engines[0], PROMPT)
     assert frontend.choose(prompt=PROMPT) == 0
@@ -212,9 +212,9 @@ def test_without_room_there_is_no_index(group, using, caplog, monkeypatch):
     cache.insert([1])
     cache.evict([1])
     cache.clear()
-    cache.show(blocks_in_use=5, held_tokens=70)
+    cache.show(blocks_in_use=5)
     cache.found(3)
-    assert board.cache_state[0].tolist() == [0, 16, 100, 5, 70, 3, 0, 0]
+    assert board.cache_state[0].tolist() == [0, 16, 100, 5, 3, 0, 0]
     frontend = using(Frontend.attach(group))
     assert frontend.route(prompt=PROMPT).cached_tokens == 0
 
@@ -267,7 +267,7 @@ def test_across_processes_and_a_killed_engine(group, using):
 
 def test_a_burst_on_one_new_prompt_stays_together(engines, group, board, using):
     """Guards against a fan-out whose context is computed on every rank, because no index shows it yet."""
-    board.step_model[:2, 2:5] = (8_000_000, 200_000, 40_000)  # as both have learnt it
+    board.step_model[:2, 3:6] = (8_000_000, 200_000, 40_000)  # as both have learnt it
     frontend = using(Frontend.attach(group))
     engines[1].publish(waiting=1, running=0, prefill_backlog=3000)  # so the first one goes to rank 0
     context = np.arange(4000)
@@ -288,7 +288,7 @@ def test_a_burst_on_one_new_prompt_stays_together(engines, group, board, using):
 
 def test_a_burst_over_several_front_ends_stays_together(engines, group, board, using):
     """Guards against a context that each front-end sends to another rank, because it knows its own requests."""
-    board.step_model[:2, 2:5] = (8_000_000, 200_000, 40_000)  # as both have learnt it
+    board.step_model[:2, 3:6] = (8_000_000, 200_000, 40_000)  # as both have learnt it
     frontends = [using(Frontend.attach(group)) for _ in range(4)]
     engines[1].publish(waiting=1, running=0, prefill_backlog=5000)  # so the first one goes to rank 0
     context = np.arange(4000)

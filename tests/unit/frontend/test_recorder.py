@@ -32,7 +32,9 @@ def view_of(rng: random.Random, n: int, *, with_work: bool, now_ns: int = NOW) -
 
     ranks = rng.sample(range(n), rng.randint(1, n))
     load, requests = [pack_load(rng.randrange(9), rng.randrange(99), rng.random()) for _ in range(n)], column()
-    work = ListWork(column(), [[NOW, 5] for _ in range(n)], [column()[:1] * 6 for _ in range(n)], now_ns)
+    work = ListWork(
+        column(), [[NOW, 5, 700] for _ in range(n)], [column()[:1] * 7 for _ in range(n)], now_ns, n % 2 == 1
+    )
     own = [rng.randrange(9) for _ in range(n)]
     return View(columns_of(ListColumns(ranks, load, requests, own, 4, work if with_work else None)))
 
@@ -90,7 +92,7 @@ def test_a_record_of_the_largest_numbers_fits(tmp_path):
         path = tmp_path / str(n)
         recorder = Recorder.create(path, engines=n, group="g", frontend=0, slots=2)
         top = (1 << 63) - 1
-        work = ListWork([top] * n, [[top] * 2] * n, [[top] * 6] * n, top)
+        work = ListWork([top] * n, [[top] * 3] * n, [[top] * 7] * n, top)
         view = View(ListColumns(list(range(n)), [top] * n, [top] * n, [top] * n, top, work))
         for _ in range(2):
             recorder.record(top, view, Request(top, top, [top] * n), 0, [top] * n)
@@ -202,7 +204,7 @@ def test_every_policy_can_be_asked_about_a_recording(group, using, tmp_path):
     engines = [using(Engine.attach(group, rank)) for rank in range(2)]
     cache = engines[1].open_cache(100)
     cache.insert(cache.hasher.fingerprints(range(32)))
-    board.step_model[:2, 2:5] = (8_000_000, 200_000, 40_000)  # as both have learnt it
+    board.step_model[:2, 3:6] = (8_000_000, 200_000, 40_000)  # as both have learnt it
     frontend = using(Frontend.attach(group, policy="least_loaded", record=tmp_path / "ring"))
     frontend.choose(prompt=range(40))
     frontend.choose(40)

@@ -77,7 +77,7 @@ def test_times_of_another_clock_are_not_used(group, using, count, ahead_s):
     now_ns = time.monotonic_ns()
     for e, engine in enumerate(engines):
         engine.publish(waiting=0, running=0)
-        board.step_model[e] = [now_ns + 3_000_000, 100, 4_000_000, 1000, 1000, 0, 0, 0]
+        board.step_model[e] = [now_ns + 3_000_000, 100, 0, 4_000_000, 1000, 1000, 0, 0, 0, 0]
     board.step_model[1, 0] += ahead_s * 10**9
     board.engine_time_namespace[1] += 1
     chosen = Counter()
@@ -90,11 +90,11 @@ def test_times_of_another_clock_are_not_used(group, using, count, ahead_s):
 @pytest.mark.parametrize("count", [3, 40])
 def test_the_rest_of_a_step_has_a_bound(group, using, count):
     """Guards against one damaged word, or a clock that jumped, that keeps an idle rank out for ever."""
-    board = using(LoneBoard(group, engines=count, dp_size=count))
+    board = using(LoneBoard(group, engines=count, dp_size=count, waves=False))
     engines = [using(Engine.attach(group, e)) for e in range(count)]
     for engine in engines:
         engine.publish(waiting=0, running=0)
-    board.step_model[:, 2:] = [4_000_000, 1_000_000, 1000, 0, 0, 0]
+    board.step_model[:, 3:] = [4_000_000, 1_000_000, 1000, 0, 0, 0, 0]
     board.step_model[1, 0] = (1 << 62) - 1
     frontend = using(Frontend.attach(group, policy="least_work"))
     routes = [frontend.route(10) for _ in range(30 * count)]

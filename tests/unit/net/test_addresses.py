@@ -7,7 +7,7 @@ import socket
 import pytest
 import zmq
 
-from dpshm.net.addresses import allow_ipv6, bare, is_ipv6, is_loopback, joined
+from dpshm.net.addresses import allow_ipv6, bare, is_ipv6, is_loopback, joined, reachable
 from dpshm.net.context import context
 
 
@@ -77,3 +77,11 @@ def test_the_option_is_set_where_it_must_be():
         with context().socket(zmq.PUB) as s:
             allow_ipv6(s, address)
             assert s.ipv6 == expected, address
+
+
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("node-7", "node-7"), ("::1", "::1")])
+def test_an_address_to_open_is_one_that_can_be_opened(host: str, shown: str):
+    """Guards against "http://0.0.0.0:8765", which a browser on another machine cannot open."""
+    assert reachable(host) == shown
+    for everywhere in ("0.0.0.0", "::", "[::]"):
+        assert reachable(everywhere) == socket.gethostname()

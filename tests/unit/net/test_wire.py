@@ -17,6 +17,7 @@ from dpshm.net.wire import (
     DrainMessage,
     EngineMessage,
     FirstRequestMessage,
+    HeardMessage,
     ScaleMessage,
     SchedulerStats,
     StartMessage,
@@ -133,6 +134,8 @@ def test_what_front_ends_send():
         (("SCALE_ELASTIC_EP", 6, None), ScaleMessage(6)),
         (("DPSHM_DRAIN", 3), DrainMessage(3, True)),
         (("DPSHM_UNDRAIN", 3), DrainMessage(3, False)),
+        (("DPSHM_HEARD", 0, b"\x05\x80"), HeardMessage((0, 2, 15))),
+        (("DPSHM_HEARD", 0, b""), HeardMessage(())),
     ],
 )
 def test_front_end_messages_that_are_good(sent: tuple[object, ...], message: object):
@@ -146,6 +149,9 @@ def test_front_end_messages_that_are_good(sent: tuple[object, ...], message: obj
 def test_our_own_messages_come_back(drained: bool):
     """Guards against encoders and decoders of our own messages that disagree."""
     assert wire.decode_frontend_message(wire.encode_first_request(None, 9)) == FirstRequestMessage(None, 9)
+    ranks = (0, 7, 8, 4095)
+    assert wire.decode_frontend_message(wire.encode_heard(ranks)) == HeardMessage(ranks)
+    assert len(wire.encode_heard(range(4096))) < wire.MAX_UPSTREAM_BYTES
     assert wire.decode_frontend_message(wire.encode_drain(4095, drained)) == DrainMessage(4095, drained)
 
 

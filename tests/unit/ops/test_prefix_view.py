@@ -30,13 +30,13 @@ def test_frames_and_metrics_tell_how_full_a_cache_is(group, using, engines):
     cache = engines[1].open_cache(100, block_tokens=8)
     cache.insert(cache.hasher.fingerprints(range(80)))
     cache.found(1000)
-    cache.show(blocks_in_use=12, held_tokens=90)
+    cache.show(blocks_in_use=12)
     board = using(Board.attach(group))
     before = read_frame(board)
     cache.found(30)
-    with engines[1].step(prefill_tokens=10, batch=1):
+    with engines[1].step(prefill_tokens=10, batch=1, held_tokens=90):
         pass
-    engines[1].publish(waiting=0, running=0)
+    engines[1].publish(waiting=0, running=1)
     frame = with_rates(before, read_frame(board))
     none, rank = frame.ranks
     assert (rank.has_index, rank.block_tokens, rank.num_blocks, rank.blocks_in_use) == (True, 8, 100, 12)

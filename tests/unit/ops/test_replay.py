@@ -14,7 +14,7 @@ from dpshm.ops.replay import export, replay, summarise
 from dpshm.policies import LeastWork, Request, View, least_loaded, round_robin
 from dpshm.policies.columns import ListColumns, ListWork
 
-MODEL = [10_000_000, 100_000, 50_000, 0, 0, 0]
+MODEL = [10_000_000, 100_000, 50_000, 0, 0, 0, 0]
 
 
 def decision(
@@ -26,7 +26,7 @@ def decision(
 ):
     """A decision between two ranks."""
     load = [pack_load(0, n, 0.5) for n in running]
-    work = backlog and ListWork(list(backlog), [[0, 0]] * 2, [MODEL] * 2, 1000)
+    work = backlog and ListWork(list(backlog), [[0, 0, 0]] * 2, [MODEL] * 2, 1000)
     return Decision(
         number,
         1000,

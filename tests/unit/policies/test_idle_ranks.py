@@ -28,11 +28,11 @@ def test_ranks_that_come_and_go():
 
 def test_an_idle_rank_is_tried_again():
     """Guards against a rank that was slow, gets no requests, and so never shows that it has recovered."""
-    fast, slow = [8_000_000, 200_000, 40_000, 0, 0, 0], [16_000_000, 400_000, 80_000, 512, 0, 0]
+    fast, slow = [8_000_000, 200_000, 40_000, 0, 0, 0, 65_000], [16_000_000, 400_000, 80_000, 512, 0, 0, 130_000]
     assert comparable([fast, slow, fast])[1][:3] == slow[:3]
     tried = comparable([fast, slow, fast], idle=[False, True, False])
     assert [row[:3] for row in tried] == [fast[:3]] * 3
     assert tried[1][3] == 512
     # Where all are idle, or the others have learnt nothing, what it learnt is the best there is.
     assert comparable([fast, slow], idle=[True, True]) == comparable([fast, slow])
-    assert comparable([[0] * 6, slow], idle=[False, True])[1][:3] == slow[:3]
+    assert comparable([[0] * 7, slow], idle=[False, True])[1][:3] == slow[:3]

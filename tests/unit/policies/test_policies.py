@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpshm import policies
-from dpshm.board.layout import STEP_MODEL_WORDS
+from dpshm.board.layout import STEP_MODEL_WORDS, STEP_WORDS
 from dpshm.board.words import pack_load
 from dpshm.errors import SettingError
 from dpshm.policies import Affinity, LeastWork, Policy, PowerOfTwo, Request, View
@@ -43,12 +43,16 @@ def seen(arrays: bool, ranks: list[int], load: list[int], **more: Any) -> View:
     counts = [(word >> 40) + (word >> 16 & 0xFFFFFF) + n for word, n in zip(load, in_flight, strict=True)]
     requests = [(n + (1 << 63)) % (1 << 64) - (1 << 63) for n in counts]
     rows = more.get("models", [MODEL] * len(load))
-    steps, models = [row[:2] for row in rows], policies.comparable([row[2:] for row in rows])
+    lockstep, cut = more.get("lockstep", False), len(STEP_WORDS)
+    steps, models = (
+        [row[:cut] for row in rows],
+        policies.comparable([row[cut:] for row in rows], lockstep=lockstep),
+    )
     own, num_frontends = list(more.get("own", zeros)), more.get("num_frontends", 1)
     if not arrays:
-        few = ListWork(tokens, steps, models, NOW)
+        few = ListWork(tokens, steps, models, NOW, lockstep)
         return View(ListColumns(ranks, load, requests, own, num_frontends, few))
-    many = ArrayWork(*(np.array(row, np.int64) for row in (tokens, steps, models)), NOW)
+    many = ArrayWork(*(np.array(row, np.int64) for row in (tokens, steps, models)), NOW, lockstep=lockstep)
     columns = (np.array(row, np.int64) for row in (ranks, load, requests))
     return View(ArrayColumns(*columns, own, num_frontends, many))
 
@@ -72,7 +76,8 @@ def group(rng: random.Random, *, wild: bool = False) -> dict[str, Any]:
         return [rng.choice(extremes) if wild and rng.random() < 0.5 else rng.randrange(small) for _ in range(n)]
 
     loads = [pack_load(rng.randrange(4), rng.randrange(4), rng.choice([0.0, 0.4, 0.6, 1.0])) for _ in range(n)]
-    step_end, step_tokens = column(NOW), column(512)
+    step_end, step_tokens, held = column(NOW), column(512), column(90_000)
+    per_held = rng.choice([0, 0, 65_000])
     return {
         "ranks": rng.sample(range(n), rng.randint(1, n)),
         "load": column(1) if wild else loads,
@@ -81,9 +86,12 @@ def group(rng: random.Random, *, wild: bool = False) -> dict[str, Any]:
         "num_frontends": rng.randint(1, 8),
         "tokens": column(4000),
         "models": [
-            learnt(step_end=end, step_tokens=tokens) if rng.random() < 0.8 else UNLEARNT
-            for end, tokens in zip(step_end, step_tokens, strict=True)
+            learnt(step_end=end, step_tokens=tokens, held_tokens=context, per_held_token_ps=per_held)
+            if rng.random() < 0.8
+            else UNLEARNT
+            for end, tokens, context in zip(step_end, step_tokens, held, strict=True)
         ],
+        "lockstep": rng.random() < 0.5,
     }
 
 
@@ -122,7 +130,8 @@ def test_renaming_the_ranks_renames_the_choice(name: str, rng: random.Random, sh
     view = group(rng)
     n, policy = len(view["load"]), policies.by_name(name)
     before = choose(policy, **view)
-    renamed = {"ranks": [(e + shift) % n for e in view["ranks"]], "num_frontends": view["num_frontends"]}
+    renamed = {name: view[name] for name in ("num_frontends", "lockstep")}
+    renamed["ranks"] = [(e + shift) % n for e in view["ranks"]]
     for column in view.keys() - renamed.keys():
         renamed[column] = [view[column][(e - shift) % n] for e in range(n)]
     assert choose(policy, **renamed) == (before + shift) % n
@@ -259,7 +268,7 @@ def test_equal_input_gives_an_equal_choice(name: str, rng: random.Random):
 
 def test_least_work_waits_for_a_place():
     """Guards against engines that are filled to their last place, so that a burst waits for requests to end."""
-    full = {"max_running": 64, "ending_ns": 200_000_000}
+    full = {"max_running": 64, "ending_ns": 200_000_000, "per_request_ns": 0}
     models = [learnt(**full), learnt(base_ns=20_000_000, **full)]
     for running, chosen in ((60, 0), (63, 0), (64, 1), (65, 1)):
         load = [pack_load(0, running, 0), pack_load(0, 10, 0)]
@@ -270,7 +279,7 @@ def test_least_work_passes_an_overloaded_rank_over_for_one_that_is_not_much_late
     """Guards against a rank whose long queue waits for room, and which gets every request once others are full."""
     full, blocked = pack_load(1, 20, 0.99), pack_load(90, 10, 0.85)
     for tokens, chosen in (
-        ([8000, 9000], 1),  # a little later there: it does not push out what runs
+        ([30_000, 31_000], 1),  # a little later there: it does not push out what runs
         ([8000, 100_000], 0),
         ([0, 20_000], 0),
     ):
@@ -282,8 +291,8 @@ def test_least_work_passes_an_overloaded_rank_over_for_one_that_is_not_much_late
 def test_least_work_spares_those_that_run():
     """Guards against long prompts that meet on the rank with most running requests and make all of them wait."""
     load = [pack_load(0, 40, 0), pack_load(0, 4, 0)]
-    # Rank 1 has to compute what takes 0.2 ms more than the 36 requests more of rank 0.
-    tokens = [0, 76]
+    # Rank 1 has to compute what takes 3.8 ms more than the 36 requests more of rank 0 in 17 steps.
+    tokens = [0, 1300]
     assert choose(LeastWork(), [0, 1], load, tokens=tokens, request=Request(1)) == 0
     assert choose(LeastWork(), [0, 1], load, tokens=tokens, request=Request(4000)) == 1
     # What is cached delays no request.
@@ -298,24 +307,86 @@ def test_least_work_counts_the_steps_of_a_long_backlog():
     assert expected[0] - expected[1] == 7 * (10_000_000 + 100_000)
 
 
+def holding(*held: int) -> list[list[int]]:
+    """Models of ranks whose requests hold so much context, each token of which takes 0.1 us of a step."""
+    return [learnt(held_tokens=tokens, per_held_token_ps=100_000) for tokens in held]
+
+
+def test_least_work_sees_the_context_that_requests_hold():
+    """Guards against ranks with long contexts that look like others, although each of their steps is longer."""
+    load = [pack_load(0, 5, 0), pack_load(0, 6, 0)]
+    assert choose(LeastWork(), [0, 1], load, models=holding(9000, 9000)) == 0
+    assert choose(LeastWork(), [0, 1], load, models=holding(90_000, 9000)) == 1
+    # Prompts that are on their way will be held too: these hold as much together as rank 1 holds alone.
+    models = [learnt(per_token_ns=0, per_held_token_ps=100_000, held_tokens=n) for n in (9000, 30_000)]
+    assert choose(LeastWork(), [0, 1], load, models=models, tokens=[20_000, 0]) == 0
+    assert choose(LeastWork(), [0, 1], load, models=models, tokens=[30_000, 0]) == 1
+
+
+def test_in_lockstep_a_request_goes_where_it_raises_the_maximum_least():
+    """Guards against a long prompt, or long contexts, on the rank for which all others wait."""
+    load = [pack_load(0, 5, 0)] * 3
+    usual = {"lockstep": True, "request": Request(1000)}
+    # Rank 0 computes 4000 tokens next; beside it, up to 4000 cost the group nothing.
+    assert choose(LeastWork(), [0, 1, 2], load, tokens=[4000, 2500, 3500], **usual) == 1
+    # The same with contexts: rank 2 has room below the most loaded rank. That it waits 50 ms longer counts less.
+    models = holding(90_000, 89_500, 80_000)
+    assert choose(LeastWork(), [0, 1, 2], load, models=models, tokens=[1000, 0, 0], **usual) == 2
+    models = holding(90_000, 91_900, 80_000)
+    assert choose(LeastWork(), [0, 1, 2], load, models=models, tokens=[2000, 0, 1000], **usual) == 2
+    # Where nothing gets longer, the least work decides; then what is cached; then the turn.
+    models = holding(200_000, 9000, 9000)
+    assert choose(LeastWork(), [0, 1, 2], load, models=models, tokens=[9000, 500, 400], **usual) == 2
+    usual["request"] = Request(1000, cached=[0, 40, 39])
+    assert choose(LeastWork(), [0, 1, 2], load, tokens=[9000, 40, 39], **usual) == 1
+    usual["request"] = Request(1000)
+    assert choose(LeastWork(), [2, 1, 0], load, models=models, tokens=[9000, 0, 0], **usual) == 2
+    # What is cached of a prompt is not computed.
+    usual["request"] = Request(5000, cached=[0, 4000, 0])
+    assert choose(LeastWork(), [0, 1, 2], load, tokens=[4000, 2500, 2000], **usual) == 1
+
+
+def test_in_lockstep_the_rest_of_the_step_is_the_same_for_all():
+    """Guards against a rank that is passed over because it computes a long prompt in the step that all are in."""
+    busy = learnt(step_end=NOW + 400_000_000, step_tokens=4000)
+    load = [pack_load(0, 5, 0)] * 2
+    assert choose(LeastWork(), [0, 1], load, models=[busy, learnt()], tokens=[4000, 5000], lockstep=True) == 0
+
+
+def test_in_lockstep_a_request_counts_as_few_tokens_of_context():
+    """Guards against balancing counts where contexts differ: in lockstep ranks learn the sum of both alone."""
+    models = [[10_000, 300_000, 6, 0, 0, 0, 20_000]] * 2
+    kept = policies.comparable(models)
+    assert kept[0][1] == 300_000
+    found = policies.comparable(models, lockstep=True, running=[10, 10], held=[100_000, 20_000])
+    assert found[0] == found[1]
+    per_request, per_held = found[0][1], found[0][6]
+    assert per_request == 1024 * per_held >> 10
+    before = 300_000 * 20 + 20_000 * 120_000 / 1024
+    assert per_request * 20 + per_held * 120_000 / 1024 == pytest.approx(before, rel=0.01)
+    few = [[10_000, 3, 6, 0, 0, 0, 20_000]] * 2
+    assert policies.comparable(few, lockstep=True, running=[10, 10], held=[100_000, 20_000])[0][1] == 3
+    assert policies.comparable(models, lockstep=True, running=[0, 0], held=[0, 0])[0][1] == 300_000
+
+
 def test_models_are_made_comparable():
     """Guards against a mean that counts ranks which have learnt nothing, or takes what belongs to each rank."""
-    one, other, new = [10, 2, 6, 100, 64, 7], [20, 4, 2, 200, 0, 9], [0] * 6
+    one, other, new = [10, 2, 6, 100, 64, 7, 50], [20, 4, 2, 200, 0, 9, 70], [0] * 7
     never = 1 << 40
     assert policies.comparable([one, new, other]) == [
-        *(one, [15, 3, 4, never, never, 0], [20, 4, 2, 200, never, 0]),
+        *(one, [15, 3, 4, never, never, 0, 60], [20, 4, 2, 200, never, 0, 70]),
     ]
     assert policies.comparable([one, new, other], lockstep=True) == [
-        *([15, 3, 4, 100, 64, 7], [15, 3, 4, never, never, 0], [15, 3, 4, 200, never, 0]),
+        *([15, 3, 4, 100, 64, 7, 60], [15, 3, 4, never, never, 0, 60], [15, 3, 4, 200, never, 0, 60]),
     ]
     assert policies.comparable([new, new]) == [new, new]
-    again = policies.comparable([one, new, [-5, 1, 1, -1, -1, 1]])
+    again = policies.comparable([one, new, [-5, 1, 1, -1, -1, 1, 1]])
     assert policies.comparable(again) == again
 
 
 def model(base: int, per_request: int, per_token: int) -> list[int]:
     """A learnt model, in microseconds."""
-    return [base * 1000, per_request * 1000, per_token * 1000, 0, 0, 0]
+    return [base * 1000, per_request * 1000, per_token * 1000, 0, 0, 0, 0]
 
 
 def test_ranks_that_are_alike_are_taken_to_be_equal():
@@ -339,11 +410,11 @@ def test_a_rank_that_is_slow_keeps_what_it_learnt():
 
 
 @deterministic
-@given(rows=st.lists(st.lists(st.integers(-(1 << 63), (1 << 63) - 1), min_size=6, max_size=6), max_size=9))
+@given(rows=st.lists(st.lists(st.integers(-(1 << 63), (1 << 63) - 1), min_size=7, max_size=7), max_size=9))
 def test_scribbled_models_are_made_comparable(rows: list[list[int]]):
     """Guards against numbers that no engine learns and that make every front-end's refresh raise."""
     found = policies.comparable(rows)
-    assert [len(m) for m in found] == [6] * len(rows)
+    assert [len(m) for m in found] == [7] * len(rows)
     assert all(m[0] > 0 for m in found) or not any(m[0] > 0 for m in rows)
 
 

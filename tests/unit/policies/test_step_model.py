@@ -9,7 +9,7 @@ import pytest
 from dpshm import Engine, Frontend
 from dpshm.board.layout import STEP_MODEL_WORDS
 from dpshm.policies import Request, View, sees_work
-from dpshm.policies.step_model import MIN_STEPS, StepModel
+from dpshm.policies.step_model import BASE_NS, MIN_STEPS, StepModel
 from tests.support import LoneBoard
 
 TRUE = (8_000_000, 200_000, 40_000)
@@ -44,6 +44,37 @@ def test_it_finds_the_coefficients():
     model = StepModel()
     teach(model, 2000, random.Random(1), noise=0.05)
     assert learnt(model) == pytest.approx(TRUE, rel=0.05)
+
+
+def test_it_finds_what_held_tokens_cost():
+    """Guards against contexts whose cost is taken for that of requests, and against a cost that no context has."""
+    for per_request, per_held in ((20_000, 65), (200_000, 0)):
+        model, rng = StepModel(), random.Random(4)
+        for _ in range(3000):
+            batch, tokens = rng.randrange(1, 40), rng.choice([0, 0, 0, rng.randrange(4096)])
+            held = int(batch * rng.uniform(500, 4000))
+            took = 8_000_000 + per_request * batch + 40_000 * tokens + per_held * held
+            model.begin(1, tokens, batch, held)
+            model.end(int(took * rng.gauss(1, 0.05)), tokens, batch, held)
+        words = words_of(model)
+        assert words["per_held_token_ps"] == pytest.approx(1000 * per_held, abs=8000)
+        assert words["per_request_ns"] == pytest.approx(per_request, abs=20_000)
+        assert words["held_tokens"] == held
+
+
+def test_held_tokens_are_shown_while_requests_run():
+    """Guards against a rank that looks loaded after its last request has ended, or empty between two steps."""
+    model = StepModel()
+    model.begin(1, 10, 2, 700)
+    assert words_of(model)["held_tokens"] == 700
+    model.end(9_000_000, 10, 2, 700, 710)
+    assert words_of(model)["held_tokens"] == 710
+    model.after_step(0, 2, 0)
+    assert words_of(model)["held_tokens"] == 710
+    model.end(9_000_000, 0, 2, 710, 712)
+    model.finished(2)
+    model.after_step(0, 0, 0)
+    assert words_of(model)["held_tokens"] == 0
 
 
 def test_it_says_nothing_until_it_has_seen_enough():
@@ -235,6 +266,6 @@ def test_a_new_engine_has_learnt_nothing(group, using):
         for _ in range(MIN_STEPS):
             with engine.step(prefill_tokens=9, batch=1):
                 pass
-    assert board.step_model[0, 2] > 0
+    assert board.step_model[0, BASE_NS] > 0
     using(Engine.attach(group, 0))
     assert board.step_model[0].tolist() == [0] * len(STEP_MODEL_WORDS)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from dpshm.board.layout import CACHE_WORDS
+from dpshm.board.layout import CACHE_WORDS, STEP_WORDS
 from dpshm.board.prefix_index import PrefixIndexReader, PrefixIndexWriter, index_path
 from dpshm.engine.row import EngineRow
 from dpshm.rules.prefix_hash import DigestReducer
@@ -44,7 +44,9 @@ def reader_of(row):
 
 
 def word(board, name):
-    """A word of rank 0's cache."""
+    """A word of rank 0's cache, or what its requests hold."""
+    if name == "held_tokens":
+        return board.words[board.index("step_model", 0, STEP_WORDS.index(name))]
     return board.words[board.index("cache_state", 0, CACHE_WORDS.index(name))]
 
 

@@ -9,13 +9,13 @@ from dpshm.errors import SettingError
 from dpshm.policies import Request, View, comparable, least_loaded
 from dpshm.policies.columns import ListColumns, ListWork
 from dpshm.rules.hashing import mix
-from dpshm.sim.lab.rivals import RIVALS, bounded_hashing, lmetric, rival_or_policy, sticky
+from dpshm.sim.lab.rivals import RIVALS, bounded_hashing, br_0, lmetric, rival_or_policy, shortest_kv, sticky
 
 
 def view(requests: list[int], tokens: list[int], ranks: list[int] | None = None) -> View:
     """So many running requests and uncomputed prompt tokens by rank."""
     n = len(requests)
-    work = ListWork(tokens, [[0, 0]] * n, comparable([[0] * 6] * n), 0)
+    work = ListWork(tokens, [[0, 0, 0]] * n, comparable([[0] * 7] * n), 0)
     load = [pack_load(0, count, 0.0) for count in requests]
     return View(ListColumns(ranks or list(range(n)), load, requests, [0] * n, 1, work))
 
@@ -64,6 +64,28 @@ def test_bounded_hashing_stays_on_its_ring():
 def test_sticky(requests, cached, chosen):
     """Guards against thresholds that are not those of the documentation."""
     assert sticky(view(requests, [0] * 3), Request(1000, cached=cached)) == chosen
+
+
+def holding(held: list[int], tokens: list[int], requests: list[int]) -> View:
+    """Ranks whose requests hold so much context."""
+    seen = view(requests, tokens)
+    work = ListWork(tokens, [[0, 0, n] for n in held], seen.columns.work.models, 0)
+    return View(ListColumns([0, 1, 2], seen.columns.load, requests, [0] * 3, 1, work))
+
+
+def test_shortest_kv_counts_what_is_held_and_what_will_be():
+    """Guards against a rival that sees the queue alone, or the KV cache alone."""
+    assert shortest_kv(holding([900, 100, 500], [0, 700, 0], [1, 1, 9]), Request(10)) == 2
+
+
+def test_br_0_fills_what_lies_below_the_most_loaded_rank():
+    """Guards against a rival that takes the least loaded rank where several have room, or the wrong one where none
+    has.
+    """
+    seen = holding([900, 500, 100], [0, 0, 0], [2, 3, 9])
+    assert br_0(seen, Request(300)) == 1  # both have room, and rank 1 has fewer requests
+    assert br_0(seen, Request(500)) == 2
+    assert br_0(seen, Request(5000)) == 2
 
 
 @pytest.mark.parametrize("name", RIVALS)

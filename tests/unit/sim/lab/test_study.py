@@ -137,7 +137,7 @@ def test_intervals():
         ({"policies": ("best",)}, "no policy 'best'"),
         ({"policies": ("vllm@none",)}, "no information model 'none'"),
         ({"policies": ("best@live",)}, "no policy 'best'"),
-        ({"workload": "novel"}, "no workload 'novel': choose one of chat, agents, fan-out"),
+        ({"workload": "novel"}, "no workload 'novel': choose one of chat, agents, fan-out, long-context"),
         ({"information": ("none",)}, "no information model 'none'"),
         ({"key_tokens": 0}, "key_tokens is 0"),
     ],

@@ -292,7 +292,7 @@ class EngineLink:
             waiting=waiting,
             running=running,
             kv_cache_usage=self._kv_cache_usage(),
-            prefill_backlog=self._backlog.tokens,
+            prefill_backlog=max(0, self._backlog.tokens),
             step=self._steps,
         )
 

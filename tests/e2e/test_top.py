@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.e2e.load import LoadedGroup, environment, run, stat
+from tests.e2e.load import PACKAGE_ROOT, LoadedGroup, environment, run, stat
 from tests.support import LoneBoard, wait_until
 
 needs_tmux = pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
@@ -182,6 +183,30 @@ def test_once_prints_one_frame(group):
     assert any(level in lines[5] for level in "▁▂▃▄▅▆▇█")
     assert "ttft" in lines[2]
     assert "\x1b" not in text
+
+
+def test_without_textual_all_but_the_live_screen_works(group, using, tmp_path):
+    """Guards against a coordinator's machine that needs the screen's library for every command."""
+    using(LoneBoard(group))
+    (tmp_path / "textual.py").write_text("raise ModuleNotFoundError('no textual here')")
+    alone = environment(PYTHONPATH=os.pathsep.join([str(tmp_path), PACKAGE_ROOT]))
+    ours, theirs = os.openpty()
+
+    def dpshm(*arguments):
+        command = [sys.executable, "-m", "dpshm", *arguments, "-g", group]
+        return subprocess.run(
+            command, env=alone, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, text=True, check=False
+        )
+
+    try:
+        refused = dpshm("top")
+        assert refused.returncode == 2
+        assert "pip install 'dpshm[cli]', or use `dpshm top --once`" in refused.stderr
+        for arguments in (("top", "--once"), ("stat",)):
+            assert dpshm(*arguments).returncode == 0
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
 
 def test_without_a_terminal_it_says_what_to_use(group, using):

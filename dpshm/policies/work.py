@@ -73,6 +73,9 @@ PS_SHIFT = 10
 """From picoseconds to nanoseconds, near enough."""
 _PS_SHIFT_ARRAY = np.array(PS_SHIFT)
 _LOOK_FROM = 256
+_NEVER_NS = 1 << 63
+_NO_DELAY = 1 << 10
+"""Shifts a delay away, however large."""
 
 
 class LeastWork(msgspec.Struct, frozen=True):
@@ -120,7 +123,10 @@ def expected_of_few(columns: ListColumns, request: Request, *, compared: bool = 
     # A view of vLLM's broadcast has no tokens, and at first no engine has learnt anything: see `comparable`.
     if work is None or not work.models[0][0]:
         return [n + 1 for n in columns.requests]
-    now, own, lockstep = work.now_ns, request.prompt_tokens, work.lockstep
+    # In lockstep the step that runs ends for all at once: at no time is any of it left.
+    now, own = _NEVER_NS if work.lockstep else work.now_ns, request.prompt_tokens
+    # Without a comparison neither the decode load nor the delay counts: no test of it for each rank.
+    decode_steps, delay_shift = (DECODE_STEPS, DELAY_SHIFT) if compared else (0, _NO_DELAY)
     # At least one token of a prompt is computed, whatever is cached.
     prompts = repeat(max(1, own)) if request.cached is None else [max(1, own - n) for n in request.cached]
     scores = []
@@ -131,19 +137,19 @@ def expected_of_few(columns: ListColumns, request: Request, *, compared: bool = 
         tokens = uncached
         if waiting > step_tokens:
             tokens += waiting - step_tokens
-        load = per_request * requests + (per_held * (held + waiting) >> PS_SHIFT)
-        ns = step = base + per_request + load
+        load = per_request * requests
+        if per_held:
+            load += per_held * (held + waiting) >> PS_SHIFT
+        ns = base + per_request + load
         if 0 < chunk < tokens:
             ns *= -(-tokens // chunk)
-        ns += per_token * tokens
+        ns += per_token * (tokens + (uncached * requests >> delay_shift))
         if requests >= max_running and (wait := ending * (requests + 1 - max_running)) > ns:
             ns = wait
-        if not lockstep and (rest := step_end - now) > 0:
-            most = REST_STEPS * (step + per_token * step_tokens)
+        if (rest := step_end - now) > 0:
+            most = REST_STEPS * (base + per_request + per_token * step_tokens)
             ns += rest if rest < most else most
-        if compared:
-            ns += DECODE_STEPS * load + (per_token * (uncached * requests) >> DELAY_SHIFT)
-        scores.append(ns)
+        scores.append(ns + decode_steps * load)
     if compared and request.cached is not None:
         return [ns - hit for ns, hit in zip(scores, request.cached, strict=False)]
     return scores
@@ -170,16 +176,18 @@ def expected_of_many(columns: ArrayColumns, request: Request, *, compared: bool 
         held *= models.per_held
         held >>= _PS_SHIFT_ARRAY
         load += held
-    step = load + models.base_and_request
+    ns: Words = load + models.base_and_request
     # To divide many costs more than to look whether any has to be divided.
-    ns = step
     if models.least_chunk < NO_LIMIT and (
         len(tokens) < _LOOK_FROM or np.maximum.reduce(tokens) > models.least_chunk
     ):
-        ns = (tokens + models.chunk_less_one) // models.chunk
-        ns *= step
+        ns *= (tokens + models.chunk_less_one) // models.chunk
+    if compared:
+        delay = own * requests
+        delay >>= _DELAY_SHIFT_ARRAY
+        tokens += delay
     tokens *= models.per_token
-    ns = ns + tokens
+    ns += tokens
     if models.least_running < NO_LIMIT:
         wait = requests - models.running_less_one
         wait *= models.ending
@@ -189,17 +197,13 @@ def expected_of_many(columns: ArrayColumns, request: Request, *, compared: bool 
         rest = np.maximum(steps[:, 0], now)
         rest -= now
         most = models.per_token * step_tokens
-        most += step
+        most += models.base_and_request
         most *= _REST_STEPS_ARRAY
         np.minimum(rest, most, out=rest)
         ns += rest
     if compared:
         load *= _DECODE_STEPS_ARRAY
         ns += load
-        delay = own * requests
-        delay *= models.per_token
-        delay >>= _DELAY_SHIFT_ARRAY
-        ns += delay
         if request.cached is not None:
             ns -= np.array(request.cached, np.int64)
     return ns

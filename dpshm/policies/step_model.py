@@ -157,7 +157,8 @@ class StepModel:
         if tokens > words[CHUNK_TOKENS] and (words[CHUNK_TOKENS] or prefill_backlog):
             words[CHUNK_TOKENS] = tokens
         # A request that came in while the step ran waits too, but not for long: not for three steps in a row.
-        if waiting and (tokens < words[CHUNK_TOKENS] or not tokens):
+        # In vLLM decoding requests take tokens of the same budget: a full step then computes fewer of prompts.
+        if waiting and (tokens + running < words[CHUNK_TOKENS] or not tokens):
             self._blocked += 1
             self._blocked_running = max(self._blocked_running, running)
             if self._blocked >= BLOCKED_STEPS:

@@ -184,6 +184,16 @@ def test_it_learns_how_many_requests_have_room():
     assert [step(0, 1, 50) for _ in range(3)] == [64, 64, 50]  # another limit: the KV cache
 
 
+def test_a_budget_that_decoding_shares_is_no_lack_of_room():
+    """Guards against ranks that count as full for good since long prompts filled their steps beside 30 decodes."""
+    model = StepModel()
+    for running in (1, *[31] * 9):
+        model.end(170_000_000, 4096 - (running - 1), running)
+        model.after_step(waiting=3, running=running, prefill_backlog=20_000)
+    assert words_of(model)["chunk_tokens"] == 4096
+    assert words_of(model)["max_running"] == 0
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_those_that_a_step_finished_had_room_in_it(before: bool):
     """Guards against a limit that is too low by those that have just ended, whenever the engine counts them."""

@@ -39,6 +39,7 @@ from dpshm.frontend.handle import Frontend
 from dpshm.frontend.route import Route
 from dpshm.rules.waves import Phase
 from dpshm.vllm import metrics
+from dpshm.vllm.away import AwayRanks
 from dpshm.vllm.booked import BookedWriter
 from dpshm.vllm.find import owner_name
 from dpshm.vllm.instance import InstanceHooks
@@ -46,6 +47,8 @@ from dpshm.vllm.log import logger
 from dpshm.vllm.options import Options
 from dpshm.vllm.prompts import PromptHasher, RequestPrompt
 
+AWAY_HOOK = "_call_utility_async"
+"""The method through which a client calls one engine."""
 LINK = "_dpshm_link"
 """The attribute of a client that holds its link: None once there is none, absent before anything was tried."""
 _FIRST_REQUESTS = "first_req_send_socket"
@@ -295,8 +298,21 @@ class BoardLink(BookingLink):
         if self._wakes:
             self._hooks.replace(_FIRST_REQUESTS, _Nowhere())
         self._watch_phase(self._frontend.board)
+        self._away: AwayRanks | None = None
+        if options.restart and not self._frontend.board.segment.header.waves and AWAY_HOOK in dir(client):
+            self._away = AwayRanks(client, self._frontend.board)
+            self._hooks.put(AWAY_HOOK, self._away.calling(getattr(client, AWAY_HOOK)))
+            self._away.begin()
+
+    def close(self) -> None:
+        """Takes the hooks off and leaves the board."""
+        if self._away is not None:
+            self._away.close()
+        super().close()
 
     def _before_add(self) -> None:
+        if self._away is not None:
+            self._away.begin()
         self._client.current_wave = unpack_control(self._frontend.board.words[self._at_control])[0]
 
     def _after_add(self) -> None:
@@ -319,7 +335,7 @@ class BoardLink(BookingLink):
             self._give_up()
             return stock(request)
         if route is None:
-            engine = stock(request)
+            engine = self._stock_choice(stock, request)
             try:
                 route = self._book(request, engine)
             except Exception:
@@ -341,6 +357,36 @@ class BoardLink(BookingLink):
             request.current_wave = route.wave  # the wave of the board when the request was booked
         return engine
 
+    def _stock_choice(self, stock: Callable[[Any], Any], request: Any) -> Any:
+        """The engine that vLLM chooses; a request that would go to a rank that is away is refused."""
+        away = self._away
+        if away is not None and away.ranks and not self._is_pinned(request):
+            away.refuse(request)
+        engine = stock(request)
+        if away is not None and self._rank_of(engine) in away.ranks:
+            away.refuse(request, engine)
+        return engine
+
+    def _rank_of(self, engine: Any) -> int:
+        rank: int = self._client.engine_ranks_managed[self._client.core_engines.index(engine)]
+        return rank
+
+    def _elsewhere(self, request: Any, route: Route) -> Route | None:
+        """The route, or another if its rank is away: its new process has a row, and is not connected yet."""
+        if self._away is None or route.dp_rank not in self._away.ranks:
+            return route
+        self._routes[request.request_id].remove(route)
+        route.cancel()
+        outstanding = self._frontend.snapshot()["requests"]
+        others = [rank for rank in self._client.engine_ranks_managed if rank not in self._away.ranks]
+        for rank in sorted(others, key=lambda rank: int(outstanding[rank])):
+            try:
+                found = self._frontend.route(self._tokens(request), dp_rank=rank, wake=False)
+            except NoEngineAvailable:
+                continue
+            return self._note(request, found)
+        return None
+
     def _rebook(self, request: Any, route: Route, engine: Any) -> Route | None:
         """The route of a request that vLLM sends to `engine`: another than `route` if vLLM knew better.
 
@@ -357,7 +403,8 @@ class BoardLink(BookingLink):
         try:
             prompt, key = self._prompt(request), self._key(request)
             route = self._frontend.route(self._tokens(request), prompt=prompt, key=key, wake=False)
-            return self._note(request, route)
+            self._note(request, route)
+            return self._elsewhere(request, route)
         except NoEngineAvailable as e:
             if not self._warned_none:
                 self._warned_none = True

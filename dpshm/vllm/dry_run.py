@@ -18,6 +18,7 @@ import queue
 from collections import Counter
 from collections.abc import Coroutine
 from contextlib import suppress
+from http import HTTPStatus
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -220,7 +221,8 @@ class _Board:
     """A front-end's handle that chooses one rank."""
 
     def __init__(self) -> None:
-        self.board = SimpleNamespace(words=[pack_control(WAVE, Phase.PAUSED)], index=lambda _: 0)
+        segment = SimpleNamespace(header=SimpleNamespace(waves=True))
+        self.board = SimpleNamespace(words=[pack_control(WAVE, Phase.PAUSED)], index=lambda _: 0, segment=segment)
         self.ended: list[str] = []
 
     def route(self, *_: Any, **__: Any) -> Any:
@@ -305,3 +307,24 @@ def _finish(coroutine: Coroutine[Any, Any, Any]) -> None:
         coroutine.send(None)
         coroutine.close()
         raise DryRunFailed(f"{coroutine!r} waits for something else than its send")
+
+
+def dry_run_of_deaths() -> None:
+    """Runs what an API server does with the request of a rank that died.
+
+    Raises:
+        DryRunFailed: the release does something else than `dpshm.vllm.away` relies on.
+        Exception: whatever the release's code raised.
+    """
+    output_processor = import_module("vllm.v1.engine.output_processor")
+    kind = import_module("vllm.sampling_params").RequestOutputKind.DELTA
+    error = import_module("vllm.exceptions").GracefulHTTPError("dry run", HTTPStatus.SERVICE_UNAVAILABLE)
+    _expect("the status of a GracefulHTTPError", int(error.http_status), int(HTTPStatus.SERVICE_UNAVAILABLE))
+    queue = output_processor.RequestOutputCollector(kind, "dry run")
+    queue.put(error)
+    try:
+        queue.get_nowait()
+    except type(error) as e:
+        _expect("what a request that failed raises", e, error)
+    else:
+        raise DryRunFailed("a request that failed raises nothing")

@@ -44,6 +44,8 @@ from dpshm.vllm.instance import InstanceHooks
 from dpshm.vllm.log import logger
 from dpshm.vllm.prefix_cache import PrefixCache
 
+_ALONE = "_dpshm_alone"
+"""The attribute of a core that has a row, and no waves: it may die without the others."""
 REFUSALS = ("_handle_request_preproc_error", "_handle_request_validation_error", "_handle_mm_cache_miss")
 """The methods with which vLLM's input thread refuses a request; older ones lack the second (up to
 0.32) or the third."""
@@ -71,6 +73,21 @@ def _close(link: EngineLink) -> None:
         logger.warning("dpshm: a row could not be closed", exc_info=True)
 
 
+def engine_dead(stock: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The hook on ``_send_engine_dead``: a rank that is on its own dies without the others.
+
+    vLLM would tell all API servers that the engine is dead, and they would end. They see it on the board.
+    """
+
+    def _send_engine_dead(core: Any) -> None:
+        if vars(core).get(_ALONE):
+            logger.warning("dpshm: engine %d ends, and the server goes on", core.engine_index)
+        else:
+            stock(core)
+
+    return _send_engine_dead
+
+
 def _attach(core: Any) -> EngineLink | None:
     address = getattr(core, "frontend_stats_publish_address", None)
     if not address:
@@ -91,7 +108,8 @@ def _attach(core: Any) -> EngineLink | None:
     except Exception:
         logger.warning("dpshm: engine %d goes on without a row", core.engine_index, exc_info=True)
         return None
-    if group is not None:
+    if group is not None:  # else the API servers, on another node, cannot see that it is gone
+        vars(core)[_ALONE] = not row.board.segment.header.waves
         logger.info("dpshm: engine %d publishes to the board of group %r", core.engine_index, group)
     return link
 
@@ -258,6 +276,7 @@ class EngineLink:
 
     def _give_up(self) -> None:
         core = self._core
+        vars(core)[_ALONE] = False
         try:
             self.close()
         except Exception:

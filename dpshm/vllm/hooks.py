@@ -11,6 +11,13 @@
       .add_request_async                           the first request passes the instance's hooks too
     v1.engine.core_client.DPLBAsyncMPClient        tokens are timed; requests that finished leave the bookings
       .process_engine_outputs
+    v1.engine.utils.CoreEngineProcManager          a dense rank that dies is started again, and the server stays up
+      .__init__, .monitor_engine_liveness          (`dpshm.vllm.revival`)
+    v1.engine.utils.wait_for_engine_startup
+    v1.engine.core.EngineCoreProc                  such a rank does not tell API servers that the server is over
+      ._send_engine_dead
+    v1.engine.async_llm.AsyncLLM                   who waits for a request that such a rank had
+      ._run_output_handler                         (`dpshm.vllm.away`)
     prometheus_client.multiprocess                 the board's figures on vLLM's /metrics
       .MultiProcessCollector.__init__
 
@@ -29,11 +36,13 @@ from typing import Any
 
 from dpshm.vllm import metrics
 from dpshm.vllm.api_server import first_request, outputs_processor, stats_task
+from dpshm.vllm.away import output_handler
 from dpshm.vllm.coordinator import coordinator_factory
-from dpshm.vllm.engine_core import busy_loop
+from dpshm.vllm.engine_core import busy_loop, engine_dead
 from dpshm.vllm.log import adopt_core, logger
 from dpshm.vllm.options import Options
-from dpshm.vllm.versions import why_not
+from dpshm.vllm.revival import made_manager, monitored, waited_for_startup
+from dpshm.vllm.versions import why_no_restart, why_not
 
 _MARK = "_dpshm_installed"
 
@@ -57,6 +66,17 @@ def install(options: Options) -> None:
     _wrap(client.DPAsyncMPClient, "add_request_async", first_request)
     _wrap(client.DPLBAsyncMPClient, "process_engine_outputs", lambda stock: staticmethod(outputs_processor(stock)))
     metrics.install()
+    if not options.restart:
+        return
+    if reason := why_no_restart():
+        logger.info("dpshm: a rank that dies ends the server: %s", reason)
+        return
+    manager = utils.CoreEngineProcManager
+    _wrap(manager, "__init__", made_manager)
+    _wrap(manager, "monitor_engine_liveness", monitored)
+    _wrap(utils, "wait_for_engine_startup", lambda stock: waited_for_startup(stock, options))
+    _wrap(core.EngineCoreProc, "_send_engine_dead", engine_dead)
+    _wrap(import_module("vllm.v1.engine.async_llm").AsyncLLM, "_run_output_handler", output_handler)
 
 
 def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:

@@ -26,6 +26,8 @@ class Options(msgspec.Struct, frozen=True):
         stall_timeout_s: ``DPSHM_STALL_TIMEOUT_S``: see `dpshm.coordinator.settings.Settings`.
         shadow_log_s: ``DPSHM_SHADOW_LOG_S``: interval in seconds between the summaries of shadow mode.
         any_version: ``DPSHM_ANY_VLLM=1``: also run on releases of vLLM on which the plugin was not tested.
+        restart: ``DPSHM_RESTART``: a dense rank that dies is started again, and the server stays up (1, the
+            default); 0: it ends the server, as without dpshm.
     """
 
     mode: Mode = "on"
@@ -34,6 +36,7 @@ class Options(msgspec.Struct, frozen=True):
     stall_timeout_s: float = 60.0
     shadow_log_s: float = 60.0
     any_version: bool = False
+    restart: bool = True
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> Options:
@@ -57,8 +60,17 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Options:
         group=environ.get("DPSHM_GROUP") or None,
         stall_timeout_s=_seconds(environ, "DPSHM_STALL_TIMEOUT_S", default.stall_timeout_s),
         shadow_log_s=_seconds(environ, "DPSHM_SHADOW_LOG_S", default.shadow_log_s),
+        restart=_switch(environ, "DPSHM_RESTART"),
         any_version=environ.get("DPSHM_ANY_VLLM", "") == "1",
     )
+
+
+def _switch(environ: Mapping[str, str], name: str) -> bool:
+    word = environ.get(name, "").strip().lower()
+    mode = _MODES.get(word)
+    if mode not in ("on", "off"):
+        raise SettingError(f"{name} is {word!r}, and must be 1 or 0")
+    return mode == "on"
 
 
 def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:

@@ -12,7 +12,7 @@ import re
 from importlib import import_module
 from typing import NamedTuple
 
-from dpshm.vllm.dry_run import dry_run
+from dpshm.vllm.dry_run import dry_run, dry_run_of_deaths
 from dpshm.vllm.log import logger
 
 OLDEST = (0, 28)
@@ -55,6 +55,41 @@ NEEDED = (
     Needed("vllm.v1.engine.core_client", "DPLBAsyncMPClient.get_core_engine_for_request", ("request",)),
     Needed("vllm.v1.engine.core_client", "DPLBAsyncMPClient.process_engine_outputs", ("outputs",)),
 )
+
+FOR_RESTARTS = (
+    Needed(
+        "vllm.v1.engine.utils",
+        "CoreEngineProcManager.__init__",
+        (
+            *("local_engine_count", "start_index", "local_start_index", "vllm_config", "local_client"),
+            *("handshake_address", "client_handshake_address"),
+        ),
+    ),
+    Needed("vllm.v1.engine.utils", "CoreEngineProcManager.monitor_engine_liveness"),
+    Needed("vllm.v1.engine.utils", "wait_for_engine_startup", ("launch",)),
+    Needed("vllm.v1.engine.utils", "EngineHandshakeMetadata", ("addresses", "parallel_config")),
+    Needed("vllm.v1.engine.utils", "get_mp_context"),
+    Needed("vllm.utils.network_utils", "get_open_zmq_ipc_path"),
+    Needed("vllm.v1.engine.core", "EngineCoreProc._send_engine_dead"),
+    Needed("vllm.v1.engine.core_client", "DPLBAsyncMPClient._call_utility_async", ("method", "args", "engine")),
+    Needed("vllm.v1.engine.async_llm", "AsyncLLM._run_output_handler"),
+    Needed("vllm.v1.engine.output_processor", "OutputProcessor.abort_requests", ("request_ids", "internal")),
+    Needed("vllm.v1.engine.output_processor", "RequestOutputCollector.put", ("output",)),
+    Needed("vllm.exceptions", "GracefulHTTPError", ("message", "http_status")),
+)
+"""What restarts of a rank need beside."""
+
+
+def why_no_restart() -> str | None:
+    """Why a rank that dies is not started again in the vLLM of this process; None if it is."""
+    for needed in FOR_RESTARTS:
+        if problem := _missing(needed):
+            return f"vLLM {import_module('vllm').__version__} {problem}"
+    try:
+        dry_run_of_deaths()
+    except Exception as e:
+        return f"a dry run failed: {type(e).__name__}: {e}"
+    return None
 
 
 def why_not(any_version: bool = False) -> str | None:

@@ -37,6 +37,7 @@ from dpshm.board.words import unpack_control
 from dpshm.errors import NoEngineAvailable
 from dpshm.frontend.handle import Frontend
 from dpshm.frontend.route import Route
+from dpshm.policies import Affinity
 from dpshm.rules.waves import Phase
 from dpshm.vllm import metrics
 from dpshm.vllm.away import AwayRanks
@@ -51,6 +52,8 @@ AWAY_HOOK = "_call_utility_async"
 """The method through which a client calls one engine."""
 LINK = "_dpshm_link"
 """The attribute of a client that holds its link: None once there is none, absent before anything was tried."""
+SESSION_EPSILON = 0.5
+"""How far above the mean a rank may be loaded that `least_work` keeps a session on."""
 _FIRST_REQUESTS = "first_req_send_socket"
 """The attribute of a client that tells of first requests; clients have it up to vLLM 0.32."""
 
@@ -155,6 +158,7 @@ class BookingLink(ClientLink):
         self._routes: dict[str, list[Route]] = {}
         self._output_tokens: dict[str, int] = {}  # of each request whose first token came
         self._needs_key = options.policy.startswith("affinity")
+        self._keeps_sessions = options.policy == "least_work"
         core_client = import_module("vllm.v1.engine.core_client")
         self._count_tokens = import_module("vllm.utils").length_from_prompt_token_ids_or_embeds
         # After 0.16: documents of a late-interaction query go to the engine that has the query.
@@ -163,7 +167,9 @@ class BookingLink(ClientLink):
             group,
             owner=owner_name(client.client_index, client.input_socket.getsockopt(zmq.LAST_ENDPOINT).decode()),
             ranks=client.engine_ranks_managed,
-            policy=options.policy,
+            policy=Affinity(SESSION_EPSILON)
+            if self._keeps_sessions
+            else options.policy,  # without a key it is least_work
         )
         self._prompts = PromptHasher(client)
         self._booked: BookedWriter | None = None
@@ -248,12 +254,18 @@ class BookingLink(ClientLink):
         )
 
     def _key(self, request: Any) -> str | None:
-        """The key for the policy `affinity`: the session that the client names. None for other policies.
+        """The key by which requests meet on one rank: the session that the client names (vLLM 0.32 on).
 
-        No key is made of the prompt's first tokens: prompts that all begin alike would all have one key. Without a
-        key `affinity` chooses as `least_work` does, by what each rank has cached of the prompt.
+        For the policy `affinity`, and for `least_work` where the prompt cannot be looked up though engines cache
+        it: the session is then all that tells where its cache is. No key is made of the prompt's first tokens:
+        prompts that all begin alike would all have one key.
         """
-        return getattr(request, "session_id", None) or None if self._needs_key else None
+        session: str | None = getattr(request, "session_id", None) or None
+        if session is None or self._needs_key:
+            return session
+        prompts = self._prompts
+        looks_up = prompts.works and getattr(request, "prompt_embeds", None) is None
+        return session if self._keeps_sessions and prompts.caches and not looks_up else None
 
     def _is_pinned(self, request: Any) -> bool:
         client = self._client

@@ -46,6 +46,7 @@ class PromptHasher:
     """Makes block hashes equal to those of the engines. One for each client.
 
     Attributes:
+        caches: whether engines have a prefix cache.
         works: whether prompts can be hashed.
     """
 
@@ -57,10 +58,11 @@ class PromptHasher:
         """
         self._client_index = client.client_index
         self._ways: dict[int, _Way | None] = {}
-        self.works = False
+        self.works = self.caches = False
         try:
             config = client.vllm_config.cache_config
             if config.enable_prefix_caching:
+                self.caches = True
                 name = config.prefix_caching_hash_algo
                 self._function = import_module("vllm.utils.hashing").get_hash_fn_by_name(name)
                 self._make = import_module("vllm.v1.core.kv_cache_utils").get_request_block_hasher

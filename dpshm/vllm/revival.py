@@ -29,15 +29,16 @@ import msgspec
 import zmq
 
 from dpshm.board.board import Board
+from dpshm.board.words import VERDICT_MASK
 from dpshm.errors import DpshmError
 from dpshm.rules.liveness import Verdict
+from dpshm.vllm.find import owner_name
 from dpshm.vllm.log import logger
 from dpshm.vllm.options import Options
 from dpshm.vllm.supervisor import WatchedCoordinator
 
 ARGUMENTS, KEEPER = "_dpshm_arguments", "_dpshm_keeper"
 """Attributes of a manager of engine processes: what it was made with, and its `Keeper`, or why it has none."""
-API_SERVER = "vllm-api-"
 MAX_RESTARTS = 5
 """Starts of one rank within `WINDOW_S`; then it stays away."""
 WINDOW_S = 600.0
@@ -195,14 +196,16 @@ class Keeper:
             with Board.attach(self._group) as board:
                 if not board.engine_incarnation[self._first + at]:
                     return "it had no row of the board"
-                seen = sum(
-                    int(board.frontend_mark[f]) & 3 == Verdict.ALIVE and board.owner_of(f).startswith(API_SERVER)
+                owners = {
+                    board.owner_of(f)
                     for f in range(board.frontends_used())
-                )
+                    if int(board.frontend_mark[f]) & VERDICT_MASK == Verdict.ALIVE
+                }
         except DpshmError as e:
             return str(e)
-        servers = len(self._addresses.inputs)
-        return None if seen >= servers else f"of {servers} API servers {seen} choose by the board"
+        servers = [owner_name(i, address) for i, address in enumerate(self._addresses.inputs)]
+        seen = sum(server in owners for server in servers)
+        return None if seen == len(servers) else f"of {len(servers)} API servers {seen} choose by the board"
 
     # In a thread for each rank that died.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -97,6 +98,49 @@ def test_affinity_keeps_a_session_together(make_client, board):
     client = make_client(policy="affinity:epsilon=10")
     add(client, *(Request(f"r{i}", prompt=10 + i, session_id="s") for i in range(4)))
     assert sorted(in_flight(board)) == [0, 4]
+
+
+def test_a_session_whose_prompts_cannot_be_looked_up_stays_together(make_client, vllm, board, monkeypatch):
+    """Guards against a session that loses its cache where engines hash with a random seed; and a lost balance."""
+    random_seeds(vllm, monkeypatch)
+    client = make_client()
+    add(client, *(Request(f"r{i}", prompt=10, session_id="s") for i in range(2)))
+    assert sorted(in_flight(board)) == [0, 2]
+    add(client, *(Request(f"more{i}", prompt=10, session_id="s") for i in range(30)))
+    assert min(in_flight(board)) > 0  # its rank was loaded
+    finish(client, *client.reqs_in_flight)
+    add(client, *(Request(f"none{i}", prompt=10) for i in range(4)))
+    assert in_flight(board) == [2, 2]
+
+
+@pytest.mark.parametrize("off", ["looked up", "not cached", "policy"])
+def test_a_session_is_no_reason_where_there_is_a_better_one(make_client, vllm, board, monkeypatch, off):
+    """Guards against sessions that unbalance ranks though the index tells what is cached, or nothing is."""
+    if off != "looked up":
+        random_seeds(vllm, monkeypatch)
+    if off == "not cached":
+        init = vllm.client.DPLBAsyncMPClient.__init__
+        monkeypatch.setattr(vllm.client.DPLBAsyncMPClient, "__init__", without_cache(init))
+    client = make_client(**({"policy": "least_loaded"} if off == "policy" else {}))
+    add(client, *(Request(f"r{i}", prompt=10, session_id="s") for i in range(4)))
+    assert in_flight(board) == [2, 2]
+
+
+def random_seeds(vllm, monkeypatch):
+    """Each engine hashes with a seed of its own."""
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    del vllm.hashes.NONE_HASH
+    vllm.hashes.resolve_none_hash_seed = lambda _: random.random()
+
+
+def without_cache(init):
+    """A client of engines without a prefix cache."""
+
+    def made(client, *args, **kwargs):
+        init(client, *args, **kwargs)
+        client.vllm_config.cache_config.enable_prefix_caching = False
+
+    return made
 
 
 def test_affinity_has_no_key_in_a_common_beginning(make_client, board):

@@ -12,6 +12,7 @@ import pytest
 
 from dpshm import Board, Frontend
 from dpshm.vllm import revival
+from dpshm.vllm.find import owner_name
 from dpshm.vllm.options import Options
 from dpshm.vllm.revival import KEEPER, Keeper, made_manager, monitored, waited_for_startup
 from dpshm.vllm.supervisor import WatchedCoordinator
@@ -77,7 +78,7 @@ def launch(group, short_path):
         board = Board.attach(group)
         made.append(board.close)
         for i in range(api_servers):
-            made.append(Frontend.attach(group, owner=f"vllm-api-{i}").close)
+            made.append(Frontend.attach(group, owner=owner_name(i, f"ipc://{short_path}/in")).close)
         wait_until(lambda: min(board.engine_incarnation[:RANKS]) > 0)
         return launcher, board
 

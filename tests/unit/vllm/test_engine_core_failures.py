@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dpshm import Engine
+from dpshm import Coordinator, Engine
 from dpshm.engine.row import EngineRow
+from dpshm.vllm.engine_core import engine_dead
 from tests.unit.vllm.fake_core import HOOKED, Request, RequestType, failing, hooked, run, send
 
 
@@ -115,3 +116,21 @@ def test_the_row_is_given_back_when_the_loop_ends(make_core, board):
         run(core, body)
     assert int(board.engine_pid[0]) == 0
     assert hooked(core) == []
+
+
+@pytest.mark.parametrize("waves", [True, False])
+def test_a_core_that_fails_ends_api_servers_only_where_ranks_need_each_other(make_core, group, using, waves):
+    """Guards against a message that ends all API servers, of a rank that the others can do without."""
+    told = []
+    hook = engine_dead(told.append)
+    coordinator = using(Coordinator(group=f"{group}-own", dp_size=1, waves=waves))
+    core = make_core(waves=waves)
+    core.frontend_stats_publish_address = coordinator.stats_publish_address
+
+    def fails():
+        raise RuntimeError("the device is lost")
+
+    with pytest.raises(RuntimeError):
+        run(core, fails)
+    hook(core)
+    assert told == ([core] if waves else [])

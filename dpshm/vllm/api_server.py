@@ -18,6 +18,7 @@ from typing import Any
 from dpshm.vllm import metrics
 from dpshm.vllm.client_links import LINK, BoardLink, ClientLink, WaveLink
 from dpshm.vllm.find import group_at
+from dpshm.vllm.follow import expects_board, wait_for_board
 from dpshm.vllm.log import logger
 from dpshm.vllm.options import Options
 from dpshm.vllm.shadow import ShadowLink
@@ -71,6 +72,8 @@ def _attach(client: Any, options: Options) -> ClientLink | None:
     address = client.stats_update_address
     try:
         group = group_at(address)
+        if group is None and expects_board(getattr(client, "vllm_config", None)):
+            group = wait_for_board(address)  # nothing is served yet
         if group is None:
             logger.info(
                 "dpshm: API server %d finds no board for %s and listens to the coordinator (another node, a "

@@ -85,13 +85,13 @@ def _settings(parallel_config: Any, waves: bool, options: Options) -> dict[str, 
         # network, so that a server starts with dpshm wherever it starts without.
         "insecure": True,
         "waves": waves,
-        "counts_with_kv": _counts_have_kv(),
+        "counts_with_kv": counts_have_kv(),
         "max_frontends": max(64, parallel_config.data_parallel_size + api_servers + FRONTENDS_TO_SPARE),
         "stall_timeout_s": options.stall_timeout_s,
     }
 
 
-def _counts_have_kv() -> bool:
+def counts_have_kv() -> bool:
     """Whether this vLLM's own front-ends expect the KV-cache usage beside the counts: after 0.24."""
     try:
         stock = import_module("vllm.v1.engine.coordinator").EngineState()

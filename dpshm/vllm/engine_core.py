@@ -40,8 +40,10 @@ from dpshm.vllm.backlog import PrefillBacklog
 from dpshm.vllm.bells import Bells
 from dpshm.vllm.booked import BookedReader
 from dpshm.vllm.find import group_at, owner_name
+from dpshm.vllm.follow import start_follower
 from dpshm.vllm.instance import InstanceHooks
 from dpshm.vllm.log import logger
+from dpshm.vllm.options import Options
 from dpshm.vllm.prefix_cache import PrefixCache
 
 _ALONE = "_dpshm_alone"
@@ -51,16 +53,21 @@ REFUSALS = ("_handle_request_preproc_error", "_handle_request_validation_error",
 0.32) or the third."""
 
 
-def busy_loop(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def busy_loop(stock: Callable[[Any], Any], options: Options | None = None) -> Callable[[Any], Any]:
     """The hook on ``run_busy_loop``: the loop, with the rank's row open around it."""
 
     def run_busy_loop(core: Any) -> Any:
-        link = _attach(core)
+        follower = start_follower(core, options or Options())
         try:
-            return stock(core)
+            link = _attach(core)
+            try:
+                return stock(core)
+            finally:
+                if link is not None:
+                    _close(link)
         finally:
-            if link is not None:
-                _close(link)
+            if follower is not None:
+                follower.close()
 
     return run_busy_loop
 

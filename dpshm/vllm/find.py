@@ -15,14 +15,15 @@ from dpshm.errors import SegmentError
 
 
 def group_at(stats_address: str | None) -> str | None:
-    """The group whose live board names that address; None if there is none that this process can map."""
+    """The group whose live board, or its head, has that address; None if this process can map none."""
     if not stats_address:
         return None
     for group in files.groups():
         try:
             with Board.attach(group) as board:
                 # Each attached process holds a lock: without any, the board is a dead group's.
-                if board.segment.header.stats_address == stats_address and board.is_used():
+                header = board.segment.header
+                if stats_address in (header.stats_address, header.head_address) and board.is_used():
                     return group
         except SegmentError:
             continue  # damaged, another user's, or just removed: another group's in each case

@@ -61,7 +61,7 @@ def install(options: Options) -> None:
     client = import_module("vllm.v1.engine.core_client")
     _wrap(utils, "DPCoordinator", lambda stock: coordinator_factory(stock, options))
     for kind in (core.EngineCoreProc, core.DPEngineCoreProc):
-        _wrap(kind, "run_busy_loop", busy_loop)
+        _wrap(kind, "run_busy_loop", lambda stock: busy_loop(stock, options))
     _wrap(client.DPAsyncMPClient, "_ensure_stats_update_task", lambda stock: stats_task(stock, options))
     _wrap(client.DPAsyncMPClient, "add_request_async", first_request)
     _wrap(client.DPLBAsyncMPClient, "process_engine_outputs", lambda stock: staticmethod(outputs_processor(stock)))

@@ -1,7 +1,7 @@
 """Real servers over two nodes: a launcher on each, in namespaces of their own, and a real network between them.
 
 With internal load balancing the second launcher is headless: its ranks find no board, and send their rows to the
-coordinator.
+coordinator. With hybrid load balancing the second node gets a board of its own.
 """
 
 from __future__ import annotations
@@ -49,6 +49,14 @@ def internal(tmp_path_factory):
         yield start(stack, tmp_path_factory, [], own)
 
 
+@pytest.fixture
+def hybrid(tmp_path_factory):
+    """Two API servers on each node, which choose among its ranks."""
+    with ExitStack() as stack:
+        own = (["--data-parallel-start-rank", "0"], ["--data-parallel-start-rank", "2"])
+        yield start(stack, tmp_path_factory, ["--data-parallel-hybrid-lb"], own)
+
+
 def stat(node, group):
     """What `dpshm stat` prints on a node."""
     told = node.command(
@@ -74,3 +82,25 @@ def test_ranks_of_both_nodes_are_on_the_board(internal):
     for name in ("requests", "in_flight", "prefill_backlog"):
         assert [rank[name] for rank in after["ranks"]] == [0] * 4, name
     print(json.dumps(after["ranks"], indent=1))
+
+
+def test_each_node_of_hybrid_balancing_has_a_board(hybrid):
+    """Guards against a second node that routes by the broadcast, 100 ms old, and whose tools see nothing."""
+    nodes, servers = hybrid
+    assert servers[1].log.count("on this node follows the coordinator at tcp://10.77.0.1:") == 1
+    for node, server, ranks in zip(nodes, servers, ((0, 1), (2, 3)), strict=True):
+        assert server.log.count(f"to the board of group '{server.group}'") == 2
+        assert server.log.count("chooses by the board") == 2
+        node.call(lambda server=server: checks.answers_a_burst(server))
+
+        def at_rest(node=node, server=server, ranks=ranks):
+            told = stat(node, server.group)["ranks"]
+            return all(told[rank]["state"] == "idle" for rank in ranks) and told
+
+        told = wait_until(at_rest)
+        assert sum(told[rank]["requests_finished"] for rank in ranks) == len(checks.BURST)
+        assert [rank["requests"] for rank in told] == [0] * 4
+        print(json.dumps(told, indent=1))
+    told = stat(nodes[0], servers[0].group)["ranks"]
+    assert sum(rank["requests_finished"] for rank in told) == 2 * len(checks.BURST)
+    assert [rank["stock"] for rank in told] == [False] * 4

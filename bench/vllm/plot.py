@@ -39,7 +39,7 @@ def plot(machine: dict[str, Any], runs: Sequence[Run], path: Path, arm: str = "d
             axes.barh(at, found.median, height * 0.9, color=colour, label=label, xerr=spread, ecolor="#555555")
             axes.text(0.01, at, f"{found.median:.2f}", va="center", color="white", fontsize=7)
     axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(names)), [SCENARIOS[name].text for name in names], fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel("share of stock vLLM's (dotted: as long as stock's)")
     axes.set_title(f"vLLM {machine['vLLM']} with dpshm, 8 ranks, 8 API servers", loc="left", fontsize=10)
     axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.17), ncols=3)

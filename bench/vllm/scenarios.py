@@ -181,22 +181,22 @@ SCENARIOS = {
     s.name: s
     for s in (
         Scenario(
-            *("chat", "dense", 35.0, 8.2, _chat(41.0)),
+            *("chat", "dense", 28.0, 8.2, _chat(41.0)),
             {"ttft_mean": 0.62, "ttft_p99": 0.50, "per_token": 1.01, "total": 1.00},
             "dense chat, 41 requests/s",
         ),
         Scenario(
-            *("bursts", "dense", 35.0, 8.2, bursts),
+            *("bursts", "dense", 20.0, 8.2, bursts),
             {"ttft_mean": 1.02, "ttft_p99": 1.02},
             "dense, half of the requests in bursts of 48 within 20 ms",
         ),
         Scenario(
-            *("lockstep-chat", "lockstep", 40.0, 4.2, _chat(21.0)),
+            *("lockstep-chat", "lockstep", 30.0, 4.2, _chat(21.0)),
             {"ttft_mean": 0.80, "ttft_p99": 0.85, "per_token": 0.90, "total": 0.91},
             "lockstep chat, 21 requests/s",
         ),
         Scenario(
-            *("lockstep-decode", "decode", 50.0, 1.0, long_decodes),
+            *("lockstep-decode", "decode", 36.0, 1.0, long_decodes),
             {"ttft_mean": 1.02, "ttft_p99": 1.02, "per_token": 0.87, "total": 0.88},
             "lockstep, long answers at uneven contexts",
         ),
@@ -206,7 +206,7 @@ SCENARIOS = {
             "dense, conversations with prefix caching",
         ),
         Scenario(
-            *("agents", "dense", 40.0, 6.0, AGENTS.make),
+            *("agents", "dense", 25.0, 6.0, AGENTS.make),
             {"ttft_mean": 0.40, "ttft_p99": 0.45, "per_token": 0.85, "total": 0.80},
             "dense, agents that share a prompt of 2,048 tokens",
         ),

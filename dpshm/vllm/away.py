@@ -61,8 +61,8 @@ class AwayRanks:
         self._client = client
         self._board = board
         self._engines: dict[int, Any] = dict(zip(client.engine_ranks_managed, client.core_engines, strict=True))
-        self._processes: dict[int, tuple[int, int]] = {}  # of each rank: pid and start time
-        self._dead: dict[int, tuple[int, int]] = {}  # likewise, the one that died last
+        self._processes: dict[int, tuple[int, int, int]] = {}  # of each rank: incarnation, pid, start time
+        self._dead: dict[int, int] = {}  # of each rank: the incarnation that died last
         self._calls: dict[Any, set[asyncio.Future[Any]]] = {engine: set() for engine in self._engines.values()}
         self._task: asyncio.Task[None] | None = None
         self._namespace = processes.namespace_inode("pid")
@@ -133,23 +133,27 @@ class AwayRanks:
 
     def _is_gone(self, rank: int, verdict: Verdict) -> bool:
         """Whether the process that had the rank when this looked last is gone."""
-        board = self._board
-        pid, known = int(board.engine_pid[rank]), self._processes.get(rank)
+        board, known = self._board, self._processes.get(rank)
+        # SYNC: an engine stores its pid and start time before its incarnation (`dpshm.engine.row`), so that those
+        # of a new incarnation are its own. Its mark may still be that of the one before: the lock decides.
+        incarnation = int(board.engine_incarnation[rank])
+        if incarnation == self._dead.get(rank):
+            return False  # a new process may have connected, and will take the row
+        pid = int(board.engine_pid[rank])
         if pid:
-            process = pid, int(board.engine_start_time[rank])
-            if process == self._dead.get(rank):
-                return False  # the new process has connected, and will take the row
-            return self._processes.setdefault(rank, process) != process or verdict is Verdict.DEAD
+            if known is None:
+                known = self._processes[rank] = incarnation, pid, int(board.engine_start_time[rank])
+            return known[0] != incarnation or (verdict is Verdict.DEAD and not board.engine_alive(rank))
         if known is None or int(board.engine_mark[rank]) & ON_BEHALF:
             return False  # not here yet, or it reports through the coordinator
         # It gave its row up: it ends, or it goes on without us.
         is_visible = int(board.engine_pid_namespace[rank]) == self._namespace
-        return is_visible and processes.start_time(known[0]) != known[1]
+        return is_visible and processes.start_time(known[1]) != known[2]
 
     async def _lose(self, rank: int) -> None:
         client, engine = self._client, self._engines[rank]
         self.ranks.add(rank)
-        self._dead[rank] = self._processes.pop(rank)
+        self._dead[rank] = self._processes.pop(rank)[0]
         lost = [request for request, its in client.reqs_in_flight.items() if its == engine]
         logger.warning(
             "dpshm: API server %d: rank %d died. %d requests that it had end with status 503; new ones go "

@@ -12,6 +12,7 @@ import zmq
 import zmq.asyncio
 
 from dpshm import Board, Coordinator
+from dpshm.rules.liveness import Verdict
 from dpshm.vllm.away import AwayRanks, output_handler
 from dpshm.vllm.client_links import LINK
 from tests.support import Remote
@@ -265,3 +266,15 @@ def test_an_api_server_sends_nothing_to_a_rank_that_is_away(make_client, board_o
     assert not {"pinned", "none"} & client.reqs_in_flight.keys()
     finish(client, *client.reqs_in_flight)
     assert board_of_lockstep.snapshot()["in_flight"].tolist() == [0, 0]
+
+
+def test_a_process_that_has_just_taken_the_row_is_not_dead(group, board, client, using):
+    """Guards against the mark of the process before it: the rank would stay away, since it connects only once."""
+    engine(group, 1, using)
+    away = AwayRanks(client, board)
+    run(away, lambda: 1 in away._processes)
+    assert not away._is_gone(1, Verdict.DEAD)
+    away._dead[1] = int(board.engine_incarnation[1])  # it stores its pid before its incarnation
+    away._processes.clear()
+    assert not away._is_gone(1, Verdict.DEAD)
+    assert 1 not in away._processes

@@ -60,7 +60,7 @@ class StockEngines:
         self._row = row
         self._counts = StepCounts()
         self._sent = SentLog()
-        self.due_ns: int | None = None
+        self.due_ns: int | None = 0  # at once: the last coordinator may have left bookings
         self.connections = Connections()
         self._missing = Lasting(GONE_NS)
         self._missing_from_ns = time.monotonic_ns() + RETURN_NS
@@ -112,7 +112,7 @@ class StockEngines:
             return
         self.due_ns = None
         sample = self._look(now_ns)
-        for e in self._marked():
+        for e in self._unwritten():
             if not self._board.engine_alive(e):
                 self._receive(e, sample)
         self._wait_for_bookings(now_ns)
@@ -143,8 +143,8 @@ class StockEngines:
     def _wait_for_bookings(self, now_ns: int) -> None:
         """Asks for another look if bookings at stock engines do not count as received yet."""
         board, used = self._board, self._board.frontends_used()
-        marked = self._marked()
-        if (board.sent_requests[:used, marked] > board.received_requests[marked, :used].T).any():
+        ranks = self._unwritten()
+        if (board.sent_requests[:used, ranks] > board.received_requests[ranks, :used].T).any():
             self.due_ns = now_ns + LOOK_NS
 
     def count(self) -> int:
@@ -163,6 +163,16 @@ class StockEngines:
             logger.warning("of the stock engines %s one is gone: each is left out until it reports again", marked)
             for e in filter(self._row.is_stock, marked):  # an engine may have taken its row meanwhile
                 self._row.set_engine(e, verdict=Verdict.ABSENT, on_behalf=False)
+            self._wait_for_bookings(now_ns)
+
+    def _unwritten(self) -> list[int]:
+        """The ranks whose rows no engine writes: the stock ones, and those that left or are left out.
+
+        Bookings that are under way to a rank that is left out are received or lost; no report will tell.
+        """
+        board = self._board
+        ranks = (e for e in range(board.dp_size) if not board.engine_pid[e])
+        return [e for e in ranks if not self._row.is_remote(e) and not self._holds_row(e)]
 
     def _marked(self) -> list[int]:
         return [e for e in range(self._board.dp_size) if self._row.is_stock(e)]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpshm import Engine, Frontend
+from dpshm import Engine, Frontend, SettingError
 from dpshm.board.words import (
     KV_ONE,
     MAX_RUNNING,
@@ -60,7 +60,14 @@ def test_what_publish_stores(group, using):
         step=around(MAX_STEP),
     )
     def check(waiting, running, kv, backlog, step):
-        engine.publish(waiting=waiting, running=running, kv_cache_usage=kv, prefill_backlog=backlog, step=step)
+        before = int(board.load[0])
+        given = {"waiting": waiting, "running": running, "kv_cache_usage": kv, "prefill_backlog": backlog}
+        try:
+            engine.publish(**given, step=step)
+        except SettingError:
+            assert min(waiting, running, backlog) < 0 or not 0.0 <= kv <= 1.0
+            assert board.load[0] == before
+            return
         word = pack_load(waiting, running, kv)
         assert board.load[0] == word
         assert board.request_offset[0] == queued(word)

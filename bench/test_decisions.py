@@ -26,14 +26,15 @@ def make_board(name: str, engines: int = 8) -> FixtureBoard:
     """A board on which front-ends decide by that policy."""
     fixture = FixtureBoard(engines, 4, policy=by_name(name))
     model = {
-        **{"base_ns": 8_000_000, "per_request_ns": 200_000, "per_token_ns": 40_000, "chunk_tokens": 4096},
-        **{
-            "max_running": 64,
-            "ending_ns": 90_000_000,
-            "step_tokens": 512,
-            "held_tokens": 0,
-            "per_held_token_ps": 0,
-        },
+        "base_ns": 8_000_000,
+        "per_request_ns": 200_000,
+        "per_token_ns": 40_000,
+        "chunk_tokens": 4096,
+        "max_running": 64,
+        "ending_ns": 90_000_000,
+        "step_tokens": 512,
+        "held_tokens": 0,
+        "per_held_token_ps": 0,
     }
     for e in range(engines):
         row = {**model, "step_end": time.monotonic_ns() + 3_600_000_000_000}

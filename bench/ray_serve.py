@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from dpshm.ray.board_actor import end_boards
     from dpshm.ray.router import BoardRouter
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         routers = {
             "ray": RequestRouterConfig(),

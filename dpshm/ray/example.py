@@ -36,7 +36,7 @@ class Model:
 
 def main() -> None:
     """Runs it."""
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     router = RequestRouterConfig(
         request_router_class=BoardRouter, request_router_kwargs={"cost": "dpshm.ray.example:tokens"}
     )

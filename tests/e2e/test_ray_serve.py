@@ -79,7 +79,7 @@ def model():
     from dpshm.ray.board_actor import end_boards
     from dpshm.ray.router import BoardRouter
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         router = RequestRouterConfig(
             request_router_class=BoardRouter, request_router_kwargs={"cost": "tests.e2e.test_ray_serve:size"}

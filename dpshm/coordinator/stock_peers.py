@@ -89,13 +89,9 @@ class StockEngines:
 
     def heard(self, dp_ranks: Sequence[int], now_ns: int) -> None:
         """A front-end has live connections to these ranks: those that are not there yet are idle stock engines."""
-        board, row, marked = self._board, self._row, set(self._marked())
-        new = [
-            e
-            for e in dp_ranks
-            if e < board.dp_size and e not in marked and not board.engine_pid[e] and not self._holds_row(e)
-        ]
-        new = [e for e in new if not row.is_remote(e) and not board.engine_alive(e)]
+        board, row, marked = self._board, self._row, self._marked()
+        unmarked = set(self._unwritten()).difference(marked)
+        new = [e for e in dp_ranks if e in unmarked and not board.engine_alive(e)]
         if not new or self._connected() < len(marked) + len(new):
             return
         for e in new:

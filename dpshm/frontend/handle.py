@@ -43,9 +43,9 @@ from dpshm.rules.waves import MAX_WAVE
 logger = logging.getLogger(__name__)
 
 REFRESH_INTERVAL_NS = 100_000_000
+"""Interval between refreshes while no mark changes: a coordinator may have ended, or the file been unlinked."""
 SAY_AGAIN_NS = 1_000_000_000
 """Between two words to the coordinator that a rank was heard which the board does not show."""
-"""Interval between refreshes while no mark changes: a coordinator may have ended, or the file been unlinked."""
 READY_INTERVAL_S = 0.02
 
 

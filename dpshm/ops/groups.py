@@ -31,6 +31,14 @@ class Found(NamedTuple):
         return self.state != "unreadable"
 
 
+def successor(board: Board) -> Board | None:
+    """The board made anew under the same name. None if the group has ended; its last state is still mapped."""
+    try:
+        return Board.attach(board.segment.group, any_owner=True)
+    except SegmentError:
+        return None
+
+
 def find_groups() -> list[Found]:
     """Every group whose segment is on this node."""
     return [_describe(name) for name in groups()]

@@ -12,7 +12,7 @@ import time
 import msgspec
 
 from dpshm.board.board import Board
-from dpshm.errors import SegmentError
+from dpshm.ops.groups import successor
 from dpshm.rules.liveness import State
 
 SCHEMA_VERSION = 1
@@ -109,12 +109,9 @@ class LoadReader:
             return msgspec.json.encode(read_loads(self._board))
 
     def _follow(self) -> None:
-        try:
-            new = Board.attach(self._board.segment.group, any_owner=True)
-        except SegmentError:
-            return  # the group has ended; its last state is still mapped
-        self._board.close()
-        self._board = new
+        if (new := successor(self._board)) is not None:
+            self._board.close()
+            self._board = new
 
     def close(self) -> None:
         """Closes the board."""

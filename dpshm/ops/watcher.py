@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from dpshm.board.board import Board
 from dpshm.board.latency import read_latencies
-from dpshm.errors import SegmentError
 from dpshm.ops.frame import Frame, Frontend, Rank
+from dpshm.ops.groups import successor
 from dpshm.ops.latency import with_latencies
 from dpshm.ops.read_frame import read_frame
 
@@ -72,14 +72,11 @@ class Watcher:
         return with_latencies(frame, np.maximum(recent, 0), now_s - since_s)
 
     def _follow(self) -> None:
-        try:
-            new = Board.attach(self.board.segment.group, any_owner=True)
-        except SegmentError:
-            return  # the group has ended; its last state is still mapped
-        self.board.close()
-        self.board = new
-        self._past.clear()
-        self._past_latencies.clear()
+        if (new := successor(self.board)) is not None:
+            self.board.close()
+            self.board = new
+            self._past.clear()
+            self._past_latencies.clear()
 
     def close(self) -> None:
         """Closes the board."""

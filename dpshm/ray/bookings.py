@@ -23,7 +23,16 @@ RETRY_S = 1.0
 Cost = int | Prompt | Tokens
 """What is known of a request: its number of prompt tokens, or the token ids."""
 _least_work = LeastWork()
-_NEVER = 1 << 62
+
+
+@sees_work
+def least_outstanding(view: View, request: Request) -> int:
+    """`LeastWork` where replicas have learnt how long their steps take, else the fewest outstanding tokens."""
+    work = view.work
+    if work.learnt:
+        return _least_work(view, request)
+    cached = request.cached or [0] * len(work.tokens)
+    return view.least([tokens - hit for tokens, hit in zip(work.tokens, cached, strict=True)])
 
 
 class Bookings:
@@ -40,7 +49,6 @@ class Bookings:
         self._frontend: Frontend | None = None
         self._next_try = 0.0
         self._open: dict[str, Route] = {}
-        self._wanted: Collection[int] = ()
 
     def choose(self, request_id: str, cost: Cost, ranks: Collection[int]) -> int | None:
         """Books a request at one of some ranks; None if the board does not tell which.
@@ -51,10 +59,10 @@ class Bookings:
         frontend = self._ready()
         if frontend is None:
             return None
-        self._wanted = ranks
+        others = set(range(frontend.board.dp_size)).difference(ranks)
         size, prompt = (max(1, cost), None) if isinstance(cost, int) else (0, cost)
         try:
-            route = frontend.route(size, prompt=prompt, wake=False)
+            route = frontend.route(size, prompt=prompt, exclude=others, wake=False)
         except NoEngineAvailable:
             return None
         except DpshmError as e:
@@ -99,21 +107,6 @@ class Bookings:
         """How many are open."""
         return len(self._open)
 
-    @sees_work
-    def _policy(self, view: View, request: Request) -> int:
-        """`LeastWork` where replicas have learnt how long their steps take, else the fewest outstanding tokens."""
-        work = view.work
-        if work.learnt:
-            scores = _least_work.expected_ns(view, request)
-        else:
-            cached = request.cached or [0] * len(work.tokens)
-            scores = [tokens - hit for tokens, hit in zip(work.tokens, cached, strict=True)]
-        wanted = self._wanted
-        chosen = view.least([score if rank in wanted else _NEVER for rank, score in enumerate(scores)])
-        if chosen not in wanted:
-            raise NoEngineAvailable("no replica that Ray Serve would send this request to may be chosen")
-        return chosen
-
     def _ready(self) -> Frontend | None:
         frontend = self._frontend
         if frontend is not None and frontend.board.segment.linked:
@@ -123,7 +116,7 @@ class Bookings:
         if frontend is not None:  # the board's actor ended, and a new one made a new board
             self.close()
         try:
-            self._frontend = self._attach(self._group, owner=self._owner, policy=self._policy)
+            self._frontend = self._attach(self._group, owner=self._owner, policy=least_outstanding)
         except DpshmError as e:
             self._lose(e)
         return self._frontend

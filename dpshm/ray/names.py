@@ -18,13 +18,11 @@ class Place(NamedTuple):
         node: Ray's id of the node that has the board.
         group: the group's name on that node.
         dp_rank: the replica's rank there.
-        incarnation: the row's, when the replica took it.
     """
 
     node: str
     group: str
     dp_rank: int
-    incarnation: int
 
     @classmethod
     def of(cls, metadata: dict[str, Any]) -> Self | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import time
 from typing import Any
 
 import ray
@@ -42,8 +42,7 @@ def register(replica: Any, *, capacity: int = CAPACITY) -> Engine:
     runtime = ray.get_runtime_context()
     group = group_name(runtime.gcs_address, context.app_name, context.deployment)
     engine = _attach(group, runtime.get_node_id(), capacity)
-    board = engine.board
-    place = Place(runtime.get_node_id(), group, engine.dp_rank, int(board.engine_incarnation[engine.dp_rank]))
+    place = Place(runtime.get_node_id(), group, engine.dp_rank)
     theirs = getattr(replica, HOOK, None)
 
     def record_replica_metadata() -> dict[str, Any]:
@@ -62,4 +61,4 @@ def _attach(group: str, node: str, capacity: int) -> Engine:
         try:
             return Engine.attach(group, admit(group, node, capacity))
         except RowInUse:
-            threading.Event().wait(0.05)  # another process took it in between
+            time.sleep(0.05)  # another process took it in between

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterable
 from importlib import import_module
 from typing import NamedTuple
 
@@ -82,9 +83,8 @@ FOR_RESTARTS = (
 
 def why_no_restart() -> str | None:
     """Why a rank that dies is not started again in the vLLM of this process; None if it is."""
-    for needed in FOR_RESTARTS:
-        if problem := _missing(needed):
-            return f"vLLM {import_module('vllm').__version__} {problem}"
+    if problem := _first_missing(FOR_RESTARTS):
+        return f"vLLM {import_module('vllm').__version__} {problem}"
     try:
         dry_run_of_deaths()
     except Exception as e:
@@ -102,9 +102,8 @@ def why_not(any_version: bool = False) -> str | None:
     if release_of(version) < OLDEST and not any_version:
         oldest = ".".join(map(str, OLDEST))
         return f"vLLM {version} is older than {oldest}; DPSHM_ANY_VLLM=1 tries it anyway"
-    for needed in NEEDED:
-        if problem := _missing(needed):
-            return f"vLLM {version} {problem}"
+    if problem := _first_missing(NEEDED):
+        return f"vLLM {version} {problem}"
     try:
         dry_run()
     except Exception as e:
@@ -118,6 +117,10 @@ def release_of(version: str) -> tuple[int, ...]:
     """The numbers with which a version begins: (0, 33, 0) of ``0.33.0rc1+cpu``. A development build has few."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(n) for n in match[0].split(".")) if match else ()
+
+
+def _first_missing(all_needed: Iterable[Needed]) -> str | None:
+    return next(filter(None, map(_missing, all_needed)), None)
 
 
 def _missing(needed: Needed) -> str | None:

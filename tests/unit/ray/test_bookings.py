@@ -106,7 +106,7 @@ def test_a_new_board(group, using):
 
 def test_places_travel():
     """Guards against metadata that another version of Ray makes something else of."""
-    place = Place("node", "group", 3, 1)
+    place = Place("node", "group", 3)
     assert Place.of(place.to_metadata()) == place
     assert Place.of({"theirs": 1}) is None
 

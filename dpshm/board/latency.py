@@ -20,7 +20,6 @@ see a request in its bucket and not yet in the sum.
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 from bisect import bisect_left
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from dpshm.board.files import NO_SPACE
 from dpshm.board.layout import WORD_BYTES
 from dpshm.errors import SegmentError, SegmentNoSpace
 
@@ -52,7 +52,6 @@ _HISTOGRAM_WORDS = BUCKETS + 1
 _RANK_WORDS = _HISTOGRAM_WORDS * len(KINDS)
 _HEADER_WORDS = 16
 _SUM_AT = tuple(_HEADER_WORDS + (kind + 1) * _HISTOGRAM_WORDS - 1 for kind in range(len(KINDS)))  # of rank 0
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 _SANE = 1 << 61
 
 
@@ -116,7 +115,7 @@ class LatencyWriter:
             finally:
                 os.close(fd)
         except OSError as e:
-            if e.errno in _NO_SPACE:
+            if e.errno in NO_SPACE:
                 raise SegmentNoSpace(
                     f"{self._path.parent} has no room for {size // 1024} KiB of latencies: free some, enlarge it "
                     "(containers: --shm-size), or set DPSHM_DIR to another tmpfs"

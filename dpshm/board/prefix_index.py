@@ -25,7 +25,6 @@ match too long or too short by some blocks. That costs a computation of a prefix
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import stat
@@ -37,6 +36,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dpshm.board.files import NO_SPACE
 from dpshm.board.layout import PAGE_BYTES, WORD_BYTES
 from dpshm.errors import SegmentError, SegmentInvalid, SegmentNoSpace, SettingError
 from dpshm.rules.prefix_hash import FingerprintList
@@ -65,7 +65,6 @@ _TABLE = PAGE_BYTES // WORD_BYTES
 _FULL = (1 << BUCKET_WORDS) - 1
 _SHIFT = BUCKET_WORDS.bit_length() - 1
 _NO_PLACE = -1
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
 
 def index_path(folder: Path, dp_rank: int) -> Path:
@@ -155,7 +154,7 @@ class PrefixIndexWriter:
         except OSError as e:
             with suppress(OSError):
                 draft.unlink()
-            if e.errno in _NO_SPACE:
+            if e.errno in NO_SPACE:
                 raise SegmentNoSpace(
                     f"{path.parent} has no room for a prefix index of {size // 1024} KiB ({num_blocks} blocks): "
                     "free some, enlarge it (containers: --shm-size), or set DPSHM_DIR to another tmpfs"

@@ -15,9 +15,11 @@ from pathlib import Path
 STUDIES = {
     "vllm": "bench.vllm.main",
     "vllm-step": "bench.vllm_step",
+    "vllm-cache": "bench.vllm_cache",
+    "vllm-adapters": "bench.vllm.adapters",
     "routing": "bench.routing",
-    "gpu": "bench.gpu",
-    "gpu-compare": "bench.gpu_compare",
+    "gpu": "bench.gpu.main",
+    "gpu-compare": "bench.gpu.compare",
     "faults": "bench.faults",
     "death": "bench.death",
     "ray": "bench.ray_serve",

@@ -25,9 +25,9 @@ from dpshm.policies import Policy
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
 
-OnTheirWay = Literal["none", "one each", "all"]
+InFlight = Literal["none", "one each", "all"]
 """The requests in flight: none; one from each front-end; one from each front-end to every rank."""
-SITUATIONS = cast("tuple[OnTheirWay, ...]", ("none", "one each", "all"))
+SITUATIONS = cast("tuple[InFlight, ...]", ("none", "one each", "all"))
 
 _numbers = itertools.count()
 
@@ -44,7 +44,7 @@ class FixtureBoard:
         self,
         engines: int,
         frontends: int,
-        on_their_way: OnTheirWay = "one each",
+        in_flight: InFlight = "one each",
         policy: str | Policy = "least_loaded",
     ) -> None:
         group = f"bench-fixture-{os.getpid()}-{next(_numbers)}"
@@ -76,10 +76,10 @@ class FixtureBoard:
                 self.frontend = stack.enter_context(Frontend.attach(group, owner=f"bench:{f}", policy=policy))
                 marks.set_frontend(self.frontend.index, Verdict.ALIVE)
                 self.beat()
-                if on_their_way == "all":
+                if in_flight == "all":
                     for e in range(engines):
                         self._routes.append(self.frontend.route(dp_rank=e))
-                elif on_their_way == "one each":
+                elif in_flight == "one each":
                     self._routes.append(self.frontend.route(dp_rank=f % engines))
             self.close = stack.pop_all().close
         self.beat()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bench import style
+
 Result = dict[str, Any]
 
 NAMES = {
@@ -17,24 +19,19 @@ NAMES = {
     "vllm": "vLLM 0.32",
 }
 COLOURS = {
-    "board": "#1b7837",
-    "board_without_bookings": "#7fbf7b",
-    "flock": "#999999",
-    "pub_unlimited": "#fdae61",
-    "pub_10ms": "#fdae61",
-    "pub_100ms": "#d7301f",
-    "vllm": "#762a83",
+    "board": style.GREEN,
+    "board_without_bookings": style.TEAL,
+    "flock": style.GREY,
+    "pub_unlimited": style.ORANGE,
+    "pub_10ms": style.ORANGE,
+    "pub_100ms": style.RED,
+    "vllm": style.PURPLE,
 }
-WIDTH, HEIGHT, DPI = 6.4, 3.2, 180
-"""Twice the pixels that a page shows: sharp on dense screens. The background is white, also on a dark page."""
+WIDTH, HEIGHT = 6.4, 3.2
 
 
 def plot(result: Result, folder: Path) -> list[Path]:
     """Draws every chart into a folder; gives the files."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    folder.mkdir(parents=True, exist_ok=True)
     drawings = {
         "freshness": _freshness,
         "decide": _decide,
@@ -46,13 +43,8 @@ def plot(result: Result, folder: Path) -> list[Path]:
 
 
 def _save(draw: Any, result: Result, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
-    draw(axes, result)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=DPI, pil_kwargs={"optimize": True})
-    plt.close(figure)
+    with style.chart(path, WIDTH, HEIGHT) as axes:
+        draw(axes, result)
     return path
 
 
@@ -82,7 +74,7 @@ def _bars(axes: Any, section: Result, keys: dict[str, str]) -> None:
 
 def _freshness(axes: Any, result: Result) -> None:
     _bars(axes, result["freshness"], {"p50": "p50", "p99": "p99"})
-    axes.axvline(result["limit"]["p50"], color="black", linewidth=0.8, linestyle=":")
+    axes.axvline(result["limit"]["p50"], color=style.INK, linewidth=0.8, linestyle=":")
     axes.set_xlabel("us until another process knows (dotted: the limit)")
     axes.set_title("Freshness of an update, 8 engines, 800 updates/s", loc="left")
 
@@ -106,9 +98,9 @@ def _cpu(axes: Any, result: Result) -> None:
     peers = _peers(section)[::-1]
     left = [0.0] * len(peers)
     for key, label, colour in (
-        ("engines", "engines", "#1b7837"),
-        ("middle", "coordinator", "#762a83"),
-        ("frontends", "4 front-ends", "#fdae61"),
+        ("engines", "engines", style.GREEN),
+        ("middle", "coordinator", style.PURPLE),
+        ("frontends", "4 front-ends", style.ORANGE),
     ):
         values = [section[peer][key] for peer in peers]
         axes.barh(peers, values, left=left, label=label, color=colour)

@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 
 ARMS = ("ray", "board")
-MEAN_MS, SIGMA = 60.0, 1.0
+SIGMA = 1.0
 LOAD = 0.8
 
 
-def sizes_ms(generator: np.random.Generator, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+def sizes_ms(generator: np.random.Generator, mean_ms: float, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Service times: lognormal, at most 30 times the mean."""
     drawn = generator.lognormal(-SIGMA * SIGMA / 2, SIGMA, count)
-    return np.minimum(drawn, 30) * MEAN_MS
+    return np.minimum(drawn, 30) * mean_ms
 
 
 def cost(size_ms: float) -> int:
@@ -59,12 +59,12 @@ class Caller:
 
         self._handles = {arm: serve.get_app_handle(arm) for arm in ARMS}
 
-    async def load(self, arm: str, seed: int, rate: float, seconds: float) -> list[float]:
+    async def load(self, arm: str, seed: int, rate: float, mean_ms: float, seconds: float) -> list[float]:
         """The latency of each request, ms, in order of arrival."""
         generator = np.random.default_rng(seed)
         count = round(rate * seconds)
         at = np.cumsum(generator.exponential(1 / rate, count))
-        sizes = sizes_ms(generator, count)
+        sizes = sizes_ms(generator, mean_ms, count)
         began = time.perf_counter()
 
         async def one(due: float, size_ms: float) -> float:
@@ -101,12 +101,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             print(f"{options.replicas} replicas of {arm} are there", file=sys.stderr, flush=True)
         actor = ray.remote(num_cpus=0)(Caller)
         callers = [actor.remote() for _ in range(options.callers)]
-        rate = LOAD * options.replicas / (MEAN_MS / 1000) / options.callers
-        rounds = [_round(ray, callers, number, rate, options.seconds) for number in range(-1, options.rounds)]
+        rounds = [_round(ray, callers, number, options) for number in range(-1, options.rounds)]
         return {
             "ray": ray.__version__,
             "replicas": options.replicas,
             "callers": options.callers,
+            "mean_ms": options.mean_ms,
             "rounds": rounds[1:],
         }
     finally:
@@ -115,12 +115,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         ray.shutdown()
 
 
-def _round(ray: Any, callers: list[Any], number: int, rate: float, seconds: float) -> dict[str, dict[str, float]]:
+def _round(ray: Any, callers: list[Any], number: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """One round; round -1 warms up."""
+    mean_ms = options.mean_ms
+    rate = LOAD * options.replicas / (mean_ms / 1000) / len(callers)
     measured = {}
     for arm in ARMS if number % 2 else ARMS[::-1]:
-        length = seconds if number >= 0 else 3.0
-        refs = [c.load.remote(arm, 1000 * (number + 1) + i, rate, length) for i, c in enumerate(callers)]
+        seconds = options.seconds if number >= 0 else 3.0
+        seeds = [1000 * (number + 1) + i for i in range(len(callers))]
+        refs = [c.load.remote(arm, seed, rate, mean_ms, seconds) for c, seed in zip(callers, seeds, strict=True)]
         latencies = np.concatenate(ray.get(refs))
         measured[arm] = {
             "requests": len(latencies),
@@ -152,8 +155,14 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m bench ray", description=__doc__.splitlines()[0])
     parser.add_argument("--replicas", type=int, default=8, help="of each deployment (8)")
     parser.add_argument("--callers", type=int, default=4, help="processes that send (4)")
+    parser.add_argument(
+        "--mean-ms",
+        type=float,
+        default=250.0,
+        help="a request's mean service time (250): short ones cost more CPU",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="(3)")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of load an arm and round (30)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of load an arm and round (60)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON, and no table")
     options = parser.parse_args(argv)
     result = run(options)

@@ -228,7 +228,7 @@ def decoding() -> list[Scenario]:
     longer = {**usual, "workload": "long-context"}
     held = COST._replace(max_running=256)
     lockstep, dense = {"cost": held, "lockstep": True}, {"cost": held}
-    bursty = {"cost": held._replace(base_s=20e-3, max_prompt_tokens=2048)}
+    bursty = {"cost": held._replace(base_s=20e-3, max_step_tokens=2048)}
     found = [
         chat("decode-lockstep-chat", "decode", "lockstep, chat 25/s", 25.0, lockstep, **usual),
         chat("decode-lockstep-long", "decode", "lockstep, long contexts 6/s", 6.0, lockstep, **longer),

@@ -120,6 +120,7 @@ class SleepingExecutor(Executor):
             "get_supported_kv_cache_layouts": ["NHD"],
             "determine_available_memory": int(os.environ.get("SLEEPER_KV_BYTES", str(256 << 20))),
             "get_supported_tasks": ("generate",),
+            "add_lora": True,
             "supports_draft_weight_updates": False,
         }
         if method == "get_kv_cache_spec":

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench import style
 from bench.comparison import busy_share
 from bench.distribution import compare, quantiles
 from bench.measures.accuracy import HORIZON_MS, Belief, judge
@@ -104,3 +105,11 @@ def test_the_tables_fit_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
+
+
+@pytest.mark.parametrize("page", ["#ffffff", "#0d1117"])
+@pytest.mark.parametrize("colour", style.COLOURS)
+def test_charts_can_be_read_on_white_and_on_dark_pages(colour: str, page: str) -> None:
+    """Guards against ink or a colour that only one of a page's two modes shows."""
+    assert style.contrast("#000000", "#ffffff") == 21
+    assert style.contrast(colour, page) >= 3

@@ -1,7 +1,8 @@
 """What each policy's decision costs, and what exclusive mode and the recorder add.
 
-`route` and `done` on a fixture board (`bench.fixture_board`) of 8, 64 and 1024 engines and 4 front-ends. All
-engines have learnt their step times and are in a step. The lock and the recorder are measured with 8.
+`route` and `done`, or `choose` alone, on a fixture board (`bench.fixture_board`) of 8, 64 and 1024 engines and 4
+front-ends. All engines have learnt their step times and are in a step. Each has 16 to 22 requests, their context,
+and up to 1,200 tokens of prompts. The lock and the recorder are measured with 8.
 """
 
 from __future__ import annotations
@@ -32,18 +33,26 @@ def make_board(name: str, engines: int = 8) -> FixtureBoard:
         "chunk_tokens": 4096,
         "max_running": 64,
         "ending_ns": 90_000_000,
-        "step_tokens": 512,
-        "held_tokens": 0,
-        "per_held_token_ps": 0,
+        "per_held_token_ps": 65_000,
     }
+    board = fixture.board
     for e in range(engines):
-        row = {**model, "step_end": time.monotonic_ns() + 3_600_000_000_000}
-        for i, word in enumerate(STEP_MODEL_WORDS):
-            fixture.board.step_model[e, i] = row[word]
-        fixture.board.prefill_backlog[e] = 300 * e
-    fixture.beat()
-    fixture.frontend._reader.refresh()
+        row = {**model, "step_tokens": 512 * (e % 3 == 0), "held_tokens": 20_000 + 977 * e % 7000}
+        for name_of_word, value in row.items():
+            board.step_model[e, STEP_MODEL_WORDS.index(name_of_word)] = value
+        board.request_offset[e] += 16 + e % 5 + e % 3
+        board.prefill_backlog[e] = 300 * e % 1300
+        board.token_offset[e] += 300 * e % 1300
+    begin_steps(fixture)
+    fixture.frontend._decisions.reader.refresh()
     return fixture
+
+
+def begin_steps(fixture: FixtureBoard) -> None:
+    """Each engine is in a step that ends 0 to 20 ms from now; the coordinator is there."""
+    now_ns, engines = time.monotonic_ns(), fixture.board.dp_size
+    fixture.board.step_model[:engines, 0] = [now_ns + e * 7 % 11 * 2_000_000 for e in range(engines)]
+    fixture.beat()
 
 
 def timed(benchmark: Any, fixture: FixtureBoard, key: str | None = None) -> None:
@@ -53,7 +62,23 @@ def timed(benchmark: Any, fixture: FixtureBoard, key: str | None = None) -> None
         for route in [fixture.frontend.route(512, key=key) for _ in range(BATCH)]:
             route.done()
 
-    benchmark.pedantic(route_and_finish, setup=fixture.beat, rounds=200, iterations=1, warmup_rounds=5)
+    benchmark.pedantic(
+        route_and_finish, setup=lambda: begin_steps(fixture), rounds=200, iterations=1, warmup_rounds=5
+    )
+
+
+@pytest.mark.benchmark(group="choose, by policy")
+@pytest.mark.parametrize("engines", [8, 64, 1024])
+@pytest.mark.parametrize("name", ["least_work", "least_loaded"])
+def test_choose(benchmark: Any, using: Any, name: str, engines: int) -> None:
+    """A decision alone: read, count every front-end's bookings, choose. The figure is of `BATCH` of them."""
+    fixture = using(make_board(name, engines))
+
+    def choose() -> None:
+        for _ in range(BATCH):
+            fixture.frontend.choose(512)
+
+    benchmark.pedantic(choose, setup=lambda: begin_steps(fixture), rounds=200, iterations=1, warmup_rounds=5)
 
 
 @pytest.mark.benchmark(group="route and done, by policy")
@@ -82,5 +107,7 @@ def test_route_recorded(benchmark: Any, using: Any, tmp_path: Path, name: str, r
     """Without the recorder and with it."""
     fixture = using(make_board(name))
     if record:
-        fixture.frontend._recorder = Recorder.create(tmp_path / "ring", engines=8, group="bench", frontend=0)
+        fixture.frontend._decisions.recorder = Recorder.create(
+            tmp_path / "ring", engines=8, group="bench", frontend=0
+        )
     timed(benchmark, fixture)

@@ -35,11 +35,11 @@ def test_decide(benchmark: Any, using: Any, engines: int, frontends: int) -> Non
     assert 0 <= fixture.frontend.choose(512) < engines
 
 
-@pytest.mark.benchmark(group="decide, by what is on its way")
-@pytest.mark.parametrize("on_their_way", SITUATIONS)
-def test_decide_with_requests_on_their_way(benchmark: Any, using: Any, on_their_way: Any) -> None:
-    """Board, 8 engines and 4 front-ends: whether bookings that are on their way cost anything."""
-    fixture = using(FixtureBoard(8, 4, on_their_way))
+@pytest.mark.benchmark(group="decide, by what is in flight")
+@pytest.mark.parametrize("in_flight", SITUATIONS)
+def test_decide_with_requests_in_flight(benchmark: Any, using: Any, in_flight: Any) -> None:
+    """Board, 8 engines and 4 front-ends: whether bookings that are in flight cost anything."""
+    fixture = using(FixtureBoard(8, 4, in_flight))
     _timed(benchmark, fixture, lambda: [fixture.frontend.choose(512) for _ in range(20)])
 
 

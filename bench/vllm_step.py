@@ -5,6 +5,8 @@ sleeps (`bench.sleeping_executor`). An arm is so many steps with the plugin's ho
 arms take turns. Counted is the CPU time of the thread that owns the scheduler. What vLLM's output thread needs to
 encode and send its reports is left out, in vLLM's favour. The caches are as cold as a sleep leaves them.
 
+``--calls`` counts calls of Python's and C's functions instead: the same number on each machine, busy or not.
+
 Needs the environment of ``tests/e2e/vllm/environment.py``, in whose interpreter it runs.
 """
 
@@ -15,22 +17,25 @@ import json
 import os
 import queue
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tests.e2e.vllm import environment
+from bench.in_vllm import run_in_vllm
+from dpshm.policies.step_model import SOLVED_EACH
 from tests.e2e.vllm.server import MODELS, SIZES
 
 EXECUTOR = "bench.sleeping_executor.SleepingExecutor"
 PROMPT_TOKENS = 200
-SETTLE_STEPS = 10
-_IN_VLLM = "DPSHM_BENCH_IN_VLLM"
+SETTLE_STEPS = SOLVED_EACH
+"""Steps of an arm before it counts: an engine's first ones each solve its step model, the others every eighth."""
+INPUT = "ipc:///bench-vllm-step"
+"""Where the one API server is said to send its requests."""
 
 
 def main(argv: list[str]) -> int:
@@ -41,36 +46,41 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--step-ms", type=float, default=2.0, help="how long the model sleeps in a step")
     parser.add_argument("--steps", type=int, default=40, help="of an arm")
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--calls", action="store_true", help="count calls, and not time")
     options = parser.parse_args(argv)
-    if os.environ.get(_IN_VLLM) != "1":
-        if reason := environment.why_not():
-            print(reason, file=sys.stderr)
-            return 2
-        variables = {"PYTHONPATH": str(environment.ROOT), "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR"}
-        command = [str(environment.folder() / "bin" / "python"), "-m", "bench", "vllm-step", *argv]
-        steps = {"SLEEPER_STEP_MS": f"{options.step_ms},0,0", _IN_VLLM: "1", "DPSHM": "0"}
-        return subprocess.run(command, env=os.environ | variables | steps, check=False).returncode
-    show(options, compare(options))
+    status = run_in_vllm("vllm-step", argv, SLEEPER_STEP_MS=f"{options.step_ms},0,0", DPSHM="0")
+    if status is not None:
+        return status
+    if options.calls:
+        options.rounds = 2
+    show_calls(options, compare(options)) if options.calls else show(options, compare(options))
     sys.stdout.flush()
     os._exit(0)  # the libraries under vLLM print pages about what they leak
 
 
 def compare(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Microseconds a step, by arm, a figure for each round."""
-    from dpshm import Coordinator
+    """By arm, a figure for each round: microseconds a step, or calls a step."""
+    from dpshm import Coordinator, Frontend
     from dpshm.engine.row import EngineRow
+    from dpshm.vllm.booked import BookedWriter
+    from dpshm.vllm.find import owner_name
 
     link_of: Any = import_module("dpshm.vllm.engine_core").EngineLink
     load = Load(options.running, options.lifetime)
     figures: dict[str, list[float]] = {"vLLM": [], "dpshm": []}
-    with Coordinator(group=f"bench-step-{os.getpid()}", dp_size=1, waves=False) as coordinator:
+    group = f"bench-step-{os.getpid()}"
+    with Coordinator(group=group, dp_size=1, waves=False) as coordinator, ExitStack() as stack:
+        # The API server that sends the requests has a row, and tells what it expects to be cached: nothing.
+        frontend = Frontend.attach(group, owner=owner_name(0, INPUT))
+        stack.callback(frontend.close)
+        stack.callback(BookedWriter(frontend.board, frontend.index).close)
         for number in range(options.rounds):
             for arm in list(figures) if number % 2 == 0 else list(reversed(figures)):
                 link = (
                     link_of(load.core, EngineRow.attach(coordinator.settings.group, 0)) if arm == "dpshm" else None
                 )
                 load.run(SETTLE_STEPS)
-                figures[arm].append(load.run(options.steps))
+                figures[arm].append(load.calls(options.lifetime) if options.calls else load.run(options.steps))
                 if link is not None:
                     assert "_process_engine_step" in vars(load.core), "the link gave up"
                     link.close()
@@ -81,11 +91,22 @@ def show(options: argparse.Namespace, figures: dict[str, list[float]]) -> None:
     """Prints the figures."""
     added = sorted(ours - theirs for theirs, ours in zip(*figures.values(), strict=True))
     low, high = added[len(added) // 4], added[3 * len(added) // 4]
+    theirs, ours = figures["vLLM"], figures["dpshm"]
     print(
         f"{options.running} running, {options.rounds} rounds of {options.steps} steps: "
-        f"vLLM {statistics.median(figures['vLLM']):.0f} us a step, dpshm "
-        f"{statistics.median(figures['dpshm']):.0f} us; it adds {statistics.median(added):.0f} us "
-        f"(quartiles {low:.0f} to {high:.0f}), load average {os.getloadavg()[0]:.1f}"
+        f"vLLM {statistics.median(theirs):.0f} us a step (least {min(theirs):.0f}), dpshm "
+        f"{statistics.median(ours):.0f} us (least {min(ours):.0f}); it adds {statistics.median(added):.0f} us "
+        f"(quartiles {low:.0f} to {high:.0f}; of the least ones {min(ours) - min(theirs):.0f}), "
+        f"load average {os.getloadavg()[0]:.1f}"
+    )
+
+
+def show_calls(options: argparse.Namespace, figures: dict[str, list[float]]) -> None:
+    """Prints the calls."""
+    theirs, ours = (min(of_arm) for of_arm in figures.values())
+    print(
+        f"{options.running} running: vLLM makes {theirs:.0f} calls a step, with dpshm {ours - theirs:.0f} more "
+        f"({100 * (ours / theirs - 1):.1f} %)"
     )
 
 
@@ -104,17 +125,35 @@ class Load:
         """CPU time a step, in microseconds, of so many steps: the median, since other processes disturb some."""
         return statistics.median(self._step() for _ in range(steps)) / 1e3
 
+    def calls(self, steps: int) -> float:
+        """Calls of functions a step, the mean of so many steps."""
+        made = 0
+
+        def count(_frame: Any, event: str, _what: Any) -> None:
+            nonlocal made
+            made += event in ("call", "c_call")
+
+        for _ in range(steps):
+            sys.setprofile(count)
+            self.core.turn()
+            sys.setprofile(None)
+            self._follow_up()
+        return made / steps
+
     def _step(self) -> int:
-        core = self.core
         began = time.thread_time_ns()
-        core.turn()
+        self.core.turn()
         took = time.thread_time_ns() - began
+        self._follow_up()
+        return took
+
+    def _follow_up(self) -> None:
+        core = self.core
         while not core.output_queue.empty():
             client, outputs = core.output_queue.get()
             for output in outputs.outputs if client >= 0 else ():
                 if output.finish_reason is not None:
                     self._send(self._lifetime)
-        return took
 
     def _send(self, max_tokens: int) -> None:
         engine = import_module("vllm.v1.engine")
@@ -146,7 +185,7 @@ def _core() -> Any:
             self.shutdown_state = engine_core.EngineShutdownState.RUNNING
             self.has_coordinator = self.publish_dp_lb_stats = self.process_input_queue_block = True
             self.last_counts = (0, 0)
-            self.addresses = SimpleNamespace(inputs=[])
+            self.addresses = SimpleNamespace(inputs=[INPUT])
             executor = import_module("bench.sleeping_executor").SleepingExecutor
             engine_core.EngineCore.__init__(self, config, executor, True, None, True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import shutil
@@ -17,6 +18,7 @@ from hypothesis import settings
 
 from dpshm.board import files
 from dpshm.board.sweep import sweep
+from tests.e2e.load import CommandLine
 from tests.support import leftovers
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -53,6 +55,19 @@ def _nothing_stays(_own_directory: None) -> Iterator[None]:
     assert leftovers(_PREFIX) == []
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where the environment forbids ``__pycache__``, the processes that tests start share compiled code elsewhere.
+
+    There are hundreds of them, and each would compile dpshm anew.
+    """
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+        folder = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            folder = folder.parent  # all workers of this run have it
+        os.environ["PYTHONPYCACHEPREFIX"] = str(folder / "compiled")
+
+
 @pytest.fixture
 def short_path() -> Iterator[Path]:
     """A folder whose name leaves room for a group's sockets: their paths may have 107 bytes."""
@@ -78,9 +93,22 @@ def using(group: str) -> Iterator[Callable[[Any], Any]]:
         yield lambda x: stack.enter_context(closing(x))
 
 
+@pytest.fixture(scope="session")
+def line() -> Iterator[CommandLine]:
+    """For ``dpshm`` commands that end by themselves: `line.run("stat", "--schema")`, without a start each."""
+    with closing(CommandLine()) as made:
+        yield made
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The soak first: its minute then goes by beside the others."""
     items.sort(key=lambda item: item.name != "test_soak")
+
+
+def pytest_collection_finish() -> None:
+    """What was collected stays: tests that ask for a collection of garbage do not look at all of it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

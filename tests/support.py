@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -15,14 +16,15 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, AnyStr
 
 import msgspec
+import numpy as np
 import zmq
+from numpy.typing import NDArray
 
 from dpshm import Engine
-from dpshm.board import board as board_module
-from dpshm.board import files
+from dpshm.board import files, presence
 from dpshm.board.board import Board
 from dpshm.board.header import make_header
 from dpshm.board.locks import coordinator_byte
@@ -88,6 +90,10 @@ def _state(path: str) -> bytes:
     return stat[stat.rindex(b")") + 2 :].split()[0]
 
 
+_PATIENCE_NS = presence.COORDINATOR_SILENCE_NS
+_lone: list[LoneBoard] = []  # those that are open and count as watched: in whatever order they are closed
+
+
 class LoneBoard(Board):
     """A board without a coordinator: no process holds that lock, and only the test changes the marks.
 
@@ -104,6 +110,8 @@ class LoneBoard(Board):
         dp_size: int = 2,
         waves: bool = True,
         watched: bool = True,
+        node: int = 0,
+        nodes: int = 1,
     ) -> None:
         header = make_header(
             group,
@@ -112,15 +120,21 @@ class LoneBoard(Board):
             stats_address=NOWHERE,
             engine_input_address=NOWHERE,
             engine_output_address=NOWHERE,
-            settings={"balancing": "internal", "waves": waves, "counts_with_kv": True},
+            settings={
+                "balancing": "internal",
+                "waves": waves,
+                "counts_with_kv": True,
+                "node": node,
+                "nodes": nodes,
+            },
         )
         super().__init__(Segment.create(header))
         self.segment.locks.unlock(coordinator_byte(header.columns))
         self.marks = CoordinatorRow(self)
         self.marks.set_dp_size(dp_size)
-        self._patience_ns = board_module.COORDINATOR_SILENCE_NS
         if watched:
-            board_module.COORDINATOR_SILENCE_NS = HOUR_NS
+            _lone.append(self)
+            presence.COORDINATOR_SILENCE_NS = HOUR_NS
             self.coordinator_beat[0] = time.monotonic_ns()
             self.mark(range(dp_size), Verdict.ALIVE)
 
@@ -131,7 +145,10 @@ class LoneBoard(Board):
 
     def close(self) -> None:
         """Removes the segment too."""
-        board_module.COORDINATOR_SILENCE_NS = self._patience_ns
+        if self in _lone:
+            _lone.remove(self)
+            if not _lone:
+                presence.COORDINATOR_SILENCE_NS = _PATIENCE_NS
         if self.segment.usable:
             self.segment.unlink()
         super().close()
@@ -163,7 +180,10 @@ class Interruption(BaseException):
 def interrupted(call: Callable[[], object], at: int) -> bool:
     """Runs `call`, and raises where a handler could: at the `at`-th entry of a function, or return of a C one.
 
-    Returns whether it was interrupted; if not, `call` has fewer such places.
+    Finalizers, and generators that the collector closes, swallow what is raised in them. Such an exception would
+    keep the frames of `call`, and with them its Routes, while pytest keeps it to warn: it is dropped here.
+
+    Returns whether there were so many places.
     """
     count = 0
 
@@ -174,14 +194,16 @@ def interrupted(call: Callable[[], object], at: int) -> bool:
             if count == at:
                 raise Interruption
 
+    before, sys.unraisablehook = sys.unraisablehook, lambda _swallowed: None
     sys.setprofile(profile)
     try:
         call()
     except Interruption:
-        return True
+        pass
     finally:
         sys.setprofile(None)
-    return False
+        sys.unraisablehook = before
+    return count >= at
 
 
 def leftovers(group_prefix: str) -> list[str]:
@@ -200,11 +222,35 @@ def frontend_verdict(board: Board, index: int) -> Verdict:
     return Verdict(int(board.frontend_mark[index]) & 3)
 
 
+def outstanding(board: Board) -> NDArray[np.int64]:
+    """Outstanding requests and tokens, of shape (2, ranks), signed: a snapshot shows no count below 0."""
+    n = board.dp_size
+    requests = board.request_offset[:n] + board.received_requests[:n].sum(1)
+    return np.stack([requests, board.token_offset[:n] + board.received_tokens[:n].sum(1)])
+
+
+def in_flight(board: Board) -> NDArray[np.int64]:
+    """Requests and tokens that were sent and not received, of shape (2, ranks, front-ends); signed, too."""
+    n = board.dp_size
+    requests = board.sent_requests[:, :n].T - board.received_requests[:n]
+    return np.stack([requests, board.sent_tokens[:, :n].T - board.received_tokens[:n]])
+
+
 # Processes.
 
 
 class RemoteError(Exception):
     """What was raised in a `Remote`: its type's name and its message."""
+
+
+class Popen(subprocess.Popen[AnyStr]):
+    """A command that does not outlive the block of a test that fails: nobody would tell it to end."""
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        """Waits for it, and kills it first if the block raised."""
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, *rest)
 
 
 class Remote:

@@ -3,7 +3,7 @@
 - *publish*: `Engine.publish` with one request received since the last; the broadcast's: encode and send.
 - *decide*: read what there is, count every front-end's bookings, choose: `Frontend.choose`. The broadcast's:
   choose from the copy, raise the copy. With one request of each front-end in flight; beside it with none, and
-  the worst case, where every front-end has one on its way to every rank.
+  the worst case, where every front-end has one in flight to every rank.
 - *route*: the whole `Frontend.route`, in a running group; beside it, *done*.
 
 Times are of batches of calls, the loop around them included; the figure is the median batch.
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from bench.baselines import Spec, Start, engine_end, frontend_end
-from bench.fixture_board import SITUATIONS, FixtureBoard, OnTheirWay
+from bench.fixture_board import SITUATIONS, FixtureBoard, InFlight
 from bench.processes import Line, Worker
 from dpshm import Engine
 
@@ -55,9 +55,9 @@ def board_decide(_: Line, engines: int, frontends: int, batches: int) -> dict[st
     """Ours: `Frontend.choose`, which is `Frontend.route` less its stores."""
     result = {}
     names = {"one each": "us", "none": "us_none", "all": "us_all"}
-    for on_their_way in SITUATIONS:
-        name = names[on_their_way]
-        with FixtureBoard(engines, frontends, on_their_way) as fixture:
+    for in_flight in SITUATIONS:
+        name = names[in_flight]
+        with FixtureBoard(engines, frontends, in_flight) as fixture:
             result[name] = timed(partial(fixture.frontend.choose, 512), batches, after=fixture.beat)
     return result
 
@@ -69,10 +69,10 @@ def board_route(_: Line, engines: int, frontends: int, batches: int) -> dict[str
     return {"us": us, "us_all": us_all, "done_us": done_us, "done_us_all": done_us_all}
 
 
-def _route_and_done(engines: int, frontends: int, on_their_way: OnTheirWay, batches: int) -> tuple[float, float]:
+def _route_and_done(engines: int, frontends: int, in_flight: InFlight, batches: int) -> tuple[float, float]:
     counter = time.perf_counter_ns
     route_us, done_us = np.empty(batches), np.empty(batches)
-    with FixtureBoard(engines, frontends, on_their_way) as fixture:
+    with FixtureBoard(engines, frontends, in_flight) as fixture:
         choose = fixture.frontend.route
         for i in range(batches):
             began = counter()

@@ -52,15 +52,15 @@ class Load(NamedTuple):
     Attributes:
         arrivals: in order of time.
         block_tokens: prompt tokens that a block id of them is for.
-        seed: of the tokens.
+        seed: of the tokens; no two plays on a server have the same.
     """
 
     arrivals: list[Arrival]
     block_tokens: int
-    seed: int
+    seed: str
 
 
-def environment_of(arm: str) -> dict[str, str]:
+def environment_of(arm: str) -> dict[str, Any]:
     """What makes a server that arm: stock, default, or a policy's name."""
     if arm == STOCK:
         return {"DPSHM": "0"}
@@ -79,7 +79,9 @@ class Lane:
         self.arm = arm
         self._sizes = sizes
         self._steps = folder / "steps"
-        lockstep = {"SLEEPER_LOCKSTEP": f"127.0.0.1:{free_port()}"} if deployment.model == "moe" else {}
+        lockstep: dict[str, Any] = (
+            {"SLEEPER_LOCKSTEP": f"127.0.0.1:{free_port()}"} if deployment.model == "moe" else {}
+        )
         self.server = Server(
             folder,
             deployment.model,
@@ -116,6 +118,7 @@ class Lane:
             for player in players:
                 player.wait_ready()
             finished = self.server.metric("vllm:request_success_total")
+            cached = self._cached_tokens()
             start_s = time.monotonic() + START_S
             for player in players:
                 player.tell(start_s)
@@ -135,6 +138,8 @@ class Lane:
             "api_servers": self._sizes.api_servers,
             **client_figures(answers),
             "window_s": max(a.ended_s for a in answers) - start_s,
+            "cached_tokens": self._cached_tokens() - cached,
+            "prompts_share": any(a.block_hashes for a in load.arrivals),
             "by_rank": by_rank,
             "request_imbalance": max(by_rank) / max(1e-9, sum(by_rank) / len(by_rank)),
             **_cpu(before, after, {"load generator": [percent for _, percent in results]}),
@@ -163,6 +168,10 @@ class Lane:
                 busy += sum(ticks) - ticks[3] - ticks[4]
                 total += sum(ticks)
         return {"processes": processes, "cores": (busy, total), "at": time.monotonic()}
+
+    def _cached_tokens(self) -> float:
+        """Prompt tokens that all ranks have found in their prefix caches so far."""
+        return sum(self.server.metric("vllm:prefix_cache_hits_total").values())
 
     def _coordinator_mb(self) -> float:
         pids = [pid for pid, name in self.server.processes().items() if _kind(name) == "coordinator"]

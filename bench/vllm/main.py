@@ -88,8 +88,7 @@ def _run(options: argparse.Namespace) -> None:
         rounds = Rounds(_plan(options, Path(folder)), give, tell)
 
         def end(number: int, _: object) -> NoReturn:
-            rounds.stop()
-            raise SystemExit(128 + number)
+            raise SystemExit(128 + number)  # what was interrupted may hold a lock, so nothing is ended in here
 
         signal.signal(signal.SIGTERM, end)
         signal.signal(signal.SIGINT, end)

@@ -47,7 +47,7 @@ class Played(NamedTuple):
 
 
 def play(
-    line: Line, port: int, seed: int, block_tokens: int, arrivals: list[tuple[int, Arrival]]
+    line: Line, port: int, seed: str, block_tokens: int, arrivals: list[tuple[int, Arrival]]
 ) -> tuple[list[tuple[float | int | str | None, ...]], float]:
     """Runs in a process of its own: says ready, is told when to start, returns the fields of a `Played`."""
     prompts = Prompts(seed, block_tokens)

@@ -19,11 +19,11 @@ class Prompts:
     """Makes the bodies of one play.
 
     Args:
-        seed: of the play.
+        seed: of the play: words and numbers that no other play on the same server has.
         block_tokens: prompt tokens that a block id is for.
     """
 
-    def __init__(self, seed: int, block_tokens: int) -> None:
+    def __init__(self, seed: str, block_tokens: int) -> None:
         self._seed = seed
         self._block_tokens = block_tokens
         self._blocks: dict[int, str] = {}
@@ -36,11 +36,11 @@ class Prompts:
             if left < self._block_tokens:
                 break
             if block not in self._blocks:
-                self._blocks[block] = _drawn((self._seed, 0, block), self._block_tokens)
+                self._blocks[block] = _drawn(f"{self._seed} block {block}", self._block_tokens)
             parts.append(self._blocks[block])
             left -= self._block_tokens
         if left:
-            parts.append(_drawn((self._seed, 1, number), left))
+            parts.append(_drawn(f"{self._seed} request {number}", left))
         sampling = {"max_tokens": arrival.output_tokens, "ignore_eos": True, "detokenize": False}
         rest = json.dumps({"stream": True, "sampling_params": sampling})
         return f'{{"token_ids": [{",".join(parts)}], {rest[1:]}'.encode()
@@ -67,5 +67,5 @@ def trace_lines(arrivals: list[Arrival], block_tokens: int) -> list[str]:
     return lines
 
 
-def _drawn(seed: tuple[int, ...], count: int) -> str:
-    return ",".join(np.random.default_rng(seed).choice(TOKENS, count))
+def _drawn(seed: str, count: int) -> str:
+    return ",".join(np.random.default_rng(list(seed.encode())).choice(TOKENS, count))

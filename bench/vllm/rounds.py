@@ -63,7 +63,7 @@ def load_of(plan: Plan, scenario: Scenario, number: int) -> Load:
         arrivals, block_tokens = faster(window, scenario.speed, seconds), trace.block_tokens
     else:
         arrivals, block_tokens = scenario.make(seconds, number), BLOCK_TOKENS
-    return Load(thinned(arrivals, plan.sizes.ranks, number), block_tokens, number)
+    return Load(thinned(arrivals, plan.sizes.ranks, number), block_tokens, f"{scenario.name} {number}")
 
 
 class Rounds:
@@ -108,8 +108,12 @@ class Rounds:
                 pool.submit(self._play, names, lanes, blocks[k * arms : (k + 1) * arms])
                 for k, names in enumerate(tracks)
             ]
-            for each in playing:
-                each.result()
+            try:
+                for each in playing:
+                    each.result()
+            except BaseException:
+                self.stop()  # else the pool would wait for plays under way
+                raise
 
     @contextmanager
     def _lanes(self, deployments: list[str]) -> Iterator[dict[str, list[Lane]]]:
@@ -134,7 +138,7 @@ class Rounds:
         """All rounds of some scenarios. `blocks`: the cores of each lane; none: arms play in turn."""
         plan = self._plan
         for deployment in _grouped(names, lambda d: d):
-            _each(lanes[deployment], blocks, 0, Load(WARM_UP[: 50 * plan.sizes.ranks], 0, 0))
+            _each(lanes[deployment], blocks, 0, Load(WARM_UP[: 50 * plan.sizes.ranks], 0, "warm-up"))
         time.sleep(SETTLE_S)
         lasted: dict[str, float] = {}
         for number in range(plan.first_round, plan.first_round + plan.rounds):

@@ -2,7 +2,8 @@
 
 *Busy* is the share of the time in which a rank was in a step with requests of its own, while requests came.
 *Overhead* is the time between two such steps of a rank: what vLLM and the coordinator's hooks do between two
-steps.
+steps. *Between* is the whole time from the end of one step's sleep to the begin of the next one's. In lockstep it
+has the wait for the other ranks in it: of all ranks the slowest overhead, and the agreement itself.
 """
 
 from __future__ import annotations
@@ -34,14 +35,16 @@ def figures(ranks: Sequence[NDArray[np.float64]], start_s: float, end_s: float) 
     """The figures of the steps that were entered between two times of CLOCK_MONOTONIC.
 
     Returns:
-        ``busy_mean``, ``busy_min``, ``busy_max``; ``overhead_ms``, the median; ``step_ms``, the mean length of
-        steps with requests; ``prompt_tokens`` of each rank; ``prompt_imbalance``, the greatest of them over the
-        mean; ``held_imbalance``, the greatest number of held tokens over the mean, averaged over time.
+        ``busy_mean``, ``busy_min``, ``busy_max``; ``overhead_ms``, the median; ``between_ms``, the mean;
+        ``step_ms``, the mean length of steps with requests; ``prompt_tokens`` of each rank;
+        ``prompt_imbalance``, the greatest of them over the mean; ``held_imbalance``, the greatest number of held
+        tokens over the mean, averaged over time.
     """
     within = [r[(r[:, ENTERED] >= start_s) & (r[:, ENTERED] < end_s)] for r in ranks]
     own = [r[r[:, REQUESTS] > 0] for r in within]
     busy = [float((r[:, WAITED] + r[:, SLEPT]).sum()) / (end_s - start_s) for r in own]
-    gaps = np.concatenate([_gaps(r) for r in within])
+    gaps = np.concatenate([_gaps(r, 1) for r in within])
+    between = np.concatenate([_gaps(r, 0, waited=True) for r in within])  # in lockstep also of empty steps
     lengths = np.concatenate([r[:, WAITED] + r[:, SLEPT] for r in own])
     prompt = [float(r[:, PROMPT].sum()) for r in within]
     return {
@@ -49,6 +52,7 @@ def figures(ranks: Sequence[NDArray[np.float64]], start_s: float, end_s: float) 
         "busy_min": min(busy),
         "busy_max": max(busy),
         "overhead_ms": float(np.median(gaps)) * 1e3 if len(gaps) else 0.0,
+        "between_ms": float(np.mean(between)) * 1e3 if len(between) else 0.0,
         "step_ms": float(lengths.mean()) * 1e3 if len(lengths) else 0.0,
         "prompt_tokens": prompt,
         "prompt_imbalance": max(prompt) / (sum(prompt) / len(prompt)) if sum(prompt) else 1.0,
@@ -56,11 +60,14 @@ def figures(ranks: Sequence[NDArray[np.float64]], start_s: float, end_s: float) 
     }
 
 
-def _gaps(steps: NDArray[np.float64]) -> NDArray[np.float64]:
+def _gaps(steps: NDArray[np.float64], requests: int, *, waited: bool = False) -> NDArray[np.float64]:
+    """Between two steps in a row that have so many requests each."""
     ends = steps[:, ENTERED] + steps[:, WAITED] + steps[:, SLEPT]
     gaps: NDArray[np.float64] = steps[1:, ENTERED] - ends[:-1]
-    with_requests = (steps[1:, REQUESTS] > 0) & (steps[:-1, REQUESTS] > 0)
-    return gaps[with_requests & (gaps < PAUSE_S)]
+    some = (steps[1:, REQUESTS] >= requests) & (steps[:-1, REQUESTS] >= requests) & (gaps < PAUSE_S)
+    if waited:
+        gaps = gaps + steps[1:, WAITED]
+    return gaps[some]
 
 
 def _imbalance(ranks: Sequence[NDArray[np.float64]], start_s: float, end_s: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench.vllm.ratios import FIGURES, STOCK, Run, Spread, arm_figures, judged, ratio
+from bench.vllm.ratios import CPU, FIGURES, STOCK, Run, Spread, arm_figures, judged, ratio
 from bench.vllm.scenarios import SCENARIOS
 
 NEVER_WORSE = 1.02
@@ -31,7 +31,7 @@ def _scenario(name: str, runs: Sequence[Run], arms: list[str]) -> list[str]:
         "| | " + " | ".join([*arms, *(f"{arm} / stock" for arm in arms[1:]), "goal"]) + " |",
         "|---" * (2 * len(arms) + 1) + "|",
     ]
-    for figure, text in FIGURES.items():
+    for figure, text in (FIGURES | CPU).items():
         cells = [_cell(arm_figures(runs, arm, figure)) for arm in arms]
         ratios = [ratio(runs, arm, figure) for arm in arms[1:]]
         cells += [_cell(r, 3) for r in ratios]
@@ -39,7 +39,8 @@ def _scenario(name: str, runs: Sequence[Run], arms: list[str]) -> list[str]:
     for figure, text, digits in (
         ("busy_mean", "ranks busy, share of the time", 3),
         ("step_ms", "a step, ms", 4),
-        ("overhead_ms", "between two steps, ms", 3),
+        ("overhead_ms", "between two steps of a rank, median, ms", 3),
+        ("between_ms", "with the wait for other ranks, mean, ms", 3),
         ("request_imbalance", "requests of the fullest rank / mean", 3),
         ("prompt_imbalance", "computed prompt tokens, the same", 3),
         ("held_imbalance", "held tokens, the same at each instant", 3),

@@ -11,7 +11,7 @@ import pytest
 from bench.vllm.lane import Sizes
 from bench.vllm.predict import predicted
 from bench.vllm.prompts import Prompts, trace_lines
-from bench.vllm.rounds import Plan
+from bench.vllm.rounds import Plan, load_of
 from bench.vllm.scenarios import BURST, BURST_S, BURSTS_PER_S, MAX_CONTEXT, SCENARIOS, bursts, thinned
 from dpshm.sim.workloads.agents import BLOCK_TOKENS
 from dpshm.sim.workloads.traces import Arrival, read_trace
@@ -65,9 +65,21 @@ def test_fewer_ranks_get_their_share() -> None:
     assert len(thinned(arrivals, 2, 1)) == pytest.approx(len(arrivals) / 4, rel=0.15)
 
 
+def test_no_play_begins_with_the_tokens_of_another() -> None:
+    """Guards against prompts that an earlier play on the same server has left in the prefix caches."""
+    plan = Plan(list(SCENARIOS), ["stock"], 2, 1, Sizes(8, 8, 1, 50), 5.0, {}, False, 1e9, Path())
+    begun = set()
+    for name in SCENARIOS:
+        for number in (1, 2):
+            prompts = Prompts(load_of(plan, SCENARIOS[name], number).seed, BLOCK_TOKENS)
+            for arrival in (Arrival(0.0, 600, 1), Arrival(0.0, 600, 1, (0,))):  # a request, and a block of a trace
+                begun.add(tuple(json.loads(prompts.body(0, arrival))["token_ids"][:16]))
+    assert len(begun) == 2 * 2 * len(SCENARIOS)
+
+
 def test_bodies_have_the_tokens_of_their_blocks() -> None:
     """Guards against prompts that share nothing, or all, and against lengths that differ from the trace's."""
-    prompts = Prompts(1, 4)
+    prompts = Prompts("chat 1", 4)
     first = json.loads(prompts.body(0, Arrival(0.0, 10, 3, (7, 8))))
     second = json.loads(prompts.body(1, Arrival(0.0, 9, 3, (7, 9))))
     assert [len(first["token_ids"]), len(second["token_ids"])] == [10, 9]
@@ -75,7 +87,7 @@ def test_bodies_have_the_tokens_of_their_blocks() -> None:
     assert first["token_ids"][4:8] != second["token_ids"][4:8]
     assert first["sampling_params"]["max_tokens"] == 3
     assert first["stream"] is True
-    other = json.loads(Prompts(2, 4).body(0, Arrival(0.0, 10, 3, (7, 8))))
+    other = json.loads(Prompts("chat 2", 4).body(0, Arrival(0.0, 10, 3, (7, 8))))
     assert other["token_ids"][:4] != first["token_ids"][:4]
     short = json.loads(prompts.body(2, Arrival(0.0, 3, 1, (7,))))
     assert len(short["token_ids"]) == 3

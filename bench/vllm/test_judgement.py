@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.vllm import steps
+from bench.vllm import adapters, predict, steps
 from bench.vllm.conditions import broken
 from bench.vllm.lane import client_figures
 from bench.vllm.player import Answer
-from bench.vllm.ratios import FIGURES, arm_figures, judged, ratio
+from bench.vllm.ratios import FIGURES, STOCK, arm_figures, judged, ratio
 from bench.vllm.table import show
 
 
@@ -29,6 +29,7 @@ def a_run(arm: str = "stock", number: int = 1, **other: Any) -> dict[str, Any]:
         "said": [],
         "cores_busy_percent": 20.0,
         "busiest_percent": {"engine": 30.0, "load generator": 20.0},
+        "cpu_percent": {"engine": 48.0, "API server": 120.0, "coordinator": 1.0},
         "sent_late_p99_ms": 2.0,
         "busy_mean": 0.9,
         "api_servers": 8,
@@ -53,6 +54,10 @@ def a_run(arm: str = "stock", number: int = 1, **other: Any) -> dict[str, Any]:
         ({"sent_late_p99_ms": 12.0}, "12.0 ms late"),
         ({"busy_mean": 0.79}, "busy for 0.79"),
         ({"dpshm_lines": 7}, "7 API servers choose by the board, not 8"),
+        (
+            {"prompts_share": False, "cached_tokens": 1600.0, "prompt_tokens": [9000.0, 7000.0]},
+            "10.0% of the prompt tokens were cached",
+        ),
         ({"overhead_ms": 0.81}, "steps cost 0.81 ms beside the model, stock 0.50"),
     ],
 )
@@ -105,6 +110,21 @@ def test_the_table_names_what_was_not_used() -> None:
     assert "Runs that may be believed: stock 1, default 1, least_loaded 0." in text
 
 
+def test_the_cpu_of_engines_is_compared_by_step() -> None:
+    """Guards against an arm that looks dear because its engines had more steps."""
+    runs = judged(
+        [
+            a_run(),
+            a_run("default", cpu_percent={"engine": 96.0, "API server": 60.0, "coordinator": 0.5}, step_ms=7.5),
+        ]
+    )
+    # 8 ranks, busy for 0.9 of the time, 15 ms a step: 480 steps a second, in 0.48 s of CPU.
+    assert arm_figures(runs, "stock", "engine_step_us") == pytest.approx((1000.0, 1000.0, 1000.0, 1))
+    assert ratio(runs, "default", "engine_percent") == (2.0, 2.0, 2.0, 1)
+    assert ratio(runs, "default", "engine_step_us") == pytest.approx((1.0, 1.0, 1.0, 1))
+    assert ratio(runs, "default", "api_server_percent") == (0.5, 0.5, 0.5, 1)
+
+
 def test_clients_figures() -> None:
     """Guards against times of requests that failed, and against a first token that counts as an interval."""
     answers = [
@@ -143,6 +163,39 @@ def test_figures_of_steps() -> None:
     assert found["busy_mean"] == pytest.approx(0.6)
     assert found["busy_min"] == pytest.approx(0.6)
     assert found["overhead_ms"] == pytest.approx(15.0)
+    assert found["between_ms"] == pytest.approx(15.0)
     assert found["prompt_tokens"] == [100.0, 300.0]
     assert found["prompt_imbalance"] == pytest.approx(1.5)
     assert found["step_ms"] == pytest.approx(240.0)
+
+
+def test_the_table_of_adapters() -> None:
+    """Guards against ratios of figures that are of different rounds."""
+    rounds = [
+        {"stock": [0.1, 0.3], "affinity": [0.2, 0.2]},
+        {"stock": [0.2, 0.2], "affinity": [0.1, 0.1]},
+        {"stock": [0.2, 0.4], "affinity": [0.3, 0.9]},
+    ]
+    *_, stock, affinity = adapters.table(rounds).splitlines()
+    assert stock == "| stock | 6 | 200 ms | 300 ms | 1.00 (1.00-1.00) | 1.00 (1.00-1.00) |"
+    assert affinity == "| affinity | 6 | 200 ms | 200 ms | 1.00 (0.50-2.00) | 0.67 (0.50-2.25) |"
+
+
+def test_in_lockstep_the_wait_for_others_lies_between_steps() -> None:
+    """Guards against a laboratory that is told of the median rank's time between steps, not of the slowest's."""
+    # Entered, waited, slept: the second rank is late for the second step, and has no request in the third.
+    one = np.array([[0.0, 0.001, 0.1, 1, 0, 0], [0.102, 0.009, 0.1, 1, 0, 0], [0.212, 0.002, 0.1, 1, 0, 0]])
+    two = np.array([[0.0, 0.001, 0.1, 1, 0, 0], [0.110, 0.001, 0.1, 1, 0, 0], [0.213, 0.001, 0.1, 0, 0, 0]])
+    found = steps.figures([one, two], 0.0, 1.0)
+    assert found["between_ms"] == pytest.approx((10 + 3) / 2)
+    assert found["overhead_ms"] == pytest.approx(1.0)
+
+
+def test_the_laboratory_is_told_of_the_whole_time_between_steps() -> None:
+    """Guards against a laboratory whose lockstep ranks wait for none, and against one whose other ranks wait."""
+    runs = judged([a_run(STOCK, between_ms=2.5)])
+    assert predict.between_ms(runs, "stock", "moe") == 2.5
+    older = judged([a_run(STOCK)])
+    assert predict.between_ms(older, "stock", "dense") == 0.5
+    assert predict.between_ms(older, "stock", "moe") == 0.5 + predict.LOCKSTEP_WAIT_MS
+    assert predict.between_ms([], "stock", "dense") == predict.BETWEEN_STEPS_MS

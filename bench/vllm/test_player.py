@@ -69,7 +69,7 @@ def streamer() -> Iterator[Streamer]:
 def test_answers_are_timed_and_refusals_told(streamer: Streamer) -> None:
     """Guards against a failed request that counts as a fast one."""
     arrivals = [(0, Arrival(0.0, 30, 5)), (1, Arrival(0.05, 1, 5))]
-    with Worker(play, streamer.port, 1, 512, arrivals) as player:
+    with Worker(play, streamer.port, "chat 1", 512, arrivals) as player:
         player.wait_ready()
         start_s = time.monotonic() + 0.05
         player.tell(start_s)

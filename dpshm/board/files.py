@@ -182,12 +182,13 @@ def link(folder: int, fd: int, name: str) -> None:
     os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
 
 
-def why_no_space(folder: Path, size: int) -> str:
+def why_no_space(folder: Path, size: int, what: str = "the board") -> str:
     """What a file system has too little of, for an error: inodes (one for each file, folder and socket), or bytes.
 
     Args:
         folder: a folder on it.
         size: bytes that are needed.
+        what: needs them.
     """
     free = os.statvfs(folder)
     if free.f_files and not free.f_favail:
@@ -196,7 +197,7 @@ def why_no_space(folder: Path, size: int) -> str:
             "remove files there, allow more (mount -o remount,nr_inodes=N), or set DPSHM_DIR to another tmpfs"
         )
     return (
-        f"{folder} has {free.f_bavail * free.f_frsize // 1024} KiB free and the board needs {size // 1024} KiB: "
+        f"{folder} has {free.f_bavail * free.f_frsize // 1024} KiB free and {what} needs {size // 1024} KiB: "
         "free some, enlarge it (containers: --shm-size, or an emptyDir of medium Memory), lower the "
         "capacities, or set DPSHM_DIR to another tmpfs"
     )

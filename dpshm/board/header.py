@@ -10,6 +10,7 @@ import os
 import secrets
 import struct
 import zlib
+from hashlib import blake2s
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,30 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
         """Where front-ends connect to the coordinator that this board's one follows; None if it follows none."""
         head = self.settings.get("head")
         return head.partition(",")[0] if isinstance(head, str) else None
+
+    @property
+    def board_number(self) -> int:
+        """A number of this board alone, from 1 to 2**61: another board of the group has another one."""
+        return 1 + int.from_bytes(blake2s(self.lock_token.encode(), digest_size=8).digest(), "little") % (1 << 61)
+
+    @property
+    def node(self) -> int:
+        """The number of this board's node among those whose front-ends choose among the ranks of all."""
+        node = self.settings.get("node", 0)
+        return node if isinstance(node, int) and 0 <= node < self.nodes else 0
+
+    @property
+    def nodes(self) -> int:
+        """How many such nodes there are; 1: the group has no relay."""
+        nodes = self.settings.get("nodes", 1)
+        return max(1, min(nodes, self.frontends)) if isinstance(nodes, int) else 1
+
+    @property
+    def relay_addresses(self) -> tuple[str, str] | None:
+        """Where relays of other nodes send, and where they hear; None if they meet at another node, or nowhere."""
+        text = self.settings.get("relay")
+        up, comma, down = text.partition(",") if isinstance(text, str) else ("", "", "")
+        return (up, down) if comma else None
 
     @property
     def waves(self) -> bool:

@@ -30,8 +30,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dpshm.board.files import NO_SPACE
+from dpshm.board.files import NO_SPACE, why_no_space
 from dpshm.board.layout import WORD_BYTES
+from dpshm.board.words import MAX_WORD
 from dpshm.errors import SegmentError, SegmentNoSpace
 
 if TYPE_CHECKING:
@@ -68,6 +69,11 @@ def file_bytes(ranks: int) -> int:
 class LatencyWriter:
     """The writing end, of one front-end. Its calls are made under the front-end's lock.
 
+    Attributes:
+        newest: by kind and rank, the bucket of the newest time, which is most often that of the next: the limits
+            above and up to which it counts, the place of its word and that of the sum.
+        words: the file; `counts` has the same numbers.
+
     Args:
         path: from `latency_path`. A file that is there is gone on with, unless it is of another version.
         ranks: the ranks to begin with.
@@ -80,6 +86,7 @@ class LatencyWriter:
     def __init__(self, path: Path, ranks: int) -> None:
         self._path = path
         self._ranks = 0
+        self.newest: list[list[tuple[int, int, int, int]]] = [[] for _ in KINDS]
         self._grow(ranks)
 
     def observe(self, dp_rank: int, kind: int, took_ns: int) -> None:
@@ -95,13 +102,22 @@ class LatencyWriter:
         """
         if dp_rank >= self._ranks:
             self._grow(dp_rank + 1)
-        total = dp_rank * _RANK_WORDS + _SUM_AT[kind]
-        at = total - BUCKETS + bisect_left(_LIMITS_NS, took_ns)
-        words, counts = self._words, self._counts
+        above, most, at, total = self.newest[kind][dp_rank]
+        if not above < took_ns <= most:
+            took_ns, at, total = self._look_up(dp_rank, kind, took_ns)
+        words, counts = self.words, self.counts
         # Without a call from here on: a signal handler that observes, too, does so before this or after it.
         words[at] = counts[at] = counts[at] + 1
-        if took_ns > 0:
-            words[total] = counts[total] = counts[total] + took_ns
+        words[total] = counts[total] = counts[total] + took_ns
+
+    def _look_up(self, dp_rank: int, kind: int, took_ns: int) -> tuple[int, int, int]:
+        """The time, if it is none below 0, the word of its bucket and that of the sum; notes the bucket."""
+        took_ns, bucket = max(0, took_ns), bisect_left(_LIMITS_NS, took_ns)
+        total = dp_rank * _RANK_WORDS + _SUM_AT[kind]
+        at = total - BUCKETS + bucket
+        above, most = (-1, *_LIMITS_NS)[bucket], (*_LIMITS_NS, MAX_WORD)[bucket]
+        self.newest[kind][dp_rank] = (above, most, at, total)
+        return took_ns, at, total
 
     def _grow(self, ranks: int) -> None:
         try:
@@ -116,14 +132,13 @@ class LatencyWriter:
                 os.close(fd)
         except OSError as e:
             if e.errno in NO_SPACE:
-                raise SegmentNoSpace(
-                    f"{self._path.parent} has no room for {size // 1024} KiB of latencies: free some, enlarge it "
-                    "(containers: --shm-size), or set DPSHM_DIR to another tmpfs"
-                ) from e
+                raise SegmentNoSpace(why_no_space(self._path.parent, size, "a file of latencies")) from e
             raise SegmentError(f"cannot open {self._path}: {e.strerror}") from e
         words[0], words[1] = MAGIC, VERSION
-        self._words, self._counts = words, [max(0, min(count, _SANE)) for count in words.tolist()]
+        self.words, self.counts = words, [max(0, min(count, _SANE)) for count in words.tolist()]
         self._ranks = (len(words) - _HEADER_WORDS) // _RANK_WORDS
+        for of_kind in self.newest:
+            of_kind.extend([(0, -1, 0, 0)] * (self._ranks - len(of_kind)))
 
 
 def read_latencies(board: Board) -> NDArray[np.int64] | None:

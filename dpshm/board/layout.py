@@ -132,6 +132,8 @@ REMOTE_WORDS = (
     "heard",  # CLOCK_MONOTONIC ns of this node at which the process was heard last
     "heard_report",  # the number of its newest report
     "heard_process",  # a random number that the process drew
+    "home",  # the number of the board on whose node it is, if a relay brought the row (`Header.board_number`)
+    "delay",  # ns, half of a round trip to its node, if a relay brought the row
 )
 # The items of an engine's row in `cache_state`: its KV cache and its prefix index (`dpshm.board.prefix_index`).
 CACHE_WORDS = (
@@ -161,7 +163,7 @@ CARRIED_WORDS = (
     ("load", 0),
     *((name, 0) for name in ENGINE_WORDS if name not in ("beat", "engine_incarnation", "engine_pid_namespace")),
     *(("step_model", i) for i in range(len(STEP_MODEL_WORDS))),
-    *(("cache_state", i) for i in range(1, 6)),  # how full the cache is; a prefix index stays on its node
+    *(("cache_state", i) for i in range(1, 6)),  # how full the cache is; a prefix index is told apart
 )
 
 

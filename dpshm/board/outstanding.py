@@ -15,11 +15,16 @@ A correction is computed when an `Outstanding` is made. It removes what a front-
 flight, and it allows for an engine that received more from a row than the row's present holder sent (late
 messages of a predecessor). Both are rare. A front-end makes a new `Outstanding` when the board's marks change, and
 ten times a second, so the sum is right again within 100 ms.
+
+Where front-ends of other nodes have rows, a request may be here before the relay has brought its booking, with
+every request. `LiveOutstanding` makes the correction anew in each sum, so that such a request counts from when
+either of the two is known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -49,8 +54,8 @@ class Outstanding:
         surplus = surplus - np.positive(table[1:])
         live = [f for f in counted if f < len(surplus)]  # they were counted before: rule 6
         surplus[live] = np.maximum(surplus[live], 0)
-        correction = surplus.sum(axis=0)
-        self._correction = correction if correction.any() else None
+        self.correction: Words = surplus.sum(axis=0)
+        self._correction = self.correction if self.correction.any() else None
 
     def count(self) -> Words:
         """By rank; the array is the caller's. A scribbled board gives numbers without meaning, and no error."""
@@ -62,3 +67,80 @@ class Outstanding:
         if self._correction is not None:
             total += self._correction
         return total
+
+
+class LiveOutstanding:
+    """The same for a board on which front-ends of other nodes have rows: no correction is ever old.
+
+    Of a front-end that counts, what was sent is at least what was received. Of another one it is just that.
+    """
+
+    def __init__(self, table: Words, received: Words, counted: Sequence[int]) -> None:
+        self._table, self._received = table, received
+        counts = np.zeros(len(table) - 1, np.bool_)
+        counts[[f for f in counted if f < len(counts)]] = True
+        self._counted = None if counts.all() else counts[:, None]
+
+    def count(self) -> Words:
+        """By rank; the array is the caller's. A scribbled board gives numbers without meaning, and no error."""
+        # SYNC: each of three calls loads every word once, in one 64-bit access: of each rank the offset, then what
+        # was received, then what was sent. An engine, and the relay in its place, stores `received` before the
+        # offset that has it in the queue. So a request that the offset shows is received here, and one that is
+        # received and not in the offset yet is in this sum. What ends in between counts once too often. (On Arm a
+        # load may pass another, and one request be missed or counted twice for an instant.)
+        total: Words = np.positive(self._table[0])
+        received = np.positive(self._received).T
+        sent = np.maximum(self._table[1:], received)
+        if self._counted is not None:
+            sent = np.where(self._counted, sent, received)
+        total += np.add.reduce(sent, 0)
+        return total
+
+
+class OutstandingWork:
+    """Requests and tokens in one call: what a decision by work reads.
+
+    Args:
+        tables: both tables, shape (2, 1 + front-ends, engines): those of requests, then those of tokens.
+        requests, tokens: counters of the two, made a moment ago.
+
+    Attributes:
+        requests: that counter.
+    """
+
+    def __init__(
+        self, tables: Words, requests: Outstanding | LiveOutstanding, tokens: Outstanding | LiveOutstanding
+    ) -> None:
+        self._tables, self._each, self.requests = tables, (requests, tokens), requests
+        self._ones = np.ones(tables.shape[1], np.int64) if tables.shape[2] < _REDUCE_FROM else None
+        self._live = not (isinstance(requests, Outstanding) and isinstance(tokens, Outstanding))
+        corrections = [counter.correction for counter in self._each if isinstance(counter, Outstanding)]
+        self._corrections = np.array(corrections) if any(c.any() for c in corrections) else None
+
+    def count(self) -> Words:
+        """By rank, of shape (2, engines): requests, tokens. The array is the caller's."""
+        # SYNC: as `Outstanding.count`: every word is loaded once, and of each rank the offset first. Between
+        # requests and tokens there is no order: front-ends book the one after the other.
+        if self._live:
+            total: Words = np.array([counter.count() for counter in self._each])
+        elif self._ones is None:
+            total = np.add.reduce(self._tables, 1)
+        else:
+            total = self._ones.dot(self._tables)
+        return total if self._corrections is None else total + self._corrections
+
+    def count_into(self, out: Words) -> None:
+        """The same, into an array of this shape."""
+        out[:] = self.count()
+
+    def counter(self) -> Callable[[], Words]:
+        """`count` as one call, while this object is used."""
+        if self._live or self._corrections is not None or self._ones is None:
+            return self.count
+        return partial(self._ones.dot, self._tables)  # SYNC: as in `count`
+
+    def counter_into(self, out: Words) -> Callable[[], object]:
+        """The same for `count_into`, with that array."""
+        if self._live or self._corrections is not None or self._ones is not None:
+            return partial(self.count_into, out)
+        return partial(np.add.reduce, self._tables, 1, None, out)  # SYNC: as in `count`

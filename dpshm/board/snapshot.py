@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpshm.board.layout import CACHE_WORDS, STEP_WORDS
-from dpshm.board.words import DRAINED, ON_BEHALF, unpack_load, unpack_progress, unpack_state
+from dpshm.board.words import DRAINED, ON_BEHALF, REMOTE, unpack_load, unpack_progress, unpack_state
 from dpshm.errors import SettingError
 from dpshm.rules.liveness import is_silent, state_of
 from dpshm.rules.waves import Phase
@@ -27,6 +27,7 @@ SNAPSHOT_DTYPE = np.dtype(
         ("verdict", "U8"),
         ("drained", np.bool_),
         ("stock", np.bool_),
+        ("remote", np.bool_),
         ("waiting", np.int64),
         ("running", np.int64),
         ("in_flight", np.int64),
@@ -107,6 +108,7 @@ def take_snapshot(board: Board, now_ns: int | None, counted: Sequence[int], watc
         row["verdict"] = verdict.name.lower()
         row["drained"] = bool(mark & DRAINED)
         row["stock"] = bool(mark & ON_BEHALF)
+        row["remote"] = bool(mark & REMOTE)
         signs = board.engine_signs(e)
         clock_ns = now_ns if row["stock"] or board.engine_clock_agrees(e) else None
         row["age_ns"] = _sane(clock_ns - signs.beat) if clock_ns is not None and signs.beat else -1

@@ -40,6 +40,7 @@ VERDICT_MASK = 3 | STUCK | UNKNOWN
 DRAINED = 4
 ON_BEHALF = 8
 REMOTE = 64
+RELAYED = 128
 
 # A change word: revision, kind, row, and what was stored before and after.
 _REVISION_SHIFT = 46

@@ -90,7 +90,8 @@ def _run() -> None:
     ) -> None:
         """Data-parallel coordinator for LLM inference: load in shared memory, request waves over ZMQ."""
 
-    for name in COMMANDS:
+    asked = sys.argv[1:2]
+    for name in asked if asked and asked[0] in COMMANDS else COMMANDS:  # the others would be loaded in vain
         command = load_command(name)
         # A raw docstring holds the characters \b where click wants a backspace, "do not fill this paragraph".
         app.command(name, help=(inspect.getdoc(command) or "").replace(r"\b", "\b"))(command)

@@ -54,9 +54,14 @@ def coordinator(
     ] = None,
     head: Annotated[
         str | None,
-        typer.Option(metavar="ADDRESSES", help="Follow the coordinator of another node: its three addresses."),
+        typer.Option(metavar="ADDRESSES", help="Follow the coordinator of another node: its addresses."),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address that tcp sockets are bound to.")] = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Nodes whose front-ends choose among the ranks of all. 1: no relay."),
+    ] = None,
+    node: Annotated[int | None, typer.Option(metavar="K", help="The number of this one; 0 is the head.")] = None,
     curve_dir: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="Keys (dpshm keygen) that peers need on a tcp socket."),
@@ -128,6 +133,8 @@ def coordinator(
         "dp_size_local": dp_size_local,
         "balancing": balancing.value if balancing else None,
         "head": head,
+        "nodes": nodes,
+        "node": node,
         "host": host,
         "curve_dir": curve_dir,
         "insecure": insecure,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,9 +9,9 @@ from typing import Annotated
 import msgspec
 import typer
 
+from dpshm.cli import compare as comparison
 from dpshm.cli.live import make_display
 from dpshm.cli.options import TimeUnitOption
-from dpshm.errors import SettingError
 from dpshm.policies import NAMES
 from dpshm.sim.demo.interrupt import Interrupted
 from dpshm.sim.demo.report import Report
@@ -20,16 +19,19 @@ from dpshm.sim.demo.run import Screen, run_demo
 from dpshm.sim.demo.workload import DemoSettings
 from dpshm.sim.workloads.formats import KNOWN
 
-COMPARE_RATE = 1.5
-"""About 45 requests a second on 8 engines: a load at which it matters where each of them goes."""
-NO_DIFFERENCE = 0.03
-
 
 class EngineKind(StrEnum):
     """The kind of model that an engine runs."""
 
     SIM = "sim"
     TORCH = "torch"
+
+
+class BuiltIn(StrEnum):
+    """The built-in workloads."""
+
+    CODE = "code"
+    CHAT = "chat"
 
 
 class StatsPath(StrEnum):
@@ -47,19 +49,31 @@ def demo(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help=f"Arrivals to replay. Known: {KNOWN}. Without it, "
-            "a built-in bursty workload of about 30 requests a second.",
+            help=f"Arrivals to replay. Known: {KNOWN}. Without it, a built-in workload.",
         ),
     ] = None,
     time_unit: TimeUnitOption = "",
+    workload: Annotated[
+        BuiltIn | None,
+        typer.Option(
+            help="Without a trace: code completion, in bursts of about 30 requests a second, or chat, 5 a second.",
+            show_default="code; with --compare chat",
+        ),
+    ] = None,
     rate: Annotated[
         float | None,
         typer.Option(
-            help="Speed of the trace, as a multiple of the recorded speed.",
-            show_default=f"1; with --compare {COMPARE_RATE:g}",
+            help="Speed of the arrivals, as a multiple of the recorded speed.",
+            show_default=f"1; with --compare, without a trace, {comparison.RATE:g}",
         ),
     ] = None,
-    policy: Annotated[str, typer.Option(help=f"How an engine is chosen: {', '.join(NAMES)}.")] = "least_work",
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help=f"How an engine is chosen: {', '.join(NAMES)}.",
+            show_default=f"least_work; with --compare {comparison.POLICY}",
+        ),
+    ] = None,
     stats: Annotated[
         StatsPath,
         typer.Option(help="What front-ends decide from: the board, or a broadcast every 100 ms."),
@@ -94,9 +108,11 @@ def demo(
         bool,
         typer.Option(
             "--compare",
-            help="Play the same arrivals twice, on the board and on a broadcast as vLLM has it, and compare.",
+            help="Play the same arrivals on the board and on a broadcast as vLLM has it, with vLLM's policy, and "
+            "compare. --policy least_work compares that one with vLLM's on the broadcast. Implies --dense.",
         ),
     ] = False,
+    seeds: Annotated[int, typer.Option(help="With --compare: how many seeds are played.")] = comparison.SEEDS,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as one JSON object, the last line of stdout.")
     ] = False,
@@ -112,6 +128,7 @@ def demo(
     Examples:
       dpshm demo
       dpshm demo --compare                         the board and a broadcast every 100 ms, in one table
+      dpshm demo --compare --policy least_work     the default on the board, and vLLM's on the broadcast
       dpshm demo --chaos --keep                    a group to practise on; dpshm top in another terminal
       dpshm demo --trace AzureLLMInferenceTrace_code.csv --rate 12
       dpshm demo --engines 4 --seconds 5 --json | jq .ttft_ms
@@ -121,28 +138,27 @@ def demo(
         engines=engines,
         frontends=frontends,
         seconds=seconds,
-        rate=(COMPARE_RATE if compare else 1.0) if rate is None else rate,
+        rate=(comparison.RATE if compare and trace is None else 1.0) if rate is None else rate,
         trace=trace,
+        workload=(workload or (BuiltIn.CHAT if compare else BuiltIn.CODE)).value,
         time_unit=time_unit,
         stats=stats.value,
-        policy=policy,
+        policy=policy or (comparison.POLICY if compare else "least_work"),
         seed=seed,
         engine=engine.value,
         prefix_index=prefix_index,
-        dense=dense,
+        dense=dense or compare,
         keep=keep,
         chaos=chaos,
     )
-    if compare and (keep or chaos or settings.stats != "board"):
-        raise SettingError("--compare plays the board and the broadcast: leave out --keep, --chaos and --stats")
-    both = [settings, replace(settings, stats="pub", policy="vllm")] if compare else [settings]
-    reports = [_run(one) for one in both]
+    pairs = comparison.play_both(settings, seeds, _run) if compare else []
+    reports = [report for pair in pairs for report in pair] if compare else [_run(settings)]
     for problem in [problem for report in reports for problem in report.problems]:
         typer.echo(f"dpshm: {problem}", err=True)
     if as_json:
         typer.echo(msgspec.json.encode(reports if compare else reports[0]).decode())
     else:
-        typer.echo(compared(*reports) if compare else as_text(reports[0]))
+        typer.echo(comparison.as_table(pairs) if compare else as_text(reports[0]))
     if any(report.lost for report in reports):
         raise typer.Exit(1)
 
@@ -180,53 +196,6 @@ def as_text(report: Report) -> str:
     }
     title = (
         f"{report.engines} engines, {report.frontends} front-ends, stats: {report.stats}, "
-        f"policy: {report.policy}, workload: {report.trace or 'built-in'} at {report.rate:g}x"
+        f"policy: {report.policy}, workload: {report.trace or report.workload} at {report.rate:g}x"
     )
     return "\n".join((title, *(f"  {name:<20} {text}" for name, text in figures.items())))
-
-
-def compared(board: Report, broadcast: Report) -> str:
-    """Two reports of the same arrivals in one table, and what it comes to in a sentence."""
-
-    def figure(value: float | None) -> str:
-        return "-" if value is None else f"{value:,.1f}"
-
-    def ratio(one: float | None, other: float | None) -> str:
-        return f"{one / other:.2f}" if one is not None and other else "-"
-
-    ttfts, rows = (board.ttft_ms, broadcast.ttft_ms), []
-    stale = _percent(board.staleness_us.share), _percent(broadcast.staleness_us.share)
-    for name, one, other in (
-        ("first token after, mean (ms)", ttfts[0].mean, ttfts[1].mean),
-        ("first token after, p50 (ms)", ttfts[0].p50, ttfts[1].p50),
-        ("first token after, p99 (ms)", ttfts[0].p99, ttfts[1].p99),
-        ("requests apart, mean", board.imbalance.mean, broadcast.imbalance.mean),
-        ("decisions on old numbers (%)", *stale),
-        ("requests completed", board.completed, broadcast.completed),
-    ):
-        rows.append((name, figure(one), figure(other), ratio(one, other)))
-    head = ("", f"board, {board.policy}", f"broadcast, {broadcast.policy}", "ratio")
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(4)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (head, *rows)]
-    title = (
-        f"{board.engines} engines, {board.frontends} front-ends, the same {board.sent} arrivals twice, "
-        f"{board.trace or 'built-in'} at {board.rate:g}x"
-    )
-    return "\n".join((title, *(f"  {line}".rstrip() for line in lines), _in_a_sentence(board, broadcast)))
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
-
-
-def _in_a_sentence(board: Report, broadcast: Report) -> str:
-    one, other = board.ttft_ms.mean, broadcast.ttft_ms.mean
-    if not one or not other:
-        return "No request was answered, so there is nothing to compare."
-    if abs(one / other - 1) < NO_DIFFERENCE:
-        return f"At this load it makes no difference ({one:,.0f} and {other:,.0f} ms): try another --rate."
-    word, times = ("sooner", other / one) if one < other else ("later", one / other)
-    return (
-        f"On the board the first token came {times:.2f} times {word}: after {one:,.0f} ms instead of {other:,.0f} "
-        "ms at the mean (one run of each)."
-    )

@@ -14,18 +14,26 @@ from dpshm.errors import DpshmError
 from dpshm.ops.doctor.finding import Finding
 from dpshm.ops.doctor.group import check_group
 from dpshm.ops.doctor.node import check_directory, check_leftovers, check_logind, check_processes, sweep_leftovers
-from dpshm.ops.groups import Found, find_groups
+from dpshm.ops.groups import Found, elsewhere, find_groups, summary_of
 
 EXIT_FOUND = 1
 SIGNS = {"error": "ERROR  ", "warning": "WARNING", "note": "note   "}
 
 
 class Diagnosis(msgspec.Struct):
-    """The groups that were checked, and the findings."""
+    """The groups that were checked, and the findings.
+
+    Attributes:
+        groups: their names.
+        findings: the worst first.
+        swept: paths that were removed.
+        remote: by group that has any, the ranks that are on other nodes.
+    """
 
     groups: list[str]
     findings: list[Finding]
     swept: list[str]
+    remote: dict[str, list[int]]
 
 
 def doctor(
@@ -38,7 +46,8 @@ def doctor(
     r"""Check this node and the groups on it; say what is wrong, why it matters, and the command that mends it.
 
     With --group it judges that group alone, and nothing of the node: a health probe. Changes nothing without
-    --sweep, which removes what dead groups left, and nothing that a process has locked.
+    --sweep, which removes what dead groups left, and nothing that a process has locked. An @ before a
+    rank's number says that it is on another node, and is mended there.
 
     \b
     Exit status:
@@ -63,10 +72,11 @@ def doctor(
     if any(f.check == "leftover" for f in findings) and (sweep or (sweep is None and not as_json and _ask())):
         swept = sweep_leftovers(found)
         findings = examine([f for f in find_groups() if group is None or f.group == group], alone=alone)
+    remote = {f.group: ranks for f in found if (ranks := summary_of(f).remote)}
     if as_json:
-        typer.echo(msgspec.json.encode(Diagnosis([f.group for f in found], findings, swept)).decode())
+        typer.echo(msgspec.json.encode(Diagnosis([f.group for f in found], findings, swept, remote)).decode())
     else:
-        typer.echo(as_text(found, findings, swept))
+        typer.echo(as_text(found, findings, swept, remote))
     if any(f.severity != "note" for f in findings):
         raise typer.Exit(EXIT_FOUND)
 
@@ -109,12 +119,18 @@ def _ask() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty() and typer.confirm("Dead groups left something. Sweep it?")
 
 
-def as_text(found: list[Found], findings: list[Finding], swept: list[str]) -> str:
-    """For people."""
+def as_text(
+    found: list[Found], findings: list[Finding], swept: list[str], remote: dict[str, list[int]] | None = None
+) -> str:
+    """For people. Each rank on another node has an `@` before its number."""
+    away = {group: elsewhere(ranks) for group, ranks in (remote or {}).items()}
     lines = [f"swept   {path}" for path in swept]
     for one in found:
         if one.state != "dead":  # those are a finding
-            lines.append(f"group   {one.group}: {one.state}" + (f", {one.detail}" if one.readable else ""))
+            lines.append(
+                f"group   {one.group}: {one.state}"
+                + (f", {one.detail}{away.get(one.group, '')}" if one.readable else "")
+            )
     for finding in findings:
         of = f"{finding.group}: " if finding.group else ""
         lines += ["", f"{SIGNS[finding.severity]} {of}{finding.what}"]

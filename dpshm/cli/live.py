@@ -98,9 +98,10 @@ def headline(sample: Sample) -> str:
         return sample.stage
     sent, answered = sum(sample.sent), sum(sample.answered)
     of = f" of {sample.seconds:.4g}" if sample.elapsed_s < sample.seconds < inf else ""
+    wave = f"wave {sample.wave} {sample.phase}; " if sample.phase else ""
     return (
-        f"{sample.stage}, {sample.elapsed_s:.0f} s{of}; wave {sample.wave} {sample.phase}; "
-        f"{sent} sent, {answered} answered, {sent - answered} under way"
+        f"{sample.stage}, {sample.elapsed_s:.0f} s{of}; {wave}"
+        f"{sent} sent, {answered} answered, {sent - answered} unanswered"
     )
 
 

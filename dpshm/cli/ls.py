@@ -6,13 +6,14 @@ import msgspec
 import typer
 
 from dpshm.cli.options import JsonOption
-from dpshm.ops.groups import Summary, summaries
+from dpshm.ops.groups import Summary, elsewhere, summaries
 
 
 def ls(as_json: JsonOption = False) -> None:
     r"""List the groups of this node: state, ranks, requests and coordinator of each.
 
-    A group is alive; orphaned (no coordinator); dead (no process is attached); or unreadable.
+    A group is alive; orphaned (no coordinator); dead (no process is attached); or unreadable. Of ranks on other
+    nodes the numbers are told, with an @.
 
     \b
     Examples:
@@ -37,7 +38,8 @@ def as_text(found: list[Summary]) -> str:
         if not one.ranks:
             rows.append((one.group, one.state, "-", "-", one.detail))
         else:
-            ranks = f"{one.dp_size}: " + ", ".join(f"{n} {state}" for state, n in one.ranks.items())
+            states = ", ".join(f"{n} {state}" for state, n in one.ranks.items())
+            ranks = f"{one.dp_size}: {states}{elsewhere(one.remote)}"
             rows.append((one.group, one.state, str(one.requests), pid, ranks))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join("  ".join([*map(str.ljust, row[:4], widths), row[4]]).rstrip() for row in rows)

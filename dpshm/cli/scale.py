@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
-from dpshm.cli.options import GroupOption
+from dpshm.board.board import Board
+from dpshm.cli.options import GroupOption, interrupted
+from dpshm.coordinator.scaling import check_size, living_ranks
 from dpshm.errors import SettingError
 from dpshm.ops.groups import open_group
 from dpshm.ops.read_frame import read_frame
-from dpshm.ops.scale import set_size
+from dpshm.ops.scale import set_size, set_size_at_rest
 
 
 def scale(
     ranks: Annotated[int, typer.Argument(metavar="N", help="The new number of ranks.")],
     group: GroupOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Take ranks away although they have requests.")] = False,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S", min=0.0, max=31_536_000, help="Longest wait for ranks in lockstep to come to rest."
+        ),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Also if ranks have requests, or lockstep ranks are not at rest."),
+    ] = False,
 ) -> None:
     r"""Change the number of ranks of a group.
 
-    New ranks get requests as soon as their engines attach. Drain ranks before you take them away: the group has
-    ranks 0 to N-1, and what an engine beyond them has is not seen any more.
+    Ranks of their own (dense models): new ranks get requests as soon as their engines attach. Drain ranks before
+    you take them away: the group has ranks 0 to N-1, and what an engine beyond them has is not seen any more.
+
+    Ranks in lockstep share a collective of a fixed size. This command drains all of them, waits until they are
+    paused, and changes the number. They stay drained, the new ones too: restart all of them, and then say
+    `dpshm undrain`. Requests wait in the API servers meanwhile.
 
     \b
     Examples:
@@ -29,14 +45,43 @@ def scale(
       dpshm drain 6-7 && dpshm scale 6
     """
     with open_group(group) as board:
-        before = board.dp_size
-        busy = {r.dp_rank: r.requests for r in read_frame(board).ranks[max(0, ranks) :] if r.requests}
-        if busy and not force:
-            names = ", ".join(f"rank {e} has {n}" for e, n in busy.items())
-            first = min(busy)
-            raise SettingError(
-                f"ranks that would be taken away have requests: {names}. Drain them first: dpshm drain "
-                f"{first}-{before - 1} --group {board.segment.group}, or say --force"
-            )
-        set_size(board, ranks)
-        typer.echo(f"{board.segment.group}: {ranks} ranks (before: {before})")
+        name, before = board.segment.group, board.dp_size
+        check_size(board, ranks)
+        lockstep = board.segment.header.waves and ranks != before and living_ranks(board) and not force
+        if lockstep:
+            _scale_at_rest(board, ranks, timeout)
+        else:
+            if not force:
+                _check_empty(board, ranks)
+            set_size(board, ranks, force=force)
+    typer.echo(f"{name}: {ranks} ranks (before: {before})")
+    if lockstep:
+        typer.echo(
+            f"All are drained. Restart every rank, in a collective of {ranks}, and then: "
+            f"dpshm undrain {_range(0, ranks)} --group {name}"
+        )
+
+
+def _scale_at_rest(board: Board, ranks: int, timeout: float | None) -> None:
+    def tell(doing: str) -> None:
+        sys.stderr.write(f"dpshm: all ranks are drained; waiting until they are at rest: {doing}\n")
+
+    try:
+        set_size_at_rest(board, ranks, timeout_s=timeout, tell=tell)
+    except KeyboardInterrupt:
+        sys.stderr.write("\ndpshm: stopped waiting; nothing was changed, and the ranks are routed to again\n")
+        interrupted()
+
+
+def _check_empty(board: Board, ranks: int) -> None:
+    busy = {r.dp_rank: r.requests for r in read_frame(board).ranks[ranks:] if r.requests}
+    if busy:
+        names = ", ".join(f"rank {e} has {n}" for e, n in busy.items())
+        raise SettingError(
+            f"ranks that would be taken away have requests: {names}. Drain them first: dpshm drain "
+            f"{_range(min(busy), board.dp_size)} --group {board.segment.group}, or say --force"
+        )
+
+
+def _range(first: int, stop: int) -> str:
+    return str(first) if stop - first == 1 else f"{first}-{stop - 1}"

@@ -18,7 +18,7 @@ from dpshm.linux.signals import handling
 from dpshm.policies import NAMES
 from dpshm.sim.lab.figures import Comparison, Estimate, Result
 from dpshm.sim.lab.information import NAMES as INFORMATION
-from dpshm.sim.lab.run import Plant
+from dpshm.sim.lab.run import Plant, RequestTime
 from dpshm.sim.lab.study import WORKLOADS, SimulationSettings, compare
 from dpshm.sim.step_cost import StepCost
 from dpshm.sim.workloads.formats import KNOWN
@@ -104,6 +104,14 @@ def simulate(
             "running requests hold (0 if left out). Default: 8,0.04,0.02,0.000065.",
         ),
     ] = "",
+    request_ms: Annotated[
+        str,
+        typer.Option(
+            metavar="REQUEST,TOKEN",
+            help="Time in ms that a front-end takes to read a request, before it decides: for any, and for a "
+            "token of its prompt. Default: 0,0. An API server of vLLM: 3.6,0.00033.",
+        ),
+    ] = "",
     told: Annotated[
         bool, typer.Option("--told", help="Give the policies the true step times instead of the learnt ones.")
     ] = False,
@@ -139,6 +147,7 @@ def simulate(
             restart=_restart(restart) if restart else None,
             coefficients="true" if told else "learnt",
             clients=clients,
+            request_time=RequestTime.parse(request_ms) if request_ms else RequestTime(),
         ),
         policies=_names(policies),
         information=_names(information),

@@ -50,7 +50,8 @@ def web(
     serving = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
     serving.start()
     try:
-        serving.join()
+        while serving.is_alive():
+            serving.join(1.0)  # Python does not see a signal that comes just before a wait until the wait is over
     except KeyboardInterrupt:
         interrupted()
     finally:

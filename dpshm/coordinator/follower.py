@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from dpshm.board.layout import CARRIED_WORDS
+from dpshm.board.carried import CarriedWords
 from dpshm.board.words import unpack_load, unpack_progress
 from dpshm.coordinator.publisher import Publisher
 from dpshm.coordinator.settings import Settings
@@ -29,6 +29,7 @@ from dpshm.coordinator.sockets import Sockets
 from dpshm.errors import WireError
 from dpshm.net import wire
 from dpshm.net.context import Socket, context
+from dpshm.net.cuts import notice_cuts
 from dpshm.net.keys import ClientKeys, client_keys, connect
 from dpshm.rules.liveness import HANGING, Verdict
 from dpshm.rules.waves import (
@@ -49,9 +50,6 @@ logger = logging.getLogger(__name__)
 
 BATCH = 64
 REPORTS_HWM = 100
-RECONNECT_MS, CONNECT_TIMEOUT_MS = 50, 1000
-PING_MS, PING_TIMEOUT_MS = 500, 1500
-"""How often a connection to the head is tested, and when it is given up and made again."""
 _PROCESS_BYTES = 7
 
 
@@ -95,7 +93,8 @@ class Follower:
         self._reports = self._connect(zmq.PUSH, self._reports_address)
         # The head counts the connections of engines: each rank of this node has one there, that is not read.
         self._counted: dict[int, Socket] = {}
-        self._sent: dict[int, tuple[int, list[int]]] = {}  # by rank: number and words of its newest report
+        self._sent: dict[int, tuple[int, bytes]] = {}  # by rank: number and words of its newest report
+        self._carried: dict[int, CarriedWords] = {}
         self.handlers: dict[Socket, Callable[[list[bytes]], None]] = {
             self._states: self._from_head,
             self._starts: self._to_engines,
@@ -126,6 +125,8 @@ class Follower:
     def scan(self, now_ns: int) -> bool:
         """Sends the rows of this node's ranks; false: there is always a next time."""
         for e in range(self._board.dp_size):
+            if self._row.is_relayed(e):
+                continue  # of another node
             verdict = self._row.engine_verdict(e)
             if verdict in (Verdict.ALIVE, *HANGING):
                 self._send_row(e, now_ns, here=True)
@@ -141,8 +142,13 @@ class Follower:
         stock = self._row.is_stock(e)
         if e not in self._counted:
             self._counted[e] = self._connect_to_be_counted(e, named=not stock)
-        carried = [words[board.index(name, e, item)] for name, item in CARRIED_WORDS]
-        number, before = self._sent.get(e, (0, []))
+        if self._board.nodes > 1 and not stock:
+            self._sent[e] = 0, b""
+            return  # the relay tells its row
+        carried = (self._carried.get(e) or self._carried.setdefault(e, CarriedWords(board, e))).read()
+        number, before = self._sent.get(e, (0, b""))
+        if min(memoryview(carried).cast("q")) < 0:  # a damaged row (rule 6); the head takes no such message
+            carried = wire.pack_words([max(0, word) for word in memoryview(carried).cast("q")])
         if carried != before or not here:
             # Of this clock, so that it grows also past a coordinator that takes this board over.
             number = now_ns
@@ -153,7 +159,7 @@ class Follower:
         if stock:  # its row does not show whether it steps
             self._send(self._reports, wire.encode_report(e, stats))
             return
-        row = wire.RemoteRow(self._process(e), number, now_ns, here, [max(0, word) for word in carried], [])
+        row = wire.RemoteRow(self._process(e), number, now_ns, here, carried, wire.pack_received(()))
         self._send(self._reports, wire.encode_remote_row(e, stats, row))
 
     def _connect_to_be_counted(self, e: int, *, named: bool) -> Socket:
@@ -200,8 +206,7 @@ class Follower:
         s.linger = 0
         s.maxmsgsize = wire.MAX_MESSAGE_BYTES
         s.sndhwm = REPORTS_HWM
-        s.reconnect_ivl, s.connect_timeout = RECONNECT_MS, CONNECT_TIMEOUT_MS
-        s.heartbeat_ivl, s.heartbeat_timeout = PING_MS, PING_TIMEOUT_MS
+        notice_cuts(s)
         connect(s, address, self._keys)
         return s
 

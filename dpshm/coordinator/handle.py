@@ -2,6 +2,7 @@
 
     wave thread     the sockets, the waves, stock peers          `dpshm.coordinator.wave_thread`
     watch thread    locks, beats, pidfds; verdicts               `dpshm.coordinator.watch_thread`
+    relay           rows of other nodes, where there are any     `dpshm.coordinator.relay`
 
 Engines store their load and front-ends read it without the coordinator. If it dies, routing goes on; the group's
 next coordinator takes the live board over, with its wave, bookings and marks, and binds the same addresses, to
@@ -13,6 +14,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
+from collections import Counter
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import ExitStack
 from functools import partial
@@ -20,7 +22,9 @@ from operator import index
 from typing import Self
 
 from dpshm.board.board import Board
-from dpshm.coordinator.settings import Settings
+from dpshm.coordinator.relay import Relay
+from dpshm.coordinator.relay_sockets import RelaySockets
+from dpshm.coordinator.settings import KEY_DIGITS, Settings
 from dpshm.coordinator.sockets import Sockets
 from dpshm.coordinator.takeover import leave_board, open_board
 from dpshm.coordinator.watch_thread import WatchThread
@@ -70,8 +74,14 @@ class CoordinatorThreads:
 
     @property
     def head_addresses(self) -> str:
-        """The setting `head` of coordinators on other nodes that follow this one."""
-        return ",".join((self.stats_publish_address, *self.engine_addresses))
+        """The setting `head` of coordinators on other nodes that follow this one.
+
+        With relays it ends with the key of the group's prefix indexes: a secret, as the board is.
+        """
+        header = self.board.segment.header
+        relay = header.relay_addresses
+        more = () if relay is None else (*relay, f"{header.prefix_key:0{KEY_DIGITS}x}")
+        return ",".join((self.stats_publish_address, *self.engine_addresses, *more))
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
         """Waits until every engine is there.
@@ -92,16 +102,22 @@ class CoordinatorThreads:
     @property
     def dropped(self) -> dict[str, int]:
         """How many messages were dropped, by reason."""
-        return dict(self._wave.dropped.counts)
+        relay = None if self._running is None else self._running.relay
+        return dict(self._wave.dropped.counts + (Counter() if relay is None else relay.dropped.counts))
 
-    def scale(self, dp_size: int) -> None:
-        """Changes the number of ranks; wave and phase stay.
+    def scale(self, dp_size: int, *, force: bool = False) -> None:
+        """Changes the number of ranks; wave and phase stay. Ranks in lockstep have to be at rest.
+
+        Args:
+            dp_size: the new number of ranks.
+            force: ranks in lockstep need not be at rest: they form a new collective while they run.
 
         Raises:
-            SettingError: the board has no room for so many.
+            SettingError: the board has no room for so many; or ranks in lockstep are not drained, have requests,
+                or are in a wave.
         """
         self._check_usable()
-        self._wave.scale(index(dp_size))
+        self._wave.scale(index(dp_size), force=force)
 
     def drain(self, dp_rank: int) -> None:
         """Takes a rank out of routing; it finishes the requests that it has.
@@ -122,8 +138,9 @@ class CoordinatorThreads:
         self._wave.set_drained(index(dp_rank), False)
 
     def is_healthy(self) -> bool:
-        """Whether both threads run."""
-        return self._wave.is_alive() and self._watch.is_alive()
+        """Whether all threads run."""
+        relay = None if self._running is None else self._running.relay
+        return self._wave.is_alive() and self._watch.is_alive() and (relay is None or relay.is_alive())
 
     def close(self) -> None:
         """Ends the threads, closes the sockets, removes the segment and the sockets' folder."""
@@ -155,8 +172,9 @@ class CoordinatorThreads:
 class _Running:
     """A coordinator's threads and board. Refers to no handle, so that a handle's finalizer can hold it."""
 
-    def __init__(self, board: Board, wave: WaveThread, watch: WatchThread) -> None:
+    def __init__(self, board: Board, wave: WaveThread, watch: WatchThread, relay: Relay | None) -> None:
         self.board = board
+        self.relay = relay
         self.wave = wave
         self.watch = watch
         self._pid = os.getpid()
@@ -167,6 +185,8 @@ class _Running:
         if self._closed or self._pid != os.getpid():
             return
         self._closed = True
+        if self.relay is not None:
+            self.relay.stop()
         self.wave.stop()
         self.watch.stop()
         if unlink:
@@ -180,13 +200,22 @@ def _start(settings: Settings, own_process: bool) -> _Running:
     with ExitStack() as undo:
         sockets = Sockets(keys)
         undo.callback(sockets.close)
-        segment, board, row = open_board(settings, sockets)
+        relay_sockets = None if settings.nodes == 1 else RelaySockets(settings, keys)
+        if relay_sockets is not None:
+            undo.callback(relay_sockets.close)
+        segment, board, row = open_board(settings, sockets, relay_sockets)
         undo.callback(leave_board, segment)
         watch = WatchThread(board, row, round(settings.stall_timeout_s * 1e9))
         undo.callback(watch.stop)
         wave = WaveThread(settings, sockets, board, row, watch.mailbox, own_process=own_process)
         watch.round(time.monotonic_ns())  # a live group's verdicts are right before its peers hear of us
+        relay = None
+        if relay_sockets is not None:
+            scale = partial(wave.scale, force=True)
+            relay = Relay(board, row, relay_sockets, scale, own_process=own_process)
         watch.start()
         wave.start()
+        if relay is not None:
+            relay.start()
         undo.pop_all()
-    return _Running(board, wave, watch)
+    return _Running(board, wave, watch, relay)

@@ -12,9 +12,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dpshm.board.words import DRAINED
+from dpshm.coordinator.draining import why_not_here
 from dpshm.coordinator.mailbox import Mailbox
 from dpshm.coordinator.rate_limited_log import RateLimitedLog
 from dpshm.coordinator.readiness import Readiness, ReadinessEvent
+from dpshm.coordinator.scaling import check_rest, check_size
 from dpshm.coordinator.settings import Settings
 from dpshm.coordinator.sockets import Sockets
 from dpshm.coordinator.stock_peers import StockEngines
@@ -121,19 +123,26 @@ class Ranks:
         if not self.all_ready.done():
             self.all_ready.set_exception(StartupTimeout(reason))
 
-    def scale(self, dp_size: int) -> None:
+    def scale(self, dp_size: int, *, force: bool = True) -> None:
         """Changes the number of ranks; wave and phase stay.
 
+        New ranks of a group in lockstep begin as drained if all ranks are: all of them have to be restarted first.
+
+        Args:
+            dp_size: the new number of ranks.
+            force: also if ranks in lockstep are not at rest.
+
         Raises:
-            SettingError: the board has no room for so many.
+            SettingError: the board has no room for so many, or the ranks are not at rest.
         """
-        old = self._board.dp_size
-        if not 1 <= dp_size <= self._board.engines:
-            raise SettingError(
-                f"cannot scale group {self._group!r} to {dp_size} ranks: its board holds 1 to "
-                f"{self._board.engines} (max_engines)"
-            )
-        self._row.resize(dp_size)
+        board, old = self._board, self._board.dp_size
+        check_size(board, dp_size)
+        if dp_size == old:
+            return
+        if not force:
+            check_rest(board)
+        drained = board.segment.header.waves and all(self._row.engine(e) & DRAINED for e in range(old))
+        self._row.resize(dp_size, drained=drained)
         self._stock.keep_only(dp_size)
         self._log.note("steering", f"group {self._group!r} scaled from {old} to {dp_size} ranks")
         self._watch.notify()
@@ -143,10 +152,12 @@ class Ranks:
         """Takes a rank out of routing, or puts it back.
 
         Raises:
-            SettingError: there is no such rank.
+            SettingError: there is no such rank, or it has to be drained on another node.
         """
         if not 0 <= dp_rank < self._board.dp_size:
             raise SettingError(f"dp_rank {dp_rank} is outside 0 to {self._board.dp_size - 1}")
+        if (why := why_not_here(self._board, dp_rank)) is not None:
+            raise SettingError(why)
         if bool(self._row.engine(dp_rank) & DRAINED) != drained:
             self._row.set_engine(dp_rank, drained=drained)
             self._log.note(

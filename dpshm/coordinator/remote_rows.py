@@ -1,12 +1,12 @@
 """Rows of engines on other nodes: what an engine says of itself is written to its row of this node's board.
 
 A message carries the engine's whole row, so the newest one counts and each may be lost. It says how much the
-engine has received from each front-end, as of the same moment as its queue. So a booking that is on its way is
+engine has received from each front-end, as of the same moment as its queue. So a booking that is in flight is
 kept, however old the row is: ``received`` grows by what was received, and by nothing else.
 
     received[engine, front-end] = base + what the engine says it has received since it started
 
-The base is on the board. It is chosen so that nothing is on its way when a process is heard for the first time, as
+The base is on the board. It is chosen so that nothing is in flight when a process is heard for the first time, as
 where an engine attaches to its board, and it stays for as long as the process and the front-end's name stay. So a
 message may be lost or repeated, and a coordinator that takes the board over goes on where the last one was.
 
@@ -19,42 +19,51 @@ A process that was replaced by another in the same rank is never heard again: it
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from dpshm.board import layout
+from dpshm.board.carried import carried_places
 from dpshm.board.layout import CARRIED_WORDS, REMOTE_WORDS, STEP_WORDS
-from dpshm.board.words import COUNT_MASK, queued
+from dpshm.board.words import COUNT_MASK, VERDICT_MASK, queued
+from dpshm.coordinator.holders import Holders
 from dpshm.errors import WireError
 from dpshm.linux import processes
+from dpshm.net import wire
 from dpshm.rules.liveness import Verdict
 
 if TYPE_CHECKING:
     from dpshm.board.board import Board
     from dpshm.coordinator.row import CoordinatorRow
-    from dpshm.net import wire
 
 logger = logging.getLogger(__name__)
 
-REPLACED_KEPT = 16
-"""So many processes that had a rank are remembered."""
-LOCK_TEST_NS = 100_000_000
-"""For so long a row that no process of this node held counts as free."""
 _LOAD, _PID = CARRIED_WORDS.index(("load", 0)), CARRIED_WORDS.index(("engine_pid", 0))
 _BACKLOG = CARRIED_WORDS.index(("prefill_backlog", 0))
+_GONE = (Verdict.ABSENT, Verdict.DEAD, Verdict.UNKNOWN)
 _TIMES = CARRIED_WORDS.index(("step_start", 0)), CARRIED_WORDS.index(("step_model", STEP_WORDS.index("step_end")))
 
 
-class _Places:
-    """Where the words of one rank are."""
+class _Rank:
+    """Where the words of one rank are, and what this coordinator has stored there.
+
+    Attributes:
+        incarnation: of the row that what follows is of; None: it is not known.
+        received: what the newest message said of front-ends, as it came; None where it has to be read again.
+        said: the same by front-end.
+        named: which front-end each row is known to be.
+        totals: requests and tokens received from all.
+    """
 
     def __init__(self, board: Board, e: int) -> None:
-        self.carried = [board.index(name, e, item) for name, item in CARRIED_WORDS]
+        self.carried = carried_places(board, e)
         self.heard, self.report, self.process = (
             board.index("remote_state", e, REMOTE_WORDS.index(name))
             for name in ("heard", "heard_report", "heard_process")
         )
-        self.beat = board.index("beat", e)
+        self.beat, self.engine_incarnation = board.index("beat", e), board.index("engine_incarnation", e)
         self.request_offset, self.token_offset = board.index("request_offset", e), board.index("token_offset", e)
         self.received_requests, self.base_requests = (
             board.index(name, e) for name in ("received_requests", "base_requests")
@@ -62,6 +71,15 @@ class _Places:
         self.received_tokens, self.base_tokens = (
             board.index(name, e) for name in ("received_tokens", "base_tokens")
         )
+        self.named: dict[int, str | int] = {}
+        self.said: dict[str | int, tuple[int, int]] | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """What was stored is not known: another process may have written the row."""
+        self.incarnation: int | None = None
+        self.received: msgspec.Raw | None = None
+        self.totals = 0, 0
 
 
 class RemoteRows:
@@ -70,14 +88,10 @@ class RemoteRows:
     def __init__(self, board: Board, row: CoordinatorRow) -> None:
         self._board = board
         self._row = row
-        self._places: dict[int, _Places] = {}
-        self._replaced: dict[int, deque[int]] = {}
-        self._lock_tested_ns: dict[int, int] = {}
+        self._ranks: dict[int, _Rank] = {}
+        self._holders = Holders(board)
         self._frontends: dict[str, int] = {}
         self._seen_frontends = -1
-        # By rank: which front-end each row is known to be, and what the newest message said of each front-end.
-        self._named: dict[int, dict[int, str | int]] = {}
-        self._said: dict[int, dict[str | int, tuple[int, int]]] = {}
 
     def report(self, e: int, message: wire.RemoteRow, now_ns: int) -> None:
         """Writes what an engine says to its row.
@@ -88,14 +102,17 @@ class RemoteRows:
             now_ns: CLOCK_MONOTONIC at which it came.
 
         Raises:
-            WireError: a process of this node has that row.
+            WireError: a process of this node has that row, or the message is none.
         """
-        board, words = self._board, self._board.words
-        if not self._is_free(e, now_ns):
+        words = self._board.words
+        at = self._ranks.get(e) or self._ranks.setdefault(e, _Rank(self._board, e))
+        # All of a message is read before anything is stored.
+        values = list(wire.unpack_words(message.words))
+        received = None if message.received == at.received else wire.unpack_received(message)
+        if not self._holders.is_free(e, now_ns):
             raise WireError(f"from rank {e} on another node, and a process of this node is that rank")
-        if message.process in self._replaced.get(e, ()):
+        if self._holders.was_replaced(e, message.process):
             return
-        at = self._places.get(e) or self._places.setdefault(e, _Places(board, e))
         if words[at.process] != message.process:
             if not message.here:
                 return
@@ -103,28 +120,22 @@ class RemoteRows:
         elif message.report < words[at.report]:
             return  # it came over a connection that has been replaced
         remote = self._row.is_remote(e)
+        if not remote or words[at.engine_incarnation] != at.incarnation:
+            at.forget()
         repeated = remote and words[at.report] == message.report
         words[at.report] = message.report
         words[at.heard] = now_ns
         if not repeated:
-            self._store(e, at, message, now_ns)
-        self._mark(e, remote, message)
+            if received is None and at.received is None:
+                received = wire.unpack_received(message)
+            self._store(at, message, values, received, now_ns)
+            at.incarnation = words[at.engine_incarnation]
+        self._mark(e, remote, message, values)
 
-    def _is_free(self, e: int, now_ns: int) -> bool:
-        """Whether no process of this node holds the row. Asked seldom: it is a system call."""
-        tested_ns = self._lock_tested_ns.get(e)
-        if tested_ns is not None and now_ns - tested_ns < LOCK_TEST_NS:
-            return True
-        if self._board.engine_alive(e):
-            return False
-        self._lock_tested_ns[e] = now_ns
-        return True
-
-    def _begin(self, e: int, at: _Places, message: wire.RemoteRow) -> None:
+    def _begin(self, e: int, at: _Rank, message: wire.RemoteRow) -> None:
         """Begins a row anew, as an engine that attaches does (`dpshm.engine.row`)."""
         board, words = self._board, self._board.words
-        if before := words[at.process]:
-            self._replaced.setdefault(e, deque(maxlen=REPLACED_KEPT)).append(before)
+        self._holders.replace(e, words[at.process])
         incarnation = words[board.index("engine_incarnation", e)] & COUNT_MASK
         words[board.index("engine_pid", e)] = 0
         for name in ("load", *layout.ENGINE_WORDS):
@@ -137,38 +148,47 @@ class RemoteRows:
             words[at.received_tokens + f] = words[board.index("sent_tokens", f, e)] & COUNT_MASK
             words[at.received_requests + f] = words[board.index("sent_requests", f, e)] & COUNT_MASK
         board.nothing_outstanding(e)
-        self._named[e], self._said[e] = {}, _said(message)
+        at.forget()
+        at.named, at.said = {}, _said(wire.unpack_received(message))
         words[board.index("engine_time_namespace", e)] = processes.namespace_inode("time")
         words[at.report] = 0
         words[board.index("engine_incarnation", e)] = incarnation + 1
         # SYNC: last: a coordinator that takes over between these stores begins the row once more.
         words[at.process] = message.process
 
-    def _store(self, e: int, at: _Places, message: wire.RemoteRow, now_ns: int) -> None:
-        words, values = self._board.words, message.words
+    def _store(
+        self,
+        at: _Rank,
+        message: wire.RemoteRow,
+        values: list[int],
+        received: list[wire.Received] | None,
+        now_ns: int,
+    ) -> None:
+        words = self._board.words
         for i in _TIMES:
             if values[i]:
                 values[i] = max(1, now_ns - message.clock_ns + values[i])
         if not message.here:  # as an engine leaves: in good order, with nothing queued
             for i in (_PID, _LOAD, _BACKLOG, *_TIMES):
                 values[i] = 0
-        self._store_received(e, at, message)
+        if received is not None:
+            all_known = self._store_received(at, received)
+            at.received = message.received.copy() if all_known else None
         # SYNC: in the engine's place. `received` comes first, as at an engine (`EngineRow.receive`): what is
         # outstanding is the sum of an offset, which is one word, and of what was sent; `received` is no part.
-        frontends = self._board.frontends
-        requests = sum(words[at.received_requests : at.received_requests + frontends])
-        tokens = sum(words[at.received_tokens : at.received_tokens + frontends])
-        words[at.request_offset] = queued(values[_LOAD]) - requests
-        words[at.token_offset] = min(values[_BACKLOG], COUNT_MASK) - tokens
+        words[at.request_offset] = queued(values[_LOAD]) - at.totals[0]
+        words[at.token_offset] = min(values[_BACKLOG], COUNT_MASK) - at.totals[1]
         for place, value in zip(at.carried, values, strict=True):
             words[place] = value
         words[at.beat] = now_ns
 
-    def _store_received(self, e: int, at: _Places, message: wire.RemoteRow) -> None:
-        words, named, before = self._board.words, self._named.setdefault(e, {}), self._said.get(e)
-        said = self._said[e] = _said(message)
-        for frontend, (requests, tokens) in said.items():
-            f = self._row_of(frontend)
+    def _store_received(self, at: _Rank, received: list[wire.Received]) -> bool:
+        """Stores what was received from each front-end; whether all of them have a row here."""
+        words, named, before = self._board.words, at.named, at.said
+        all_requests, all_tokens = self._all_received(at) if at.incarnation is None else at.totals
+        said = at.said = _said(received)
+        rows = self._rows(said)
+        for (frontend, (requests, tokens)), f in zip(said.items(), rows, strict=True):
             if f is None:
                 continue
             if named.get(f) != frontend:
@@ -178,16 +198,27 @@ class RemoteRows:
                     words[at.base_tokens + f] = words[at.received_tokens + f] - earlier[1]
                 named[f] = frontend
             # SYNC: tokens, then requests, as the engine stores them (`EngineRow.receive`).
-            words[at.received_tokens + f] = max(0, min(words[at.base_tokens + f] + tokens, COUNT_MASK))
-            words[at.received_requests + f] = max(0, min(words[at.base_requests + f] + requests, COUNT_MASK))
+            value = max(0, min(words[at.base_tokens + f] + tokens, COUNT_MASK))
+            all_tokens += value - words[at.received_tokens + f]
+            words[at.received_tokens + f] = value
+            value = max(0, min(words[at.base_requests + f] + requests, COUNT_MASK))
+            all_requests += value - words[at.received_requests + f]
+            words[at.received_requests + f] = value
+        at.totals = all_requests, all_tokens
+        return None not in rows
 
-    def _row_of(self, frontend: str | int) -> int | None:
-        """The row of a front-end on this board; None while it has none."""
+    def _all_received(self, at: _Rank) -> tuple[int, int]:
+        words, frontends = self._board.words, self._board.frontends
+        ends = ((begin, begin + frontends) for begin in (at.received_requests, at.received_tokens))
+        requests, tokens = (sum(words[begin:end]) for begin, end in ends)
+        return requests, tokens
+
+    def _rows(self, frontends: Collection[str | int]) -> list[int | None]:
+        """The row of each front-end on this board; None while it has none."""
         board = self._board
-        if isinstance(frontend, int):
-            return frontend if frontend < board.frontends else None
-        seen = int(board.frontend_incarnation.sum())
-        if seen != self._seen_frontends:
+        if any(isinstance(f, str) for f in frontends) and (
+            (seen := int(board.frontend_incarnation.sum())) != self._seen_frontends
+        ):
             self._seen_frontends = seen
             # Of rows with one name, that of the process that lives.
             rows = sorted(
@@ -195,18 +226,22 @@ class RemoteRows:
                 key=lambda f: (bool(board.frontend_pid[f]), self._row.frontend_verdict(f) is not Verdict.DEAD),
             )
             self._frontends = {board.owner_of(f): f for f in rows}
-        return self._frontends.get(frontend)
+        return [
+            (f if f < board.frontends else None) if isinstance(f, int) else self._frontends.get(f)
+            for f in frontends
+        ]
 
-    def _mark(self, e: int, remote: bool, message: wire.RemoteRow) -> None:
-        before = self._row.engine_verdict(e)
+    def _mark(self, e: int, remote: bool, message: wire.RemoteRow, values: Sequence[int]) -> None:
+        before = self._row.engine(e) & VERDICT_MASK
         if not message.here:
             self._row.set_engine(e, verdict=Verdict.ABSENT, on_behalf=False, remote=True)
-        elif not remote or before in (Verdict.ABSENT, Verdict.DEAD, Verdict.UNKNOWN):
+        elif not remote or before in _GONE:
             self._row.set_engine(e, verdict=Verdict.ALIVE, on_behalf=False, remote=True)
             logger.info(
-                "engine %d (pid %d) is heard on another node, was %s", e, message.words[_PID], before.name.lower()
+                *("engine %d (pid %d) is heard on another node, was %s", e, values[_PID]),
+                Verdict(before).name.lower(),
             )
 
 
-def _said(message: wire.RemoteRow) -> dict[str | int, tuple[int, int]]:
-    return {received.frontend: (received.requests, received.tokens) for received in message.received}
+def _said(received: Iterable[wire.Received]) -> dict[str | int, tuple[int, int]]:
+    return {of_one.frontend: (of_one.requests, of_one.tokens) for of_one in received}

@@ -27,6 +27,7 @@ from dpshm.board.words import (
     COUNT_MASK,
     DRAINED,
     ON_BEHALF,
+    RELAYED,
     REMOTE,
     VERDICT_MASK,
     ChangeKind,
@@ -101,7 +102,8 @@ class CoordinatorRow:
     def count(self, name: str, by: int = 1, *, row: int = 0) -> None:
         """Adds to a counter."""
         at = self._board.index(name, row)
-        self._words[at] = saturate(self._words[at] + by)
+        with self._lock:  # the relay counts too
+            self._words[at] = saturate(self._words[at] + by)
 
     def count_wake_up(self, duration_ns: int) -> None:
         """Counts a wake-up, from when the coordinator heard of it until an engine ran."""
@@ -127,6 +129,10 @@ class CoordinatorRow:
         """Whether this engine is on another node, and the coordinator writes its row as it says."""
         return bool(self.engine(dp_rank) & REMOTE)
 
+    def is_relayed(self, dp_rank: int) -> bool:
+        """Whether this engine is of another node's board, and the relay writes its row."""
+        return bool(self.engine(dp_rank) & RELAYED)
+
     def engine_verdict(self, dp_rank: int) -> Verdict:
         """The verdict in an engine's mark."""
         return Verdict(self.engine(dp_rank) & VERDICT_MASK)
@@ -143,6 +149,7 @@ class CoordinatorRow:
         evidence: int = 0,
         on_behalf: bool | None = None,
         remote: bool | None = None,
+        relayed: bool = False,
         drained: bool | None = None,
     ) -> None:
         """Changes the given parts of an engine's mark.
@@ -153,6 +160,7 @@ class CoordinatorRow:
             evidence: from what the verdict followed (`dpshm.rules.liveness.evidence_of`).
             on_behalf: whether it is a stock engine, whose row the coordinator writes.
             remote: whether it is on another node, and the coordinator writes its row as it says.
+            relayed: with `remote`, whether it is of another node's board.
             drained: whether an operator drained it.
         """
         with self._lock:
@@ -163,7 +171,7 @@ class CoordinatorRow:
             if on_behalf is not None:
                 mark = mark & ~ON_BEHALF | (ON_BEHALF if on_behalf else 0)
             if remote is not None:
-                mark = mark & ~REMOTE | (REMOTE if remote else 0)
+                mark = mark & ~(REMOTE | RELAYED) | (REMOTE if remote else 0) | (RELAYED if relayed else 0)
             if drained is not None:
                 mark = mark & ~DRAINED | (DRAINED if drained else 0)
             self._change(ChangeKind.ENGINE, dp_rank, self._at_engine + dp_rank, mark)
@@ -183,8 +191,13 @@ class CoordinatorRow:
         with self._lock:
             self._change(ChangeKind.DP_SIZE, 0, self._at_dp_size, dp_size)
 
-    def resize(self, dp_size: int) -> None:
-        """Sets the number of ranks; those that are new begin with empty rows, and no rank keeps an old mark."""
+    def resize(self, dp_size: int, *, drained: bool = False) -> None:
+        """Sets the number of ranks; those that are new begin with empty rows, and no rank keeps an old mark.
+
+        Args:
+            dp_size: the number.
+            drained: whether new ranks begin as drained.
+        """
         board, old = self._board, self._board.dp_size
         for e in range(old, dp_size):
             # The lock keeps an engine from taking the row meanwhile; an engine that has the lock keeps its words.
@@ -194,6 +207,8 @@ class CoordinatorRow:
                 board.nothing_outstanding(e)
                 board.unlock_engine(e)
             self.clear_engine(e)
+            if drained:
+                self.set_engine(e, drained=True)
         self.set_dp_size(dp_size)
         for e in range(dp_size, old):
             self.clear_engine(e)

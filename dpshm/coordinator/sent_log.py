@@ -1,9 +1,9 @@
 """What front-ends had sent a while ago: which bookings a stock engine's report can have seen.
 
 A stock engine reports its queue, and not what it has received. Its report cannot have seen a request that was
-still on its way when the report was made, nor one that waited in front of the engine's scheduler. So a booking
-counts as received once it is `UNSEEN_NS` old; until then it counts beside what the reports say. That is too much
-for a moment, if a report has seen the request already. It is never too little for a request that takes less.
+still in flight when the report was made, nor one that waited in front of the engine's scheduler. So a booking
+counts as received once it is `IN_FLIGHT_NS` old; until then it counts beside what the reports say. That is too
+much for a moment, if a report has seen the request already. It is never too little for a request that takes less.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from dpshm.board.outstanding import Words
 
-UNSEEN_NS = 100_000_000
+IN_FLIGHT_NS = 100_000_000
 """More than a request takes to its engine and through a step, and a report back. vLLM's own front-ends count what
 they have sent beside the reports for as long: the interval between two of its broadcasts."""
 SAMPLE_NS = 10_000_000
@@ -37,7 +37,7 @@ class SentLog:
         self._samples: deque[Sample] = deque()
 
     def look(self, requests: Words, tokens: Words, now_ns: int) -> Sample | None:
-        """Takes a sample, and gives the newest one that is `UNSEEN_NS` old; None if there is none yet.
+        """Takes a sample, and gives the newest one that is `IN_FLIGHT_NS` old; None if there is none yet.
 
         Args:
             requests: what has been sent, of shape (front-ends, engines).
@@ -47,6 +47,6 @@ class SentLog:
         samples = self._samples
         if not samples or now_ns - samples[-1].taken_ns >= SAMPLE_NS:
             samples.append(Sample(now_ns, np.positive(requests), np.positive(tokens)))
-        while len(samples) > 1 and samples[1].taken_ns <= now_ns - UNSEEN_NS:
+        while len(samples) > 1 and samples[1].taken_ns <= now_ns - IN_FLIGHT_NS:
             samples.popleft()
-        return samples[0] if samples[0].taken_ns <= now_ns - UNSEEN_NS else None
+        return samples[0] if samples[0].taken_ns <= now_ns - IN_FLIGHT_NS else None

@@ -14,15 +14,18 @@ import numpy as np
 
 from dpshm.board import layout
 from dpshm.board.files import segment_path
+from dpshm.board.words import MAX_WORD
 from dpshm.errors import SettingError
 from dpshm.net.addresses import is_loopback
 
 Balancing = Literal["internal", "hybrid", "external"]
-HEAD_ADDRESSES = 3
+HEAD_ADDRESSES, RELAY_ADDRESSES = 3, 2
+KEY_DIGITS = 16
+"""Where there are relays, the head's addresses end with the key of the group's prefix indexes, hexadecimal."""
 _HINTS = {
     "balancing": "; choose internal, hybrid or external, by who balances (the board's permissions are file_mode)"
 }
-IMMUTABLE = ("balancing", "waves", "counts_with_kv", "exclude_receiver", "head")
+IMMUTABLE = ("balancing", "waves", "counts_with_kv", "exclude_receiver", "head", "node", "nodes")
 """Settings that every process of a group relies on. A coordinator that takes a live board over must agree."""
 
 
@@ -38,7 +41,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             node (hybrid), or a balancer outside (external). The front-ends' socket is tcp unless internal.
         head: the addresses of the group's coordinator on another node, which this one follows
             (`Coordinator.head_addresses`): it gives this node a board, and leaves the waves to its head. With
-            hybrid and external balancing.
+            hybrid and external balancing, and between `nodes`.
+        nodes: on how many nodes front-ends choose among the ranks of all nodes: a relay between their boards
+            brings each the rows and bookings of the others. 1: none. With internal balancing.
+        node: the number of this node among them, from 0, which is the head's.
         host: address that tcp sockets are bound to.
         curve_dir: folder of the keys (`dpshm keygen`) that peers must have to connect to a tcp socket.
         insecure: allow tcp sockets without keys on other addresses than the loopback's. Every peer that reaches
@@ -70,6 +76,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     dp_size_local: int | None = None
     balancing: Balancing = "internal"
     head: str | None = None
+    nodes: int = 1
+    node: int = 0
     host: str = "127.0.0.1"
     curve_dir: str | None = None
     insecure: bool = False
@@ -104,18 +112,32 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def frontends_local(self) -> bool:
         """Whether front-ends connect over ipc."""
-        return self.balancing == "internal" or self.head is not None
+        return (self.balancing == "internal" and self.nodes == 1) or self.head is not None
 
     @property
     def engines_local(self) -> bool:
         """Whether engines connect over ipc."""
-        return self.dp_size_local is None or self.dp_size_local == self.dp_size or self.head is not None
+        here = self.nodes == 1 and self.dp_size_local in (None, self.dp_size)
+        return here or self.head is not None
 
     @property
     def head_addresses(self) -> tuple[str, str, str]:
         """Of the head: where front-ends connect, where engines hear, and where they report."""
-        stats, starts, reports = (self.head or ",,").split(",")
+        stats, starts, reports = (self.head or ",,").split(",")[:HEAD_ADDRESSES]
         return stats, starts, reports
+
+    @property
+    def head_relay(self) -> tuple[str, str]:
+        """Of the head: where relays send, and where they hear."""
+        up, down = (self.head or ",,,,").split(",")[HEAD_ADDRESSES : HEAD_ADDRESSES + RELAY_ADDRESSES]
+        return up, down
+
+    @property
+    def head_prefix_key(self) -> int | None:
+        """The head's key of prefix indexes, 63 bits: one for the group. None: this board has its own."""
+        if self.head is None or self.nodes == 1:
+            return None
+        return int(self.head.rpartition(",")[2], 16)
 
     @property
     def needs_tcp(self) -> bool:
@@ -131,6 +153,8 @@ class SettingsDict(TypedDict, total=False):
     dp_size_local: int | None
     balancing: Balancing
     head: str | None
+    nodes: int
+    node: int
     host: str
     curve_dir: str | None
     insecure: bool
@@ -188,6 +212,8 @@ def make_settings(**given: Any) -> Settings:
         ("dp_size", settings.dp_size, 1, settings.max_engines or layout.MAX_ENGINES),
         ("dp_size_local", settings.dp_size_local, 0, settings.dp_size),
         ("max_frontends", settings.max_frontends, 1, layout.MAX_FRONTENDS),
+        ("nodes", settings.nodes, 1, settings.max_frontends),
+        ("node", settings.node, 0, settings.nodes - 1),
         ("stats_interval_ms", settings.stats_interval_ms, 0, 3_600_000),
         ("idle_refresh_ms", settings.idle_refresh_ms, 1, 3_600_000),
         ("resend_interval_ms", settings.resend_interval_ms, 1, 3_600_000),
@@ -199,14 +225,7 @@ def make_settings(**given: Any) -> Settings:
     for name, value, low, high in limits:
         if value is not None and not low <= value <= high:
             raise SettingError(f"{name} is {value}, and must be from {low:g} to {high:g}")
-    if settings.head is not None:
-        addresses = settings.head.split(",")
-        if len(addresses) != HEAD_ADDRESSES or settings.balancing == "internal":
-            raise SettingError(
-                f"head is {settings.head!r} with {settings.balancing} balancing: it must be the three addresses "
-                "that the head's `Coordinator.head_addresses` gives, with commas, and balancing hybrid or "
-                "external. With internal balancing ranks of other nodes need no board (`dpshm.engine.remote`)"
-            )
+    _check_nodes(settings)
     if settings.file_mode & ~0o044 != 0o600:
         raise SettingError(
             f"file_mode is 0o{settings.file_mode:o}, and must be 0o600, 0o640, 0o604 or 0o644 (octal, with 0o): "
@@ -224,3 +243,39 @@ def make_settings(**given: Any) -> Settings:
             "every peer that reaches that address may start waves and drain ranks"
         )
     return settings
+
+
+def _check_nodes(settings: Settings) -> None:
+    if settings.nodes > 1:
+        if settings.balancing != "internal":
+            raise SettingError(
+                f"nodes is {settings.nodes} with {settings.balancing} balancing, where front-ends choose among "
+                "the ranks of their own node and need no relay: leave nodes out, or use internal balancing"
+            )
+        if (settings.head is None) != (settings.node == 0):
+            raise SettingError(
+                f"node is {settings.node} and head is {settings.head!r}: node 0 is the head and has none, and "
+                "each other node needs the head's `Coordinator.head_addresses`"
+            )
+    if settings.head is None:
+        return
+    *addresses, key = settings.head.split(",")
+    if settings.nodes > 1:
+        needed = HEAD_ADDRESSES + RELAY_ADDRESSES
+        if len(addresses) != needed or not _is_key(key):
+            raise SettingError(
+                f"head must be what `Coordinator.head_addresses` of a head with nodes={settings.nodes} gives: "
+                f"{needed} addresses and the key of its prefix indexes ({KEY_DIGITS} hexadecimal digits), with "
+                f"commas. It has {len(addresses) + 1} parts"
+            )
+    elif len(addresses) + 1 != HEAD_ADDRESSES or settings.balancing == "internal":
+        raise SettingError(
+            f"head is {settings.head!r} with {settings.balancing} balancing: it must be the three addresses "
+            "that the head's `Coordinator.head_addresses` gives, with commas, and balancing hybrid or "
+            "external. With internal balancing say how many `nodes` there are, on all of them, and which `node` "
+            "this is; or let ranks of other nodes do without a board (`dpshm.engine.remote`)"
+        )
+
+
+def _is_key(text: str) -> bool:
+    return len(text) == KEY_DIGITS and set(text) <= set("0123456789abcdef") and int(text, 16) <= MAX_WORD

@@ -1,7 +1,7 @@
 """Stock engines on the board: what vLLM's own engines report is written to their rows on their behalf.
 
 A stock engine knows no board. Its report does not say what it has received, so a booking counts as received some
-time after it was made (`dpshm.coordinator.sent_log`): a report erases no booking that is on its way.
+time after it was made (`dpshm.coordinator.sent_log`): a report erases no booking that is in flight.
 
 It has no lock, so it gets no verdict but *alive*, and its row shows its queues and not whether it steps. An engine
 that has taken its row writes the row itself; its reports are then not heeded.
@@ -164,7 +164,7 @@ class StockEngines:
     def _unwritten(self) -> list[int]:
         """The ranks whose rows no engine writes: the stock ones, and those that left or are left out.
 
-        Bookings that are under way to a rank that is left out are received or lost; no report will tell.
+        Bookings that are in flight to a rank that is left out are received or lost; no report will tell.
         """
         board = self._board
         ranks = (e for e in range(board.dp_size) if not board.engine_pid[e])

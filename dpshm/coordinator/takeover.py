@@ -21,6 +21,7 @@ from dpshm.board.header import make_header
 from dpshm.board.segment import Segment
 from dpshm.board.sweep import sweep, sweep_dead
 from dpshm.coordinator import kept_settings
+from dpshm.coordinator.relay_sockets import RelaySockets
 from dpshm.coordinator.row import CoordinatorRow
 from dpshm.coordinator.settings import IMMUTABLE, Settings
 from dpshm.coordinator.sockets import Sockets
@@ -36,8 +37,15 @@ OPEN_TIMEOUT_S = 0.5
 _PAUSE_S = 0.02
 
 
-def open_board(settings: Settings, sockets: Sockets) -> tuple[Segment, Board, CoordinatorRow]:
+def open_board(
+    settings: Settings, sockets: Sockets, relay: RelaySockets | None = None
+) -> tuple[Segment, Board, CoordinatorRow]:
     """The group's board, its coordinator's lock held, and the sockets bound to the group's addresses.
+
+    Args:
+        settings: the coordinator's.
+        sockets: not bound yet.
+        relay: not open yet; None if the group has no relay.
 
     Raises:
         GroupInUse: a live coordinator has the group.
@@ -48,7 +56,7 @@ def open_board(settings: Settings, sockets: Sockets) -> tuple[Segment, Board, Co
     try:
         if removed := sweep_dead():
             logger.info("removed what dead groups left: %s", ", ".join(removed))
-        segment = _attach_or_create(settings, sockets)
+        segment = _attach_or_create(settings, sockets, relay)
     except BaseException:
         with suppress(OSError):
             sockets_path(settings.group).rmdir()  # fails if there is anything in it
@@ -84,7 +92,7 @@ def _lock_folder(group: str) -> PrivateFd:
     return folder
 
 
-def _attach_or_create(settings: Settings, sockets: Sockets) -> Segment:
+def _attach_or_create(settings: Settings, sockets: Sockets, relay: RelaySockets | None) -> Segment:
     group = settings.group
     deadline = time.monotonic() + OPEN_TIMEOUT_S
     while True:
@@ -92,7 +100,7 @@ def _attach_or_create(settings: Settings, sockets: Sockets) -> Segment:
             segment = Segment.attach(group)
         except SegmentNotFound:
             with suppress(FileExistsError):
-                return _create(settings, sockets)
+                return _create(settings, sockets, relay)
             continue
         except SegmentInvalid:
             if sweep(group):
@@ -101,6 +109,8 @@ def _attach_or_create(settings: Settings, sockets: Sockets) -> Segment:
             raise
         try:
             if _take_over(segment, settings, sockets.keys):
+                if relay is not None:
+                    relay.open(segment.header.relay_addresses)
                 return segment
             if not _remove_dead(segment):
                 if time.monotonic() > deadline:
@@ -138,7 +148,7 @@ def _remove_dead(segment: Segment) -> bool:
     return True
 
 
-def _create(settings: Settings, sockets: Sockets) -> Segment:
+def _create(settings: Settings, sockets: Sockets, relay: RelaySockets | None) -> Segment:
     folder = sockets_path(settings.group)
     frontends, to_engines, from_engines = files.SOCKET_NAMES
     wanted = (
@@ -150,6 +160,10 @@ def _create(settings: Settings, sockets: Sockets) -> Segment:
     # which takes nothing from another coordinator, and ipc afterwards.
     addresses = sockets.bind_ports(wanted)
     fixed = {name: getattr(settings, name) for name in IMMUTABLE}
+    if relay is not None:
+        fixed["relay"] = relay.open(None)
+    if (key := settings.head_prefix_key) is None:
+        key = secrets.randbits(63)
     header = make_header(
         settings.group,
         settings.engine_capacity,
@@ -157,19 +171,22 @@ def _create(settings: Settings, sockets: Sockets) -> Segment:
         stats_address=addresses[0],
         engine_input_address=addresses[1],
         engine_output_address=addresses[2],
-        settings=fixed | _public_key(sockets.keys) | {"prefix_key": secrets.randbits(63)},
+        settings=fixed | _public_key(sockets.keys) | {"prefix_key": key},
     )
     try:
         return Segment.create(header, file_mode=settings.file_mode, file_gid=_gid(settings.file_group))
     except BaseException:
         sockets.unbind()
+        if relay is not None:
+            relay.unbind()
         raise
 
 
 def _check_settings(segment: Segment, settings: Settings, keys: ServerKeys | None) -> None:
     """Raises if this coordinator's idea of a live group is not that of the group's processes."""
+    there = {"node": 0, "nodes": 1} | segment.header.settings
     for name in IMMUTABLE:
-        theirs, ours = segment.header.settings.get(name), getattr(settings, name)
+        theirs, ours = there.get(name), getattr(settings, name)
         if theirs != ours:
             raise SettingError(
                 f"group {segment.group!r} is alive with {name}={theirs!r}, and this coordinator was told "

@@ -168,7 +168,8 @@ class WatchThread(threading.Thread):
 
     def _listen(self, now_ns: int) -> tuple[int, ...]:
         """The ranks of other nodes that are silent."""
-        remote = [e for e in range(self._board.dp_size) if self._row.is_remote(e)]
+        ranks = range(self._board.dp_size)
+        remote = [e for e in ranks if self._row.is_remote(e) and not self._row.is_relayed(e)]
         if not remote:
             self._silence.clear()
             return ()
@@ -186,7 +187,7 @@ class WatchThread(threading.Thread):
         n = board.dp_size
         for e in range(n):
             self._judge_engine(e, now_ns)
-        for f in range(board.frontends_used()):
+        for f in range(board.node, board.frontends_used(), board.nodes):  # the relay judges the others
             self._judge_frontend(f)
         blind = any(o.pidfd is None and self._holds(*key) for key, o in self._occupants.items())
         if blind or any(has_work(board.engine_signs(e)) for e in range(n)):
@@ -207,6 +208,8 @@ class WatchThread(threading.Thread):
         if stock and not locked:
             return
         remote = row.is_remote(e) and not locked
+        if remote and row.is_relayed(e):
+            return  # the relay says what its own node says of it
         if remote and row.engine_verdict(e) in (Verdict.UNKNOWN, Verdict.ABSENT):
             return  # the wave thread hears it again
         incarnation = int(board.engine_incarnation[e])

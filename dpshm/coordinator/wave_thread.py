@@ -34,6 +34,7 @@ from dpshm.coordinator.remote_rows import RemoteRows
 from dpshm.coordinator.settings import Settings
 from dpshm.coordinator.sockets import Sockets
 from dpshm.coordinator.stock_peers import StockEngines
+from dpshm.coordinator.waiting import Waiting
 from dpshm.coordinator.wave_driver import WaveDriver
 from dpshm.errors import DpshmError, SegmentNoSpace, SettingError, WireError
 from dpshm.net import wire
@@ -110,13 +111,14 @@ class WaveThread(threading.Thread):
         )
         self.all_ready = self.ranks.all_ready
         self._next_scan_ns = 0
+        self._only_reports = False  # in this turn; see `dpshm.coordinator.waiting`
         self._removed = False  # the files of the ipc sockets are gone, and their folder is there
 
     # From other threads.
 
-    def scale(self, dp_size: int) -> None:
+    def scale(self, dp_size: int, *, force: bool) -> None:
         """Changes the number of ranks."""
-        self.mailbox.call(lambda: self.ranks.scale(dp_size))
+        self.mailbox.call(lambda: self.ranks.scale(dp_size, force=force))
 
     def set_drained(self, dp_rank: int, drained: bool) -> None:
         """Takes a rank out of routing, or puts it back."""
@@ -134,19 +136,22 @@ class WaveThread(threading.Thread):
     def run(self) -> None:
         """Serves until it is asked to end, then closes the sockets."""
         try:
-            handlers = self._handlers()
-            poller = self._make_poller(handlers)
+            handlers, waiting = self._prepare()
             while not self.mailbox.end_asked:
-                self._turn(dict(poller.poll(self._wait_ms())), handlers)
+                self._turn(waiting.wait(self._wait_ms(), only_reports=self._only_reports), handlers)
                 if self.flood.flood or self._removed:
                     self._renew()
-                    handlers = self._handlers()
-                    poller = self._make_poller(handlers)
+                    handlers, waiting = self._prepare()
         finally:
             self._sockets.close()
             if self.follower is not None:
                 self.follower.close()
             self.ranks.give_up("the coordinator was closed before all ranks came")
+
+    def _prepare(self) -> tuple[dict[Socket, Handler], Waiting]:
+        self._only_reports = False
+        handlers = self._handlers()
+        return handlers, Waiting((self.mailbox.fd, *handlers), self._sockets.from_engines)
 
     def _handlers(self) -> dict[Socket, Handler]:
         handlers: dict[Socket, Handler] = {
@@ -160,13 +165,9 @@ class WaveThread(threading.Thread):
             handlers[s] = partial(self._from_authenticator, handle)
         return handlers
 
-    def _make_poller(self, handlers: dict[Socket, Handler]) -> zmq.Poller:
-        poller = zmq.Poller()
-        for s in (self.mailbox.fd, *handlers):
-            poller.register(s, zmq.POLLIN)
-        return poller
-
     def _turn(self, readable: dict[Socket | int, int], handlers: dict[Socket, Handler]) -> None:
+        # What follows makes it false again where it uses another socket, or may do so.
+        self._only_reports = not readable or (len(readable) == 1 and self._sockets.from_engines in readable)
         if self.mailbox.fd in readable:
             self.mailbox.receive()
         for s, handle in handlers.items():
@@ -185,22 +186,25 @@ class WaveThread(threading.Thread):
     def _receive(self, s: Socket, handle: Handler) -> None:
         # Only what libzmq queues without a limit counts as a flood: reports wait in their senders.
         queued = s in (self._sockets.frontends, self._sockets.to_engines)
-        for _ in range(BATCH):
+        number = 0
+        while number < BATCH:
             try:
                 frames = s.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                if queued:
-                    self.flood.on_messages(s, 0, more=False)
-                return
+                break
+            number += 1
             try:
                 handle(frames)
             except WireError as e:
                 self._drop("malformed message", e)
             except Exception as e:
                 self._drop("message that could not be handled", repr(e))
-            self._row.count("messages_received")  # afterwards: a peer that waits for an answer waits less
+        if number:
+            self._row.count("messages_received", number)  # afterwards: a peer that waits for an answer waits less
+        more = number == BATCH
+        self._only_reports &= not more
         if queued:
-            self.flood.on_messages(s, BATCH, more=True)
+            self.flood.on_messages(s, number if more else 0, more=more)
 
     def _drop(self, reason: str, detail: object) -> None:
         self._row.count_drop(reason)
@@ -244,15 +248,19 @@ class WaveThread(threading.Thread):
                 time.sleep(RENEW_PAUSE_S)
         self.flood.on_disconnect()
 
-    def _wait_ms(self) -> int:
+    def _due_ns(self) -> int:
         due_ns = self._next_scan_ns
         if self.publisher.due_ns is not None:
             due_ns = min(due_ns, self.publisher.due_ns)
         if self.stock.due_ns is not None:
             due_ns = min(due_ns, self.stock.due_ns)
-        return max(0, -((time.monotonic_ns() - due_ns) // _MS))
+        return due_ns
+
+    def _wait_ms(self) -> int:
+        return max(0, -((time.monotonic_ns() - self._due_ns()) // _MS))
 
     def _on_time(self, now_ns: int) -> None:
+        self._only_reports &= now_ns < self._due_ns()
         if now_ns >= self._next_scan_ns:
             self.flood.check_growth()
             self._check_files()
@@ -267,6 +275,7 @@ class WaveThread(threading.Thread):
     def _greet(self) -> None:
         """Tells engines that connected what they missed: READY, then START if the group is not paused."""
         if self.ranks.greet():
+            self._only_reports = False
             self.waves.handle(RankConnected())
 
     # Messages.
@@ -320,7 +329,10 @@ class WaveThread(threading.Thread):
             raise WireError(f"from engine {e} of {self._board.dp_size}, in {len(frames)} frames")
         if message.row is not None:
             self.remote.report(e, message.row, time.monotonic_ns())
-        elif message.scheduler_stats is not None:
+            if message.wave_complete is None and message.start_wave is None:
+                return
+        self._only_reports = False
+        if message.row is None and message.scheduler_stats is not None:
             seen = self.stock.report(e, message.scheduler_stats, time.monotonic_ns())
             if seen is not None:
                 self.waves.handle_while_waking(seen)

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from dpshm.board.board import Board
 from dpshm.board.layout import CACHE_WORDS
-from dpshm.board.prefix_index import PrefixIndexWriter, index_path
+from dpshm.board.prefix_file import index_path
+from dpshm.board.prefix_index import PrefixIndexWriter
 from dpshm.board.words import saturate
-from dpshm.errors import SegmentError
+from dpshm.errors import SegmentError, SettingError
 from dpshm.rules.prefix_hash import PrefixHasher
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class EngineCache:
             recomputed_blocks: how many of the last cached blocks of a prompt are computed again.
 
         Raises:
-            SettingError: `num_blocks`, `block_tokens` or `recomputed_blocks` is out of range.
+            SettingError: an argument is out of range. Nothing was made.
         """
         self.hasher = PrefixHasher(block_tokens, board.segment.header.prefix_key)
         self._segment = board.segment
@@ -66,6 +67,7 @@ class EngineCache:
         self._at_cached = self._at["cached_tokens"]
         self._at_in_use = self._at["blocks_in_use"]
         self._at_indexed, self._at_dropped = self._at["indexed_blocks"], self._at["dropped_blocks"]
+        self._num_blocks = num_blocks
         self._cached_tokens = 0
         self._index: PrefixIndexWriter | None = None
         incarnation = int(board.engine_incarnation[dp_rank]) << _NUMBER_BITS | number & (1 << _NUMBER_BITS) - 1
@@ -134,9 +136,15 @@ class EngineCache:
             self._index.clear()
 
     def found(self, cached_tokens: int) -> None:
-        """Counts prompt tokens of a request that were found in the cache and are not computed."""
+        """Counts prompt tokens of a request that were found in the cache and are not computed.
+
+        Raises:
+            SettingError: they are fewer than 0. Nothing was counted.
+        """
         self._check()
-        self._cached_tokens = saturate(self._cached_tokens + index(cached_tokens))
+        if (tokens := index(cached_tokens)) < 0:
+            raise SettingError(f"cached_tokens is {tokens}: give 0 or more")
+        self._cached_tokens = saturate(self._cached_tokens + tokens)
         self._words[self._at_cached] = self._cached_tokens
 
     def show(self, *, blocks_in_use: int) -> None:
@@ -144,12 +152,18 @@ class EngineCache:
 
         Args:
             blocks_in_use: blocks that requests hold.
+
+        Raises:
+            SettingError: the cache has not so many blocks. Nothing was stored.
         """
         self._check()
-        self._words[self._at_in_use] = saturate(index(blocks_in_use))
-        if self._index is not None:
-            self._words[self._at_indexed] = len(self._index)
-            self._words[self._at_dropped] = self._index.dropped
+        if not 0 <= (in_use := index(blocks_in_use)) <= self._num_blocks:
+            raise SettingError(f"blocks_in_use is {in_use}: the cache has {self._num_blocks} blocks")
+        words, held = self._words, self._index
+        words[self._at_in_use] = in_use
+        if held is not None:
+            held.show()
+            words[self._at_indexed], words[self._at_dropped] = len(held), held.dropped
 
     def close(self) -> None:
         """Takes the index away from front-ends. `dpshm.Engine.close` calls it."""

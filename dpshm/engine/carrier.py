@@ -18,6 +18,7 @@ import time
 import zmq
 
 from dpshm.net.context import context
+from dpshm.net.cuts import notice_cuts
 from dpshm.net.keys import ClientKeys, connect
 from dpshm.rules.liveness import REMOTE_INTERVAL_NS
 
@@ -27,9 +28,6 @@ LEAST_INTERVAL_NS = 1_000_000
 """The shortest time between two messages: a thousand in a second."""
 KERNEL_BYTES = 16 << 10
 """What the kernel keeps for a peer that does not read: some 30 rows, which are old when they arrive."""
-PING_MS, PING_TIMEOUT_MS = 500, 1500
-"""How often a connection is tested, and when it is given up."""
-RECONNECT_MS, CONNECT_TIMEOUT_MS = 50, 1000
 LAST_WORD_MS = 1000
 """For so long after `close` the last message may wait for its connection."""
 
@@ -48,10 +46,7 @@ class Carrier:
         s.linger = 0
         s.setsockopt(zmq.CONFLATE, 1)
         s.sndbuf = KERNEL_BYTES
-        s.reconnect_ivl = RECONNECT_MS
-        s.connect_timeout = CONNECT_TIMEOUT_MS
-        s.heartbeat_ivl = PING_MS
-        s.heartbeat_timeout = PING_TIMEOUT_MS
+        notice_cuts(s)
         connect(s, address, keys)
         # Reentrant: a signal handler may publish in the thread that is publishing.
         self._changed = threading.Condition()

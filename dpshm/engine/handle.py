@@ -97,7 +97,8 @@ class Engine(EngineRow):
         Args:
             group: the group's name.
             dp_rank: the rank.
-            timeout_s: how long to wait for the group, if its coordinator has not started yet.
+            timeout_s: how long to wait for the group, if its coordinator has not started yet, and until it has
+                this rank, if it will be scaled.
             curve_dir: folder of the group's keys, where its sockets ask for them; default: the environment's
                 ``DPSHM_CURVE_DIR``.
             options: of a subclass's constructor.
@@ -106,7 +107,7 @@ class Engine(EngineRow):
             SegmentNotFound: there is no such group on this node, or there was none within `timeout_s`.
             RowInUse: a live process has that rank.
             CapacityExceeded: the segment has no such row.
-            SettingError: the group's keys are needed.
+            SettingError: the group has fewer ranks, and was not scaled within `timeout_s`; or its keys are needed.
         """
         return super().attach(group, dp_rank, timeout_s=timeout_s, curve_dir=curve_dir, **options)
 

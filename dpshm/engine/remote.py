@@ -14,24 +14,41 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from functools import wraps
 from operator import index
-from typing import Any, Self
+from typing import Any, Concatenate, ParamSpec, Self
 
 from dpshm.board.board import Board
+from dpshm.board.carried import CarriedWords
 from dpshm.board.header import make_header
-from dpshm.board.layout import CARRIED_WORDS, DEFAULT_FRONTENDS, MAX_ENGINES, MAX_FRONTENDS
+from dpshm.board.layout import DEFAULT_FRONTENDS, MAX_ENGINES, MAX_FRONTENDS
 from dpshm.board.segment import Segment
 from dpshm.board.words import unpack_load, unpack_progress
 from dpshm.engine.carrier import Carrier
 from dpshm.engine.handle import Engine
-from dpshm.engine.row import EngineRow, initialise
+from dpshm.engine.row import EngineRow
 from dpshm.engine.step import StepOffsets, StepTimer
+from dpshm.engine.taking import initialise
 from dpshm.errors import SettingError
 from dpshm.linux.descriptors import explained
 from dpshm.net import wire
 from dpshm.net.keys import ENVIRONMENT, HEADER_SETTING, Folder, client_keys, keys_for
 
 _PROCESS_BITS = 61
+
+
+_P = ParamSpec("_P")
+
+
+def _carried(store: Callable[Concatenate[EngineRow, _P], None]) -> Callable[Concatenate[Any, _P], None]:
+    """A method that stores as the row's own does, and then sends the load."""
+
+    @wraps(store)
+    def store_and_carry(self: CarriedRow, /, *args: _P.args, **options: _P.kwargs) -> None:
+        store(self, *args, **options)
+        self._carry_load()
+
+    return store_and_carry
 
 
 class CarriedStep(StepTimer):
@@ -60,8 +77,8 @@ class CarriedRow(EngineRow):
         self._process = 1 + secrets.randbits(_PROCESS_BITS)
         self._report = 0
         self._counted = -1
-        self._received: list[wire.Received] = []
-        self._at_carried = [board.index(name, dp_rank, item) for name, item in CARRIED_WORDS]
+        self._received = wire.pack_received(())
+        self._carried = CarriedWords(board, dp_rank)
         super().__init__(board, dp_rank, **options)
         places = ("step_start", "steps", "step_model")
         offsets = StepOffsets(*(board.index(name, dp_rank) for name in places))
@@ -125,32 +142,14 @@ class CarriedRow(EngineRow):
         if self._words[self._at_state] != before:
             self._carry()
 
-    def publish(
-        self,
-        *,
-        waiting: int,
-        running: int,
-        kv_cache_usage: float = 0.0,
-        prefill_backlog: int = 0,
-        step: int = 0,
-    ) -> None:
-        """Stores and sends this rank's load; see `EngineRow.publish`."""
-        super().publish(
-            waiting=waiting,
-            running=running,
-            kv_cache_usage=kv_cache_usage,
-            prefill_backlog=prefill_backlog,
-            step=step,
-        )
+    publish = _carried(EngineRow.publish)
+
+    def _carry_load(self) -> None:
+        """Sends what `publish` stored, and what was received."""
         if self._counted != self._all_requests:
             self._counted = self._all_requests
-            self._received = [
-                wire.Received(name, requests, tokens)
-                for name, requests, tokens in zip(
-                    self._names, self._received_requests, self._received_tokens, strict=False
-                )
-                if requests
-            ]
+            counts = zip(self._names, self._received_requests, self._received_tokens, strict=False)
+            self._received = wire.pack_received([wire.Received(*of_one) for of_one in counts if of_one[1]])
         self._carry()
 
     def close(self) -> None:
@@ -175,7 +174,7 @@ class CarriedRow(EngineRow):
             report=self._report,
             clock_ns=time.monotonic_ns(),
             here=here,
-            words=[words[at] for at in self._at_carried],
+            words=self._carried.read(),
             received=self._received,
         )
         return wire.encode_remote_row(self.dp_rank, wire.SchedulerStats(running, waiting, step, wave, kv), row)

@@ -4,21 +4,17 @@
 own (vLLM's engines do) uses this class directly: it counts, publishes, and stores with `show` the state of its own
 machine.
 
-`EngineRow.publish` is a dozen 64-bit stores. A new holder zeroes the row and copies each front-end's ``sent`` into
-``received``: requests of the previous holder, and those in flight to it, no longer count.
+`EngineRow.publish` is a dozen 64-bit stores. How a process takes the row is `dpshm.engine.taking`.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import time
 from math import floor
 from operator import index
 from threading import get_ident
 from typing import Any, Self
 
-from dpshm.board import layout
 from dpshm.board.board import Board
 from dpshm.board.segment import Segment
 from dpshm.board.words import (
@@ -42,22 +38,14 @@ from dpshm.board.words import (
 )
 from dpshm.engine.cache import EngineCache
 from dpshm.engine.step import StepOffsets, StepTimer
+from dpshm.engine.taking import initialise, lock, wait_for_rank
 from dpshm.errors import CapacityExceeded, RowInUse, SettingError, WrongThread
-from dpshm.linux import processes
 from dpshm.linux.descriptors import explained
 from dpshm.rules.liveness import Verdict
-from dpshm.version import version_word
-
-logger = logging.getLogger(__name__)
 
 _ROUNDING = 1e-6
 """A fraction that was computed may be so much above 1."""
 _KV_TO_WAITING = MAX_WAITING.bit_length() - KV_ONE.bit_length()
-
-ROW_TIMEOUT_S = 0.05
-"""A coordinator that scales holds a row for an instant, and the kernel a dead process's locks for some more."""
-EXIT_TIMEOUT_S = 60.0
-"""For how long a successor waits for the kernel to free the memory of a row's last process, and then its lock."""
 
 
 class EngineRow:
@@ -107,15 +95,18 @@ class EngineRow:
         Args:
             group: the group's name.
             dp_rank: the rank.
-            timeout_s: how long to wait for the group, if its coordinator has not started yet.
+            timeout_s: how long to wait for the group, if its coordinator has not started yet, and until it has
+                this rank, if it will be scaled.
             options: of the constructor.
 
         Raises:
             SegmentNotFound: there is no such group on this node, or there was none within `timeout_s`.
             RowInUse: a live process has that rank, or one that has been ending for `EXIT_TIMEOUT_S`.
             CapacityExceeded: the segment has no such row.
+            SettingError: the group has fewer ranks, and was not scaled within `timeout_s`.
         """
         dp_rank = index(dp_rank)
+        deadline = time.monotonic() + timeout_s
         board = Board(Segment.attach_within(group, timeout_s))
         try:
             if not 0 <= dp_rank < board.engines:
@@ -123,7 +114,8 @@ class EngineRow:
                     f"dp_rank {dp_rank} is outside 0 to {board.engines - 1}, for which the board of group "
                     f"{group!r} was made: start its coordinator with a larger max_engines"
                 )
-            _lock(board, dp_rank)
+            wait_for_rank(board, dp_rank, deadline)
+            lock(board, dp_rank)
             if not board.segment.linked:
                 raise RowInUse(f"group {group!r} ended while rank {dp_rank} attached; try again")
             initialise(board, dp_rank)
@@ -142,12 +134,6 @@ class EngineRow:
             except BaseException:
                 engine.close()
                 raise
-            if dp_rank >= board.dp_size:
-                logger.warning(
-                    "rank %d of group %r gets no requests: the group has ranks 0 to %d. If the number is right, "
-                    "scale the group (`Coordinator.scale`)",
-                    *(dp_rank, group, board.dp_size - 1),
-                )
         except BaseException:
             board.close()
             raise
@@ -357,55 +343,3 @@ class EngineRow:
                 f"engine {self.dp_rank} belongs to the thread that attached it: call it from there, or attach "
                 "in the thread that runs the scheduler"
             )
-
-
-def _lock(board: Board, dp_rank: int) -> None:
-    """Locks a row. Waits while the kernel ends the row's last process."""
-    began, pause_s = time.monotonic(), 0.002
-    while not board.lock_engine(dp_rank):
-        waited_s = time.monotonic() - began
-        group, pid = board.segment.group, int(board.engine_pid[dp_rank])
-        if waited_s > ROW_TIMEOUT_S and not board.engine_ends(dp_rank):
-            # Asked again: it may have ended between the two questions.
-            if board.lock_engine(dp_rank):
-                return
-            raise RowInUse(f"rank {dp_rank} of group {group!r} is taken by the live process {pid}")
-        if waited_s > EXIT_TIMEOUT_S:
-            raise RowInUse(
-                f"rank {dp_rank} of group {group!r} is not free: the kernel has been ending its last process "
-                f"({pid}) for {EXIT_TIMEOUT_S:g} s, and still frees its memory. Try again"
-            )
-        pause_s = min(2 * pause_s, 0.05)
-        time.sleep(pause_s)
-
-
-def initialise(board: Board, dp_rank: int) -> None:
-    """Begins a row: of this process, with nothing received and nothing outstanding."""
-    words = board.words
-    incarnation = words[board.index("engine_incarnation", dp_rank)] & COUNT_MASK
-    # No process first: a reader must not take these counters, which fall, for those of the previous holder.
-    words[board.index("engine_pid", dp_rank)] = 0
-    for name in ("load", "preemptions", *layout.ENGINE_WORDS):
-        if name != "engine_incarnation":
-            words[board.index(name, dp_rank)] = 0
-    for name, items in (("step_model", layout.STEP_MODEL_WORDS), ("cache_state", layout.CACHE_WORDS)):
-        for i in range(len(items)):
-            words[board.index(name, dp_rank, i)] = 0
-    for f in range(board.frontends):
-        words[board.index("received_tokens", dp_rank, f)] = (
-            words[board.index("sent_tokens", f, dp_rank)] & COUNT_MASK
-        )
-        words[board.index("received_requests", dp_rank, f)] = (
-            words[board.index("sent_requests", f, dp_rank)] & COUNT_MASK
-        )
-    board.nothing_outstanding(dp_rank)
-    pid = os.getpid()
-    words[board.index("engine_pid", dp_rank)] = pid
-    words[board.index("engine_start_time", dp_rank)] = processes.start_time(pid)
-    words[board.index("engine_pid_namespace", dp_rank)] = processes.namespace_inode("pid")
-    words[board.index("engine_time_namespace", dp_rank)] = processes.namespace_inode("time")
-    words[board.index("engine_version", dp_rank)] = version_word()
-    words[board.index("beat", dp_rank)] = time.monotonic_ns()
-    # SYNC: publication: the incarnation last, so that the watcher, who judges a row once it sees a new one,
-    # reads this pid. (On Arm it may see it first; its next round reads the pid again.)
-    words[board.index("engine_incarnation", dp_rank)] = incarnation + 1

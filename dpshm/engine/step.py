@@ -37,6 +37,7 @@ class StepTimer:
         self._at_step_start, self._at_counters, self._at_model = offsets
         self._model = StepModel()
         self._counters = [0] * 5
+        self._learnt: list[int] = []  # as stored
         self._started_ns = 0
         self.prefill_tokens = 0
         self.batch = 0
@@ -56,16 +57,13 @@ class StepTimer:
     ) -> None:
         duration_ns = time.monotonic_ns() - self._started_ns
         prefill_tokens, batch = int(self.prefill_tokens), int(self.batch)  # numpy's narrow integers would overflow
-        words, counters = self._words, self._counters
-        counters[0] += 1
+        words, at, counters = self._words, self._at_counters, self._counters
+        words[at] = counters[0] = counters[0] + 1
         if not prefill_tokens and not batch:
-            counters[1] += 1
-        counters[2] += duration_ns
-        counters[3] += prefill_tokens
-        counters[4] += batch
-        at = self._at_counters
-        for i, value in enumerate(counters):
-            words[at + i] = value
+            words[at + 1] = counters[1] = counters[1] + 1
+        words[at + 2] = counters[2] = counters[2] + duration_ns
+        words[at + 3] = counters[3] = counters[3] + prefill_tokens
+        words[at + 4] = counters[4] = counters[4] + batch
         words[self._at_step_start] = 0
         self._model.end(duration_ns, prefill_tokens, batch, self._held_at_start, int(self.held_tokens))
         self._store_model()
@@ -87,6 +85,9 @@ class StepTimer:
         self._store_model()
 
     def _store_model(self) -> None:
-        words, at = self._words, self._at_model
-        for i, value in enumerate(self._model.words):
-            words[at + i] = value
+        words, at, model = self._words, self._at_model, self._model.words
+        words[at], words[at + 1], words[at + 2] = model[:3]
+        if (learnt := model[3:]) != self._learnt:  # most steps teach nothing new
+            self._learnt = learnt
+            for i, value in enumerate(learnt, at + 3):
+                words[i] = value

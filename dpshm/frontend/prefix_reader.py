@@ -11,10 +11,12 @@ import logging
 from typing import NamedTuple
 
 from dpshm.board.board import Board
-from dpshm.board.prefix_index import PrefixIndexReader, index_path
+from dpshm.board.prefix_file import index_path
+from dpshm.board.prefix_index import PrefixIndexReader
 from dpshm.errors import SegmentError
+from dpshm.frontend.last_matches import LastMatches
 from dpshm.frontend.sent_prompts import SentPrompts
-from dpshm.rules.prefix_hash import Fingerprints, Prompt
+from dpshm.rules.prefix_hash import FingerprintList, Fingerprints, Prompt
 from dpshm.rules.prefix_samples import samples_of
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class PrefixReader:
         self._known: list[int] = []  # by rank: the incarnation that was looked at last
         self._readers: dict[int, PrefixIndexReader] = {}
         self._sent: SentPrompts | None = None  # made when a rank has an index
+        self._last = LastMatches()
         self._warned = False
         self.said = False
 
@@ -94,30 +97,47 @@ class PrefixReader:
                 None: only what the ranks' indexes hold.
         """
         self.said = True
-        blocks: dict[int, list[int]] = {}  # by tokens a block, which all ranks should agree on, and by rank
-        lengths: dict[int, int] = {}  # how many blocks can be found at all
-        near = 0
-        count, key = self._board.dp_size, self._key
-        for dp_rank, reader in self._readers.items():
-            size = reader.block_tokens
-            fingerprints = prompt.fingerprints(size, reader.identity, key)
-            if fingerprints is not None and dp_rank < count:
-                if size not in blocks:
-                    blocks[size] = [-1] * count
-                blocks[size][dp_rank] = near = reader.match(fingerprints, prompt.growth, near)
-                lengths[size] = len(fingerprints)
         samples: dict[int, Fingerprints] = {}
+        blocks = self._match(prompt, samples if now_ns is not None else None)
         if now_ns is not None and self._sent is not None:
-            for size, by_rank in blocks.items():
-                samples[size] = samples_of(prompt.token_fingerprints(size, key)[: lengths[size]])
-                self._sent.extend(by_rank, samples[size], now_ns)
-        cached, most = [0] * count, max(0, prompt_tokens - 1)
+            for size in samples.keys() & blocks.keys():
+                self._sent.extend(blocks[size], samples[size], now_ns)
+                self._last.note(samples[size], blocks[size])
+        cached, most = [0] * self._board.dp_size, max(0, prompt_tokens - 1)
         for size, by_rank in blocks.items():
             for dp_rank, matched in enumerate(by_rank):
                 if matched > 0:
                     found = matched - self._readers[dp_rank].recomputed_blocks
                     cached[dp_rank] = min(most, found * size) if found > 0 else 0
         return Lookup(cached, samples)
+
+    def _match(self, prompt: Prompt, samples: dict[int, Fingerprints] | None) -> dict[int, list[int]]:
+        """By tokens a block, which all ranks should agree on, and by rank: how many blocks of a prompt it holds.
+
+        Args:
+            prompt: the prompt.
+            samples: gets those of the prompt, by tokens a block, for which the last matches are known. None: the
+                prompt has none, and nothing is guessed.
+        """
+        blocks: dict[int, list[int]] = {}
+        guesses: list[int] = []
+        near, kind = 0, (0, 0)
+        fingerprints: FingerprintList | None = None
+        count, key = self._board.dp_size, self._key
+        for dp_rank, reader in self._readers.items():
+            size = reader.block_tokens
+            if (size, reader.identity) != kind:
+                kind = size, reader.identity
+                fingerprints = prompt.fingerprints(*kind, key)
+                if fingerprints is not None and samples is not None:
+                    samples[size] = samples_of(prompt.token_fingerprints(size, key)[: len(fingerprints)])
+                    guesses = self._last.guess(samples[size])
+            if fingerprints is not None and dp_rank < count:
+                if size not in blocks:
+                    blocks[size] = [-1] * count
+                near = guesses[dp_rank] if dp_rank < len(guesses) else near
+                blocks[size][dp_rank] = near = reader.match(fingerprints, near)
+        return blocks
 
     def sent(self, lookup: Lookup, dp_rank: int, now_ns: int) -> None:
         """The prompt of a lookup goes to a rank.

@@ -21,6 +21,7 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
@@ -36,7 +37,7 @@ from dpshm.policies.columns import ListColumns, ListWork, columns_of
 logger = logging.getLogger(__name__)
 
 MAGIC = b"DPSHMREC"
-VERSION = 2
+VERSION = 3
 RING_BYTES = 4 << 20
 """The most that a ring takes, unless one record needs more: eight front-ends fit into a container's 64 MiB."""
 MAX_SLOTS = 16_384
@@ -71,6 +72,7 @@ class _Record(msgspec.Struct, array_like=True, gc=False):
     beats: list[_Word]
     work: tuple[list[_Word], list[list[_Word]], list[list[_Word]], bool] | None
     cached: list[_Word] | None
+    weights: list[float] | None
 
 
 class Decision(NamedTuple):
@@ -99,9 +101,9 @@ def default_path(group: str, frontend: int) -> Path:
 
 
 def slot_bytes(engines: int) -> int:
-    """Bytes for any record of `engines` engines: an integer takes at most 9 bytes, an array's head at most 5."""
-    integers = 7 + engines * (5 + 2 + len(STEP_MODEL_WORDS) + 1)
-    size = 2 * WORD_BYTES + 9 * integers + 5 * (engines + 11)
+    """Bytes for any record of `engines` engines: a number takes at most 9 bytes, an array's head at most 5."""
+    numbers = 7 + engines * (5 + 2 + len(STEP_MODEL_WORDS) + 1 + 1)
+    size = 2 * WORD_BYTES + 9 * numbers + 5 * (engines + 12)
     return -(-size // WORD_BYTES) * WORD_BYTES
 
 
@@ -199,6 +201,7 @@ class Recorder:
             return
         work: Any = columns.work
         rows: Any = None
+        weights = None if columns.weights is None else list(map(float, columns.weights))
         if isinstance(columns, ListColumns):
             ranks, load, requests = columns.ranks, columns.load, columns.requests
         else:
@@ -208,12 +211,12 @@ class Recorder:
             if work.models is not self._models:
                 self._models = work.models
                 self._encoded_models = msgspec.Raw(self._encode(work.models if few else work.models.tolist()))
-            rows = (work.tokens, work.steps) if few else (work.tokens.tolist(), work.steps.tolist())
-            rows = (*rows, self._encoded_models, work.lockstep)
+            tokens, steps = (work.tokens, work.steps) if few else (work.tokens.tolist(), work.steps.tolist())
+            rows = (tokens, list(zip(*steps, strict=True)), self._encoded_models, work.lockstep)
         data = self._encode(
             (
                 *(now_ns, choice, request.prompt_tokens, request.key, columns.num_frontends),
-                *(ranks, load, requests, columns.own, beats, rows, request.cached),
+                *(ranks, load, requests, columns.own, beats, rows, request.cached, weights),
             )
         )
         number, words = self._written, self._words
@@ -293,8 +296,7 @@ def _records(header: RingHeader, data: bytes) -> Iterator[tuple[int, _Record]]:
 def _is_whole(record: _Record) -> bool:
     n = len(record.load)
     rows: list[Any] = [record.requests, record.own, record.beats, *(record.work or ())[:3]]
-    if record.cached is not None:
-        rows.append(record.cached)
+    rows += [row for row in (record.cached, record.weights) if row is not None]
     if any(len(row) != n for row in rows) or not record.ranks:
         return False
     if record.work and not (
@@ -302,12 +304,19 @@ def _is_whole(record: _Record) -> bool:
         and all(len(model) == len(MODEL_WORDS) for model in record.work[2])
     ):
         return False
+    if not all(0 < weight < inf for weight in record.weights or ()):
+        return False
     return record.choice in record.ranks and all(0 <= r < n for r in record.ranks)
 
 
 def _as_decision(number: int, record: _Record) -> Decision:
-    work = None if record.work is None else ListWork(*record.work[:3], record.time_ns, record.work[3])
-    seen = ListColumns(record.ranks, record.load, record.requests, record.own, record.num_frontends, work)
+    work = None
+    if record.work is not None:
+        tokens, rows, models, lockstep = record.work
+        steps = [list(column) for column in zip(*rows, strict=True)]
+        work = ListWork(tokens, steps, models, record.time_ns, lockstep)
+    counts = record.ranks, record.load, record.requests, record.own
+    seen = ListColumns(*counts, record.num_frontends, work, record.weights)
     view = View(columns_of(seen))  # in the form in which the front-end had it
     age_ns = [max(0, record.time_ns - beat) if beat else -1 for beat in record.beats]
     request = Request(record.prompt_tokens, record.key, record.cached)

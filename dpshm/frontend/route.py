@@ -63,11 +63,19 @@ class Bookings:
             return
         with self.lock:
             if self._segment.usable:
-                if output_tokens > 1 and (latencies := self._latencies) is not None:
-                    first_ns = route.first_token_ns
-                    if first_ns and route.open:  # there is room for the rank since its first token
-                        took_ns = (monotonic_ns() - first_ns) // (output_tokens - 1)
-                        latencies.observe(route.dp_rank, PER_TOKEN, took_ns)
+                # There is room for the rank since its first token.
+                if output_tokens > 1 and (first_ns := route.first_token_ns) and route.open:
+                    took_ns = (monotonic_ns() - first_ns) // (output_tokens - 1)
+                    if (latencies := self._latencies) is not None:
+                        # `LatencyWriter.observe`, of the bucket that the rank's newest time fell into: without a
+                        # call, because a server pays for it in every request.
+                        above, most, at, total = latencies.newest[PER_TOKEN][route.dp_rank]
+                        if above < took_ns <= most:
+                            words, counts = latencies.words, latencies.counts
+                            words[at] = counts[at] = counts[at] + 1
+                            words[total] = counts[total] = counts[total] + took_ns
+                        else:
+                            latencies.observe(route.dp_rank, PER_TOKEN, took_ns)
                 self._row.end(route, unbook=unbook)
         if self.lost:
             self.heal()

@@ -11,7 +11,7 @@ there a moment ago may still be in flight as far as the row shows. So it counts 
 row was heard `LATE_NS` later.
 
 A front-end that starts copies ``received`` into ``sent``: the bookings of the row's previous holder are settled.
-Engines would count that holder's messages that are still on their way as if the new one had sent them, so rows
+Engines would count that holder's messages that are still in flight as if the new one had sent them, so rows
 whose previous holder has no message in flight are locked first.
 """
 
@@ -175,21 +175,22 @@ def lock_row(board: Board, owner: bytes) -> int:
     """
     used = board.frontends_used()
     padded = owner.ljust(layout.OWNER_BYTES, b"\0")
-    same = [f for f in range(used) if board.owner[f].tobytes() == padded]
-    rest = [f for f in range(board.frontends) if f not in same]
+    own = range(board.node, board.frontends, board.nodes)
+    same = [f for f in own if f < used and board.owner[f].tobytes() == padded]
+    rest = [f for f in own if f not in same]
     for anything in (False, True):
         for f in [*same, *rest]:
             if (anything or _is_settled(board, f)) and board.lock_frontend(f):
                 _initialise(board, f, padded)
                 return f
     raise CapacityExceeded(
-        f"all {board.frontends} front-end rows of group {board.segment.group!r} are taken: start its "
+        f"all {len(own)} front-end rows of group {board.segment.group!r} are taken: start its "
         "coordinator with a larger max_frontends"
     )
 
 
 def _is_settled(board: Board, f: int) -> bool:
-    """Whether nothing that this row's holders sent can still be on its way to a live engine."""
+    """Whether nothing that this row's holders sent can still be in flight to a live engine."""
     behind = np.flatnonzero(board.sent_requests[f] > board.received_requests[:, f])
     return not any(board.engine_present(int(e)) for e in behind)
 

@@ -37,11 +37,7 @@ _NOT_THERE = 1  # no stored word, unless by the chance that any has: what is sto
 
 
 class SentPrompts:
-    """What front-ends sent to each rank, as one of them sees and writes it. The caller gives the time.
-
-    Attributes:
-        rows: how many rows of the table are looked at: those of front-ends that there were.
-    """
+    """What front-ends sent to each rank, as one of them sees and writes it. The caller gives the time."""
 
     def __init__(self, table: SentTable, row: int) -> None:
         """Begins with what the others noted.
@@ -58,6 +54,16 @@ class SentPrompts:
         self._next = 0
         self._forgotten: dict[int, int] = {}  # rank -> stamp from which on prompts count
         self.rows = row + 1
+
+    @property
+    def rows(self) -> int:
+        """How many rows of the table are looked at: those of front-ends that there were."""
+        return len(self._all_stamps) // SLOTS
+
+    @rows.setter
+    def rows(self, rows: int) -> None:
+        self._all_stamps = self._stamps[:rows].reshape(-1)
+        self._by_sample = self._samples_by_slot[: len(self._all_stamps)].T
 
     @classmethod
     def open(cls, board: Board, row: int) -> SentPrompts:
@@ -103,13 +109,24 @@ class SentPrompts:
         """
         if not len(samples):
             return
-        stamps = self._stamps[: self.rows].ravel()
+        stamps = self._all_stamps
+        # SYNC: partner of `add`, with the last comparison: each stamp is loaded once, before any sample. One that
+        # was loaded again here could be 0, for a prompt that is being replaced, and would still be so at the end.
+        loaded = stamps.copy()
         # The subtraction wraps: a stamp of the far future is as old as can be.
         base = np.uint64(now_ns >> TICK_SHIFT << RANK_BITS) + _AHEAD
-        (recent,) = (base - stamps < _VALID).nonzero()
+        (recent,) = (base - loaded < _VALID).nonzero()
         if not len(recent):
             return
-        when = stamps.view(np.int64).take(recent)
+        # The usual case first: no prompt agrees with this one beyond what every rank holds of it.
+        first = bisect_right(SAMPLED_BLOCKS, min([n for n in blocks if n >= 0], default=SAMPLED_BLOCKS[-1]))
+        if first >= len(samples):
+            return
+        (agree,) = (self._by_sample[first][recent] == samples[first]).nonzero()
+        if not len(agree):
+            return
+        recent = recent[agree]
+        when = loaded.view(np.int64).take(recent)
         dp_ranks = when & _RANK
         mine = self._mine
         mine[: len(samples)] = samples

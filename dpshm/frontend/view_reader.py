@@ -1,8 +1,9 @@
 """Reads the board for decisions: the ranks that may be chosen, and what a policy is shown of all ranks.
 
-`ViewReader.read` reads what changes with each request. `ViewReader.refresh` works out what changes seldom: the
-number of ranks, verdicts, the front-ends whose bookings count, and step models. The front-end refreshes when the
-board's revision changed, and every 100 ms.
+`ViewReader.read` reads what changes with each request, and `ViewReader.usual` less of it: what `least_work` needs
+in its usual case. `ViewReader.refresh` works out what changes seldom: the number of ranks, verdicts, the
+front-ends whose bookings count, and step models. The front-end refreshes when the board's revision changed, and
+every 100 ms.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Collection, Mapping
-from math import gcd
+from sys import getrefcount
 from typing import Any
 
 import numpy as np
@@ -19,26 +20,17 @@ from dpshm.board import layout
 from dpshm.board.board import Board
 from dpshm.board.words import DRAINED, ON_BEHALF, REMOTE, unpack_load, unpack_state
 from dpshm.errors import NoEngineAvailable, Overloaded, SettingError
+from dpshm.frontend.turns import Turns
+from dpshm.frontend.usual import Reads, Usual, of_few, of_many
 from dpshm.policies import View, comparable
-from dpshm.policies.columns import VECTOR_FROM, ArrayColumns, ArrayWork, ListColumns, ListWork
+from dpshm.policies.alike_of_many import comparable_of_many
+from dpshm.policies.columns import VECTOR_FROM, ArrayColumns, ArrayRows, ArrayWork, ListColumns, ListWork
 from dpshm.policies.idle_ranks import IdleRanks
-from dpshm.policies.work import prepare
+from dpshm.policies.prepared import prepare, prepare_arrays
 from dpshm.rules.liveness import HANGING, Verdict
 
-GOLDEN_RATIO = (5**0.5 + 1) / 2
-
-
-def first_turn(number: int, count: int) -> int:
-    """Where the front-end of that number begins among so many ranks.
-
-    Of any `count` numbers in a row, each has another place. Neighbours begin far apart: the distance is the one
-    nearest to the golden section that has no divisor in common with the number of ranks.
-    """
-    apart = min(
-        (distance for distance in range(1, count + 1) if gcd(distance, count) == 1),
-        key=lambda distance: abs(distance - count / GOLDEN_RATIO),
-    )
-    return number * apart % count
+_UNSHARED = 3
+"""References to rows that no view has: the reader's, a local name, and the count's own argument."""
 
 
 class ViewReader:
@@ -48,12 +40,14 @@ class ViewReader:
         dp_size: how many ranks there are.
         eligible: the ranks that a policy may choose.
         revision: the board's revision at the last `refresh`.
+        usual: `least_work` without a view (`dpshm.frontend.usual`); None: it needs one.
         late: by rank whose row comes late (of another node, or stock), CLOCK_MONOTONIC ns at which it was heard.
     """
 
     dp_size: int
     eligible: frozenset[int]
     revision: int
+    usual: Usual | None
     late: dict[int, int]
 
     def __init__(
@@ -87,18 +81,42 @@ class ViewReader:
         self._max_requests = max_requests
         self._lockstep = board.segment.header.waves  # ranks that have waves step together
         self._idle = IdleRanks()
+        self._rows = ArrayRows(0)
         self.eligible = frozenset()
         self._at_revision = board.index("revision")
         # Equal loads must not send all front-ends to one engine, nor all that have the same row one after another.
         self._number = index + int(board.frontend_incarnation[index])
-        self._turn = 0
+        self._turns = Turns([0], 0, arrays=False)
+        self.usual = None
+        self._seen: tuple[int, int, list[int]] | None = None
         self.refresh()
 
     def refresh(self) -> None:
-        """Works out again which ranks may be chosen and which front-ends' bookings count."""
+        """Works out again which ranks may be chosen and which front-ends' bookings count.
+
+        While a coordinator watches, that follows from the marks, which the revision numbers, and from the
+        front-ends that are there. If these are as they were, only what changes beside them is read.
+        """
         board = self._board
         # SYNC: the revision before the marks that it numbers: see `dpshm.coordinator.row`.
         self.revision = self._words[self._at_revision]
+        watched, counted = board.is_watched(), board.counted_frontends()
+        seen = (self.revision, board.dp_size, counted) if watched else None
+        if seen is None or seen != self._seen:
+            self._seen = seen
+            self._look_at_marks(counted)
+        elif self.late:
+            self.late = self._heard_late(self._marks)
+        # Anew each time, also for equal marks: corrections must not be older (`dpshm.board.outstanding`).
+        if self._sees_work:
+            self._outstanding = board.outstanding_work(counted, self.dp_size)
+            self._requests = self._outstanding.requests
+            self._look_at_work()
+        else:
+            self._requests = board.outstanding_requests(counted)
+
+    def _look_at_marks(self, counted: list[int]) -> None:
+        board = self._board
         n = self.dp_size = board.dp_size
         self._load = board.load[:n]
         weights, most = self._weights, self._max_requests
@@ -108,27 +126,11 @@ class ViewReader:
         at = board.index("load")
         self._load_words = self._words[at : at + n]  # the same words; of a few, this makes a list twice as fast
         self._beats = board.beat[:n]
-        counted = board.counted_frontends()
         self._num_frontends = len(counted)
-        self._requests = board.outstanding_requests(counted)
         if self._sees_work:
-            self._tokens = board.outstanding_tokens(counted)
-            self._steps = board.step_model[:n, : len(layout.STEP_WORDS)]
-            # The rest of a running step is known where clocks agree. It counts for all ranks or for none: a rank
-            # without it would look less busy than the others.
-            self._clocks_agree = all(board.engine_clock_agrees(e) for e in range(n))
-            self._step_columns = list(self._steps.T)
-            models = board.step_model[:n, len(layout.STEP_WORDS) :]
-            # Copied here and not in each decision: step models change slowly.
-            idle = self._idle.look(board.steps[:n].tolist(), time.monotonic_ns())
-            rows = self._steps.tolist()
-            running, held = [unpack_load(word)[1] for word in self._load.tolist()], [row[2] for row in rows]
-            learnt = comparable(models.tolist(), lockstep=self._lockstep, idle=idle, running=running, held=held)
-            many = np.array(learnt, np.int64) if n >= VECTOR_FROM else None
-            self._models: Any = learnt if many is None else many
-            self._prepared = None if many is None else prepare(many)
+            self._steps = board.step_model[:n, : len(layout.STEP_WORDS)].T
         self._verdicts = board.engine_verdicts()
-        marks = board.engine_mark[:n].tolist()
+        self._marks = marks = board.engine_mark[:n].tolist()
         drained = [bool(mark & DRAINED) for mark in marks]
         self.late = self._heard_late(marks)
         self._states = board.engine_state[:n]
@@ -142,11 +144,36 @@ class ViewReader:
             for e, verdict in enumerate(self._verdicts)
             if verdict is Verdict.ALIVE and not drained[e] and (self._only is None or e in self._only)
         ]
-        if eligible and len(eligible) != len(self.eligible):
-            self._turn = first_turn(self._number, len(eligible))
         self.eligible = frozenset(eligible)
-        # Twice over: each slice of half its length is one rotation.
-        self._twice: Any = np.array(eligible * 2) if n >= VECTOR_FROM else eligible * 2
+        arrays = n >= VECTOR_FROM
+        if eligible and (eligible != self._turns.ranks or arrays != isinstance(self._turns.current, np.ndarray)):
+            self._turns = Turns(eligible, self._number, arrays=arrays)
+
+    def _look_at_work(self) -> None:
+        """What the ranks have learnt of their steps, and the short way that follows from it."""
+        board, n, lockstep = self._board, self.dp_size, self._lockstep
+        # The rest of a running step is known where clocks agree. It counts for all ranks or for none: a rank
+        # without it would look less busy than the others.
+        self._clocks_agree = all(board.engine_clock_agrees(e) for e in range(n))
+        # Copied, and not in each decision: step models change slowly.
+        models = board.step_model[:n, len(layout.STEP_WORDS) :]
+        idle = self._idle.look(board.steps[:n].tolist(), time.monotonic_ns())
+        running, held = [unpack_load(word)[1] for word in self._load.tolist()], self._steps[2]
+        if n < VECTOR_FROM:
+            self._models: Any = comparable(
+                models.tolist(), lockstep=lockstep, idle=idle, running=running, held=held.tolist()
+            )
+            self._prepared: Any = prepare(self._models)
+        else:
+            by_rank = {"idle": np.array(idle), "running": np.array(running), "held": held}
+            self._models = comparable_of_many(models, lockstep=lockstep, **by_rank)
+            self._prepared = prepare_arrays(self._models)
+        self._shared = self._prepared.shared
+        self.usual = None
+        if self._shared and self.eligible and not lockstep and self._limits is None:
+            made, models = (of_many, self._prepared) if n >= VECTOR_FROM else (of_few, self._shared)
+            parts = self._turns, self._steps, self._outstanding, self._load_words, self._clocks_agree
+            self.usual = made(models, Reads(*parts))
 
     def _heard_late(self, marks: list[int]) -> dict[int, int]:
         late = [e for e, mark in enumerate(marks) if mark & (REMOTE | ON_BEHALF)]
@@ -155,35 +182,43 @@ class ViewReader:
         heard = self._board.remote_state[:, layout.REMOTE_WORDS.index("heard")]
         return {e: int(heard[e]) if marks[e] & REMOTE else time.monotonic_ns() for e in late}
 
-    def read(self, now_ns: int, exclude: Collection[int] = ()) -> View:
+    def read(self, now_ns: int, exclude: Collection[int] = (), *, again: bool = False) -> View:
         """What one decision sees. Some rank must be eligible.
 
         Args:
             now_ns: CLOCK_MONOTONIC.
             exclude: ranks that this decision may not choose.
+            again: `usual` was asked before: the order of ranks stays.
 
         Raises:
             NoEngineAvailable: all eligible ranks are excluded.
             Overloaded: the others are full.
         """
-        count = len(self.eligible)
-        turn = self._turn = (self._turn + 1) % count
-        ranks = self._twice[turn : turn + count]
+        turns = self._turns
+        if not again:
+            turns.current = next(turns.orders)
+        ranks = turns.current
         n, frontends = self.dp_size, self._num_frontends
         own = self._own if len(self._own) == n else self._own[:n]
         if n >= VECTOR_FROM:
             many = self._many_work(now_ns) if self._sees_work else None
-            requests = self._requests.count()
+            requests = self._requests.count() if many is None else many.rows.requests
             if exclude or self._limits is not None:
                 ranks = np.array(self._narrowed(ranks.tolist(), requests.tolist(), exclude))
             load = np.positive(self._load)
             return View(ArrayColumns(ranks, load, requests, own, frontends, many, self._rank_weights))
-        few = self._few_work(now_ns) if self._sees_work else None
-        counts = self._requests.count().tolist()
+        few, counts = self._few_work(now_ns) if self._sees_work else (None, self._requests.count().tolist())
         if exclude or self._limits is not None:
             ranks = self._narrowed(ranks, counts, exclude)
         load_words = self._load_words.tolist()
         return View(ListColumns(ranks, load_words, counts, own, frontends, few, self._rank_weights))
+
+    def rewind(self) -> None:
+        """The next decision has the first turn."""
+        turns = self._turns
+        self._turns = Turns(turns.ranks, self._number, arrays=isinstance(turns.current, np.ndarray))
+        if self._sees_work:
+            self._look_at_work()
 
     def _narrowed(self, ranks: list[int], requests: list[int], exclude: Collection[int]) -> list[int]:
         """Those of some ranks that are neither excluded nor full."""
@@ -258,16 +293,21 @@ class ViewReader:
         group = self._board.segment.group
         return f"no engine of group {group!r} may be chosen: {states or 'there are none'}{only}"
 
-    def _few_work(self, now_ns: int) -> ListWork:
+    def _few_work(self, now_ns: int) -> tuple[ListWork, list[int]]:
         steps = self._steps.tolist()
         if not self._clocks_agree:
-            steps = [[0, *rest] for _, *rest in steps]
-        return ListWork(self._tokens.count().tolist(), steps, self._models, now_ns, self._lockstep)
+            steps[0] = [0] * self.dp_size
+        requests, tokens = self._outstanding.count().tolist()
+        return ListWork(tokens, steps, self._models, now_ns, self._lockstep, self._prepared), requests
 
     def _many_work(self, now_ns: int) -> ArrayWork:
-        # Column by column: at 1024 ranks a fifth of the time of one copy of all.
-        steps = np.empty((len(layout.STEP_WORDS), self.dp_size), np.int64)
-        steps[0], steps[1], steps[2] = self._step_columns
+        rows = self._rows
+        # The last decision's, unless its policy has kept the view: its numbers stay.
+        if len(rows.ends) != self.dp_size or getrefcount(rows) > _UNSHARED:
+            rows = self._rows = ArrayRows(self.dp_size)
+        # SYNC: an assignment from columns whose words lie apart (here 128 bytes) moves word by word.
+        rows.steps[:] = self._steps
         if not self._clocks_agree:
-            steps[0] = 0
-        return ArrayWork(self._tokens.count(), steps.T, self._models, now_ns, self._prepared, self._lockstep)
+            rows.ends[:] = 0
+        self._outstanding.count_into(rows.counts)
+        return ArrayWork(rows, self._models, now_ns, self._lockstep, self._prepared)

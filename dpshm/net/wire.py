@@ -21,13 +21,16 @@ messages give the bytes that vLLM 0.32 gives (the vectors in ``tests/data``).
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import Annotated, Final, NamedTuple, TypeVar
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
-from dpshm.board.layout import CARRIED_WORDS, MAX_ENGINES, MAX_FRONTENDS
-from dpshm.board.words import COUNT_MASK, MAX_WORD
+from dpshm.board.layout import CARRIED_WORDS, MAX_ENGINES, MAX_FRONTENDS, WORD_BYTES
+from dpshm.board.words import COUNT_MASK
 from dpshm.errors import WireError
 from dpshm.rules.waves import MAX_WAVE
 
@@ -47,6 +50,10 @@ MAX_TOPIC_BYTES: Final = 1 << 20
 """Of topics that peers subscribe to, all together, before it is called a flood: honest ones have the empty one."""
 
 CARRIED: Final = len(CARRIED_WORDS)
+CARRIED_BYTES: Final = CARRIED * WORD_BYTES
+_TOP_BYTE: Final = WORD_BYTES - 1
+_MAX_TOP_BYTE: Final = 127
+_WORD: Final = np.dtype("<i8")
 _NAME: Final = b"dpshm-rank"
 ENGINE_LIMIT: Final = 1 << 16
 """Ranks are named by two bytes at most."""
@@ -56,7 +63,6 @@ _HEARD_BYTES: Final = MAX_ENGINES // 8
 T = TypeVar("T")
 Wave = Annotated[int, msgspec.Meta(ge=0, le=MAX_WAVE)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
-Word = Annotated[int, msgspec.Meta(ge=0, le=MAX_WORD)]
 Receipts = Annotated[int, msgspec.Meta(ge=0, le=COUNT_MASK)]
 _EMPTY = msgspec.Raw(b"\x90")
 _NIL = msgspec.Raw(b"\xc0")
@@ -116,16 +122,17 @@ class RemoteRow(msgspec.Struct, array_like=True, frozen=True):
         report: grows with each publication; a repeated one only says that the process lives.
         clock_ns: CLOCK_MONOTONIC of the sender when it published; the times among `words` are of that clock.
         here: false: the engine left in good order.
-        words: the words of `layout.CARRIED_WORDS`.
-        received: by front-end; one that is missing has sent nothing.
+        words: the words of `layout.CARRIED_WORDS`, little-endian, 8 bytes each; see `unpack_words`.
+        received: by front-end, encoded (`pack_received`), so that a reader need not decode what has not changed.
+            A front-end that is missing has sent nothing.
     """
 
     process: Count
     report: Count
     clock_ns: Count
     here: bool
-    words: Annotated[list[Word], msgspec.Meta(min_length=CARRIED, max_length=CARRIED)]
-    received: Annotated[list[Received], msgspec.Meta(max_length=MAX_FRONTENDS)]
+    words: Annotated[bytes, msgspec.Meta(min_length=CARRIED_BYTES, max_length=CARRIED_BYTES)]
+    received: msgspec.Raw
 
 
 class EngineMessage(msgspec.Struct, array_like=True, frozen=True):
@@ -199,13 +206,16 @@ class _FromFrontend(msgspec.Struct, array_like=True, frozen=True):
 
 _encoder = msgspec.msgpack.Encoder()
 _RESERVED = (None,) * 8
+_words = struct.Struct(f"<{CARRIED}q")
 _engine = msgspec.msgpack.Decoder(EngineMessage)
+_received = msgspec.msgpack.Decoder(Annotated[list[Received], msgspec.Meta(max_length=MAX_FRONTENDS)])
 _start = msgspec.msgpack.Decoder(StartMessage)
 _state = msgspec.msgpack.Decoder(StateMessage)
 _from_frontend = msgspec.msgpack.Decoder(_FromFrontend)
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[T], what: str, data: bytes) -> T:
+def decode(decoder: msgspec.msgpack.Decoder[T], what: str, data: bytes) -> T:
+    """A message; `what` names it for the error. Raises `WireError`."""
     try:
         return decoder.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, TypeError) as e:
@@ -215,12 +225,12 @@ def _decode(decoder: msgspec.msgpack.Decoder[T], what: str, data: bytes) -> T:
 
 def decode_engine_message(data: bytes) -> EngineMessage:
     """An engine's message to the coordinator. Raises `WireError`."""
-    return _decode(_engine, "an engine's message", data)
+    return decode(_engine, "an engine's message", data)
 
 
 def decode_frontend_message(data: bytes) -> FirstRequestMessage | ScaleMessage | DrainMessage | HeardMessage:
     """A front-end's message to the coordinator (subscriptions apart). Raises `WireError`."""
-    message = _decode(_from_frontend, "a front-end's message", data)
+    message = decode(_from_frontend, "a front-end's message", data)
     match message.head:
         case None:
             return FirstRequestMessage(None, message.number)
@@ -242,12 +252,12 @@ def decode_frontend_message(data: bytes) -> FirstRequestMessage | ScaleMessage |
 
 def decode_start(data: bytes) -> StartMessage:
     """The second frame of a START. Raises `WireError`."""
-    return _decode(_start, "a START", data)
+    return decode(_start, "a START", data)
 
 
 def decode_state(data: bytes) -> StateMessage:
     """What the coordinator published to front-ends. Raises `WireError`."""
-    return _decode(_state, "a state message", data)
+    return decode(_state, "a state message", data)
 
 
 def encode_wave_complete(engine_index: int, wave: int, *, timestamp: float = 0.0) -> bytes:
@@ -268,6 +278,38 @@ def encode_report(engine_index: int, stats: SchedulerStats) -> bytes:
 def encode_remote_row(engine_index: int, stats: SchedulerStats, row: RemoteRow) -> bytes:
     """A row for the coordinator. vLLM's own coordinator reads it as the report that a stock engine sends."""
     return _encoder.encode((engine_index, (), stats, 0.0, None, None, None, None, *_RESERVED, row))
+
+
+def pack_words(words: Sequence[int]) -> bytes:
+    """Words of a row, one for each of `layout.CARRIED_WORDS`."""
+    return _words.pack(*words)
+
+
+def unpack_words(packed: bytes) -> tuple[int, ...]:
+    """The words of a row. Raises `WireError` if one is negative: no row has such."""
+    words = _words.unpack(packed)
+    if min(words) < 0:
+        raise WireError(f"not a row: {CARRIED_WORDS[words.index(min(words))][0]} is negative")
+    return words
+
+
+def words_arrays(packed: Sequence[bytes]) -> NDArray[np.int64]:
+    """The same of several rows: an array of its own, shape (rows, CARRIED). Raises `WireError` as that one."""
+    words = bytearray().join(packed)
+    if max(words[_TOP_BYTE::WORD_BYTES], default=0) > _MAX_TOP_BYTE:
+        for row in packed:
+            unpack_words(row)
+    return np.frombuffer(words, _WORD).reshape(-1, CARRIED)
+
+
+def pack_received(received: Sequence[Received]) -> msgspec.Raw:
+    """What an engine has received, for a `RemoteRow`."""
+    return msgspec.Raw(_encoder.encode(received))
+
+
+def unpack_received(row: RemoteRow) -> list[Received]:
+    """What an engine has received, by front-end. Raises `WireError`."""
+    return decode(_received, "what an engine has received", bytes(row.received))
 
 
 def encode_start(wave: int, exclude: int | None) -> list[bytes]:

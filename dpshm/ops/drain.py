@@ -15,6 +15,7 @@ import zmq
 from dpshm.board.board import Board
 from dpshm.board.segment import Segment
 from dpshm.board.words import DRAINED
+from dpshm.coordinator.draining import why_not_here
 from dpshm.coordinator.row import CoordinatorRow
 from dpshm.errors import DpshmError, SettingError
 from dpshm.net import wire
@@ -72,9 +73,12 @@ def set_drained(board: Board, ranks: Sequence[int], drained: bool, *, curve_dir:
         curve_dir: folder of the group's keys, where its sockets ask for them; default: the environment's.
 
     Raises:
+        SettingError: a rank is of another node, and has to be drained there.
         NotHeeded: the coordinator lives and did not change the marks in time.
         SegmentError: there is no coordinator, and this user may not write to the board.
     """
+    if elsewhere := [why for e in ranks if (why := why_not_here(board, e)) is not None]:
+        raise SettingError("; ".join(elsewhere))
     deadline = time.monotonic() + TIMEOUT_S
     while wrong := _wrong(board, ranks, drained):
         if time.monotonic() > deadline:

@@ -71,6 +71,7 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
             and not heard for a moment), dead, absent.
         routable: whether front-ends may choose it.
         stock: whether it is an engine without dpshm, whose load the coordinator writes.
+        remote: whether it is on another node, and the coordinator writes its row as it, or its node's relay, says.
         waiting: requests in its queue.
         running: requests in its batch.
         in_flight: requests sent to it that it has not received.
@@ -93,6 +94,7 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
         cached_tokens: prompt tokens that were found in the cache, since this incarnation began.
         indexed_blocks: different blocks in the prefix index.
         dropped_blocks: blocks that found no place in it.
+        index_fill: blocks in the prefix index, of all blocks of the KV cache; null without an index.
         cached_share: prompt tokens found in the cache, of all prompt tokens of the rates' window.
         preemptions: requests that lost their place in the batch, since this incarnation began.
         ttft: time to first token: from the front-end's decision until the token was there. Null, as the two after
@@ -125,6 +127,7 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     generation_tokens: int
     requests_finished: int
+    remote: bool = False
     has_index: bool = False
     block_tokens: int = 0
     num_blocks: int = 0
@@ -133,6 +136,7 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
     indexed_blocks: int = 0
     dropped_blocks: int = 0
+    index_fill: float | None = None
     step_ms: float | None = None
     busy: float | None = None
     requests_per_s: float | None = None
@@ -143,6 +147,11 @@ class Rank(msgspec.Struct, frozen=True, kw_only=True):
     ttft: Latency | None = None
     queue: Latency | None = None
     per_token: Latency | None = None
+
+    @property
+    def label(self) -> str:
+        """The rank's number; of one on another node with a sign."""
+        return f"@{self.dp_rank}" if self.remote else str(self.dp_rank)
 
 
 class Frontend(msgspec.Struct, frozen=True, kw_only=True):

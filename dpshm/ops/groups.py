@@ -12,6 +12,8 @@ from dpshm.board.files import directory, groups
 from dpshm.errors import SegmentError, SegmentNotFound, SettingError
 from dpshm.ops.read_frame import read_frame
 
+_NAMED = 16
+
 
 class Found(NamedTuple):
     """A group on this node.
@@ -52,6 +54,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         detail: ranks and coordinator in words, or why the group cannot be read.
         dp_size: number of ranks; 0 if unknown, as the fields after it.
         ranks: how many ranks are in each state.
+        remote: ranks that are on other nodes, dead ones too.
         requests: requests on all ranks that live.
         frontends: front-ends that live.
         coordinator_pid: 0: none lives.
@@ -62,6 +65,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     detail: str
     dp_size: int = 0
     ranks: dict[str, int] = {}
+    remote: list[int] = []
     requests: int = 0
     frontends: int = 0
     coordinator_pid: int = 0
@@ -69,10 +73,11 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 def summaries() -> list[Summary]:
     """Every group of this node, by name."""
-    return [_summary(found) for found in find_groups()]
+    return [summary_of(found) for found in find_groups()]
 
 
-def _summary(found: Found) -> Summary:
+def summary_of(found: Found) -> Summary:
+    """A group in one line."""
     plain = Summary(group=found.group, state=found.state, detail=found.detail)
     if not found.readable:
         return plain
@@ -86,6 +91,7 @@ def _summary(found: Found) -> Summary:
         plain,
         dp_size=frame.dp_size,
         ranks=dict(sorted(Counter(rank.state for rank in frame.ranks).items())),
+        remote=[rank.dp_rank for rank in frame.ranks if rank.remote],
         requests=sum(rank.requests for rank in living),
         frontends=sum(frontend.state == "alive" for frontend in frame.frontends),
         coordinator_pid=0 if frame.coordinator.state == "none" else frame.coordinator.pid,
@@ -134,3 +140,12 @@ def open_group(group: str | None) -> Board:
             + (f". What is there:{others}" if found else "")
         )
     raise SettingError(f"{len(live)} groups are on this node: name one with --group{others}")
+
+
+def elsewhere(ranks: list[int]) -> str:
+    """Ranks on other nodes, for people: each with the sign that says so; of many the first ones."""
+    if not ranks:
+        return ""
+    signs = " ".join(f"@{dp_rank}" for dp_rank in ranks[:_NAMED])
+    more = f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
+    return f"; on other nodes: {signs}{more}"

@@ -55,6 +55,7 @@ _RANK_GAUGES: tuple[tuple[str, str, Callable[[Rank], float | None]], ...] = (
     ("held_tokens", "Tokens of context of the running requests, computed or cached.", lambda r: r.held_tokens),
     ("indexed_blocks", "Blocks of prompts in the prefix index.", lambda r: r.indexed_blocks),
     ("dropped_blocks", "Blocks that found no place in the prefix index.", lambda r: r.dropped_blocks),
+    ("index_fill_ratio", "Blocks in the prefix index, of all of the KV cache.", lambda r: r.index_fill),
 )  # fmt: skip
 _RANK_COUNTERS: tuple[tuple[str, str, Callable[[Rank], float]], ...] = (
     ("steps", "Steps of the model, including dummy steps.", lambda r: r.steps),

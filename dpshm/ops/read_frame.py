@@ -120,14 +120,22 @@ def _ranks(board: Board, now_ns: int | None, marks_fresh: bool) -> list[Rank]:
                 step_age_s=row["step_age_ns"] / 1e9 if row["step_age_ns"] >= 0 else None,
                 busy_s=row["busy_ns"] / 1e9,
                 version=version_text(int(board.engine_version[e])),
+                index_fill=_fill(row["has_index"], row["indexed_blocks"], row["num_blocks"]),
                 **{name: row[name] for name in _SAME},
             )
         )
     return ranks
 
 
+def _fill(has_index: bool, indexed_blocks: int, num_blocks: int) -> float | None:
+    """How much of a KV cache can be found in the prefix index; the row is not trusted."""
+    if not has_index or num_blocks <= 0:
+        return None
+    return max(0.0, min(1.0, indexed_blocks / num_blocks))
+
+
 _SAME = (
-    *("dp_rank", "drained", "stock", "waiting", "running", "in_flight", "requests", "prefill_backlog"),
+    *("dp_rank", "drained", "stock", "remote", "waiting", "running", "in_flight", "requests", "prefill_backlog"),
     *("kv_cache_usage", "wave", "step", "pid", "incarnation", "steps", "dummy_steps", "prompt_tokens"),
     *("generation_tokens", "requests_finished", "preemptions", "held_tokens", "has_index", *CACHE_WORDS[1:]),
 )

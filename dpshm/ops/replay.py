@@ -132,7 +132,7 @@ def summarise(group: str, frontend: int, policy: str, replayed: Sequence[Replaye
     )
 
 
-def rows(replayed: Iterable[Replayed]) -> Iterator[dict[str, int]]:
+def rows(replayed: Iterable[Replayed]) -> Iterator[dict[str, float]]:
     """One row of a table for each decision and rank: the load that was seen, and whether the rank was chosen."""
     for r in replayed:
         d, view = r.decision, r.decision.view
@@ -150,6 +150,7 @@ def rows(replayed: Iterable[Replayed]) -> Iterator[dict[str, int]]:
                 "kv_cache_permille": round(view.kv_cache_usage[rank] * 1000),
                 "in_flight": view.in_flight[rank],
                 "own": view.own[rank],
+                "weight": view.weights[rank],
                 "age_ns": d.age_ns[rank],
                 "outstanding_tokens": tokens[rank],
                 "cached_tokens": cached[rank],

@@ -41,6 +41,7 @@ __all__ = [
     "Work",
     "by_name",
     "comparable",
+    "is_built_in",
     "key_of",
     "least_loaded",
     "round_robin",
@@ -51,6 +52,29 @@ __all__ = [
 _FUNCTIONS: dict[str, Policy] = {"least_loaded": least_loaded, "round_robin": round_robin, "vllm": vllm}
 _CLASSES: dict[str, Any] = {"affinity": Affinity, "least_work": LeastWork, "power_of_two": PowerOfTwo}
 NAMES = tuple(sorted((*_FUNCTIONS, *_CLASSES)))
+
+
+_WITHOUT_WEIGHTS = {"round_robin": round_robin, "vllm": vllm}
+
+
+def check_weights_count(policy: Policy) -> None:
+    """Refuses weights for a built-in policy that does not look at them.
+
+    Raises:
+        SettingError: it is such a policy.
+    """
+    name = "affinity" if isinstance(policy, Affinity) else None
+    name = next((n for n, function in _WITHOUT_WEIGHTS.items() if policy is function), name)
+    if name is not None:
+        raise SettingError(
+            f"policy {name!r} does not look at weights: choose least_loaded, power_of_two or least_work, or a "
+            "policy of your own that reads view.weights; or leave out weights"
+        )
+
+
+def is_built_in(policy: Policy) -> bool:
+    """Whether it is one of this module's: a pure function of what it is given. One derived from it is not."""
+    return type(policy) in _CLASSES.values() or any(policy is function for function in _FUNCTIONS.values())
 
 
 def by_name(name: str) -> Policy:

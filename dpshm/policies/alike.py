@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import repeat
+from typing import Any
 
 from dpshm.board.layout import MODEL_WORDS
-from dpshm.policies.columns import NO_LIMIT
+from dpshm.policies.prepared import NO_LIMIT
 
 LIKE = 1.25
 """Ranks whose reference steps differ by no more than this factor are taken to be equal. A learnt step time is off
@@ -17,7 +18,8 @@ REQUEST_TOKENS = 1024
 tens of microseconds, and to read a token of context tens of nanoseconds (`dpshm.sim.step_cost`)."""
 _ZEROS = repeat(0)
 _REFERENCE_BATCH, _REFERENCE_TOKENS, _REFERENCE_HELD = 16, 512, 16 * 1024
-_COEFFICIENTS = tuple(map(MODEL_WORDS.index, ("base_ns", "per_request_ns", "per_token_ns", "per_held_token_ps")))
+COEFFICIENTS = tuple(map(MODEL_WORDS.index, ("base_ns", "per_request_ns", "per_token_ns", "per_held_token_ps")))
+"""Places of what a step takes, among the words of a model."""
 
 
 def comparable(
@@ -57,9 +59,9 @@ def comparable(
     learnt = [model for model in models if model[0] > 0]
     if not learnt:
         return [[0] * len(MODEL_WORDS) for _ in models]
-    mean = [sum(model[i] for model in learnt) // len(learnt) for i in _COEFFICIENTS]
+    mean = [sum(model[i] for model in learnt) // len(learnt) for i in COEFFICIENTS]
     if lockstep:
-        mean[1], mean[3] = _shared_out(
+        mean[1], mean[3] = shared_out(
             mean[1], mean[3], sum(map(max, running, _ZEROS)), sum(map(max, held, _ZEROS))
         )
         alike = dict.fromkeys(map(_reference_ns, learnt), mean)
@@ -74,7 +76,7 @@ def comparable(
     return found
 
 
-def _shared_out(per_request_ns: int, per_held_ps: int, running: int, held: int) -> tuple[int, int]:
+def shared_out(per_request_ns: int, per_held_ps: int, running: int, held: int) -> tuple[int, int]:
     """The two coefficients of decoding with the same sum, such that a request counts as few enough tokens."""
     if not held or per_request_ns <= REQUEST_TOKENS * per_held_ps >> 10:
         return per_request_ns, per_held_ps
@@ -84,12 +86,18 @@ def _shared_out(per_request_ns: int, per_held_ps: int, running: int, held: int) 
 
 
 def _reference_ns(model: list[int]) -> int:
-    """How long a step of some requests with some context, and of some prompt tokens, takes."""
+    found: int = reference_ns([max(0, word) for word in model])
+    return found
+
+
+def reference_ns(model: Any) -> Any:
+    """How long a step of some requests with some context, and of some prompt tokens, takes.
+
+    Args:
+        model: of one rank, words that are not negative; or columns of many.
+    """
     return (
-        model[0]
-        + _REFERENCE_BATCH * max(0, model[1])
-        + _REFERENCE_TOKENS * max(0, model[2])
-        + (_REFERENCE_HELD * max(0, model[6]) >> 10)
+        model[0] + _REFERENCE_BATCH * model[1] + _REFERENCE_TOKENS * model[2] + (_REFERENCE_HELD * model[6] >> 10)
     )
 
 
@@ -97,13 +105,13 @@ def _means_of_alike(models: list[tuple[int, list[int]]]) -> dict[int, list[int]]
     """By reference time, the mean coefficients of the models whose times are alike; they come sorted."""
     found: dict[int, list[int]] = {}
     first = end = 0
-    sums = [0] * len(_COEFFICIENTS)
+    sums = [0] * len(COEFFICIENTS)
     for reference, _ in models:
         while end < len(models) and models[end][0] <= reference * LIKE:
-            sums = [total + models[end][1][i] for total, i in zip(sums, _COEFFICIENTS, strict=True)]
+            sums = [total + models[end][1][i] for total, i in zip(sums, COEFFICIENTS, strict=True)]
             end += 1
         while models[first][0] * LIKE < reference:
-            sums = [total - models[first][1][i] for total, i in zip(sums, _COEFFICIENTS, strict=True)]
+            sums = [total - models[first][1][i] for total, i in zip(sums, COEFFICIENTS, strict=True)]
             first += 1
         found[reference] = [total // (end - first) for total in sums]
     return found

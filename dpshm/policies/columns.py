@@ -18,16 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpshm.board.words import KV_ONE, WAITING_SHIFT
+from dpshm.policies.prepared import Prepared, PreparedArrays
 
-VECTOR_FROM = 32
+VECTOR_FROM = 16
 """Ranks from which on a view is made of arrays. The two forms cost the same at about this size."""
-NO_LIMIT = 1 << 40
-"""Tokens or requests, where a rank has met no limit."""
 OVERLOADED_KV = round(0.95 * KV_ONE)
 """A rank with a queue and more of its KV cache in use than this (the low 16 bits of a load word, so 95 %) is
 overloaded: what it admits next may push out what it runs."""
 
 Words: TypeAlias = NDArray[np.int64]
+_ZERO = np.array(0)
 
 
 class ListWork(msgspec.Struct, eq=False, gc=False):
@@ -35,11 +35,12 @@ class ListWork(msgspec.Struct, eq=False, gc=False):
 
     Attributes:
         tokens: prompt tokens that any front-end sent and the engine has not computed.
-        steps: by rank the words of `dpshm.board.layout.STEP_WORDS`: the running step, and the held context.
+        steps: a column for each of `dpshm.board.layout.STEP_WORDS`: the running step, and the held context.
         models: by rank the words of `dpshm.board.layout.MODEL_WORDS`: what the engine has learnt of its steps, as
             `dpshm.policies.comparable` gives them. They may be some tenths of a second old.
         now_ns: CLOCK_MONOTONIC.
         lockstep: whether the ranks step together, so that a step lasts as long as the slowest rank's.
+        prepared: `dpshm.policies.prepared.prepare` of `models`, where it was made before.
     """
 
     tokens: list[int]
@@ -47,42 +48,63 @@ class ListWork(msgspec.Struct, eq=False, gc=False):
     models: list[list[int]]
     now_ns: int
     lockstep: bool = False
+    prepared: Prepared | None = None
 
 
-class PreparedModels(msgspec.Struct, eq=False, gc=False):
-    """Models of many ranks, worked out once for many decisions: arrays by rank, and the least of two of them.
+class ArrayRows:
+    """The arrays of one decision over many ranks: rows of one matrix, which a policy may multiply as a whole.
 
     Attributes:
-        base_and_request: of a step with the new request alone.
-        least_chunk, least_running: the least over the ranks.
-        most_held: the most over the ranks of `per_held`.
+        steps: shape (3, ranks): `ends`, `step_tokens` and `held`, as `ListWork.steps`.
+        counts: shape (2, ranks): `requests` and `tokens`.
+        terms: shape (5, ranks): `held`, `requests`, `tokens`, and two rows that `subtract` fills.
     """
 
-    base_and_request: Words
-    per_request: Words
-    per_token: Words
-    chunk: Words
-    chunk_less_one: Words
-    running_less_one: Words
-    ending: Words
-    per_held: Words
-    least_chunk: int
-    least_running: int
-    most_held: int
+    __slots__ = (
+        *("steps", "counts", "terms", "_left", "_now"),
+        *("ends", "held", "requests", "rest", "step_tokens", "tokens", "unseen"),
+    )
+
+    def __init__(self, ranks: int) -> None:
+        rows: Words = np.empty((7, ranks), np.int64)
+        self.steps, self.counts, self.terms, self._left = rows[:3], rows[3:5], rows[2:], rows[5:]
+        self.ends, self.step_tokens, self.held, self.requests, self.tokens, self.unseen, self.rest = rows
+        self._now = np.array(0)
+
+    def subtract(self, now_ns: int) -> None:
+        """Fills `unseen`, prompt tokens that the running step leaves, and `rest`, ns that are left of it."""
+        self._now.fill(now_ns)
+        np.subtract(self.tokens, self.step_tokens, self.unseen)
+        np.subtract(self.ends, self._now, self.rest)
+        np.maximum(self._left, _ZERO, out=self._left)
+
+    @classmethod
+    def of(cls, requests: Sequence[int], tokens: Sequence[int], steps: Sequence[Sequence[int]]) -> ArrayRows:
+        """Of these numbers, given as `ListColumns` and `ListWork` have them."""
+        rows = cls(len(requests))
+        rows.requests[:], rows.tokens[:], rows.steps[:] = requests, tokens, steps
+        return rows
 
 
 class ArrayWork(msgspec.Struct, eq=False, gc=False):
-    """The same of many ranks: `tokens` of shape (ranks,), `steps` (ranks, 3), `models` (ranks, 7).
+    """As `ListWork`, of many ranks; `models` has the shape (ranks, 7)."""
 
-    `prepared` is `dpshm.policies.work.prepare` of `models`, where it was made before.
-    """
-
-    tokens: Words
-    steps: Words
+    rows: ArrayRows
     models: Words
     now_ns: int
-    prepared: PreparedModels | None = None
     lockstep: bool = False
+    prepared: PreparedArrays | None = None
+
+    @property
+    def tokens(self) -> Words:
+        """As `ListWork.tokens`."""
+        tokens: Words = self.rows.tokens
+        return tokens
+
+    @property
+    def steps(self) -> Words:
+        """As `ListWork.steps`."""
+        return self.rows.steps
 
 
 class ListColumns(msgspec.Struct, eq=False, gc=False):
@@ -96,6 +118,7 @@ class ListColumns(msgspec.Struct, eq=False, gc=False):
         num_frontends: live front-ends.
         work: tokens and step times, if the policy asked for them.
         weights: speeds of the ranks relative to each other; None: they are equal.
+        ages_ns: by rank, how old its row may be; None: all ranks are of this node.
     """
 
     ranks: list[int]
@@ -105,6 +128,7 @@ class ListColumns(msgspec.Struct, eq=False, gc=False):
     num_frontends: int
     work: ListWork | None = None
     weights: list[float] | None = None
+    ages_ns: list[int] | None = None
 
     def free(self) -> list[int]:
         """The ranks that may be chosen and are not overloaded, in their order; if all are, all of them."""
@@ -119,7 +143,13 @@ class ListColumns(msgspec.Struct, eq=False, gc=False):
             times: if each rank that is not overloaded scores more than so many times the least of all, an
                 overloaded one is taken after all.
         """
-        best = min(self.ranks, key=scores.__getitem__)
+        best = -1
+        if len(self.ranks) == len(scores) and type(scores) is list:  # all ranks: without a call for each
+            least = min(scores)
+            if scores.count(least) == 1:
+                best = scores.index(least)
+        if best < 0:
+            best = min(self.ranks, key=scores.__getitem__)
         # `is_overloaded`, written out. It is rare, so it comes last: the least of all is the least of the free.
         word = self.load[best]
         if word >> WAITING_SHIFT > 0 and word & KV_ONE > OVERLOADED_KV:
@@ -139,6 +169,7 @@ class ArrayColumns(msgspec.Struct, eq=False, gc=False):
     num_frontends: int
     work: ArrayWork | None = None
     weights: NDArray[np.float64] | None = None
+    ages_ns: list[int] | None = None
 
     def free(self) -> Words:
         """As `ListColumns.free`."""
@@ -175,7 +206,7 @@ def columns_of(few: ListColumns) -> Columns:
     ranks, load, requests = (np.array(row, np.int64) for row in (few.ranks, few.load, few.requests))
     work = None
     if few.work is not None:
-        tokens, steps, models = (np.array(r, np.int64) for r in (few.work.tokens, few.work.steps, few.work.models))
-        work = ArrayWork(tokens, steps, models, few.work.now_ns, lockstep=few.work.lockstep)
+        rows = ArrayRows.of(few.requests, few.work.tokens, few.work.steps)
+        work = ArrayWork(rows, np.array(few.work.models, np.int64), few.work.now_ns, few.work.lockstep)
     weights = None if few.weights is None else np.array(few.weights)
     return ArrayColumns(ranks, load, requests, few.own, few.num_frontends, work, weights)

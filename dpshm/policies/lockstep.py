@@ -23,15 +23,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from dpshm.policies.columns import ArrayColumns, ListColumns, Words
+from dpshm.policies.columns import ArrayColumns, ListColumns
+from dpshm.policies.prepared import PS_SHIFT, Words
 from dpshm.policies.view import Request
 
 DECODE_STEPS = 64
 """Steps of its life for which a request's decode load counts. bench/ROUTING.md has 16 to 1024."""
 OWN_SHIFT = 3
 """The wait of the request itself counts as an eighth."""
-PS_SHIFT = 10
-"""From picoseconds to nanoseconds, near enough."""
 _PREFILL_WEIGHT = 1 << OWN_SHIFT
 _DECODE_WEIGHT = DECODE_STEPS << OWN_SHIFT
 _PREFILL_ARRAY, _DECODE_ARRAY, _PS_SHIFT_ARRAY, _ZERO = map(
@@ -50,13 +49,14 @@ def lockstep_of_few(columns: ListColumns, request: Request, waits: list[int]) ->
     work = columns.work
     assert work is not None
     _, per_request, per_token, _, _, _, per_held = work.models[0]
+    _, step_tokens, held = work.steps
     backlogs = [
-        waiting - step[1] if waiting > step[1] else 0
-        for waiting, step in zip(work.tokens, work.steps, strict=False)
+        waiting - computed if waiting > computed else 0
+        for waiting, computed in zip(work.tokens, step_tokens, strict=False)
     ]
     loads = [
-        per_request * requests + (per_held * (step[2] + waiting) >> PS_SHIFT)
-        for requests, waiting, step in zip(columns.requests, work.tokens, work.steps, strict=False)
+        per_request * requests + (per_held * (context + waiting) >> PS_SHIFT)
+        for requests, waiting, context in zip(columns.requests, work.tokens, held, strict=False)
     ]
     own = max(1, request.prompt_tokens)
     backlog_left = max(backlogs) - own
@@ -78,12 +78,12 @@ def lockstep_of_many(columns: ArrayColumns, request: Request, waits: Words) -> W
     work = columns.work
     assert work is not None
     _, per_request, per_token, _, _, _, per_held = work.models[0]
-    step_tokens = work.steps[:, 1]
+    _, step_tokens, held = work.steps
     own = np.array(max(1, request.prompt_tokens))
     backlog = np.maximum(work.tokens, step_tokens)
     backlog -= step_tokens
     backlog -= np.maximum.reduce(backlog) - own
-    load: Words = work.steps[:, 2] + work.tokens
+    load: Words = held + work.tokens
     load *= per_held
     load >>= _PS_SHIFT_ARRAY
     load += columns.requests * per_request

@@ -15,10 +15,12 @@ than `PACE_FAST` or more than `PACE_SLOW` times their expectation on average, th
 `FORGETTING_FAST` a step until the average is near 1 again. Noise does not reach these bounds: where equal steps
 vary by half, the average varies by a tenth.
 
-Three more things are learnt for who has to wait. `chunk_tokens`: the most prompt tokens that a step computed
-while more were left, so that a long backlog can be counted in steps. `max_running`: how many requests ran when
-some steps in a row left others waiting although they had tokens to spare: the batch or the KV cache was full.
-`ending_ns`: the mean time from one request's end to the next: how fast the queue moves once an engine is full.
+Three more things are learnt for who has to wait. `chunk_tokens`: the most prompt tokens that a step computed, once
+a step has left some, so that a long backlog can be counted in steps. `max_running`: how many requests ran when
+some steps in a row left others waiting although they had tokens to spare: the batch or the KV cache was full. It
+is forgotten when more run and none waits, and after `LIMIT_STEPS` without a queue: a KV cache that was full of a
+few long contexts has room for many short ones. `ending_ns`: the mean time from one request's end to the next: how
+fast the queue moves once an engine is full.
 
 Pure: no clock, no memory map. `Engine` stores the words (`dpshm.board.layout.STEP_MODEL_WORDS`) on the board; the
 simulator hands the same words to the same policies.
@@ -60,6 +62,8 @@ OUTLIER_FACTOR = 4.0
 many times: a stray one does little, and an engine that has become slow is still followed."""
 BLOCKED_STEPS = 3
 """Steps in a row that leave requests waiting, before the engine counts as full."""
+LIMIT_STEPS = 500
+"""Steps that leave none waiting, before the engine no longer counts as full at what ran then."""
 _BATCH_UNIT, _TOKEN_UNIT, _HELD_UNIT = 16.0, 1024.0, 65536.0  # of the order of base: one ridge suits all four
 
 
@@ -80,12 +84,15 @@ class StepModel:
         self._theta = (0.0, 0.0, 0.0, 0.0)
         # Weighted sums: of 1, batch, tokens, held tokens and their products, then of the duration with each.
         self._sums = (0.0,) * 14
+        self._seen: list[tuple[int, int, int, int, int]] = []  # steps of which nothing is learnt yet
         self._finished = 0  # since the last step ended
         self._finished_told = 0  # of those, the ones that `after_step` has seen
         self._finished_in_step = 0
         self._busy_ns = self._ended = 0.0  # weighted: time, and requests that ended in it
         self.step_tokens: int | None = None
+        self._most_tokens = 0  # prompt tokens of the step that computed most
         self._blocked = self._blocked_running = 0  # steps in a row, and the most requests that ran in them
+        self._without_queue = 0  # steps that left none waiting, since the engine was full
 
     def begin(self, now_ns: int, prefill_tokens: int, batch: int, held_tokens: int = 0) -> None:
         """A step begins; afterwards `words` say when it should end and what it computes, as far as is known.
@@ -118,18 +125,20 @@ class StepModel:
         words = self.words
         self._steps += 1
         self._prompt_steps += prefill_tokens > 0
-        self._busy_ns = self._busy_ns * FORGETTING + duration_ns
-        self._ended = self._ended * FORGETTING + self._finished
+        # Learnt together: caches are cold after a step, and code that runs once in eight steps warms them once.
+        self._seen.append((duration_ns, prefill_tokens, batch, held_tokens, self._finished))
         # Engines count those that a step finished before it ends or after: of both kinds, once.
         self._finished_in_step = self._finished - self._finished_told
         self._finished = self._finished_told = 0
         self.step_tokens = prefill_tokens
-        self._take(float(duration_ns), prefill_tokens, batch, held_tokens)
         words[STEP_END] = words[STEP_TOKENS] = 0
         words[HELD_TOKENS] = held_tokens if held_after is None else held_after
-        words[ENDING_NS] = int(self._busy_ns / self._ended) if self._ended >= 1.0 else 0
         if self._steps % SOLVE_EVERY == 0 or self._steps < SOLVED_EACH:
+            for step in self._seen:
+                self._take(*step)
+            self._seen.clear()
             self._solve()
+            words[ENDING_NS] = int(self._busy_ns / self._ended) if self._ended >= 1.0 else 0
             if self._steps >= MIN_STEPS and self._prompt_steps >= MIN_PROMPT_STEPS:
                 base, per_batch, tokens, held = self._theta
                 # Base is never published as 0, which means "not learnt".
@@ -154,8 +163,11 @@ class StepModel:
             words[HELD_TOKENS] = 0
         self._finished_told = self._finished
         running += self._finished_in_step + self._finished
-        if tokens > words[CHUNK_TOKENS] and (words[CHUNK_TOKENS] or prefill_backlog):
-            words[CHUNK_TOKENS] = tokens
+        # A step shows what it can do also where it leaves nothing. Of short prompts that a full batch kept waiting
+        # the first step that leaves some may be a small one.
+        self._most_tokens = max(self._most_tokens, tokens)
+        if words[CHUNK_TOKENS] or (tokens and prefill_backlog):
+            words[CHUNK_TOKENS] = max(words[CHUNK_TOKENS], self._most_tokens)
         # A request that came in while the step ran waits too, but not for long: not for three steps in a row.
         # In vLLM decoding requests take tokens of the same budget: a full step then computes fewer of prompts.
         if waiting and (tokens + running < words[CHUNK_TOKENS] or not tokens):
@@ -163,8 +175,13 @@ class StepModel:
             self._blocked_running = max(self._blocked_running, running)
             if self._blocked >= BLOCKED_STEPS:
                 words[MAX_RUNNING] = self._blocked_running
-        else:
-            self._blocked = self._blocked_running = 0
+                self._without_queue = 0
+            return
+        self._blocked = self._blocked_running = 0
+        if words[MAX_RUNNING] and not waiting:
+            self._without_queue += 1
+            if running > words[MAX_RUNNING] or self._without_queue >= LIMIT_STEPS:
+                words[MAX_RUNNING] = 0
 
     def expect(self, prefill_tokens: int, batch: int, held_tokens: int = 0) -> float:
         """How long such a step should take, in ns."""
@@ -176,8 +193,10 @@ class StepModel:
             + per_held * (held_tokens / _HELD_UNIT)
         )
 
-    def _take(self, y: float, prefill_tokens: int, batch: int, held_tokens: int) -> None:
-        f = FORGETTING
+    def _take(self, duration_ns: int, prefill_tokens: int, batch: int, held_tokens: int, finished: int) -> None:
+        f, y = FORGETTING, float(duration_ns)
+        self._busy_ns = self._busy_ns * f + y
+        self._ended = self._ended * f + finished
         if self._steps > MIN_STEPS:
             expected = self.expect(prefill_tokens, batch, held_tokens)
             y = min(y, OUTLIER_FACTOR * expected)

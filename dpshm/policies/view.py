@@ -116,7 +116,7 @@ class Work(msgspec.Struct, frozen=True, eq=False, dict=True):
         return self._model(6)
 
     def _step(self, item: int) -> list[int]:
-        return [int(row[item]) for row in self.columns.steps]
+        return _listed(self.columns.steps[item])
 
     def _model(self, item: int) -> list[int]:
         return [int(row[item]) for row in self.columns.models]
@@ -198,6 +198,15 @@ class View(msgspec.Struct, frozen=True, eq=False, dict=True):
         """Speeds relative to the other ranks, as `Frontend.attach` was told; 1.0 each if it was not."""
         weights = self.columns.weights
         return [1.0] * len(self.columns.load) if weights is None else list(map(float, weights))
+
+    @property
+    def ages_ns(self) -> list[int]:
+        """How old each rank's row may be, in ns, where rows come from other nodes; 0 for a rank of this node.
+
+        What this front-end booked, and other front-ends of its node, is never old.
+        """
+        ages_ns = self.columns.ages_ns
+        return [0] * len(self.columns.load) if ages_ns is None else ages_ns
 
     @property
     def num_frontends(self) -> int:

@@ -16,7 +16,8 @@ The first is the work in front of it. The second is the wait for room, if that m
 
 Ranks are compared by more than this wait (`scores_of_few`). Independent ranks:
 
-    wait + `DECODE_STEPS` * decode load + per_token * own tokens that are not cached * requests / 8
+    wait + `DECODE_STEPS` * decode load + per_token * delaying tokens * requests / 8
+    delaying tokens = its own that are not cached, at most `DELAY_TOKENS`
 
 The second term is what the request will feel while it decodes: a rank with long contexts is slow for all its life.
 The third is the delay that its prompt brings to the requests that run there. Without the two, long prompts meet on
@@ -47,35 +48,31 @@ from typing import ClassVar
 import msgspec
 import numpy as np
 
-from dpshm.policies.columns import NO_LIMIT, ArrayColumns, ListColumns, PreparedModels, Words
+from dpshm.policies.columns import ArrayColumns, ArrayRows, ArrayWork, ListColumns, ListWork, is_overloaded
 from dpshm.policies.counts import least_loaded
 from dpshm.policies.lockstep import lockstep_of_few, lockstep_of_many
+from dpshm.policies.prepared import (
+    DECODE_STEPS,
+    DELAY_SHIFT,
+    DELAY_TOKENS,
+    NO_LIMIT,
+    PS_SHIFT,
+    REST_STEPS,
+    PreparedArrays,
+    Words,
+    prepare,
+    prepare_arrays,
+)
+from dpshm.policies.usual import usual_of_few, usual_of_many
 from dpshm.policies.view import Request, View
 
-REST_STEPS = 4
-"""The rest of a running step counts as at most so many steps of its kind: neither a clock that jumps nor a damaged
-word keeps a rank out of routing."""
-_REST_STEPS_ARRAY = np.array(REST_STEPS)
-DECODE_STEPS = 16
-"""So many steps in which the request decodes count beside its wait. Outputs have more, but the wait for the first
-token is felt as such. bench/ROUTING.md has 0 to 64."""
-_DECODE_STEPS_ARRAY = np.array(DECODE_STEPS)
-DELAY_SHIFT = 3
-"""The delay of others counts as an eighth. Counted in full it would send long prompts to ranks with few requests
-whatever waits there. An eighth decides between ranks at which this request would wait about equally long."""
-_DELAY_SHIFT_ARRAY = np.array(DELAY_SHIFT)
 OVERLOADED_FROM = 1.5
 """An overloaded rank is taken if each of the others scores more than so many times as much. A rank whose
 next prompt is too long for what is left of its KV cache has a queue that grows, and is not overloaded. Where all
 others are, it got every request: with caches of 400,000 tokens on the Mooncake trace at 3x (8 seeds) the mean time
 to first token falls from 0.63 to 0.60 of vLLM's with this rule, in lockstep the p99 from 1.26 to 1.14."""
-PS_SHIFT = 10
-"""From picoseconds to nanoseconds, near enough."""
-_PS_SHIFT_ARRAY = np.array(PS_SHIFT)
-_LOOK_FROM = 256
 _NEVER_NS = 1 << 63
-_NO_DELAY = 1 << 10
-"""Shifts a delay away, however large."""
+_PS_SHIFT, _DELAY_TOKENS = np.array(PS_SHIFT), np.array(DELAY_TOKENS)
 
 
 class LeastWork(msgspec.Struct, frozen=True):
@@ -87,12 +84,31 @@ class LeastWork(msgspec.Struct, frozen=True):
         """See `dpshm.policies.Policy`."""
         columns = view.columns
         if isinstance(columns, ListColumns):
-            if columns.work is None or not columns.work.models[0][0]:
-                return least_loaded(view, request)
-            return columns.least(scores_of_few(columns, request), OVERLOADED_FROM)
-        if columns.work is None or not columns.work.models[0, 0]:
+            return self._of_few(view, columns, request)
+        work = columns.work
+        if work is None or not work.models[0, 0]:
             return least_loaded(view, request)
-        return columns.least(scores_of_many(columns, request), OVERLOADED_FROM)
+        if request.cached is None and not work.lockstep:
+            models = work.prepared or prepare_arrays(work.models)
+            own = max(1, request.prompt_tokens)
+            best = usual_of_many(models, columns.ranks, work.rows, own, work.now_ns)
+            if best >= 0 and not is_overloaded(columns.load[best]):
+                return best
+        return columns.least(scores_of_many(columns, work, request), OVERLOADED_FROM)
+
+    def _of_few(self, view: View, columns: ListColumns, request: Request) -> int:
+        work = columns.work
+        if work is None or not work.models[0][0]:
+            return least_loaded(view, request)
+        if request.cached is None and not work.lockstep:
+            shared = (work.prepared or prepare(work.models)).shared
+            if shared is not None:
+                own = max(1, request.prompt_tokens)
+                rows = columns.requests, work.tokens, work.steps
+                best = usual_of_few(shared, columns.ranks, *rows, own, work.now_ns)
+                if best >= 0 and not is_overloaded(columns.load[best]):
+                    return best
+        return columns.least(scores_of_few(columns, work, request), OVERLOADED_FROM)
 
     def expected_ns(self, view: View, request: Request) -> list[int]:
         """By rank, nanoseconds from now to this request's first token; if none has learnt, a count of requests."""
@@ -103,18 +119,11 @@ class LeastWork(msgspec.Struct, frozen=True):
         return expected
 
 
-def scores_of_few(columns: ListColumns, request: Request) -> list[int]:
+def scores_of_few(columns: ListColumns, work: ListWork, request: Request) -> list[int]:
     """By rank, what `LeastWork` compares, of few ranks that have learnt."""
-    if columns.work is not None and columns.work.lockstep:
+    if work.lockstep:
         return lockstep_of_few(columns, request, expected_of_few(columns, request))
     return expected_of_few(columns, request, compared=True)
-
-
-def scores_of_many(columns: ArrayColumns, request: Request) -> Words:
-    """The same for arrays."""
-    if columns.work is not None and columns.work.lockstep:
-        return lockstep_of_many(columns, request, expected_of_many(columns, request))
-    return expected_of_many(columns, request, compared=True)
 
 
 def expected_of_few(columns: ListColumns, request: Request, *, compared: bool = False) -> list[int]:
@@ -125,94 +134,88 @@ def expected_of_few(columns: ListColumns, request: Request, *, compared: bool = 
         return [n + 1 for n in columns.requests]
     # In lockstep the step that runs ends for all at once: at no time is any of it left.
     now, own = _NEVER_NS if work.lockstep else work.now_ns, request.prompt_tokens
-    # Without a comparison neither the decode load nor the delay counts: no test of it for each rank.
-    decode_steps, delay_shift = (DECODE_STEPS, DELAY_SHIFT) if compared else (0, _NO_DELAY)
     # At least one token of a prompt is computed, whatever is cached.
     prompts = repeat(max(1, own)) if request.cached is None else [max(1, own - n) for n in request.cached]
+    decode_steps = DECODE_STEPS if compared else 0
     scores = []
     # One item a rank in each; `strict` would cost a tenth of the decision.
-    by_rank = zip(columns.requests, work.tokens, work.steps, work.models, prompts)  # noqa: B905
-    for requests, waiting, (step_end, step_tokens, held), model, uncached in by_rank:
+    by_rank = zip(columns.requests, work.tokens, *work.steps, work.models, prompts)  # noqa: B905
+    for requests, waiting, step_end, step_tokens, held, model, uncached in by_rank:
         base, per_request, per_token, chunk, max_running, ending, per_held = model
+        base += per_request
         tokens = uncached
         if waiting > step_tokens:
             tokens += waiting - step_tokens
-        load = per_request * requests
-        if per_held:
-            load += per_held * (held + waiting) >> PS_SHIFT
-        ns = base + per_request + load
+        load, context_ps = per_request * requests, per_held * (held + waiting)
+        ns = base + load + decode_steps * load + (context_ps + decode_steps * context_ps >> PS_SHIFT)
+        ns += per_token * tokens
+        if compared:
+            ns += (per_token * (uncached if uncached < DELAY_TOKENS else DELAY_TOKENS) >> DELAY_SHIFT) * requests
+        load += context_ps >> PS_SHIFT
         if 0 < chunk < tokens:
-            ns *= -(-tokens // chunk)
-        ns += per_token * (tokens + (uncached * requests >> delay_shift))
-        if requests >= max_running and (wait := ending * (requests + 1 - max_running)) > ns:
-            ns = wait
-        if (rest := step_end - now) > 0:
-            most = REST_STEPS * (base + per_request + per_token * step_tokens)
-            ns += rest if rest < most else most
-        scores.append(ns + decode_steps * load)
+            ns += (-(-tokens // chunk) - 1) * (base + load)
+        if requests >= max_running:
+            ns = max(ns, ending * (requests + 1 - max_running) + decode_steps * load)
+        if step_end > now:
+            ns += min(step_end - now, REST_STEPS * (base + per_token * step_tokens))
+        scores.append(ns)
     if compared and request.cached is not None:
         return [ns - hit for ns, hit in zip(scores, request.cached, strict=False)]
     return scores
 
 
-def expected_of_many(columns: ArrayColumns, request: Request, *, compared: bool = False) -> Words:
-    """The same for arrays."""
+def scores_of_many(columns: ArrayColumns, work: ArrayWork, request: Request) -> Words:
+    """`scores_of_few` for arrays."""
+    if work.lockstep:
+        return lockstep_of_many(columns, request, expected_of_many(columns, request))
+    return _expected_of_many(work, request, compared=True)
+
+
+def expected_of_many(columns: ArrayColumns, request: Request) -> Words:
+    """`expected_of_few` for arrays."""
     work = columns.work
     if work is None or not work.models[0, 0]:
         return columns.requests + 1
-    models = work.prepared or prepare(work.models)
-    requests, steps = columns.requests, work.steps
-    # Each call of numpy costs more than its arithmetic, and one with a Python number twice as much.
-    own = np.array(max(1, request.prompt_tokens))
+    return _expected_of_many(work, request)
+
+
+def _expected_of_many(work: ArrayWork, request: Request, *, compared: bool = False) -> Words:
+    models, rows = work.prepared or prepare_arrays(work.models), work.rows
+    requests, unseen, rest, terms = rows.requests, rows.unseen, rows.rest, rows.terms
+    weights, own = models.compared if compared else models.alone, max(1, request.prompt_tokens)
+    # Each call of numpy costs more than its arithmetic, and one with a Python number twice as much. So most of the
+    # products and sums are one product of matrices.
+    rows.subtract(work.now_ns)
+    if work.lockstep:
+        terms, weights = terms[:-1], weights[:-1]  # without `rest`
+    else:
+        np.minimum(rest, models.rest_base + models.rest_per_token * rows.step_tokens, out=rest)
+    uncached = np.array(own)
+    ns: Words = np.add.reduce(weights * terms, 0) if models.shared is None else weights.dot(terms)
+    ns >>= _PS_SHIFT
+    ns += models.base_and_request
     if request.cached is not None:
-        own = np.maximum(own - np.array(request.cached), 1)
-    step_tokens = steps[:, 1]
-    tokens = np.maximum(work.tokens, step_tokens)
-    tokens -= step_tokens
-    tokens += own
-    load: Words = models.per_request * requests
-    if models.most_held:
-        held = steps[:, 2] + work.tokens
-        held *= models.per_held
-        held >>= _PS_SHIFT_ARRAY
-        load += held
-    ns: Words = load + models.base_and_request
-    # To divide many costs more than to look whether any has to be divided.
-    if models.least_chunk < NO_LIMIT and (
-        len(tokens) < _LOOK_FROM or np.maximum.reduce(tokens) > models.least_chunk
-    ):
-        ns *= (tokens + models.chunk_less_one) // models.chunk
+        uncached = np.maximum(uncached - np.array(request.cached), 1)
+    ns += models.per_token * uncached
     if compared:
-        delay = own * requests
-        delay >>= _DELAY_SHIFT_ARRAY
-        tokens += delay
-    tokens *= models.per_token
-    ns += tokens
-    if models.least_running < NO_LIMIT:
-        wait = requests - models.running_less_one
-        wait *= models.ending
+        ns += (models.per_token * np.minimum(uncached, _DELAY_TOKENS) >> DELAY_SHIFT) * requests
+    # To look for a rank that meets a limit costs less than to divide.
+    if models.least_chunk < NO_LIMIT and unseen[unseen.argmax()] + own > models.least_chunk:
+        steps = (unseen + uncached + models.chunk_less_one) // models.chunk
+        ns += (steps - 1) * (models.base_and_request + _load(models, rows))
+    if models.least_running < NO_LIMIT and requests[requests.argmax()] >= models.least_running:
+        wait = models.ending * (requests - models.running_less_one)
+        wait += DECODE_STEPS * compared * _load(models, rows)
+        if not work.lockstep:
+            wait += rest
         np.maximum(ns, wait, out=ns)
-    if not work.lockstep:
-        now = np.array(work.now_ns)
-        rest = np.maximum(steps[:, 0], now)
-        rest -= now
-        most = models.per_token * step_tokens
-        most += models.base_and_request
-        most *= _REST_STEPS_ARRAY
-        np.minimum(rest, most, out=rest)
-        ns += rest
-    if compared:
-        load *= _DECODE_STEPS_ARRAY
-        ns += load
-        if request.cached is not None:
-            ns -= np.array(request.cached, np.int64)
+    if compared and request.cached is not None:
+        ns -= np.array(request.cached, np.int64)
     return ns
 
 
-def prepare(models: Words) -> PreparedModels:
-    """Models of many ranks as decisions need them; from the array form of what `comparable` gives."""
-    base, per_request, per_token, chunk, max_running, ending, per_held = np.ascontiguousarray(models.T)
-    least = int(chunk.min()), int(max_running.min()), int(per_held.max())
-    return PreparedModels(
-        base + per_request, per_request, per_token, chunk, chunk - 1, max_running - 1, ending, per_held, *least
-    )
+def _load(models: PreparedArrays, rows: ArrayRows) -> Words:
+    load: Words = models.per_held * (rows.held + rows.tokens)
+    load >>= _PS_SHIFT
+    load += models.per_request * rows.requests
+    return load

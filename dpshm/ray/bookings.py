@@ -91,9 +91,12 @@ class Bookings:
             route.cancel()
 
     def ended(self, request_id: str) -> None:
-        """The request has ended, in whatever way."""
-        if (route := self._open.pop(request_id, None)) is not None:
-            route.done()
+        """The request has ended, in whatever way.
+
+        The booking is taken back, as one that was never received: at a rank of another node, what is not received
+        counts as late, and stays as long as requests come.
+        """
+        self.cancel(request_id)
 
     def close(self) -> None:
         """Gives all back."""

@@ -18,11 +18,13 @@ class Place(NamedTuple):
         node: Ray's id of the node that has the board.
         group: the group's name on that node.
         dp_rank: the replica's rank there.
+        relayed: whether all boards with relays have that row, under the same rank.
     """
 
     node: str
     group: str
     dp_rank: int
+    relayed: bool = False
 
     @classmethod
     def of(cls, metadata: dict[str, Any]) -> Self | None:

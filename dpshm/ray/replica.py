@@ -18,7 +18,7 @@ HOOK = "record_replica_metadata"
 CAPACITY = 64
 
 
-def register(replica: Any, *, capacity: int = CAPACITY) -> Engine:
+def register(replica: Any, *, capacity: int = CAPACITY, nodes: int | None = None) -> Engine:
     """Makes a replica visible to `BoardRouter`. Call it in the constructor of the deployment's class.
 
         @serve.deployment(request_router_config=RequestRouterConfig(request_router_class=BoardRouter))
@@ -33,6 +33,9 @@ def register(replica: Any, *, capacity: int = CAPACITY) -> Engine:
     Args:
         replica: the instance; it gets a method ``record_replica_metadata``, which adds to the one that it has.
         capacity: the most replicas of this deployment on one node.
+        nodes: the most nodes whose boards have relays between them: routers on each see the replicas and the
+            bookings of all. The first replica of a deployment decides. Default: the nodes that the cluster has
+            then. 1: no relay.
 
     Raises:
         RayServeException: this is not a replica of Ray Serve.
@@ -41,8 +44,10 @@ def register(replica: Any, *, capacity: int = CAPACITY) -> Engine:
     context = serve.get_replica_context()
     runtime = ray.get_runtime_context()
     group = group_name(runtime.gcs_address, context.app_name, context.deployment)
-    engine = _attach(group, runtime.get_node_id(), capacity)
-    place = Place(runtime.get_node_id(), group, engine.dp_rank)
+    if nodes is None:
+        nodes = sum(node["Alive"] for node in ray.nodes())
+    engine = _attach(group, runtime.get_node_id(), capacity, max(1, nodes))
+    place = Place(runtime.get_node_id(), group, engine.dp_rank, engine.board.nodes > 1)
     theirs = getattr(replica, HOOK, None)
 
     def record_replica_metadata() -> dict[str, Any]:
@@ -56,9 +61,9 @@ def register(replica: Any, *, capacity: int = CAPACITY) -> Engine:
 _engines: list[Engine] = []  # as long as the process lives, also where the replica drops its handle
 
 
-def _attach(group: str, node: str, capacity: int) -> Engine:
+def _attach(group: str, node: str, capacity: int, nodes: int) -> Engine:
     while True:
         try:
-            return Engine.attach(group, admit(group, node, capacity))
+            return Engine.attach(group, admit(group, node, capacity, nodes))
         except RowInUse:
             time.sleep(0.05)  # another process took it in between

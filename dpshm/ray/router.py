@@ -1,8 +1,9 @@
 """The request router for Ray Serve. Ray pickles this module by value, so it holds the router and no more.
 
-A request goes where the board says, among the replicas that have a row on this router's node. Two replicas drawn
-at random follow, of which Ray takes the one with the shorter queue, in case the first refuses. If some replicas
-have no row here (another node, not registered), Ray compares the board's choice with one of those.
+A request goes where the board of this router's node says, among the replicas that have a row there: those of this
+node, and those of other nodes if the boards have relays. Two replicas drawn at random follow, of which Ray takes
+the one with the shorter queue, in case the first refuses. If some replicas have no row (not registered, or on a
+node without a relay), Ray compares the board's choice with one of those.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class BoardRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         """Called by Ray Serve when the set of replicas changes."""
         super().update_replicas(replicas)
         found = {replica.replica_id: Place.of(replica.replica_metadata) for replica in replicas}
-        self._places = {r: p for r, p in found.items() if p is not None and p.node == self._self_node_id}
+        here = [p for p in found.values() if p is not None and p.node == self._self_node_id]
+        relayed = any(p.relayed for p in here)
+        self._places = {r: p for r, p in found.items() if p is not None and (p in here or (relayed and p.relayed))}
         if self._places and self._bookings is None:
             group = next(iter(self._places.values())).group
             self._bookings = Bookings(group, owner=f"ray-{os.getpid()}-{id(self) & 0xFFFF:x}")

@@ -6,24 +6,27 @@ salt. Two prompts therefore share a fingerprint exactly where they share a prefi
 
 The hash of block j, with secret 64-bit keys drawn from the group's key:
 
-    block_j       = mix(sum over k of token[k] * T[k])              T: one odd key a position in the block
+    block_j       = fold(sum over k of token[k] * T[k] + B)         T: one odd key a position, B: one more
     chain_j       = sum over i <= j of block_i * K[i]               K: one odd key a block of the prompt
-    fingerprint_j = mix(chain_j + start),  0 becomes 1              start: from the salt
+    fingerprint_j = fold(fold(chain_j + start) * M),  0 becomes 1   start: from the salt; M: an odd key
 
-All arithmetic is modulo 2**64, so numpy computes all blocks at once: a matrix product, a cumulative sum. Every
-block has a key of its own instead of a power of one number: sums of powers modulo 2**64 collide on Thue-Morse
-sequences whatever the number is.
+fold(x) is x ^ (x >> 32). The last line spreads what two chains differ in over all bits, and keeps them apart. All
+arithmetic is modulo 2**64, so numpy computes all blocks at once: a matrix product, a cumulative sum. Every block
+has a key of its own instead of a power of one number: sums of powers modulo 2**64 collide on Thue-Morse sequences
+whatever the number is.
 
-Collisions. For two given prompts that an author chose without the keys, a block differs with probability at least
-1 - 2**-(64 - z), where 2**z is the largest power of two that divides all differences of its tokens (z < 20 for a
-vocabulary below a million); the chain adds at most 2**-63 times the number of differing trailing zeros of a mixed
-word, which is 1 on average. A lookup of a fingerprint that is not there, among n fingerprints of a rank, is a
-false hit with probability n / 2**64: 4e-15 for a million tokens in blocks of 16. A false hit costs one computation
-of a prefix. It never changes an answer.
+Collisions. For two given prompts that an author chose without the keys, the sums of a block differ with
+probability at least 1 - 2**-(64 - z), where 2**z is the largest power of two that divides all differences of its
+tokens (z < 20 for a vocabulary below a million). `fold` keeps apart what differs, and brings the high bits of a
+difference, which its z low bits lack, into the low ones. Blocks whose differences end in v zero bits, which has
+probability 2**-v, cancel each other in the chain with probability 2**-(63 - v) at most: 2**-57 for all v together.
+A lookup of a fingerprint that is not there, among n fingerprints of a rank, is a false hit with probability
+n / 2**64: 4e-15 for a million tokens in blocks of 16. A false hit costs one computation of a prefix. It never
+changes an answer.
 
 Sources: the sum is the multilinear family of Carter and Wegman, "Universal classes of hash functions", JCSS 18(2),
 1979, in the form that Lemire and Kaser analyse, "Strongly universal string hashing is fast", Computer Journal
-57(11), 2014. `mix`: see `dpshm.rules.hashing`.
+57(11), 2014.
 """
 
 from __future__ import annotations
@@ -38,7 +41,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpshm.errors import SettingError
-from dpshm.rules.hashing import mix_array
 
 Tokens: TypeAlias = Iterable[int] | NDArray[Any] | memoryview
 """Token ids. Arrays and buffers of integers are read as they are; a list is converted, which costs as much as the
@@ -59,6 +61,7 @@ class FingerprintList(Protocol):
 MAX_TOKEN = (1 << 32) - 1
 _MASK = (1 << 64) - 1
 _DIGEST_BYTES = 32
+_HALF = np.uint64(32)
 _CHUNK = 1024  # keys of blocks are derived in chunks of so many
 
 
@@ -85,9 +88,11 @@ class PrefixHasher:
             raise SettingError(f"block_tokens is {block_tokens}: choose 1 to 4096, the KV cache's block size")
         self.block_tokens = block_tokens
         self._secret = key.to_bytes(8, "little")
-        self._token_keys = self._keys(b"token", 0, block_tokens)
+        keys = self._keys(b"token", 0, block_tokens + 1)
+        self._token_keys, self._block_start = keys[:-1], keys[-1]
+        (self._last_key,) = self._keys(b"last", 0, 1)
         self._block_keys = self._keys(b"block", 0, _CHUNK)
-        name = f"dpshm-1:{block_tokens}".encode()
+        name = f"dpshm-2:{block_tokens}".encode()
         self.identity = _number(blake2b(name, key=self._secret, digest_size=8).digest()) >> 1
 
     def start(self, *salts: str | bytes | int) -> int:
@@ -123,15 +128,20 @@ class PrefixHasher:
             more = self._keys(b"block", len(self._block_keys), len(self._block_keys) + _CHUNK)
             self._block_keys = np.concatenate((self._block_keys, more))
         matrix = ids[: blocks * size].reshape(blocks, size).astype(np.uint64)
-        chain = mix_array(matrix @ self._token_keys)
+        # Short arrays cost what numpy's calls cost: these are the fewest, in place, and ufuncs instead of methods.
+        chain = matrix @ self._token_keys
+        chain += self._block_start  # a block of zeros counts, too
+        chain ^= chain >> _HALF
         chain *= self._block_keys[:blocks]
-        np.cumsum(chain, out=chain)
+        np.add.accumulate(chain, out=chain)
         if start:
             chain += np.uint64(start)
-        found = mix_array(chain)
-        if not found.all():
-            found[found == 0] = 1
-        return found
+        chain ^= chain >> _HALF
+        chain *= self._last_key
+        chain ^= chain >> _HALF
+        if np.count_nonzero(chain) < blocks:
+            chain[chain == 0] = 1
+        return chain
 
     def _keys(self, purpose: bytes, first: int, end: int) -> NDArray[np.uint64]:
         """Odd 64-bit keys number `first` to `end` for a purpose."""
@@ -149,12 +159,7 @@ class Prompt:
 
     Pass it to `dpshm.Frontend.route` in the place of its tokens if the request may be routed again, or if prompts
     differ beside their tokens.
-
-    Attributes:
-        growth: by what factor a lookup's strides grow (`dpshm.board.prefix_index.PrefixIndexReader.match`).
     """
-
-    growth = 4
 
     def __init__(self, tokens: Tokens, *salts: str | bytes | int) -> None:
         """Keeps the tokens; arrays and buffers are not copied, so do not change them until the request is routed.
@@ -216,8 +221,8 @@ class DigestReducer:
     problem", Journal of Algorithms 25(1), 1997.
 
     Attributes:
-        fingerprint: a function of a digest, which gives 64 bits, never 0. An engine calls it for each block that
-            enters or leaves its cache.
+        fingerprint: a function of a digest, which gives 64 bits, never 0. Bytes after the first 32 do not count.
+            An engine calls it for each block that enters or leaves its cache.
     """
 
     def __init__(self, key: int) -> None:

@@ -7,6 +7,8 @@ position up to 16 and at eight positions in each octave from there on: the bound
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,8 +23,7 @@ SAMPLED_BLOCKS = (
     *(step << octave for octave in range(1, _OCTAVES + 1) for step in range(_STEPS + 1, 2 * _STEPS + 1)),
 )
 """How many leading blocks each sample covers: 1 to 16, 18, 20, ... 32, 36, ... 262,144."""
-_COUNTS: NDArray[np.int64] = np.array(SAMPLED_BLOCKS)
-_PLACES = _COUNTS - 1
+_PLACES: NDArray[np.intp] = np.array(SAMPLED_BLOCKS) - 1
 
 
 def samples_of(fingerprints: Fingerprints) -> Fingerprints:
@@ -32,4 +33,4 @@ def samples_of(fingerprints: Fingerprints) -> Fingerprints:
 
 def samples_within(blocks: int) -> int:
     """How many sampled blocks there are among so many leading blocks."""
-    return int(_COUNTS.searchsorted(blocks, "right"))
+    return bisect_right(SAMPLED_BLOCKS, blocks)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import weakref
+from contextlib import suppress
 from operator import index
 from pathlib import Path
 from typing import Any, Unpack
@@ -57,6 +58,7 @@ class Report(msgspec.Struct):
     metrics_address: tuple[str, int] | None = None
     error: str = ""
     error_type: str = ""
+    pid: int = 0
 
 
 class Process:
@@ -107,13 +109,54 @@ class Process:
         return f"<Process name={self.name!r} pid={self.pid} exitcode={self.exitcode}>"
 
 
+class Detached(Process):
+    """The same of a process that is no child of this one, so that whoever ends this one's children leaves it."""
+
+    def __init__(self, pid: int, name: str) -> None:
+        self.name, self.pid = name, pid
+        self.sentinel = os.pidfd_open(pid)
+        self._close_sentinel = weakref.finalize(self, os.close, self.sentinel)
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while the process runs; then 0: how it ended, only its parent knows."""
+        return None if self.is_alive() else 0
+
+    def is_alive(self) -> bool:
+        """Whether the process runs."""
+        return not self._ended(0)
+
+    def terminate(self) -> None:
+        """Asks the process to end."""
+        self._send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Ends the process (SIGKILL)."""
+        self._send(signal.SIGKILL)
+
+    def join(self, timeout: float | None = None) -> None:
+        """Waits until the process has ended, for `timeout` seconds at most."""
+        self._ended(None if timeout is None else timeout * 1000)
+
+    def _ended(self, timeout_ms: float | None) -> bool:
+        ended = select.poll()
+        ended.register(self.sentinel, select.POLLIN)
+        return bool(ended.poll(timeout_ms))
+
+    def _send(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.sentinel, number)
+
+
 class CoordinatorProcess:
     """Coordinates one group from a daemon process, until `close` or the end of this process.
 
     Takes the settings of `dpshm.coordinator.settings.Settings` as keyword arguments; `group` and `dp_size` are
     needed. With `hands_over` a SIGTERM from another process leaves a board that is in use, for the coordinator
     that is started next, and `close` removes it. If this process ends without `close`, the coordinator then serves
-    the engines and front-ends that live on, ends with the last of them and removes the board.
+    the engines and front-ends that live on, ends with the last of them and removes the board. With `detached` the
+    coordinator is no child of this process: one that kills this process with all its children leaves it, and it
+    removes the board.
 
     Attributes:
         settings: the settings.
@@ -132,17 +175,23 @@ class CoordinatorProcess:
         *,
         start_timeout_s: float = START_TIMEOUT_S,
         hands_over: bool = False,
+        detached: bool = False,
         **settings: Unpack[SettingsDict],
     ) -> None:
         self.settings = make_settings(**settings)
-        popen, report_fd = _start(self.settings, hands_over)
+        popen, report_fd = _start(self.settings, hands_over, detached)
         end_signal = _REMOVE if hands_over else signal.SIGTERM
         self.proc = Process(popen, f"dpshm-coordinator-{self.settings.group}", end_signal)
         self._owner_pid = os.getpid()
         self._started_s = time.monotonic()
         self._finalizer = weakref.finalize(self, _stop, self._owner_pid, self.proc, STOP_TIMEOUT_S)
         try:
-            report = _read_report(report_fd, self.proc, start_timeout_s)
+            report = _read_report(report_fd, self.proc, start_timeout_s, detached)
+            if detached:
+                popen.wait()
+                self._finalizer.detach()
+                self.proc = Detached(report.pid, self.proc.name)
+                self._finalizer = weakref.finalize(self, _stop, self._owner_pid, self.proc, STOP_TIMEOUT_S)
         except BaseException:
             self.close()
             raise
@@ -179,15 +228,20 @@ class CoordinatorProcess:
                 time.sleep(_LOOK_S)
                 board.segment.refresh()
 
-    def scale(self, dp_size: int) -> None:
-        """Changes the number of ranks; wave and phase stay.
+    def scale(self, dp_size: int, *, force: bool = False) -> None:
+        """Changes the number of ranks; wave and phase stay. Ranks in lockstep have to be at rest.
+
+        Args:
+            dp_size: the new number of ranks.
+            force: ranks in lockstep need not be at rest: they form a new collective while they run.
 
         Raises:
-            SettingError: the board has no room for so many.
+            SettingError: the board has no room for so many; or ranks in lockstep are not drained, have requests,
+                or are in a wave.
             NotHeeded: the process did not do it in time.
         """
         with Board.attach(self.settings.group) as board:
-            set_size(board, index(dp_size), curve_dir=self.settings.curve_dir)
+            set_size(board, index(dp_size), force=force, curve_dir=self.settings.curve_dir)
 
     def drain(self, dp_rank: int) -> None:
         """Takes a rank out of routing; it finishes the requests that it has.
@@ -247,12 +301,12 @@ class CoordinatorProcess:
         self.close()
 
 
-def _start(settings: Settings, hands_over: bool) -> tuple[subprocess.Popen[bytes], int]:
+def _start(settings: Settings, hands_over: bool, detached: bool) -> tuple[subprocess.Popen[bytes], int]:
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
     try:
         arguments = [
             *(sys.executable, "-P", "-c", _BOOT, _PACKAGE_ROOT),
-            *("dpshm-coordinator", str(os.getpid()), str(write_fd), str(int(hands_over))),
+            *("dpshm-coordinator", str(os.getpid()), str(write_fd), str(int(hands_over)), str(int(detached))),
             msgspec.json.encode(settings).decode(),
         ]
         # In a process group of its own: a Ctrl-C in the terminal is for the parent, which then ends its child.
@@ -265,12 +319,13 @@ def _start(settings: Settings, hands_over: bool) -> tuple[subprocess.Popen[bytes
     return popen, read_fd
 
 
-def _read_report(fd: int, proc: Process, timeout_s: float) -> Report:
+def _read_report(fd: int, proc: Process, timeout_s: float, detached: bool) -> Report:
     deadline = time.monotonic() + timeout_s
     data = b""
     readable = select.poll()  # select(2) refuses descriptors above 1023
     readable.register(fd, select.POLLIN)
-    readable.register(proc.sentinel, select.POLLIN)
+    if not detached:  # else that one ends at once
+        readable.register(proc.sentinel, select.POLLIN)
     while not data.endswith(
         b"\n"
     ):  # not until the end of the pipe: a forked child of this process may hold it open
@@ -311,14 +366,16 @@ def _stop(pid: int, proc: Process, timeout_s: float) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """The child: ``dpshm-coordinator PARENT_PID REPORT_FD HANDS_OVER SETTINGS_JSON``."""
-    _, parent_pid, report_fd, hands_over, settings_json = argv
+    """The child: ``dpshm-coordinator PARENT_PID REPORT_FD HANDS_OVER DETACHED SETTINGS_JSON``."""
+    _, parent_pid, report_fd, hands_over, detached, settings_json = argv
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s dpshm %(message)s")
     processes.ignore_interrupts()
     descriptors.raise_limit()
     settings: dict[str, Any] = msgspec.json.decode(settings_json)
     processes.set_title(f"dpshm-coord {settings.get('group')}")
     parent = processes.parent_pidfd(int(parent_pid))
+    if int(detached) and os.fork():
+        os._exit(0)
     request = EndRequest((signal.SIGTERM, _REMOVE))
     with os.fdopen(int(report_fd), "wb") as report:
         try:
@@ -327,7 +384,12 @@ def main(argv: list[str]) -> int:
             report.write(msgspec.json.encode(Report(error=str(e), error_type=type(e).__name__)) + b"\n")
             return 1
         addresses = (coordinator.stats_publish_address, *coordinator.engine_addresses, coordinator.metrics_address)
-        report.write(msgspec.json.encode(Report(*addresses)) + b"\n")
+        try:
+            report.write(msgspec.json.encode(Report(*addresses, pid=os.getpid())) + b"\n")
+            report.flush()
+        except BrokenPipeError:  # the parent waited no longer
+            coordinator.close()
+            os._exit(1)
     with coordinator:
         ended = select.poll()
         ended.register(parent, select.POLLIN)

@@ -1,7 +1,7 @@
 """Continuous batching on one rank, as a pure model: no clock, no socket, no randomness.
 
 `Batcher` schedules as vLLM does: first come, first served. Every step advances all decoding requests by one token
-and spends the rest of the token budget on prompts, in chunks. A caller runs ``step = batcher.plan()``, waits
+and spends the rest of its budget of tokens on prompts, in chunks. A caller runs ``step = batcher.plan()``, waits
 ``step.seconds``, and runs ``finished = batcher.finish(step)``. The same calls give the same answers. The cost of a
 call grows with the requests that change, not with all that run.
 
@@ -191,7 +191,7 @@ class Batcher:
     def plan(self) -> Step:
         """Makes room, admits the requests that fit, and plans the next step."""
         batch = output_tokens = self._make_room()
-        budget = self.cost.max_prompt_tokens
+        room = budget = max(0, self.cost.max_step_tokens - batch)
         begun = iter(tuple(self._prefilling))
         while budget and (request := next(begun, None) or self._admit()):
             computed = min(budget, request.prompt_left)
@@ -201,7 +201,7 @@ class Batcher:
             if self.prefixes is not None:
                 left = request.prompt_left - computed
                 self.prefixes.computed(request, request.prompt_tokens + request.generated - left)
-        prompt_tokens = self.cost.max_prompt_tokens - budget
+        prompt_tokens = room - budget
         held_tokens = self.held_tokens
         seconds = self.cost.seconds(prompt_tokens, batch, held_tokens)
         return Step(prompt_tokens, batch, output_tokens, seconds, held_tokens)

@@ -33,7 +33,7 @@ class StepCost(NamedTuple):
     per_prompt_token_s: float = 40e-6
     per_held_token_s: float = 65e-9
     max_running: int = 64
-    max_prompt_tokens: int = 4096  # a step
+    max_step_tokens: int = 4096  # a token of each decoding request, then of prompts
     kv_tokens: int = 400_000
     max_context: int | None = None  # of one request, prompt and output; None: what the KV cache holds
 

@@ -1,7 +1,7 @@
 """An API server's part: three hooks on its client class, and a link between one client and the board of its group.
 
     _ensure_stats_update_task   a client is about to listen to the coordinator's broadcast: the hook looks for the
-                                board first, and gives the client a link (`dpshm.vllm.client_links`)
+                                board first, and gives the client a link (`dpshm.vllm.client_link`)
     add_request_async           a client that was made outside an event loop gets its link before its first request
     process_engine_outputs      tokens are timed, and requests that finished leave the bookings
 
@@ -16,7 +16,8 @@ from importlib import import_module
 from typing import Any
 
 from dpshm.vllm import metrics
-from dpshm.vllm.client_links import LINK, BoardLink, ClientLink, WaveLink
+from dpshm.vllm.board_link import BoardLink
+from dpshm.vllm.client_link import LINK, ClientLink, WaveLink
 from dpshm.vllm.find import group_at
 from dpshm.vllm.follow import expects_board, wait_for_board
 from dpshm.vllm.log import logger

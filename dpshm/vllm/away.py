@@ -33,6 +33,8 @@ from dpshm.vllm.log import logger
 
 POLL_S = 0.05
 """How often the task looks at the board."""
+Process = tuple[int, int]
+"""A process: its pid and start time, as on the board."""
 OUTPUTS = "_dpshm_outputs"
 """The attribute of a client that leads to vLLM's output processor, which knows who waits for a request."""
 
@@ -52,17 +54,24 @@ def output_handler(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
 class AwayRanks:
     """The ranks of one client that died and are not back.
 
+    Args:
+        client: vLLM's.
+        board: the group's.
+        heard_from: called with a rank, and whether it is connected, when that changes.
+
     Attributes:
         ranks: their numbers.
     """
 
-    def __init__(self, client: Any, board: Board) -> None:
+    def __init__(self, client: Any, board: Board, heard_from: Callable[[int, bool], None]) -> None:
         self.ranks: set[int] = set()
+        self._heard_from = heard_from
         self._client = client
         self._board = board
         self._engines: dict[int, Any] = dict(zip(client.engine_ranks_managed, client.core_engines, strict=True))
-        self._processes: dict[int, tuple[int, int, int]] = {}  # of each rank: incarnation, pid, start time
-        self._dead: dict[int, int] = {}  # of each rank: the incarnation that died last
+        self._processes: dict[int, Process] = {}  # that have the ranks
+        self._dead: dict[int, Process] = {}  # of each rank: the one that died last
+        self._read: dict[int, Process] = {}  # of each rank: what the look before read
         self._calls: dict[Any, set[asyncio.Future[Any]]] = {engine: set() for engine in self._engines.values()}
         self._task: asyncio.Task[None] | None = None
         self._namespace = processes.namespace_inode("pid")
@@ -134,26 +143,30 @@ class AwayRanks:
     def _is_gone(self, rank: int, verdict: Verdict) -> bool:
         """Whether the process that had the rank when this looked last is gone."""
         board, known = self._board, self._processes.get(rank)
-        # SYNC: an engine stores its pid and start time before its incarnation (`dpshm.engine.row`), so that those
-        # of a new incarnation are its own. Its mark may still be that of the one before: the lock decides.
-        incarnation = int(board.engine_incarnation[rank])
-        if incarnation == self._dead.get(rank):
+        process = pid, started = int(board.engine_pid[rank]), int(board.engine_start_time[rank])
+        if process == self._dead.get(rank):
             return False  # a new process may have connected, and will take the row
-        pid = int(board.engine_pid[rank])
         if pid:
+            # SYNC: a process that takes a row stores its words one after the other, and this may read them between
+            # two stores. So another process has the row only once two looks have read the same of it.
+            settled, self._read[rank] = process == self._read.get(rank), process
+            if known is None and settled and started:
+                known = self._processes[rank] = process
             if known is None:
-                known = self._processes[rank] = incarnation, pid, int(board.engine_start_time[rank])
-            return known[0] != incarnation or (verdict is Verdict.DEAD and not board.engine_alive(rank))
+                return False
+            # Its mark may still be that of the one before: the lock decides.
+            return settled if process != known else verdict is Verdict.DEAD and not board.engine_alive(rank)
         if known is None or int(board.engine_mark[rank]) & ON_BEHALF:
             return False  # not here yet, or it reports through the coordinator
         # It gave its row up: it ends, or it goes on without us.
         is_visible = int(board.engine_pid_namespace[rank]) == self._namespace
-        return is_visible and processes.start_time(known[1]) != known[2]
+        return is_visible and processes.start_time(known[0]) != known[1]
 
     async def _lose(self, rank: int) -> None:
         client, engine = self._client, self._engines[rank]
         self.ranks.add(rank)
-        self._dead[rank] = self._processes.pop(rank)[0]
+        self._heard_from(rank, False)
+        self._dead[rank] = self._processes.pop(rank)
         lost = [request for request, its in client.reqs_in_flight.items() if its == engine]
         logger.warning(
             "dpshm: API server %d: rank %d died. %d requests that it had end with status 503; new ones go "
@@ -188,6 +201,7 @@ class AwayRanks:
             for rank, engine in self._engines.items():
                 if engine == identity and rank in self.ranks:
                     self.ranks.discard(rank)
+                    self._heard_from(rank, True)
                     logger.info("dpshm: API server %d: rank %d is back", self._client.client_index, rank)
 
 
@@ -203,7 +217,8 @@ async def _watch(of: weakref.ref[AwayRanks]) -> None:
         try:
             await away.look()
         except Exception:
-            logger.warning("dpshm: this API server no longer notices that a rank dies", exc_info=True)
+            if not away._client.input_socket.closed:  # else the server ends
+                logger.warning("dpshm: this API server no longer notices that a rank dies", exc_info=True)
             return
         del away
         await asyncio.sleep(POLL_S)

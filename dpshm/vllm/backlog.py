@@ -1,9 +1,10 @@
 """The prefill backlog of an engine: prompt tokens that it has received and not yet computed.
 
 The scheduler of vLLM keeps no such sum. A request is followed from its arrival until its prompt is computed or it
-ends. Only requests in the batch change from step to step, so an update goes through the batch and not through the
-queue. Followed requests outside the batch must be exactly those that wait. When the numbers differ (a request was
-aborted in the queue, or preempted and begins anew), the update goes through all requests once.
+ends. Only requests in the batch change from step to step. So an update goes through the batch, or through all that
+are followed where those are fewer, and never through a long queue. Followed requests outside the batch must be
+exactly those that wait. When the numbers differ (a request was aborted in the queue, or preempted and begins
+anew), the update goes through all requests once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ class PromptedRequest(Protocol):
     request_id: str
     num_prompt_tokens: int
     num_computed_tokens: int
+    status: object
 
     def is_finished(self) -> bool:
         """Whether the request finished or was aborted."""
@@ -55,8 +57,15 @@ class PrefillBacklog:
         cached: prompt tokens of all requests so far that were found in the engine's own cache.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, running: object) -> None:
+        """Follows none.
+
+        Args:
+            running: the `status` of a request that is in the batch.
+        """
+        self._running = running
         self._followed: dict[str, _Followed] = {}
+        self._batch = self._in_batch = 0  # of the last update: requests in the batch, and those of them followed
         self.tokens = 0
         self.cached = 0
 
@@ -72,6 +81,17 @@ class PrefillBacklog:
             self._followed[request.request_id] = known
             self.tokens += known.left
 
+    def is_current(self, num_running: int, num_waiting: int) -> bool:
+        """Whether nothing but requests that `add` was told of has changed since the last update, and no step.
+
+        Between two steps no request enters the batch. One that leaves it, or the queue, changes a number.
+
+        Args:
+            num_running: the number of requests that are running.
+            num_waiting: the number of requests that wait.
+        """
+        return num_running == self._batch and num_waiting == len(self._followed) - self._in_batch
+
     def update(
         self, batch: Collection[PromptedRequest], num_waiting: int, everything: Iterable[PromptedRequest]
     ) -> int:
@@ -86,21 +106,24 @@ class PrefillBacklog:
             Prompt tokens computed since the last update; those found in a cache do not count.
         """
         followed = self._followed
+        self._batch, self._in_batch = len(batch), 0
         if not followed and not num_waiting:
             return 0
         computed = in_batch = 0
-        for request in batch:
-            known = followed.get(request.request_id)
-            if known is not None:
-                computed += self._update_request(known)
-                if request.request_id in followed:
-                    in_batch += 1
+        if len(followed) > len(batch):
+            running = [followed[request.request_id] for request in batch if request.request_id in followed]
+        else:
+            running = [known for known in followed.values() if known.request.status == self._running]
+        for known in running:
+            computed += self._update_request(known)
+            in_batch += known.request.request_id in followed
         if len(followed) - in_batch != num_waiting:
             for known in list(followed.values()):
                 computed += self._update_request(known)
             for request in everything:
                 if request.request_id not in followed:
                     self.add(request)
+        self._in_batch = in_batch
         return computed
 
     def _update_request(self, known: _Followed) -> int:

@@ -95,16 +95,18 @@ class BookedReader:
 
     def __init__(self, board: Board) -> None:
         self._board = board
-        self._tables: dict[int, tuple[int, memoryview | None]] = {}
+        # By front-end: where on the board its incarnation is, the incarnation, and its table.
+        self._tables: dict[int, tuple[int, int, memoryview | None]] = {}
         self._warned = False
 
     def cached_tokens(self, frontend: int, request_id: str) -> int:
         """Prompt tokens of a request that its front-end expects to be cached and has not booked."""
-        incarnation = self._board.frontend_incarnation[frontend]
         known = self._tables.get(frontend)
-        if known is None or known[0] != incarnation:
-            known = self._tables[frontend] = (int(incarnation), self._open(frontend))
-        words = known[1]
+        at = self._board.index("frontend_incarnation", frontend) if known is None else known[0]
+        incarnation = self._board.words[at]
+        if known is None or known[1] != incarnation:
+            known = self._tables[frontend] = at, incarnation, self._open(frontend)
+        words = known[2]
         if words is None:
             return 0
         number = _hash(request_id)

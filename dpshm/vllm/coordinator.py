@@ -7,7 +7,7 @@ The factory stands for vLLM's class ``DPCoordinator``. It gives a handle with th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -21,6 +21,8 @@ from dpshm.vllm.options import Options
 from dpshm.vllm.supervisor import WatchedCoordinator
 
 GROUP_PREFIX = "vllm-"
+PREFIXES, NAMES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+"""Which variables vLLM copies to Ray actors, beside its own: by prefix, and by name."""
 FRONTENDS_TO_SPARE = 8
 """Rows for front-ends beyond one for each rank and API server: restarted servers, and tools."""
 
@@ -44,10 +46,26 @@ def coordinator_factory(stock: Callable[..., Any], options: Options) -> Callable
         except Exception:
             logger.warning("dpshm's coordinator did not start: vLLM starts its own", exc_info=True)
             return stock(parallel_config, *args, **kwargs)
+        coordinator.log_summaries(options.log_s)
         _announce(coordinator.settings, parallel_config, options)
+        if missing := not_for_actors(parallel_config, os.environ):
+            logger.warning(
+                "dpshm: vLLM does not pass %s to Ray actors: set them where `ray start` runs too, or set %s=DPSHM",
+                *(", ".join(missing), PREFIXES),
+            )
         return coordinator
 
     return dp_coordinator
+
+
+def not_for_actors(parallel_config: Any, environ: Mapping[str, str]) -> list[str]:
+    """The variables of dpshm that are set here and do not reach engines, because these are Ray actors."""
+    if getattr(parallel_config, "data_parallel_backend", None) != "ray":
+        return []
+    prefixes = tuple(filter(None, map(str.strip, environ.get(PREFIXES, "").split(","))))
+    names = {name.strip() for name in environ.get(NAMES, "").split(",")}
+    ours = [name for name in environ if name.startswith("DPSHM") and name not in names]
+    return sorted(name for name in ours if not (prefixes and name.startswith(prefixes)))
 
 
 def _free_name(group: str) -> str:

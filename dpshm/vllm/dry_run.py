@@ -28,7 +28,7 @@ import msgspec
 from dpshm.board.words import pack_control
 from dpshm.errors import DpshmError
 from dpshm.rules.waves import Phase
-from dpshm.vllm.client_links import BoardLink
+from dpshm.vllm.board_link import BoardLink
 from dpshm.vllm.engine_core import EngineLink
 from dpshm.vllm.options import Options
 
@@ -235,6 +235,9 @@ class _Board:
             cancel=lambda: ended.append("cancelled"),
         )
 
+    def heard_from(self, _: int) -> None:
+        """Has no coordinator to tell."""
+
     def expect_no_prompts(self) -> None:
         """Says nothing of prompts."""
 
@@ -285,13 +288,13 @@ def _client() -> None:
     board = _Board()
     link = BoardLink(client, "dry run", Options(), attach=lambda *_, **__: board)
     try:
+        _expect("what dp_engines_running says", client.dp_engines_running(), False)
         request = _request()
         _finish(client.add_request_async(request))
         _expect("where a request is sent", [(e, w) for _, e, w in sent], [(engines[CHOSEN], WAVE)])
         _expect("what vLLM notes of it", client.reqs_in_flight, {request.request_id: engines[CHOSEN]})
         _expect("the notices of a first request", told, [])
         _expect("whether a client listens before its first request", bool(listened), True)
-        _expect("what dp_engines_running says", client.dp_engines_running(), False)
         outputs = SimpleNamespace(finished_requests={request.request_id}, outputs=[], utility_output=None)
         _finish(core_client.DPLBAsyncMPClient.process_engine_outputs(client, outputs))
         _expect("what vLLM notes of a request that finished", client.reqs_in_flight, {})

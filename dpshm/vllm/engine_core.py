@@ -116,7 +116,8 @@ def _attach(core: Any) -> EngineLink | None:
         logger.warning("dpshm: engine %d goes on without a row", core.engine_index, exc_info=True)
         return None
     if group is not None:  # else the API servers, on another node, cannot see that it is gone
-        vars(core)[_ALONE] = not row.board.segment.header.waves
+        header = row.board.segment.header
+        vars(core)[_ALONE] = not header.waves and header.head_address is None  # one launcher restarts ranks
         logger.info("dpshm: engine %d publishes to the board of group %r", core.engine_index, group)
     return link
 
@@ -152,7 +153,7 @@ class EngineLink:
         self._core = core
         self._row: EngineRow | None = row
         self._scheduler = core.scheduler
-        self._backlog = PrefillBacklog()
+        self._backlog = PrefillBacklog(import_module("vllm.v1.request").RequestStatus.RUNNING)
         self._far = isinstance(row, CarriedRow)
         self._booked = BookedReader(row.board)
         self._prefix = PrefixCache.open(row, core.scheduler, core.engine_index)
@@ -165,9 +166,13 @@ class EngineLink:
         self._step: StepTimer | None = None
         self._counts: tuple[int, int] | None = None  # (running, waiting) after a step, until a message comes
         self._is_changed = False  # a message was handled since the last publish
+        self._is_cache_changed = True  # a step was made since, or a message handled that does more than add
+        self._usage = 0.0  # of the KV cache, as published
         self._lockstep = hasattr(core, "current_wave")
         self._shown_wave: tuple[int, bool] = 0, False
-        types = import_module("vllm.v1.engine").EngineCoreRequestType
+        self._shown_state: tuple[int, bool, bool] | None = None
+        engine = import_module("vllm.v1.engine")
+        types, self._preempted = engine.EngineCoreRequestType, engine.EngineCoreEventType.PREEMPTED
         self._add, self._wakeup, self._start_wave = types.ADD, types.WAKEUP, types.START_DP_WAVE
         self._count_tokens = import_module("vllm.utils").length_from_prompt_token_ids_or_embeds
         self._hooks = InstanceHooks(core)
@@ -217,6 +222,7 @@ class EngineLink:
 
         def _process_engine_step() -> Any:
             result = process_engine_step()
+            self._is_cache_changed = True
             self._safely(self._publish)
             return result
 
@@ -242,10 +248,12 @@ class EngineLink:
     def _handling(self, stock: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         def handle(request_type: Any, request: Any) -> Any:
             asleep = self._bells is not None and self._is_asleep()
-            if request_type == self._add:
+            is_added = request_type == self._add
+            if is_added:
                 self._safely(self._count_received, request[0])
             result = stock(request_type, request)
             self._is_changed, self._counts = True, None
+            self._is_cache_changed = self._is_cache_changed or not is_added
             self._safely(self._handled, request_type, request, asleep)
             return result
 
@@ -303,21 +311,26 @@ class EngineLink:
             self._forget_step()  # its requests were aborted
         if self._counts is None:
             running, waiting = scheduler.get_request_counts()
-            self._backlog.update(scheduler.running, waiting, scheduler.requests.values())
+            if not self._backlog.is_current(running, waiting):
+                self._backlog.update(scheduler.running, waiting, scheduler.requests.values())
         else:
             running, waiting = self._counts
-        if self._prefix is not None:
-            self._show_cache(self._prefix)
+        if self._is_cache_changed:  # not by a request that only came into the queue: it holds no blocks
+            self._is_cache_changed, self._usage = False, scheduler.get_kv_cache_usage()
+            if self._prefix is not None:
+                self._show_cache(self._prefix)
         self._is_changed, self._shown_wave = False, self._wave()
         # Not `has_work`: that is also true while the engine has only to tell which requests finished. It is in the
         # next wave by then, and would wake all ranks for nothing.
         (wave, steps), paused = self._shown_wave, core.is_scheduler_paused()
         running_wave = steps or (running and not paused) or scheduler.has_unfinished_requests()
-        row.show(wave, running=running_wave, paused=paused)
+        if (state := (wave, bool(running_wave), paused)) != self._shown_state:
+            self._shown_state = state
+            row.show(wave, running=state[1], paused=paused)
         row.publish(
             waiting=waiting,
             running=running,
-            kv_cache_usage=self._kv_cache_usage(),
+            kv_cache_usage=self._usage,
             prefill_backlog=max(0, self._backlog.tokens),
             step=self._steps,
         )
@@ -333,10 +346,6 @@ class EngineLink:
             self._cached_tokens = self._backlog.cached
         prefix.show()
 
-    def _kv_cache_usage(self) -> float:
-        get = getattr(self._scheduler, "get_kv_cache_usage", None)  # after 0.24
-        return float(get() if get is not None else self._scheduler.kv_cache_manager.usage)
-
     def _count_received(self, added: Any) -> None:
         self._expected = self._count(added.client_index, added.request_id, added.num_prompt_tokens)
 
@@ -346,7 +355,7 @@ class EngineLink:
             self._backlog.add(added, self._expected)
             if was_asleep and self._bells is not None and not core.is_scheduler_paused():
                 self._bells.ring(core.current_wave)
-        if not core.has_work():
+        elif not core.has_work():
             self._publish()  # the loop goes on waiting, and no other hook would publish
 
     def _is_asleep(self) -> bool:
@@ -393,8 +402,8 @@ class EngineLink:
     # Steps.
 
     def _timed(self, stock: Callable[[], Any], *, dummy: bool) -> Any:
-        if not dummy and not self._core.has_work():
-            return stock()
+        if not (dummy or self._scheduler.requests or self._core.batch_queue):
+            return stock()  # it only tells which requests finished, or has nothing to do
         self._safely(self._begin_step)
         result = stock()
         self._safely(self._end_step, None if dummy else result)
@@ -410,17 +419,13 @@ class EngineLink:
         """Counts a step; `result` is the result of ``step_fn``, None after a dummy batch."""
         assert self._row is not None
         assert self._step is not None
-        tokens = finished = preempted = 0
+        tokens, told = 0, []
         for of_client in (result[0] or {}).values() if result is not None else ():
-            for output in of_client.outputs:
-                tokens += len(output.new_token_ids)
-                finished += output.finish_reason is not None
-                if output.events:  # only while vLLM logs its stats
-                    preempted += sum(event.type.name == "PREEMPTED" for event in output.events)
-        if finished:
-            self._row.finished(finished)
-        if preempted:
-            self._row.preempted(preempted)
+            outputs = of_client.outputs
+            tokens += sum([len(output.new_token_ids) for output in outputs])
+            told += [output for output in outputs if output.finish_reason is not None or output.events]
+        if told:
+            self._count_told(told)
         scheduler = self._scheduler
         counts = scheduler.get_request_counts()
         prefilled = self._backlog.update(scheduler.running, counts[1], scheduler.requests.values())
@@ -434,6 +439,19 @@ class EngineLink:
         step.batch, step.prefill_tokens, step.held_tokens = tokens, prefilled, self._held_tokens
         step.__exit__(None, None, None)
         self._steps += 1
+
+    def _count_told(self, outputs: list[Any]) -> None:
+        """Counts the requests that finished or lost their place; events come only while vLLM logs its stats."""
+        assert self._row is not None
+        finished = preempted = 0
+        for output in outputs:
+            finished += output.finish_reason is not None
+            for event in output.events or ():
+                preempted += event.type is self._preempted
+        if finished:
+            self._row.finished(finished)
+        if preempted:
+            self._row.preempted(preempted)
 
     def _forget_step(self) -> None:
         if self._step is not None:

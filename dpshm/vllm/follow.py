@@ -5,14 +5,20 @@ engines. So the node's first engine starts a coordinator that follows that one (
 it begins its work. The node's other engines and its API servers wait for its board, `BOARD_TIMEOUT_S` at most.
 The follower ends with its engine; vLLM then ends the whole server.
 
+An engine of a dense model forgets how many ranks there are: vLLM makes it the only one of its own configuration,
+before it loads plugins. So the launcher notes the numbers in the configuration that it gives to its engines.
+
 It also follows vLLM's own coordinator, whose messages are the same. That one logs that it does not know some of
 the follower's subscriptions.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 from dpshm.linux import processes
@@ -25,6 +31,27 @@ from dpshm.vllm.options import Options
 BOARD_TIMEOUT_S = 15.0
 LOOK_S = 0.05
 _TCP = "tcp:"
+_SIZES = "_dpshm_sizes"
+"""The attribute of an engine's configuration with the numbers of ranks that there were: in all, on this node."""
+
+
+def sizes_noted(stock: Callable[..., None]) -> Callable[..., None]:
+    """The hook on ``CoreEngineProcManager.__init__``, before it starts engines: notes how many ranks there are.
+
+    Its signature stays, for the checks and hooks that come after it.
+    """
+
+    @functools.wraps(stock, assigned=())
+    def __init__(manager: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            given = inspect.signature(stock).bind(manager, *args, **kwargs).arguments
+            config = given["vllm_config"].parallel_config
+            vars(config)[_SIZES] = config.data_parallel_size, config.data_parallel_size_local
+        except Exception:
+            logger.debug("dpshm: a further node with dense ranks gets no board", exc_info=True)
+        stock(manager, *args, **kwargs)
+
+    return __init__
 
 
 def start_follower(core: Any, options: Options) -> CoordinatorProcess | None:
@@ -41,8 +68,11 @@ def start_follower(core: Any, options: Options) -> CoordinatorProcess | None:
     hybrid = getattr(config, "data_parallel_hybrid_lb", False)
     if not (hybrid or getattr(config, "data_parallel_external_lb", False)) or group_at(address) is not None:
         return None
-    if not hasattr(core, "current_wave"):
-        logger.info("dpshm: engine %d steps on its own, and its node gets no board", core.engine_index)
+    waves = hasattr(core, "current_wave")
+    known = (config.data_parallel_size, config.data_parallel_size_local) if waves else None
+    sizes = vars(config).get(_SIZES, known)
+    if sizes is None:
+        logger.info("dpshm: engine %d does not know how many ranks there are: no board here", core.engine_index)
         return None
     if getattr(config, "data_parallel_rank_local", 0):
         wait_for_board(address)
@@ -50,13 +80,15 @@ def start_follower(core: Any, options: Options) -> CoordinatorProcess | None:
     addresses = address, core.addresses.coordinator_input, core.addresses.coordinator_output
     try:
         follower = CoordinatorProcess(
+            detached=True,  # vLLM ends a server by killing its engines with their children
             group=options.group or f"{GROUP_PREFIX}{processes.tag(os.getppid())}",
-            dp_size=config.data_parallel_size,
-            dp_size_local=config.data_parallel_size_local,
+            dp_size=sizes[0],
+            dp_size_local=sizes[1],
             balancing="hybrid" if hybrid else "external",
+            waves=waves,
             head=",".join(addresses),
             counts_with_kv=counts_have_kv(),
-            max_frontends=max(64, config.data_parallel_size + FRONTENDS_TO_SPARE),
+            max_frontends=max(64, sizes[0] + FRONTENDS_TO_SPARE),
             stall_timeout_s=options.stall_timeout_s,
         )
     except Exception:
@@ -69,10 +101,11 @@ def start_follower(core: Any, options: Options) -> CoordinatorProcess | None:
 def expects_board(vllm_config: Any) -> bool:
     """Whether the node of an API server or engine gets a board, from its launcher or from its first engine."""
     config = getattr(vllm_config, "parallel_config", None)
-    balanced_by_node = any(
-        getattr(config, f"data_parallel_{kind}_lb", False) is True for kind in ("hybrid", "external")
-    )
-    return balanced_by_node and getattr(getattr(vllm_config, "model_config", None), "is_moe", False) is True
+    if getattr(config, "data_parallel_hybrid_lb", False) is True:
+        return True
+    # Dense ranks with external balancing are servers that know nothing of each other.
+    external = getattr(config, "data_parallel_external_lb", False) is True
+    return external and getattr(getattr(vllm_config, "model_config", None), "is_moe", False) is True
 
 
 def wait_for_board(address: str) -> str | None:

@@ -6,6 +6,8 @@
     v1.engine.core.EngineCoreProc.run_busy_loop    the thread that owns the scheduler begins its work: the hook
     v1.engine.core.DPEngineCoreProc.run_busy_loop  attaches the rank's row in that thread, and hooks the instance
                                                    (`dpshm.vllm.engine_core`)
+    v1.engine.utils.CoreEngineProcManager          an engine of a dense model still knows how many ranks there are
+      .__init__                                    (`dpshm.vllm.follow`)
     v1.engine.core_client.DPAsyncMPClient          an API server is about to listen to the broadcast: the hook
       ._ensure_stats_update_task                   finds the board and hooks the instance (`dpshm.vllm.api_server`)
       .add_request_async                           the first request passes the instance's hooks too
@@ -39,6 +41,7 @@ from dpshm.vllm.api_server import first_request, outputs_processor, stats_task
 from dpshm.vllm.away import output_handler
 from dpshm.vllm.coordinator import coordinator_factory
 from dpshm.vllm.engine_core import busy_loop, engine_dead
+from dpshm.vllm.follow import sizes_noted
 from dpshm.vllm.log import adopt_core, logger
 from dpshm.vllm.options import Options
 from dpshm.vllm.revival import made_manager, monitored, waited_for_startup
@@ -60,6 +63,7 @@ def install(options: Options) -> None:
     core = import_module("vllm.v1.engine.core")
     client = import_module("vllm.v1.engine.core_client")
     _wrap(utils, "DPCoordinator", lambda stock: coordinator_factory(stock, options))
+    _wrap(utils.CoreEngineProcManager, "__init__", sizes_noted)
     for kind in (core.EngineCoreProc, core.DPEngineCoreProc):
         _wrap(kind, "run_busy_loop", lambda stock: busy_loop(stock, options))
     _wrap(client.DPAsyncMPClient, "_ensure_stats_update_task", lambda stock: stats_task(stock, options))

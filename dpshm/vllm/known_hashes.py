@@ -7,8 +7,15 @@ answer.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TypeAlias
+
 MOST = 1 << 15
-"""Blocks in each of two generations: together up to a million tokens in blocks of 16, some 13 MB."""
+"""Blocks in each of two generations: together up to a million tokens in blocks of 16, some 20 MB."""
+
+
+Known: TypeAlias = tuple[int, bytes]
+"""Of a block: the fingerprint that an index has of its hash, and the hash."""
 
 
 class KnownHashes:
@@ -20,22 +27,22 @@ class KnownHashes:
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
-        self._young: dict[int, bytes] = {}
-        self._old: dict[int, bytes] = {}
+        self._young: dict[int, Known] = {}
+        self._old: dict[int, Known] = {}
 
     def __len__(self) -> int:
         """How many hashes are known; one that is in both generations counts twice."""
         return len(self._young) + len(self._old)
 
-    def get(self, name: int) -> bytes | None:
+    def get(self, name: int) -> Known | None:
         """The hash of that name; None if it is not known."""
         found = self._young.get(name)
         if found is None and (found := self._old.get(name)) is not None:
-            self.put(name, found)
+            self.put(((name, found),))
         return found
 
-    def put(self, name: int, digest: bytes) -> None:
-        """Keeps a hash."""
+    def put(self, known: Iterable[tuple[int, Known]]) -> None:
+        """Keeps what is known of blocks, by their names; the young generation may exceed its size by so many."""
         if len(self._young) >= self._most:
             self._old, self._young = self._young, {}
-        self._young[name] = digest
+        self._young.update(known)

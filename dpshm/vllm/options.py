@@ -25,6 +25,7 @@ class Options(msgspec.Struct, frozen=True):
             (`dpshm.linux.processes.tag`).
         stall_timeout_s: ``DPSHM_STALL_TIMEOUT_S``: see `dpshm.coordinator.settings.Settings`.
         shadow_log_s: ``DPSHM_SHADOW_LOG_S``: interval in seconds between the summaries of shadow mode.
+        log_s: ``DPSHM_LOG_S``: interval in seconds between the launcher's lines about the whole group; 0: none.
         any_version: ``DPSHM_ANY_VLLM=1``: also run on releases of vLLM on which the plugin was not tested.
         restart: ``DPSHM_RESTART``: a dense rank that dies is started again, and the server stays up (1, the
             default); 0: it ends the server, as without dpshm.
@@ -35,6 +36,7 @@ class Options(msgspec.Struct, frozen=True):
     group: str | None = None
     stall_timeout_s: float = 60.0
     shadow_log_s: float = 60.0
+    log_s: float = 10.0
     any_version: bool = False
     restart: bool = True
 
@@ -60,6 +62,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Options:
         group=environ.get("DPSHM_GROUP") or None,
         stall_timeout_s=_seconds(environ, "DPSHM_STALL_TIMEOUT_S", default.stall_timeout_s),
         shadow_log_s=_seconds(environ, "DPSHM_SHADOW_LOG_S", default.shadow_log_s),
+        log_s=_seconds(environ, "DPSHM_LOG_S", default.log_s),
         restart=_switch(environ, "DPSHM_RESTART"),
         any_version=environ.get("DPSHM_ANY_VLLM", "") == "1",
     )

@@ -1,10 +1,11 @@
 """An engine's prefix cache, mirrored in its rank's prefix index (`dpshm.board.prefix_index`).
 
 Every block that enters or leaves vLLM's prefix cache goes through one map of the block pool,
-``cached_block_hash_to_block``: ``insert`` and ``pop``. The hook wraps both on that map. A key of the map is a
-block's hash and four bytes of its KV cache group. The index holds a fingerprint exactly while the map holds the
-key, however many blocks share it. A reset of the cache gives the pool a new map: the index is cleared, and the new
-map hooked.
+``cached_block_hash_to_block``: ``insert`` and ``pop``. A key of the map is a block's hash and four bytes of its KV
+cache group; several blocks may share it. The hooks on that map only note which keys were touched. Once vLLM has
+scheduled a step, before the model computes it, and at each publish, the index gets what the map holds by then of
+these keys: their order, and how often each came and went, are of no account. A reset of the cache gives the pool a
+new map: the index is cleared, and the new map hooked.
 
 Which group. The index has the keys of one KV cache group, the first with full attention over all tokens: such a
 group finds a prompt's longest run of blocks from the start. In a model with that group alone the match is the hit.
@@ -18,7 +19,7 @@ off and front-ends no longer see the index.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from dpshm.engine.cache import EngineCache
@@ -38,6 +39,12 @@ def _is_full_attention(manager: Any) -> bool:
     return bool(type(manager).__name__ in _FULL_ATTENTION and cacheable)
 
 
+def _managers(scheduler: Any) -> Sequence[Any]:
+    """The managers of all KV cache groups of vLLM."""
+    managers: Sequence[Any] = scheduler.kv_cache_manager.coordinator.single_type_managers
+    return managers
+
+
 class PrefixCache:
     """The hooks on one engine's block pool, and its index.
 
@@ -45,24 +52,29 @@ class PrefixCache:
         cache: the engine's cache on the board.
     """
 
-    def __init__(self, row: EngineRow, managers: Sequence[Any], group: int, engine: int) -> None:
-        """Makes the index, with what the cache holds already, and hooks the pool.
+    def __init__(self, row: EngineRow, scheduler: Any, group: int, engine: int) -> None:
+        """Makes the index, with what the cache holds already, and hooks the pool and the scheduler.
 
         Args:
             row: the engine's row.
-            managers: vLLM's managers of all KV cache groups.
+            scheduler: vLLM's.
             group: the number of the group that is indexed.
             engine: for the log.
         """
+        managers = _managers(scheduler)
         manager = managers[group]
         self._pool = pool = manager.block_pool
         self._one_group = len(managers) == 1
+        self._touched: list[bytes] = []  # keys of the map, since the index was brought up to date
+        self._shown: tuple[int, tuple[int, int] | None] | None = None
         self._engine = engine
         key = row.board.segment.header.prefix_key
         first = first_of_engine()
         if not 16 <= len(first) <= 32:
             raise ValueError(f"vLLM's block hashes have {len(first)} bytes, and the index is for 16 to 32")
-        self._reducer = DigestReducer(key)
+        fingerprint = DigestReducer(key).fingerprint
+        # Of 32 bytes no more count, so that the bytes of the group need not be cut off.
+        self._fingerprint = fingerprint if len(first) == 32 else lambda key: fingerprint(key[:-GROUP_BYTES])
         self._group = group.to_bytes(GROUP_BYTES, "big")
         self.cache: EngineCache = row.open_cache(
             pool.num_gpu_blocks,
@@ -71,14 +83,21 @@ class PrefixCache:
             recomputed_blocks=int(bool(getattr(manager, "use_eagle", False))),
         )
         self._pool_hooks, self._map_hooks = InstanceHooks(pool), InstanceHooks(None)
+        self._scheduler_hooks = InstanceHooks(scheduler)
         if self.cache.has_index:
-            self._hook_pool()
+            try:
+                self._hook_map()
+                self._pool_hooks.put("reset_prefix_cache", self._resetting(pool.reset_prefix_cache))
+                self._scheduler_hooks.put("schedule", self._scheduling(scheduler.schedule))
+            except BaseException:
+                self.close()
+                raise
 
     @classmethod
     def open(cls, row: EngineRow, scheduler: Any, engine: int) -> Self | None:
         """Mirrors the prefix cache of a scheduler; None if it has none, or none that can be mirrored."""
         try:
-            managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+            managers = _managers(scheduler)
             if not scheduler.kv_cache_manager.block_pool.enable_caching:
                 return None
             group = next((i for i, manager in enumerate(managers) if _is_full_attention(manager)), None)
@@ -89,7 +108,7 @@ class PrefixCache:
                     engine,
                 )
                 return None
-            made = cls(row, managers, group, engine)
+            made = cls(row, scheduler, group, engine)
         except Exception:
             if row.cache is not None:
                 row.cache.close()
@@ -104,34 +123,45 @@ class PrefixCache:
         return made
 
     def show(self) -> None:
-        """Stores how full the cache is."""
-        pool = self._pool
-        in_use = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is vLLM's null block
-        self.cache.show(blocks_in_use=in_use)
+        """Brings the index up to date, and stores how full it and the cache are where that has changed."""
+        self._catch_up()
+        free, index = self._pool.get_num_free_blocks(), self.cache.index
+        shown = free, None if index is None else index.changes()
+        if shown != self._shown:
+            self._shown = shown
+            self.cache.show(blocks_in_use=self._pool.num_gpu_blocks - 1 - free)  # one is vLLM's null block
 
     def close(self) -> None:
         """Takes the hooks off. The row closes its cache."""
-        self._pool_hooks.remove()
-        self._map_hooks.remove()
+        for hooks in (self._pool_hooks, self._map_hooks, self._scheduler_hooks):
+            hooks.remove()
+        self._touched.clear()
 
-    def _hook_pool(self) -> None:
+    def _resetting(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         pool = self._pool
-        reset_prefix_cache = pool.reset_prefix_cache
 
         def reset(*args: Any, **kwargs: Any) -> Any:
             before = pool.cached_block_hash_to_block
             try:
-                return reset_prefix_cache(*args, **kwargs)
+                return stock(*args, **kwargs)
             finally:
                 if pool.cached_block_hash_to_block is not before:
                     self._begin_anew()
 
-        self._hook_map()
-        self._pool_hooks.put("reset_prefix_cache", reset)
+        return reset
+
+    def _scheduling(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        def schedule(*args: Any, **kwargs: Any) -> Any:
+            result = stock(*args, **kwargs)
+            self._catch_up()
+            return result
+
+        return schedule
 
     def _begin_anew(self) -> None:
         try:
             self._map_hooks.remove()
+            self._touched.clear()
             self.cache.clear()
             self._hook_map()
         except Exception:
@@ -140,39 +170,42 @@ class PrefixCache:
     def _hook_map(self) -> None:
         """Indexes what the pool's map holds, and hooks it."""
         held = self._pool.cached_block_hash_to_block
-        keys: dict[bytes, Any] = held._cache
-        index, group, fingerprint = self.cache.index, self._group, self._reducer.fingerprint
-        assert index is not None
-        one_group = self._one_group
-        insert_one, evict_one = index.insert_one, index.evict_one
-        for key in keys:
-            if key.endswith(group):
-                insert_one(fingerprint(key[:-GROUP_BYTES]))
-        stock_insert, stock_pop = held.insert, held.pop
+        self._keys = held._cache
+        self._touched += self._keys
+        stock_insert, stock_pop, touch = held.insert, held.pop, self._touched.append
 
         def insert(key: bytes, block: Any) -> Any:
-            before = len(keys)
-            result = stock_insert(key, block)
-            if len(keys) != before and (one_group or key.endswith(group)):
-                try:
-                    insert_one(fingerprint(key[:-GROUP_BYTES]))
-                except Exception:
-                    self._fail()
-            return result
+            touch(key)
+            return stock_insert(key, block)
 
         def pop(key: bytes, block_id: int) -> Any:
-            before = len(keys)
-            result = stock_pop(key, block_id)
-            if len(keys) != before and (one_group or key.endswith(group)):
-                try:
-                    evict_one(fingerprint(key[:-GROUP_BYTES]))
-                except Exception:
-                    self._fail()
-            return result
+            touch(key)
+            return stock_pop(key, block_id)
 
         self._map_hooks = hooks = InstanceHooks(held)
         hooks.put("insert", insert)
         hooks.put("pop", pop)
+        self._update_index()
+
+    def _catch_up(self) -> None:
+        if self._touched:
+            try:
+                self._update_index()
+            except Exception:
+                self._fail()
+
+    def _update_index(self) -> None:
+        """Gives the index what the map holds now of the keys that were touched."""
+        index, keys, group, one_group = self.cache.index, self._keys, self._group, self._one_group
+        assert index is not None
+        enter, leave, names, fingerprint = index.enter, index.leave, index.names, self._fingerprint
+        for key in self._touched:
+            if key in keys:
+                if key not in names and (one_group or key.endswith(group)):
+                    enter(key, fingerprint(key))
+            elif key in names:
+                leave(key)
+        self._touched.clear()
 
     def _fail(self) -> None:
         logger.warning(

@@ -5,7 +5,9 @@ makes the same hashes with vLLM's own function, from what it is about to send: t
 content, cache salt. It makes them block by block, only as far as some rank has the prompt: at most twice as
 many as match. And it keeps those that it made (`dpshm.vllm.known_hashes`), by the fingerprints that dpshm itself
 makes of tokens, which are 20 times as cheap: of a prompt that goes on from an earlier one only what is new is
-hashed by vLLM's function.
+hashed by vLLM's function. A route is chosen in the API server's event loop, so at most `MOST_NEW` hashes are made
+for one prompt. What lies beyond counts as cached nowhere, and is hashed when the prompt, or one that goes on from
+it, comes again.
 
 Without a prompt a request is routed by load alone: where prefix caching is off, for prompts of embeddings, and for
 requests that must not read the cache.
@@ -18,10 +20,12 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from dpshm.rules.prefix_hash import DigestReducer, Fingerprints, Prompt
-from dpshm.vllm.block_hashes import first_of_any_engine, identity_of
-from dpshm.vllm.known_hashes import KnownHashes
+from dpshm.vllm.block_hashes import chain, chain_is_right, first_of_any_engine, identity_of
+from dpshm.vllm.known_hashes import Known, KnownHashes
 from dpshm.vllm.log import logger
 
+MOST_NEW = 2048
+"""Blocks of an index; with 16 tokens each some 3 ms. Until then no other request is served."""
 _NOTHING = 1  # a fingerprint that no block has, unless by the chance that any has
 _Hasher = Callable[[Any], list[bytes]]
 
@@ -34,12 +38,15 @@ class _Way(NamedTuple):
         parts: how many of its blocks make one of the index.
         reducer: makes fingerprints of its hashes.
         known: hashes that were made, of the last part of each block of the index.
+        plain: the same in less time for blocks that hold tokens alone: of the hash before them, None at the start,
+            and of their tokens. None if it is not known how.
     """
 
     hash: _Hasher
     parts: int
     reducer: DigestReducer
     known: KnownHashes
+    plain: Callable[[bytes | None, list[int]], list[bytes]] | None = None
 
 
 class PromptHasher:
@@ -101,7 +108,7 @@ class PromptHasher:
                     size, rest = divmod(block_tokens, parts)
                     if not rest and identity_of(key, block_tokens, size, first) == identity:
                         made = self._make(size, self._function)
-                        found = _Way(made, parts, DigestReducer(key), KnownHashes())
+                        found = _Way(made, parts, DigestReducer(key), KnownHashes(), self._plain(size, first))
             if found is None:
                 logger.warning(
                     "dpshm: API server %d cannot make the block hashes of an engine, and does not see what that "
@@ -110,6 +117,16 @@ class PromptHasher:
                 )
             self._ways[identity] = found
         return self._ways[identity]
+
+    def _plain(self, size: int, first: bytes) -> Callable[[bytes | None, list[int]], list[bytes]] | None:
+        function = self._function
+        try:
+            if not chain_is_right(function, first, self._make(1, function)):
+                return None
+        except Exception:
+            logger.debug("dpshm: vLLM's hasher makes all hashes of blocks", exc_info=True)
+            return None
+        return lambda parent, tokens: chain(function, parent or first, tokens, size)
 
     def failed(self) -> None:
         """Called in the handler of an exception of a hash: requests are routed by load alone from now on."""
@@ -126,8 +143,6 @@ class PromptHasher:
 
 class RequestPrompt(Prompt):
     """One request's prompt."""
-
-    growth = 2
 
     def __init__(self, hasher: PromptHasher, request: Any, num_tokens: int) -> None:
         """Keeps the request; nothing is hashed before it is looked up.
@@ -199,10 +214,13 @@ class Blocks:
         self._hasher = hasher
         self._way = way
         self._block_tokens = block_tokens
-        self._name = names.item  # of a block: under this name its hash is known
+        self._names = names  # of the blocks: under these their hashes are known
+        self._name = names.item
+        self._get = way.known.get
         self._made: dict[int, int] = {}  # fingerprints: each rank is asked for about the same ones
         # vLLM always computes the last token, so a block that ends with it is never found.
-        self._count = max(0, num_tokens - 1) // block_tokens
+        self._count = self._limit = max(0, num_tokens - 1) // block_tokens
+        self._left = MOST_NEW
         self.all_token_ids = request.prompt_token_ids
         self.mm_features = request.mm_features or []
         self.lora_request = request.lora_request
@@ -216,34 +234,53 @@ class Blocks:
         return self._count
 
     def item(self, index: int, /) -> int:
-        """The fingerprint of a block; if vLLM's hasher fails, one that no engine has."""
+        """The fingerprint of a block; one that no engine has if the hasher fails or too many are to be made."""
         found = self._made.get(index)
         if found is None:
-            way = self._way
-            digest = way.known.get(self._name(index))
-            if digest is None:
+            if index >= self._limit:
+                return _NOTHING
+            known = self._get(self._name(index))
+            if known is None:
                 try:
-                    digest = self._hash(index)
+                    known = self._hash(index)
                 except Exception:
                     self._hasher.failed()
-                    self._count = 0
+                    self._count = self._limit = 0
                     return _NOTHING
-            found = self._made[index] = way.reducer.fingerprint(digest)
+                if known is None:
+                    self._limit = index
+                    return _NOTHING
+            found = self._made[index] = known[0]
         return found
 
-    def _hash(self, index: int) -> bytes:
-        """Hashes the blocks up to one, from the last known one before it."""
-        name, known, parts = self._name, self._way.known, self._way.parts
+    def _hash(self, index: int) -> Known | None:
+        """Hashes the blocks up to one, from the last known one before it; None if these are too many."""
+        way, parts, size = self._way, self._way.parts, self._block_tokens
+        last: bytes | None = None
         if self.mm_features:
             # Releases before 0.32 continue a chain wrongly where multimodal inputs are: all is hashed at once.
-            begin, end, hashes = 0, self._count, []
+            begin, end = 0, self._count
+            names = self._names[:end].tolist()
         else:
-            begin, end, last = index, index + 1, None
-            while begin and (last := known.get(name(begin - 1))) is None:
+            begin = end = index + 1
+            names = self._names[max(0, end - self._left - 1) : end].tolist()
+            for name in reversed(names):
+                known = self._get(name)
+                if known is not None:
+                    last = known[1]
+                    break
                 begin -= 1
-            hashes = [last] * (begin * parts) if last is not None else []
-        self.block_hashes, self.num_tokens = hashes, end * self._block_tokens
-        made = self._way.hash(self)
-        for i in range(begin, end):
-            known.put(name(i), made[(i - begin + 1) * parts - 1])
-        return made[(index - begin + 1) * parts - 1]
+            names = names[begin - end :]
+        if end - begin > self._left:
+            return None
+        self._left -= end - begin
+        if way.plain is not None and not (self.mm_features or self.lora_request or self.cache_salt):
+            made = way.plain(last, self.all_token_ids[begin * size : end * size])
+        else:
+            self.block_hashes = [] if last is None else [last] * (begin * parts)
+            self.num_tokens = end * size
+            made = way.hash(self)
+        digests = made[parts - 1 :: parts]
+        pairs = list(zip(map(way.reducer.fingerprint, digests), digests, strict=True))
+        way.known.put(zip(names, pairs, strict=True))
+        return pairs[index - begin]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dpshm.errors import NoEngineAvailable
-from dpshm.vllm.client_links import BookingLink
+from dpshm.vllm.booking_link import BookingLink
 from dpshm.vllm.log import logger
 from dpshm.vllm.options import Options
 

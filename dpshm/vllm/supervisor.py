@@ -23,6 +23,7 @@ from dpshm.board.board import Board
 from dpshm.errors import SegmentError, SettingError
 from dpshm.service.child import START_TIMEOUT_S, STOP_TIMEOUT_S, CoordinatorProcess
 from dpshm.vllm.log import logger
+from dpshm.vllm.summary import SummaryLog
 
 MAX_RESTARTS = 5
 """Restarts within `RESTART_WINDOW_S` before the supervisor gives up; also attempts at one restart."""
@@ -108,10 +109,16 @@ class WatchedCoordinator:
         self._addresses = (process.get_stats_publish_address(), *process.get_engine_socket_addresses())
         self._pid = os.getpid()
         self._given = settings
+        self._summaries: SummaryLog | None = None
         self._times: deque[float] = deque(maxlen=MAX_RESTARTS)
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._watch, name="dpshm-watch-coordinator", daemon=True)
         self._thread.start()
+
+    def log_summaries(self, every_s: float) -> None:
+        """Logs a line about the whole group every so many seconds, until `shutdown`; 0: never."""
+        if every_s > 0 and self._summaries is None:
+            self._summaries = SummaryLog(self.settings.group, every_s)
 
     def get_stats_publish_address(self) -> str:
         """The address to which front-ends connect."""
@@ -126,6 +133,8 @@ class WatchedCoordinator:
         if self._pid != os.getpid():
             return  # a forked child's copy of the handle
         os.eventfd_write(self._stop_fd, 1)
+        if self._summaries is not None:
+            self._summaries.close()
         self._thread.join(START_TIMEOUT_S)
         # vLLM often gives no time at all, and a coordinator that is killed leaves the board behind.
         self.proc.process.shutdown(max(timeout or 0.0, STOP_TIMEOUT_S))

@@ -18,7 +18,7 @@ from dpshm.vllm.log import logger
 
 OLDEST = (0, 28)
 """Releases before this one stay off: they lack names, or were never tried."""
-TESTED = ("0.33.0", "0.32.0", "0.31.0", "0.28.0")
+TESTED = ("0.33.0", "0.32.0", "0.28.0")
 """Releases on which tests of ``tests/e2e/vllm`` passed: those that the table in dpshm/vllm/README.md names."""
 
 
@@ -38,6 +38,7 @@ class Needed(NamedTuple):
 
 NEEDED = (
     Needed("vllm.v1.engine.utils", "DPCoordinator", ("parallel_config", "enable_wave_coordination")),
+    Needed("vllm.v1.engine.utils", "CoreEngineProcManager.__init__", ("vllm_config",)),
     Needed("vllm.v1.engine.core", "EngineCoreProc.run_busy_loop"),
     Needed("vllm.v1.engine.core", "DPEngineCoreProc.run_busy_loop"),
     Needed("vllm.v1.engine.core", "EngineCoreProc._process_input_queue"),
@@ -49,6 +50,8 @@ NEEDED = (
     Needed("vllm.v1.engine.core", "EngineCoreProc.is_scheduler_paused"),
     Needed("vllm.v1.core.sched.scheduler", "Scheduler.get_request_counts"),
     Needed("vllm.v1.core.sched.scheduler", "Scheduler.has_unfinished_requests"),
+    Needed("vllm.v1.request", "RequestStatus.RUNNING"),
+    Needed("vllm.v1.engine", "EngineCoreEventType.PREEMPTED"),
     Needed("vllm.v1.engine", "EngineCoreRequestType.WAKEUP"),
     Needed("vllm.v1.engine", "EngineCoreRequestType.START_DP_WAVE"),
     Needed("vllm.v1.engine.core_client", "DPAsyncMPClient._ensure_stats_update_task"),

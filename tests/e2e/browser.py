@@ -17,7 +17,7 @@ FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"),
     *("--disable-component-update", "--disable-sync", "--hide-scrollbars", "--remote-debugging-pipe"),
 )
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0  # a browser is many processes, and on a busy machine all of them wait
 
 
 class Browser:

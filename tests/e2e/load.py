@@ -166,7 +166,7 @@ def run(*arguments: str, expect: int | None = 0, **more: str) -> subprocess.Comp
     """Runs ``dpshm`` to its end."""
     done = subprocess.run(
         [sys.executable, "-m", "dpshm", *arguments],
-        env=environment(**more), capture_output=True, text=True, timeout=60, check=False,
+        env=environment(**more), capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert expect is None or done.returncode == expect, f"status {done.returncode}: {done.stdout}{done.stderr}"
     return done

@@ -17,7 +17,7 @@ import pytest
 
 from dpshm import Engine, Frontend
 from dpshm.board.files import segment_path
-from tests.e2e.load import CommandLine, environment, run
+from tests.e2e.load import environment, run
 from tests.support import leftovers, wait_until
 
 
@@ -172,11 +172,10 @@ def test_a_second_one_of_the_group_is_refused_with_status_3(group, service):
 
 
 @pytest.mark.slow
-def test_errors_say_what_to_do_and_have_their_status(group, using, tmp_path: Path):
+def test_errors_say_what_to_do_and_have_their_status(group, line, tmp_path: Path):
     """Guards against a service manager that cannot tell what restarting helps."""
     config = tmp_path / "bad.toml"
     config.write_text("dp_size 8")
-    line = using(CommandLine())
     for arguments, status, words in (
         (["-g", group], 2, "dp_size is needed: --dp-size"),
         (["-g", group, "--dp-size", "0"], 2, "dp_size is 0, and must be from 1"),

@@ -12,13 +12,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.load import CommandLine
-from tests.support import wait_until
+from tests.support import Popen, wait_until
 from tests.unit.sim.workloads.samples import SAMPLES
 
 PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
@@ -35,8 +34,8 @@ class Shell:
         path = os.pathsep.join([PACKAGE_ROOT, os.environ.get("PYTHONPATH", "")])
         self.environment = {**os.environ, "PYTHONPATH": path, "DPSHM_DIR": folder, name: value}
 
-    def start(self, *arguments: str, stderr: int = subprocess.PIPE, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+    def start(self, *arguments: str, stderr: int = subprocess.PIPE, **environment: str) -> Popen[str]:
+        return Popen(
             [sys.executable, "-m", "dpshm", *arguments],
             env={**self.environment, **environment},
             cwd=self.folder,
@@ -75,14 +74,8 @@ def shell():
     shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="module")
-def line():
-    """For commands that end by themselves."""
-    with closing(CommandLine()) as made:
-        yield made
-
-
 SMALL = ("demo", "--engines", "3", "--frontends", "2", "--seconds", "2", "--seed", "1")
+LONG = ("demo", "--engines", "2", "--frontends", "1", "--seconds", "30")
 
 
 @pytest.mark.slow
@@ -111,7 +104,7 @@ def test_a_trace_of_each_format(shell, tmp_path, name):
     """Guards against a trace that is read and not played, and a report that only machines get."""
     trace = tmp_path / "trace.gz"
     trace.write_bytes(gzip.compress(SAMPLES[name]))
-    code, out, err = shell.run("demo", "--engines", "2", "--frontends", "1", "--trace", str(trace), "--rate", "4")
+    code, out, err = shell.run("demo", "--engines", "1", "--frontends", "1", "--trace", str(trace), "--rate", "40")
     assert code == 0, err
     assert "4 sent, 4 completed, 0 refused, 0 lost" in out
     shell.check_gone()
@@ -141,7 +134,7 @@ def test_live_table_on_a_terminal(shell):
 @pytest.mark.parametrize("delay_s", [0.1, 0.4, 0.8, 1.2, 1.8, 2.8])
 def test_ctrl_c_leaves_nothing(shell, delay_s):
     """Guards against processes, segments and sockets of a demo that was interrupted, at any moment."""
-    with shell.start(*SMALL, "--seconds", "30") as process:
+    with shell.start(*LONG) as process:
         time.sleep(delay_s)
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate()
@@ -155,7 +148,7 @@ def test_ctrl_c_leaves_nothing(shell, delay_s):
 @pytest.mark.parametrize("delay_s", [0.6, 3.0])
 def test_sigkill_leaves_nothing(shell, delay_s):
     """Guards against orphans of a demo that could not clean up after itself."""
-    with shell.start(*SMALL, "--seconds", "30") as process:
+    with shell.start(*LONG) as process:
         time.sleep(delay_s)
         process.kill()
         process.communicate()
@@ -165,7 +158,7 @@ def test_sigkill_leaves_nothing(shell, delay_s):
 @pytest.mark.slow
 def test_a_killed_engine_is_reported_and_costs_the_exit_status(shell):
     """Guards against a demo that hangs, or calls itself a success, when requests are lost."""
-    with shell.start(*SMALL, "--seconds", "60", "--json") as process:
+    with shell.start(*LONG, "--json") as process:
         while not process.stderr.readline().startswith("dpshm demo: sending"):
             pass
         os.kill(shell.processes()["dpshm:engine1"], signal.SIGKILL)
@@ -221,13 +214,13 @@ def test_a_demo_that_is_kept(shell):
 @pytest.mark.slow
 def test_the_board_and_the_broadcast_are_compared(shell):
     """Guards against a comparison that plays other arrivals, or ends in a table without a word."""
-    code, out, err = shell.run(*SMALL, "--compare")
+    code, out, err = shell.run(*SMALL, "--compare", "--seeds", "2")
     assert code == 0, err
     lines = out.splitlines()
-    assert lines[0].startswith("3 engines, 2 front-ends, the same ")
-    assert "at 1.5x" in lines[0]
-    completed = next(line for line in lines if "requests completed" in line).split()
-    assert completed[-3] == completed[-2]
+    assert lines[0] == "3 engines, 2 front-ends, chat at 9x, 2 seeds"
+    assert "board: vllm; broadcast: vllm" in lines[1]
+    completed = next(line for line in lines if "completed" in line).split()
+    assert completed[1] == completed[2]
     assert lines[-1].endswith(".")
     shell.check_gone()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from dpshm import Board, SegmentNotFound
+from tests.e2e.load import run
 from tests.support import wait_until
 
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'dpshm[examples]'")
@@ -119,6 +120,7 @@ def test_no_request_fails_while_everything_is_restarted(example, group):
         load = Load(port)
         try:
             load.more()
+            wait_until(board.frontend_pid[:2].all)  # one worker answers before the other has begun
             workers = set(board.frontend_pid[:2].tolist())
             process.send_signal(signal.SIGHUP)
             wait_until(lambda: "the workers are next" in said() or load.wrong, 120)
@@ -138,3 +140,53 @@ def test_no_request_fails_while_everything_is_restarted(example, group):
     assert process.wait(60) == 0
     with pytest.raises(SegmentNotFound):
         Board.attach(group)
+
+
+def test_no_request_fails_while_the_group_is_scaled(example, group):
+    """Guards against ranks that wait for ever in a collective of the old size, a new rank that is never used, and
+    requests that are lost with a rank that was taken away.
+    """
+    _, port, said = example
+    with Board.attach(group) as board:
+        lockstep = board.segment.header.waves
+        load = Load(port)
+        try:
+            load.more()
+            printed = run("scale", "5", "-g", group).stdout
+            assert "5 ranks (before: 3)" in printed
+            assert (f"dpshm undrain 0-4 --group {group}" in printed) == lockstep
+            wait_until(lambda: "scaled from 3 to 5" in said() or load.wrong, 120)
+            started = [2, 2, 2, 1, 1] if lockstep else [1] * 5
+            wait_until(lambda: board.engine_incarnation[:5].tolist() == started or load.wrong)
+            load.more()
+            wait_until(lambda: all(board.snapshot()["requests_finished"]) or load.wrong, 120)
+            assert not board.snapshot()["drained"].any()
+            if not lockstep:
+                assert "Drain them first" in run("scale", "2", "-g", group, expect=2).stderr
+                run("drain", "2-4", "-g", group)
+            assert "2 ranks (before: 5)" in run("scale", "2", "-g", group).stdout
+            wait_until(lambda: "scaled from 5 to 2" in said() or load.wrong, 120)
+            load.more()
+            assert [board.engine_alive(dp_rank) for dp_rank in range(5)] == [True] * 2 + [False] * 3
+        finally:
+            load.close()
+        assert load.wrong == [], said()
+        wait_until(lambda: not any(row["requests"] for row in get(port, "/ranks")[1]))
+
+
+@pytest.mark.parametrize("example", ["lockstep"], indirect=True)
+def test_a_group_at_work_is_not_scaled_in_time(example, group):
+    """Guards against a command that gives up and leaves every rank drained."""
+    _, port, _ = example
+    with Board.attach(group) as board:
+        load = Load(port)
+        try:
+            load.more(1)
+            refused = run("scale", "5", "-g", group, "--timeout", "0", expect=2).stderr
+            assert "Nothing was changed" in refused
+            assert not board.snapshot()["drained"].any()
+            assert board.dp_size == 3
+            load.more()
+        finally:
+            load.close()
+        assert load.wrong == []

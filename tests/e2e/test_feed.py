@@ -18,7 +18,7 @@ from dpshm.ops.feed import TOPIC, Feed
 from dpshm.ops.loads import Loads, RankLoad
 from dpshm.ops.web import Server
 from tests.e2e.load import environment
-from tests.support import wait_until
+from tests.support import Popen, wait_until
 
 
 @pytest.fixture
@@ -26,11 +26,16 @@ def loaded(group, using):
     """A group of two ranks: rank 0 has requests and one in flight, rank 1 is drained."""
     coordinator = using(Coordinator(group=group, dp_size=2, waves=False))
     engines = [using(Engine.attach(group, rank)) for rank in range(2)]
-    engines[0].publish(waiting=2, running=3, kv_cache_usage=0.5, prefill_backlog=70)
+    publish(engines[0])
     frontend = using(Frontend.attach(group))
     coordinator.drain(1)
     using(_Ending(frontend.route(10, dp_rank=0)))
     return engines
+
+
+def publish(engine):
+    """What rank 0 has."""
+    engine.publish(waiting=2, running=3, kv_cache_usage=0.5, prefill_backlog=70)
 
 
 class _Ending:
@@ -92,6 +97,7 @@ def test_loads_over_http_are_those_of_the_moment(loaded, group):
             connection.close()
             return loads
 
+        publish(loaded[0])
         check(ask())
         loaded[0].publish(waiting=0, running=1)
         assert ask()["ranks"][0]["requests"] == 2
@@ -104,12 +110,18 @@ def test_the_command_publishes(loaded, group, using):
     """Guards against a feed that says something else than /loads, does not follow the group, or does not end."""
     options = ["--group", group, "--address", "tcp://127.0.0.1:*", "--rate", "50"]
     command = [sys.executable, "-m", "dpshm", "feed", *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+    with Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
         address = re.search(r"publishing at (\S+), 50 times a second", process.stderr.readline())[1]
         socket = using(subscribed(address))
-        topic, loads = heard(socket)
+        topic, _ = heard(socket)
         assert topic == f"dpshm/loads/1 {group}".encode()
-        check(loads)
+
+        def running():  # a rank that has work and does not publish for long is silent
+            publish(loaded[0])
+            _, loads = heard(socket)
+            return loads["ranks"][0]["state"] == "running" and loads
+
+        check(wait_until(running))
         loaded[0].publish(waiting=0, running=1)
         wait_until(lambda: heard(socket)[1]["ranks"][0]["requests"] == 2)
         process.send_signal(signal.SIGINT)

@@ -52,6 +52,24 @@ def test_an_engine_without_an_inode(tmp_path):
     assert "has no inode left of 7" in done.stdout, done.stderr
 
 
+def test_a_prefix_index_and_latencies_without_an_inode(tmp_path):
+    """Guards against advice to free memory where files are too many. Requests go on."""
+    code = (
+        "from dpshm import Coordinator, Engine, Frontend\n"
+        "with Coordinator(group='g', dp_size=1), Engine.attach('g', 0) as engine:\n"
+        "    frontend = Frontend.attach('g')\n"
+        "    print(engine.open_cache(100).has_index)\n"
+        "    route = frontend.route()\n"
+        "    route.first_token()\n"
+        "    route.done(output_tokens=3)\n"
+        "    frontend.close()\n"
+    )
+    done = with_inodes(tmp_path, 8, sys.executable, "-c", code)
+    assert done.stdout == "False\n", done.stderr
+    assert "no prefix index" in done.stderr
+    assert done.stderr.count("has no inode left of 8") == 2, done.stderr
+
+
 def test_doctor_finds_that_no_inode_is_left(tmp_path):
     """Guards against a doctor that finds room, where no file can be made."""
     done = with_inodes(tmp_path, 1, sys.executable, "-m", "dpshm", "doctor")

@@ -15,7 +15,7 @@ from tests.e2e.test_top import Terminal, needs_tmux
 @pytest.mark.slow
 def test_groups_are_listed_and_scaled(group, using):
     """Guards against a list without a group, and ranks taken away with what they have."""
-    using(Coordinator(group=group, dp_size=2, max_engines=4))
+    using(Coordinator(group=group, dp_size=2, max_engines=4, waves=False))
     engine, frontend = using(Engine.attach(group, 1)), using(Frontend.attach(group))
     rows = {row["group"]: row for row in map(json.loads, run("ls", "--json").stdout.splitlines())}
     assert rows[group]["dp_size"] == 2

@@ -19,9 +19,10 @@ from dpshm import Coordinator, Engine, Frontend, SettingError
 from dpshm.board.layout import DROP_REASONS
 from dpshm.coordinator import wave_thread
 from dpshm.ops.web import Server
+from dpshm.rules import liveness
 from dpshm.version import __version__
 from tests.e2e.load import LoadedGroup, run, stat
-from tests.support import Remote, StockFrontend, wait_until
+from tests.support import HOUR_NS, Remote, StockFrontend, wait_until
 
 
 def scrape(address: tuple[str, int]) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
@@ -47,8 +48,9 @@ def coordinator(group, using):
 
 
 @pytest.fixture
-def busy(group, using, coordinator):
-    """The same with an engine, a front-end and a wave behind them."""
+def busy(group, using, coordinator, monkeypatch):
+    """The same with an engine, a front-end and a wave behind them; the engine is never silent."""
+    monkeypatch.setattr(liveness, "SILENT_MIN_NS", HOUR_NS)
     engine = using(Engine.attach(group, 0))
     frontend = using(Frontend.attach(group, owner='api "1"\\'))
     route = frontend.route(100, dp_rank=0)

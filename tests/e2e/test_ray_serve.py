@@ -173,7 +173,7 @@ def test_a_replica_dies(model, board):
     while len(pids) < REPLICAS:
         try:
             _, now_pid = model.remote(20).result()
-        except RayError:  # the one that was on its way
+        except RayError:  # the one that was in flight
             continue
         assert now_pid != pid
         pids.add(now_pid)

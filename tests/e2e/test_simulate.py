@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 
 from dpshm import Engine, Frontend
-from tests.support import LoneBoard, wait_until
+from tests.support import LoneBoard, Popen, wait_until
 from tests.unit.sim.workloads.samples import SAMPLES
 
 PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 SMALL = ("--rate", "9", "--requests", "150", "--seeds", "2")
 
 
-def command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+def command(*arguments: str, **environment: str) -> Popen[str]:
     """Starts it."""
     path = os.pathsep.join([PACKAGE_ROOT, os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
+    return Popen(
         [sys.executable, "-m", "dpshm", *arguments],
         env={**os.environ, "PYTHONPATH": path, **environment},
         stdout=subprocess.PIPE,
@@ -77,12 +77,12 @@ def test_simulate_for_people():
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_a_trace_of_each_format(tmp_path, name):
+def test_a_trace_of_each_format(line, tmp_path, name):
     """Guards against times and block sizes that the reader knows and the simulation does not get."""
     trace = tmp_path / "trace"
     trace.write_bytes(SAMPLES[name])
     arguments = ("--trace", str(trace), "--policies", "affinity", "--engines", "1", "--seeds", "1", "--no-oracle")
-    status, out, err = ran("simulate", *arguments, "--json")
+    status, out, err = line.run("simulate", *arguments, "--json")
     assert status == 0, err
     found = json.loads(out.splitlines()[-1])
     assert found["requests_per_s"] == pytest.approx(2.0)
@@ -95,16 +95,16 @@ def test_a_trace_of_each_format(tmp_path, name):
         assert hit_rate is None
 
 
-def test_hashes_of_no_known_size_are_refused(tmp_path):
+def test_hashes_of_no_known_size_are_refused(line, tmp_path):
     """Guards against a prefix cache that is simulated with blocks of a size that was guessed."""
     trace = tmp_path / "trace"
     head = b'{"chat_id": 1, "parent_chat_id": -1, "timestamp": '
     trace.write_bytes(head + b'61.114, "input_length": 521, "output_length": 13, "hash_ids": [1, 2, 3, 4, 5]}')
-    few = ("simulate", "--trace", str(trace), "--seeds", "1", "--policies", "affinity")
-    status, out, err = ran(*few)
+    few = ("simulate", "--trace", str(trace), "--seeds", "1", "--policies", "affinity", "--no-oracle")
+    status, out, err = line.run(*few)
     assert (status, out) == (2, "")
     assert "say so with --block-tokens" in err
-    assert ran(*few, "--block-tokens", "128")[0] == 0
+    assert line.run(*few, "--block-tokens", "128")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -120,9 +120,9 @@ def test_hashes_of_no_known_size_are_refused(tmp_path):
         (("--engines", "0"), "engines is 0: choose 1 to 4096"),
     ],
 )
-def test_simulate_refuses(arguments, message):
+def test_simulate_refuses(line, arguments, message):
     """Guards against a traceback where a sentence would do."""
-    status, out, err = ran("simulate", *arguments)
+    status, out, err = line.run("simulate", *arguments)
     assert (status, out) == (2, "")
     assert err.startswith("dpshm: error: ")
     assert message in err

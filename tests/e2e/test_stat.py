@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.e2e.load import LoadedGroup, environment, run, stat
-from tests.support import wait_until
+from tests.support import Popen, wait_until
 
 
 @pytest.mark.slow
@@ -41,7 +41,7 @@ def test_watch_prints_a_line_each_time_until_it_is_told_to_end(group):
     """Guards against a watcher that buffers its lines, or ends with a traceback."""
     with LoadedGroup(group, ranks=1, frontends=1, rate=20):
         command = [sys.executable, "-m", "dpshm", "stat", "--json", "--watch", "0.1", "-g", group]
-        with subprocess.Popen(
+        with Popen(
             command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as process:
             frames = [json.loads(process.stdout.readline()) for _ in range(4)]

@@ -64,7 +64,7 @@ def test_eighty_by_twenty_four(group, terminal):
     """Guards against a screen that a standard terminal cannot show, and keys that do the wrong thing."""
     with LoadedGroup(group, ranks=4, frontends=2, rate=20, stall_timeout_s=0.5) as loaded:
         top = terminal(f"-g {group} -i 0.2")
-        first = top.wait_for("▶ running", "coordinator alive", "hist ≤", "Undrain", "ttft", "req/s", "tok/s")
+        first = top.wait_for("▶ running", "coordinator alive", "≤", "Undrain", "ttft", "req/s", "tok/s")
         rows = first.splitlines()
         heading = next(i for i, line in enumerate(rows) if line.startswith("▾rank"))
         assert [line.split()[0] for line in rows[heading + 1 : heading + 5]] == ["0", "1", "2", "3"]
@@ -105,7 +105,7 @@ def test_eighty_by_twenty_four(group, terminal):
         top.keys("d")
         top.wait_for("choose a rank first")
         top.keys("Tab")
-        top.wait_for("hist ≤")
+        top.wait_for("▾rank", "≤")
         top.keys("?")
         top.wait_for("time to first token", "u undrain", without="▾rank")
         top.keys("d", "?")  # a key that does nothing now, and the one that closes

@@ -20,7 +20,7 @@ from dpshm import Coordinator, Engine, Frontend, SettingError
 from dpshm.ops.web import PAGE, Server
 from tests.e2e.browser import CHROMIUM, Browser
 from tests.e2e.load import LoadedGroup, environment, run, stat
-from tests.support import wait_until
+from tests.support import Popen, wait_until
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
@@ -171,7 +171,7 @@ def test_the_command(group, coordinator):
     tokens = set()
     for host in ("127.0.0.1", "0.0.0.0", "0.0.0.0"):
         command = [sys.executable, "-m", "dpshm", "web", "-g", group, "--host", host, "--port", "0"]
-        with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        with Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
             line = process.stderr.readline()
             port = int(re.search(r":(\d+)/", line)[1])
             token = re.search(r"\?token=(\S+)", line)
@@ -197,7 +197,7 @@ def test_the_page_in_a_browser(group, using, tmp_path: Path):
     The pictures stay in the folder that DPSHM_SCREENSHOTS names, for inspection.
     """
     folder = Path(os.environ.get("DPSHM_SCREENSHOTS", tmp_path))
-    with LoadedGroup(group, ranks=8, frontends=4, rate=30, stall_timeout_s=1.0) as loaded:
+    with LoadedGroup(group, ranks=8, frontends=4, rate=30, stall_timeout_s=3.0) as loaded:
         server = Server(group, interval_s=0.25)
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         browser = using(Browser())
@@ -214,7 +214,7 @@ def test_the_page_in_a_browser(group, using, tmp_path: Path):
             states = "[...document.querySelectorAll('#ranks .state')].map(e => e.textContent)"
             found = browser.evaluate(states)
             assert (found[3], found[5], found[6]) == ("✕ dead", "! stalled", "◌ drained")
-            assert found[0] == "▶ running"
+            wait_until(lambda: browser.evaluate(states)[0] == "▶ running")
             assert browser.evaluate("document.title").startswith("! ")
             events = "[...document.querySelectorAll('#events li')].map(e => e.textContent).join()"
             wait_until(lambda: "rank 5 stalled" in browser.evaluate(events))
@@ -242,7 +242,7 @@ def test_the_page_in_a_browser(group, using, tmp_path: Path):
             )
             drawn_rgb, dead_rgb = browser.evaluate(strip)
             assert max(abs(a - b) for a, b in zip(drawn_rgb, dead_rgb, strict=True)) <= 3
-            for width in (390, 768, 1180, 1280, 1600):
+            for width in (390, 768, 1220, 1221, 1280, 1600):
                 browser.call(
                     "Emulation.setDeviceMetricsOverride",
                     width=width,
@@ -264,6 +264,24 @@ def test_the_page_in_a_browser(group, using, tmp_path: Path):
         wait_until(lambda: "No connection" in browser.evaluate(alarm))
         # What the server's end itself makes the browser say is no fault of the page.
         assert [e for e in browser.errors if "ERR_" not in e and "net::" not in e] == []
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_the_page_shows_how_full_each_index_is(group, using, serve):
+    """Guards against a cache that operators cannot see, and columns that are empty from top to bottom."""
+    engines = [using(Engine.attach(group, rank)) for rank in range(2)]
+    server = serve()
+    browser = using(Browser())
+    browser.open(server.url)
+    shown = "[...document.querySelectorAll('#ranks .cache')].filter(e => e.offsetWidth).map(e => e.textContent)"
+    wait_until(lambda: browser.evaluate("document.querySelectorAll('#ranks tbody tr').length") == 2)
+    assert browser.evaluate(shown) == []
+    cache = engines[1].open_cache(100, block_tokens=8)
+    cache.insert(cache.hasher.fingerprints(range(80)))
+    cache.show(blocks_in_use=12)
+    wait_until(lambda: browser.evaluate(shown) == ["hit", "index", "-", "-", "-", "10%"])
+    assert browser.errors == []
 
 
 @needs_chromium

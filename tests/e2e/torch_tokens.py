@@ -16,7 +16,7 @@ REQUESTS = [(40, 30), (45, 30), (3, 12), (90, 6), (33, 8), (1, 2)]
 """Prompt and output tokens."""
 WAYS: dict[str, dict[str, int]] = {
     "plain": {},
-    "in chunks": {"max_prompt_tokens": 7},
+    "in chunks": {"max_step_tokens": 7},
     "one by one": {"max_running": 1},
     "with preemptions": {"kv_tokens": 97},
 }

@@ -41,18 +41,23 @@ class Server:
         self.frontend = Frontend.attach(group, max_requests=MAX_REQUESTS, timeout_s=30)
         self._numbers = count()
         self._answers: dict[int, tuple[int, asyncio.Queue[dict[str, Any] | None]]] = {}  # rank, what came
-        context = zmq.asyncio.Context.instance()
-        self._sockets = []
-        for dp_rank in range(self.frontend.board.dp_size):
-            socket = context.socket(zmq.DEALER)
+        self._group = group
+        self._sockets: list[zmq.asyncio.Socket] = []  # by rank
+        self._changes = self.frontend.changes()
+        self._tasks = [asyncio.create_task(self._watch())]
+        self._socket_of(self.frontend.board.dp_size - 1)
+
+    def _socket_of(self, rank: int) -> zmq.asyncio.Socket:
+        """The socket to a rank; makes it, and those before it, where the group has grown."""
+        for dp_rank in range(len(self._sockets), rank + 1):
+            socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
             socket.linger = 0
             socket.immediate = True  # nothing is kept for a rank that is not there
             socket.reconnect_ivl = 10
-            socket.connect(address(group, dp_rank))
+            socket.connect(address(self._group, dp_rank))
             self._sockets.append(socket)
-        self._changes = self.frontend.changes()
-        self._tasks = [asyncio.create_task(self._read(socket)) for socket in self._sockets]
-        self._tasks.append(asyncio.create_task(self._watch()))
+            self._tasks.append(asyncio.create_task(self._read(socket)))
+        return self._sockets[rank]
 
     async def tokens(self, prompt_tokens: int, max_tokens: int) -> AsyncIterator[int]:
         """The tokens of one request, from whatever ranks it takes.
@@ -77,7 +82,7 @@ class Server:
             self._answers[number] = route.dp_rank, queue
             request = {"number": number, "stamp": route.stamp, "prompt_tokens": prompt_tokens + first}
             request |= {"max_tokens": max_tokens, "first": first}
-            socket = self._sockets[route.dp_rank]
+            socket = self._socket_of(route.dp_rank)
             try:
                 with route:
                     await socket.send(json.dumps(request).encode(), zmq.NOBLOCK)

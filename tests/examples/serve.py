@@ -8,7 +8,11 @@
 
 SIGHUP restarts all of it while it serves, and no request fails. A dense rank is drained, restarted and put back,
 one after another. Ranks in lockstep cannot step without one of them, so all are drained, pause together, and are
-restarted together; requests that come meanwhile wait in the API servers. SIGTERM and Ctrl-C end it.
+restarted together; requests that come meanwhile wait in the API servers.
+
+`dpshm scale N` changes the number of ranks while it serves, and no request fails either. Dense ranks are started
+or ended (drain those first that go: `dpshm drain 2 && dpshm scale 2`). Ranks in lockstep, which that command
+brings to rest, are restarted together as N. SIGTERM and Ctrl-C end the server.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from dpshm.sim.demo.lockstep import create_memory
 
 CHECK_S = 0.2
 QUIET_S = 0.2
-"""How long a drained rank has to stay empty: a request that was booked just before may be on its way."""
+"""How long a drained rank has to stay empty: a front-end may have chosen it just before."""
 
 
 class Ranks:
@@ -38,7 +42,7 @@ class Ranks:
     def __init__(self, coordinator: Coordinator, *, lockstep: bool) -> None:
         self._coordinator = coordinator
         self._lockstep = lockstep
-        self._size = coordinator.settings.dp_size
+        self._size = coordinator.board.dp_size
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, ranks: Sequence[int]) -> None:
@@ -65,6 +69,18 @@ class Ranks:
             for rank in ranks:
                 self._coordinator.undrain(rank)
             _say(f"restarted ranks {ranks}")
+
+    def follow_size(self) -> None:
+        """Does what `dpshm scale` asked for. Ranks in lockstep are at rest and drained then."""
+        before, self._size = self._size, self._coordinator.board.dp_size
+        if before == self._size:
+            return
+        self._end(range(before) if self._lockstep else range(self._size, before))
+        self.start(range(self._size) if self._lockstep else range(before, self._size))
+        if self._lockstep:
+            for rank in range(self._size):
+                self._coordinator.undrain(rank)
+        _say(f"scaled from {before} to {self._size} ranks")
 
     def revive(self) -> None:
         """Starts again what died. In lockstep the others wait for it in a collective, so all are started again."""
@@ -97,7 +113,7 @@ class Ranks:
         for rank in ranks:
             self._processes[rank].terminate()
         for rank in ranks:
-            self._processes[rank].wait()
+            self._processes.pop(rank).wait()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -125,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             try:
                 number = signals.get(timeout=CHECK_S)
             except Empty:
+                ranks.follow_size()
                 ranks.revive()
                 continue
             if number != signal.SIGHUP:

@@ -11,8 +11,9 @@ import time
 
 import pytest
 
-from dpshm import CoordinatorProcess
+from dpshm import Board, CoordinatorProcess, Engine
 from dpshm.coordinator.flood_guard import MAX_GROWTH_BYTES
+from dpshm.coordinator.settings import KEY_DIGITS
 from tests.hostile import Honest, dial, frame, resident_bytes, send_while_taken
 from tests.support import HEARING_S, Remote, StockFrontend, wait_until
 
@@ -55,10 +56,38 @@ FLOODS = {
     "endless parts from front-ends": (0, b"XSUB", 'frame(b"x" * 1000, more=True) * 500'),
 }
 
+RELAY_FLOODS = {
+    "rubbish news": (0, b"PUB", 'frame(b"\\x01\\x00\\xc1") * 4000'),
+    "news of nobody": (0, b"PUB", 'frame(b"\\x07\\x07\\xc1") * 4000'),
+    "endless parts of news": (0, b"PUB", 'frame(b"\\x01\\x00" + b"x" * 65_000, more=True) * 8'),
+    "joins": (1, b"SUB", 'frame(b"\\x01\\x00\\x00") * 4000'),
+    "joins and leaves": (1, b"SUB", '(frame(b"\\x01\\x00\\x00") + frame(b"\\x00\\x00\\x00")) * 2000'),
+    "rubbish subscriptions": (1, b"SUB", 'frame(b"\\xc1") * 4000'),
+    "short topics": (1, b"SUB", "topics(16, 1000)"),
+    "long topics": (1, b"SUB", "topics(1000, 50)"),
+    "endless parts of subscriptions": (1, b"SUB", 'frame(b"x" * 1000, more=True) * 500'),
+}
+
 
 def addresses(coordinator):
     """Of the three sockets."""
     return coordinator.stats_publish_address, *coordinator.engine_addresses
+
+
+def stands(using, flood, addresses, pid, go_round):
+    """Asserts that a process goes on while a peer floods it and afterwards, and that its memory has a bound."""
+    which, kind, what = flood
+    before = resident_bytes(pid)
+    hostile = using(Remote())
+    hostile.begin(FLOOD, addresses=addresses, which=which, kind=kind, what=what)
+    most, rounds, deadline = 0, 0, time.monotonic() + 2.0
+    while rounds < 3 or time.monotonic() < deadline:
+        go_round()
+        rounds += 1
+        most = max(most, resident_bytes(pid))
+    hostile.kill()
+    assert most - before < MAX_GROWTH_BYTES + SLACK_BYTES
+    go_round()
 
 
 def ended(s):
@@ -77,22 +106,10 @@ def ended(s):
 @pytest.mark.parametrize("flood", FLOODS)
 def test_a_flood_starves_nobody_and_has_a_bound(group, using, flood):
     """Guards against one peer that keeps all others from being heard, or makes the coordinator eat the machine."""
-    which, kind, what = FLOODS[flood]
     coordinator = using(CoordinatorProcess(group=group, dp_size=2))
     honest = using(Honest(group))
     honest.go_round()
-    pid = coordinator.proc.pid
-    before = resident_bytes(pid)
-    hostile = using(Remote())
-    hostile.begin(FLOOD, addresses=addresses(coordinator), which=which, kind=kind, what=what)
-    most, rounds, deadline = 0, 0, time.monotonic() + 2.0
-    while rounds < 3 or time.monotonic() < deadline:
-        honest.go_round()
-        rounds += 1
-        most = max(most, resident_bytes(pid))
-    hostile.kill()
-    assert most - before < MAX_GROWTH_BYTES + SLACK_BYTES
-    honest.go_round()
+    stands(using, FLOODS[flood], addresses(coordinator), coordinator.proc.pid, honest.go_round)
     assert coordinator.proc.is_alive()
     stock = using(StockFrontend(coordinator.stats_publish_address))
     assert stock.heard_state().counts is not None
@@ -182,3 +199,33 @@ def test_all_connections_are_made_anew_while_waves_go_round(group, using):
             listener.heard()
         honest.engines[0].publish(waiting=times, running=0)
         listener.wait_for(lambda state, times=times: (state.counts or [None])[0].waiting == times)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flood", RELAY_FLOODS)
+def test_a_flood_of_the_relay_starves_no_node_and_has_a_bound(group, using, flood):
+    """Guards against a peer that keeps a relay from hearing and telling the other nodes, or eats the machine."""
+    settings = {"dp_size": 2, "nodes": 2, "waves": False, "insecure": True}
+    head = using(CoordinatorProcess(group=group, host="127.0.0.1", **settings))
+    boards = [using(Board.attach(group))]
+    header = boards[0].segment.header
+    relay = header.relay_addresses
+    addresses = (head.stats_publish_address, *head.engine_addresses, *relay, f"{header.prefix_key:0{KEY_DIGITS}x}")
+    follower = using(CoordinatorProcess(group=f"{group}-1", node=1, head=",".join(addresses), **settings))
+    boards.append(using(Board.attach(f"{group}-1")))
+    engines = [using(Engine.attach(board.segment.group, rank)) for rank, board in enumerate(boards)]
+    count = 0
+
+    def go_round():
+        """What each engine publishes comes to the other node."""
+        nonlocal count
+        count += 1
+        for engine in engines:
+            engine.publish(waiting=count, running=0)
+        wait_until(lambda: all(b.snapshot()["waiting"].tolist() == [count, count] for b in boards))
+        wait_until(lambda: all(b.snapshot()["verdict"].tolist() == ["alive", "alive"] for b in boards))
+
+    go_round()
+    stands(using, RELAY_FLOODS[flood], relay, head.proc.pid, go_round)
+    assert head.proc.is_alive()
+    assert follower.proc.is_alive()

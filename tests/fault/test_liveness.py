@@ -233,7 +233,7 @@ def test_a_killed_frontends_bookings_leave_the_sums(coordinator, group, using):
 
 
 def test_a_stopped_frontends_bookings_stay(coordinator, group, using):
-    """Guards against the bookings of a front-end that is merely slow: its requests are on their way."""
+    """Guards against the bookings of a front-end that is merely slow: its requests are in flight."""
     using(Engine.attach(group, 0))
     remote = using(Remote())
     remote.run("frontend = Frontend.attach(group)\nroute = frontend.route()", group=group)

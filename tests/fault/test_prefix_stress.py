@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dpshm.board.prefix_index import PrefixIndexReader, PrefixIndexWriter, index_path
+from dpshm.board.prefix_file import index_path
+from dpshm.board.prefix_index import PrefixIndexReader, PrefixIndexWriter
 from tests.support import Remote, wait_until
 
 pytestmark = pytest.mark.slow
@@ -21,7 +22,8 @@ SHARED = """
 import random
 from pathlib import Path
 import numpy as np
-from dpshm.board.prefix_index import PrefixIndexReader, PrefixIndexWriter, index_path
+from dpshm.board.prefix_file import index_path
+from dpshm.board.prefix_index import PrefixIndexReader, PrefixIndexWriter
 
 MASK = 0x5A5A5A5A
 random.seed(1)

@@ -21,10 +21,12 @@ from tests.support import Remote
 
 T = TypeVar("T")
 
+RAY = "/tmp/ray"
+"""Where Ray keeps its sockets and logs: of each node, too."""
 _OWN_MOUNTS = "mount --make-rprivate /"
 _SETUP = (
-    f"{_OWN_MOUNTS} && mount -t tmpfs -o size=96m none /dev/shm && ip link set lo up && echo up "
-    "&& exec sleep infinity"
+    f"{_OWN_MOUNTS} && mount -t tmpfs -o size={{shm_mb}}m none /dev/shm && mkdir -p {RAY} "
+    f"&& mount -t tmpfs none {RAY} && ip link set lo up && echo up && exec sleep infinity"
 )
 _JOIN = """
 import ctypes
@@ -67,11 +69,15 @@ needs_nodes = pytest.mark.skipif(
 
 
 class Node:
-    """A machine. Close it after all that runs on it."""
+    """A machine. Close it after all that runs on it.
 
-    def __init__(self) -> None:
+    Args:
+        shm_mb: the size of its /dev/shm.
+    """
+
+    def __init__(self, shm_mb: int = 96) -> None:
         self._holder = subprocess.Popen(
-            ["unshare", "-n", "-m", "sh", "-c", _SETUP],
+            ["unshare", "-n", "-m", "sh", "-c", _SETUP.format(shm_mb=shm_mb)],
             stdout=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             text=True,
@@ -140,7 +146,7 @@ class Cable:
         self._ends[1].command("ip", "link", "set", self._name, "up")
 
 
-def two_nodes(using: Callable[[Any], Any]) -> tuple[Node, Node, Cable]:
+def two_nodes(using: Callable[[Any], Any], shm_mb: int = 96) -> tuple[Node, Node, Cable]:
     """Two nodes and a cable."""
-    first, second = using(Node()), using(Node())
+    first, second = using(Node(shm_mb)), using(Node(shm_mb))
     return first, second, Cable(first, second)

@@ -1,7 +1,7 @@
 """A proxy for tcp that delays what passes, stalls it as a lost packet does, and cuts connections.
 
 This kernel may have no ``tc netem``. A packet that tcp loses is sent again after some 200 ms, and all that follows
-waits for it: that is what `stall_s` does. A cut connection loses all that was on its way.
+waits for it: that is what `stall_s` does. A cut connection loses all that was in flight.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SlowLink:
         return f"tcp://{self._host}:{self._call(self._listen(host, int(port)))}"
 
     def cut(self) -> int:
-        """Ends all connections, and loses what is on its way; returns how many there were."""
+        """Ends all connections, and loses what is in flight; returns how many there were."""
         return self._call(self._cut())
 
     def close(self) -> None:
@@ -71,21 +71,21 @@ class SlowLink:
         return int(server.sockets[0].getsockname()[1])
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        on_its_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
-        sender = asyncio.create_task(self._deliver(on_its_way, writer))
+        in_flight: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+        sender = asyncio.create_task(self._deliver(in_flight, writer))
         due = 0.0
         with suppress(OSError):
             while data := await reader.read(CHUNK):
                 stall_s = self._stall_s if self._random.random() < self._lost else 0.0
                 due = max(due, self._loop.time() + self._delay_s + stall_s)
-                on_its_way.put_nowait((due, data))
-        on_its_way.put_nowait((due, b""))
+                in_flight.put_nowait((due, data))
+        in_flight.put_nowait((due, b""))
         with suppress(OSError):
             await sender
 
-    async def _deliver(self, on_its_way: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
+    async def _deliver(self, in_flight: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
         while True:
-            due, data = await on_its_way.get()
+            due, data = await in_flight.get()
             await asyncio.sleep(max(0.0, due - self._loop.time()))
             if not data or writer.is_closing():
                 writer.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -87,6 +88,12 @@ def test_each_node_has_its_own_ranks_and_the_head_has_all(hybrid):
     drain = [sys.executable, "-m", "dpshm", "drain", "3", "--no-wait", "--group", GROUP]
     hybrid.nodes[1].command(*drain, env={"PATH": "/usr/bin:/bin"})
     assert {hybrid.frontends[1].eval("frontend.route().dp_rank") for _ in range(4)} == {2}
+    for node, rank in ((0, 2), (1, 0)):
+        with pytest.raises(subprocess.CalledProcessError) as refused:
+            hybrid.nodes[node].command(*drain[:4], str(rank), *drain[5:], env={"PATH": "/usr/bin:/bin"})
+        assert f"run `dpshm drain {rank}`" in refused.value.stderr
+        with pytest.raises(RemoteError, match=f"run `dpshm drain {rank}`"):
+            hybrid.coordinators[node].run(f"coordinator.drain({rank})")
 
 
 def test_a_node_that_loses_the_head_goes_on_routing(hybrid):
@@ -121,6 +128,28 @@ def test_a_rank_of_the_other_node_dies(hybrid):
     assert {hybrid.frontends[1].eval("frontend.route(wake=False).dp_rank") for _ in range(4)} == {3}
     hybrid.engines[3].run("engine.close()")
     wait_until(lambda: hybrid.states(0)[3] == "absent")
+
+
+@pytest.mark.parametrize("waves", [True, False])
+def test_a_node_dies_with_all_its_processes_and_starts_anew(using, waves):
+    """Guards against dead ranks that the head's board keeps as alive, and a node that cannot come back."""
+    made = Hybrid(using, waves=waves)
+    wait_until(lambda: made.states(0) == ["idle"] * 4)
+    for process in (made.frontends[1], *made.engines[2:], made.coordinators[1]):
+        process.kill()
+    wait_until(lambda: made.states(0) == ["idle", "idle", "unknown", "unknown"])
+    assert {made.frontends[0].eval("frontend.route(wake=False).dp_rank") for _ in range(2)} <= {0, 1}
+    made.start(1, head=made.coordinators[0].eval("coordinator.head_addresses"))
+    assert made.states(1) == ["absent"] * 4  # all that had the old board were dead: a new one
+    assert made.states(0)[2:] == ["unknown"] * 2
+    for rank in (2, 3):
+        made.engines[rank] = using(made.nodes[1].process())
+        made.engines[rank].run(f"engine = Engine.attach('{GROUP}', {rank})")
+    wait_until(lambda: made.states(0) == ["idle"] * 4)
+    assert made.states(1) == ["absent", "absent", "idle", "idle"]
+    if waves:
+        made.frontends[0].run("frontend.wake()")
+        wait_until(lambda: made.running() == [True] * 4)
 
 
 def test_a_head_needs_balancing_by_node(using):

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import zmq
 
 from dpshm import Board, Frontend
+from dpshm.board.layout import REMOTE_WORDS
 from dpshm.board.words import KV_ONE, queued
 from dpshm.engine.remote import RemoteEngine
+from tests.support import in_flight, outstanding
 
 TOKENS = 10
 WINDOW = 256
@@ -27,6 +29,7 @@ BURST = 32
 """Requests that are sent before answers are taken."""
 CHECK_S = 0.005
 STAMPS = 1 << 15
+_HEARD = REMOTE_WORDS.index("heard")
 
 
 class Told(NamedTuple):
@@ -142,25 +145,21 @@ def read_sum(frontend: Frontend, rank: int) -> tuple[int, int, int, int] | None:
     """(rank, outstanding, finished, booked) of one row at one moment.
 
     None if the row is being written, or its writer was killed there. Each word is whole, and so is what is
-    outstanding; only this test compares several words, so the engine stamps its load with what has finished.
+    outstanding; only this test compares several words. The writer stores when it heard of a publication first, and
+    the same time as the beat last (`RemoteRows.report`), so a row whose beat, loaded first, is what was heard,
+    loaded last, is of one publication. The engine stamps its load with what has finished, as a second sign.
     """
     board, f = frontend.board, frontend.index
+    beat = int(board.beat[rank])
     sent, load = int(board.sent_requests[f, rank]), int(board.load[rank])
     offset, finished = int(board.request_offset[rank]), int(board.requests_finished[rank])
     received = int(board.received_requests[rank].sum())
     whole = load & KV_ONE == finished % STAMPS and offset == queued(load) - received
-    if not whole or load != int(board.load[rank]) or offset != int(board.request_offset[rank]):
+    if not whole or beat != int(board.remote_state[rank, _HEARD]):
         return None
     return rank, offset + sent, finished, sent
 
 
 def left_over(board: Board) -> list[tuple[int, ...]]:
-    """By rank: outstanding requests and tokens, and what was sent and not received, of both."""
-    on_their_way = [
-        getattr(board, f"sent_{kind}")[:, :2].sum(0) - getattr(board, f"received_{kind}")[:2].sum(1)
-        for kind in ("requests", "tokens")
-    ]
-    return [
-        (int(row["requests"]), int(row["prefill_backlog"]), *(int(of[e]) for of in on_their_way))
-        for e, row in enumerate(board.snapshot())
-    ]
+    """By rank: outstanding requests and tokens, and what was sent and not received, of both; signed."""
+    return list(zip(*outstanding(board).tolist(), *in_flight(board).sum(2).tolist(), strict=True))

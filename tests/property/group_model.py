@@ -13,7 +13,7 @@ the coordinator's, and comes with a first request or without, and with a first r
 the front-end rings the ranks, for any wave up to the coordinator's. They have no other state, hence there may be
 any number of them; what is bounded is how many requests are open at once.
 
-**Messages** that are on their way form sets: they arrive in any order, late, and, if `Bounds.faults`, again or
+**Messages** that are in flight form sets: they arrive in any order, late, and, if `Bounds.faults`, again or
 never. That covers links that keep order, and it covers a coordinator that restarts: its state is on the board, and
 what was sent to it or not yet sent by it is lost. START to a rank is one message of that rank's own; the one that
 a START excludes gets none, as the rule would ignore it.
@@ -26,7 +26,7 @@ they changed, rows of dead ranks that were left out, a clock that jumped, and a 
 who resumes whom he paused (`Group.alone`). Links keep order now, as ZMQ's do: a rank's messages come in the
 order in which it sends them, and so does START. It is the real `WaveReconciler` that looks: once at any time,
 which is what `SeenRunning` needs, and look after look when nothing else can happen any more, since messages and
-steps are faster than `resend_interval`. Whatever else was still on its way has come by then, or comes first: both
+steps are faster than `resend_interval`. Whatever else was still in flight has come by then, or comes first: both
 are moves of the group before it is left alone.
 
 **Patience.** Ranks that were restarted or added may run in a wave that is over for the others. START tells them
@@ -34,14 +34,14 @@ the wave, but one that waits in a collective cannot hear it. If that very collec
 the rank takes the START afterwards, wakes alone, and is one wave late again: for ever, if each step is an
 agreement. Ranks that agree in some steps only (vLLM's in every 32nd) take START in the steps between, and then
 all are in one wave. With `Bounds.patient` they do: no two agreements without a step between, and no rank enters
-a collective while START is on its way to it.
+a collective while START is in flight to it.
 
 **Without a coordinator.** With `Bounds.absence` the coordinator stops at any time, for a time or for ever. What is
 sent to it waits. A rank that a request wakes rings the others, and front-ends ring for any wave up to that of the
 rows. A group whose coordinator stays away must come to rest all the same, once a front-end has rung for the wave
 of the rows, which it does with its next request; nothing is asked of the phase then. A ring is not lost here.
 
-**Connections.** With `Bounds.replaced` another coordinator takes over at any time. What was on its way to or from
+**Connections.** With `Bounds.replaced` another coordinator takes over at any time. What was in flight to or from
 the old one is lost, and each rank connects when it likes; START that is sent before does not reach it. With
 `Bounds.stock` all ranks but 0 are stock engines: the coordinator does not see what their rows would say, and they
 have no doorbell. Their reports are not lost: a PUSH socket keeps what the old coordinator did not accept.
@@ -51,7 +51,7 @@ graph has no last wave; `Bounds.waves` says how many different ones there may be
 no state makes it more than noise is left out, and all others that are older than the receiver count as one wave
 older; both are asked of the rules in use, and a test checks them.
 
-Ranks but 0 are interchangeable: they are kept in order. Each rank's state, with all that is on its way from and to
+Ranks but 0 are interchangeable: they are kept in order. Each rank's state, with all that is in flight from and to
 it, is one number; a world is ``(head, rank 0, the others...)``.
 """
 
@@ -117,7 +117,7 @@ class Group(Ranks):
 
     @property
     def initial(self) -> World:
-        """All ranks asleep in one wave, nothing on its way."""
+        """All ranks asleep in one wave, nothing in flight."""
         others = [self._rank(Rank(False))] * (self.bounds.engines - 1)
         return (self._heads.of(Head(Phase.PAUSED)), self._rank(Rank(True)), *others)
 

@@ -41,10 +41,10 @@ class Bounds(NamedTuple):
 
     Attributes:
         engines: ranks; with `scaling` at most so many.
-        frontends: requests that are open at once, on their way or in a queue.
+        frontends: requests that are open at once, in flight or in a queue.
         waves: different waves that a rank may be in, as seen from the coordinator: itself and so many less one
             in either direction.
-        messages: START on their way to a rank at once, and messages from a rank.
+        messages: START in flight to a rank at once, and messages from a rank.
         faults: messages are lost and doubled, ticks come at any time.
         ticks: the coordinator looks at the rows.
         restarts: ranks die and come back.
@@ -54,7 +54,7 @@ class Bounds(NamedTuple):
         repeat_start: as `handle_coordinator` is told.
         patient: there is a step between two agreements, and START is faster than a step; see the module.
         stock: ranks but 0 are stock engines: their rows show no wave.
-        replaced: the coordinator is replaced: what was on its way is lost, and ranks connect again one by one.
+        replaced: the coordinator is replaced: what was in flight is lost, and ranks connect again one by one.
         absence: the coordinator stops for any time, or for ever. What is sent to it waits.
     """
 
@@ -114,7 +114,7 @@ class Head(NamedTuple):
 
 
 class Rank(NamedTuple):
-    """One rank, and what is on its way from and to it. Waves are counted from the coordinator's."""
+    """One rank, and what is in flight from and to it. Waves are counted from the coordinator's."""
 
     leads: bool  # it is rank 0
     wave: int = 0
@@ -180,14 +180,14 @@ class Facts(NamedTuple):
 
 def facts_of(rank: Rank, bounds: Bounds) -> Facts:
     """The facts of a rank."""
-    on_their_way = max(len(rank.starts), len(rank.started) + len(rank.completed))
+    in_flight = max(len(rank.starts), len(rank.started) + len(rank.completed))
     return Facts(
         part=Part(rank.place, rank.running, rank.paused, rank.asked, rank.work > 0),
         row=(rank.wave, rank.running),
         open=len(rank.requests) + rank.work,
         connected=rank.connected,
         shows=rank.leads or not bounds.stock,
-        inside=-bounds.waves < rank.wave < bounds.waves and on_their_way <= bounds.messages,
+        inside=-bounds.waves < rank.wave < bounds.waves and in_flight <= bounds.messages,
     )
 
 

@@ -127,7 +127,7 @@ class Op(NamedTuple):
 
 
 class Thread(NamedTuple):
-    """A program on its way: which accesses are done, what it has loaded, what waits in its store buffer."""
+    """A program as it runs: which accesses are done, what it has loaded, what waits in its store buffer."""
 
     done: int = 0
     registers: tuple[tuple[str, int], ...] = ()

@@ -92,10 +92,17 @@ def _loads(memory: mmap.mmap) -> dict[str, Callable[[], int]]:
     matrix = np.ndarray((2, 4), np.int64, memory, AT * 8, strides=(32, 8))
     indices, copied = np.full(8, AT, np.intp), np.empty(8, np.int64)
     rows, one = [0], np.ones(1, np.int64)
+    tables = np.ndarray((2, 1, 4), np.int64, memory, AT * 8, strides=(32, 32, 8))
+    rows_apart = np.ndarray((3, 2), np.int64, memory, AT * 8, strides=(8, 32))
+    assigned = np.empty((3, 2), np.int64)
 
     def take() -> int:
         words.take(indices, 0, copied, "clip")
         return int(copied[5])
+
+    def assign() -> int:
+        assigned[:] = rows_apart
+        return int(assigned[0, 0])
 
     return {
         "memoryview": lambda: view[AT],
@@ -108,6 +115,10 @@ def _loads(memory: mmap.mmap) -> dict[str, Callable[[], int]]:
         "strided ufunc": lambda: int((matrix[:, 0] - 0)[0]),
         "sum": lambda: int(np.add.reduce(matrix[:1], 0)[0]),
         "product": lambda: int(one.dot(matrix[:1])[0]),
+        "sum of two tables": lambda: int(np.add.reduce(tables, axis=1)[0, 0]),
+        "product of two tables": lambda: int(one.dot(tables)[0, 0]),
+        "tolist of columns": lambda: rows_apart.tolist()[0][0],
+        "strided assignment": assign,
     }
 
 
@@ -186,15 +197,22 @@ class Below(NamedTuple):
     last: int
 
 
-TABLE_ROWS, TABLE_COLUMNS = 4097, {"product": 8, "sum": 64}
+TABLE_ROWS = 4097
+TABLE_COLUMNS = {"product": 8, "sum": 64, "product of two tables": 8, "sum of two tables": 64}
 SUMS = tuple(TABLE_COLUMNS)
 ENOUGH = 20  # sums below zero, for none with the balance in the first row to mean something
 _BOOK = "book and end"
 
 
 def _table(memory: mmap.mmap, how: str) -> np.ndarray:
-    """As the board's with 4096 front-ends, the most: the balances, and then what each front-end sent."""
-    return np.ndarray((TABLE_ROWS, TABLE_COLUMNS[how]), np.int64, memory, strides=(8 * 64, 8))
+    """As the board's with 4096 front-ends, the most: the balances, and then what each front-end sent.
+
+    Two tables are two views of the one.
+    """
+    shape = (TABLE_ROWS, TABLE_COLUMNS[how])
+    if how.endswith("two tables"):
+        return np.ndarray((2, *shape), np.int64, memory, strides=(0, 8 * 64, 8))
+    return np.ndarray(shape, np.int64, memory, strides=(8 * 64, 8))
 
 
 def stress_order(*, seconds: float) -> dict[str, Below]:
@@ -222,10 +240,12 @@ def stress_order(*, seconds: float) -> dict[str, Below]:
 
 def _add_up(memory: mmap.mmap, seconds: float) -> dict[str, Below]:
     ones = np.ones(TABLE_ROWS, np.int64)
-    product, summed = _table(memory, "product"), _table(memory, "sum")
+    product, summed, products, sums_of_two = (_table(memory, how) for how in SUMS)
     ways: dict[str, Callable[[], Any]] = {
         "product": lambda: ones.dot(product),
         "sum": lambda: np.add.reduce(summed, 0),
+        "product of two tables": lambda: ones.dot(products)[1],
+        "sum of two tables": lambda: np.add.reduce(sums_of_two, axis=1)[1],
     }
     seen = dict.fromkeys(ways, Below(0, 0, 0))
     now = time.monotonic()

@@ -85,7 +85,7 @@ class Ranks:
         return self._rank(self._ranks[i]._replace(place=DONE))
 
     def _told(self, i: int, event: EngineEvent) -> int:
-        """The rank takes an event; what it sends is on its way."""
+        """The rank takes an event; what it sends is in flight."""
         rank = self._ranks[i]
         before = EngineState(BASE + rank.wave, rank.running, rank.paused)
         after, commands = self.rules.engine(before, event, 0 if rank.leads else 1)
@@ -162,7 +162,7 @@ class Ranks:
         return [("a request is sent", at) for at in dict.fromkeys(self._rank(r) for r in new)]
 
     def _revived(self, i: int) -> int:
-        """Another process of that rank: what it held and what was on its way to it by START is gone."""
+        """Another process of that rank: what it held and what was in flight to it by START is gone."""
         rank = self._ranks[i]
         fresh = rank._replace(running=False, paused=False, place=OUT, asked=False, work=0, starts=())
         return self._told(self._rank(fresh), Attached(BASE))
@@ -178,7 +178,7 @@ class Ranks:
         return self._rank(rank._replace(starts=(*rank.starts, wave)))
 
     def _disconnected(self, i: int) -> int:
-        """The coordinator was replaced: what was on its way is lost, and the rank is not yet connected."""
+        """The coordinator was replaced: what was in flight is lost, and the rank is not yet connected."""
         lost: dict[str, tuple[int, ...]] = {"starts": (), "first": ()}
         if self._facts[i].shows:  # a stock rank's PUSH socket sends what the dead coordinator did not accept
             lost |= {"started": (), "completed": ()}

@@ -2,7 +2,7 @@
 
 One board, its engines and its front-ends in one process, driven by hypothesis step by step; the watcher's rounds
 are called by hand, so nothing waits. A request's message is in its engine's inbox until it is received; it may be
-refused by the sender's socket, lost, or taken in; processes may be killed with messages on their way.
+refused by the sender's socket, lost, or taken in; processes may be killed with messages in flight.
 
 In half of the runs there are *ghosts* too: messages that arrive although their request was given up before (its
 client left), or at a successor of the engine that they were sent to. No process can count these right at once, so
@@ -56,7 +56,7 @@ class Bookings(RuleBasedStateMachine):
         self.frontends = []
         self.restarts = 0
         self.open = []  # requests that their front-ends still wait for
-        self.inbox = [[] for _ in range(RANKS)]  # on their way
+        self.inbox = [[] for _ in range(RANKS)]  # in flight
         self.received = [[] for _ in range(RANKS)]  # by the engine, and not published
         self.holding = [0] * RANKS  # requests that the engine has
         self.pick = 0
@@ -107,7 +107,7 @@ class Bookings(RuleBasedStateMachine):
         frontend = self.frontends[which % len(self.frontends)]
         self.pick = pick
         if self.ghosts:  # counts that no process can know at once are right at the next refresh, within 100 ms
-            frontend._next_refresh_ns = 0
+            frontend._decisions.next_refresh_ns = 0
         try:
             dp_rank = pick % RANKS if pinned else None
             route = frontend.route(tokens, dp_rank=dp_rank, prompt=range(tokens) if prompt else None)
@@ -123,10 +123,10 @@ class Bookings(RuleBasedStateMachine):
     @precondition(lambda self: any(self.inbox))
     @rule(which=indexes, told=st.booleans())
     def lose(self, which, told):
-        on_their_way = [r for inbox in self.inbox for r in inbox if r.frontend in self.frontends and not r.over]
-        if not on_their_way:
+        in_flight = [r for inbox in self.inbox for r in inbox if r.frontend in self.frontends and not r.over]
+        if not in_flight:
             return
-        request = on_their_way[which % len(on_their_way)]
+        request = in_flight[which % len(in_flight)]
         self.inbox[request.dp_rank].remove(request)
         if told:  # the socket refused it
             self.open.remove(request)
@@ -198,7 +198,7 @@ class Bookings(RuleBasedStateMachine):
         self.holding[dp_rank] = 0
         assert self.board.snapshot()[dp_rank]["in_flight"] == 0  # what its predecessor had not received is gone
         if not self.ghosts:
-            self.inbox[dp_rank].clear()  # what was on its way went to a socket that is gone
+            self.inbox[dp_rank].clear()  # what was in flight went to a socket that is gone
 
     # What always holds.
 
@@ -215,13 +215,13 @@ class Bookings(RuleBasedStateMachine):
             assert in_flight <= most or self.engines[dp_rank] is None
             if self.ghosts:
                 continue
-            on_their_way = [
+            present = [
                 request
                 for request in self.inbox[dp_rank] + self.received[dp_rank]
                 if not request.over and request.frontend in self.frontends
             ]
-            assert in_flight >= len(on_their_way)
-            assert in_flight_tokens >= sum(request.tokens for request in on_their_way)
+            assert in_flight >= len(present)
+            assert in_flight_tokens >= sum(request.tokens for request in present)
 
     def teardown(self):
         try:

@@ -36,7 +36,7 @@ from tests.property.mutants import CAUGHT, SPARE, Mutant
 
 ENGINES = [EngineState(BASE, r, p) for r, p in product((False, True), repeat=2) if not (r and p)]
 COORDINATORS = [CoordinatorState(BASE, phase) for phase in Phase]
-SMALL = 30_000  # states: enough for each kind of move to have happened
+SMALL = 12_000  # states: enough for each kind of move to have happened
 
 
 @pytest.mark.slow

@@ -129,6 +129,7 @@ LINES = st.one_of(
 )
 
 
+@pytest.mark.slow
 def test_any_trace(tmp_path: Path):
     """Guards against a trace that ends the reader with anything but an error that names its line, or gives nan."""
     path = tmp_path / "trace"

@@ -74,7 +74,7 @@ def watched(group, using) -> SimpleNamespace:
     engine = using(Engine.attach(group, 0))
     frontends = [using(Frontend.attach(group, owner=owner)) for owner in "ab"]
     for frontend in frontends:
-        frontend._reader.refresh()
+        frontend._decisions.reader.refresh()
     return SimpleNamespace(board=board, engine=engine, frontends=frontends)
 
 
@@ -101,6 +101,11 @@ def test_the_model_reads_and_books_as_the_code_does(watched: SimpleNamespace, ba
     table = (requests if balance == "request_offset" else tokens)._table
     named = [{recorder.names[at] for at in row} for row in recorder.column(table).positions().tolist()]
     assert [names[name] for row in named for name in row] == ["balance", "sent", "sent"]
+    # One by work is one call over both tables.
+    tables = recorder.column(watched.board.outstanding_work([0, 1], 1)._tables).positions()[:, :, 0].tolist()
+    assert [names[recorder.names[at]] for row in tables for at in row if recorder.names[at] in names] == [
+        *("balance", "sent", "sent"),
+    ]
 
 
 @pytest.mark.parametrize("of", ["requests", "tokens"])

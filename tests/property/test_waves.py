@@ -97,7 +97,7 @@ def test_an_engines_wave_never_falls(events: list[EngineEvent], dp_rank: int, wa
 
 
 class Group:
-    """A coordinator, its engines, and everything that is on its way between them.
+    """A coordinator, its engines, and everything that is in flight between them.
 
     Args:
         dp_size: number of engines.
@@ -260,7 +260,7 @@ class Group:
         self.tell(i, Attached(self.state.wave))
 
     def restart_coordinator(self, k: int) -> None:
-        """A new coordinator takes the board over; what was on its way to the old one is lost."""
+        """A new coordinator takes the board over; what was in flight to the old one is lost."""
         self.watch = WaveReconciler(200, 1000)
         self.to_coordinator.clear()
 

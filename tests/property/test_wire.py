@@ -90,6 +90,7 @@ def test_random_bytes(data: bytes):
     check(data)
 
 
+@pytest.mark.slow
 @deterministic
 @given(value=VALUES)
 def test_any_value_that_is_msgpack(value: object):
@@ -97,6 +98,7 @@ def test_any_value_that_is_msgpack(value: object):
     check(msgspec.msgpack.encode(value))
 
 
+@pytest.mark.slow
 @deterministic
 @given(items=st.lists(VALUES, max_size=10), stats=STATS, engine=SCALARS)
 def test_arrays_that_are_almost_messages(items: list[object], stats: dict[str, object], engine: object):

@@ -14,6 +14,7 @@ from dpshm import Board
 from tests.soak.frontends import WINDOW
 from tests.soak.group import SoakGroup
 from tests.soak.members import UNTOUCHED, Member
+from tests.support import outstanding
 
 
 class Books:
@@ -48,6 +49,7 @@ class Books:
             if engine.role == "engine":
                 shown = int(rows["requests_finished"][engine.slot])
                 self._expect(f"{engine}: requests_finished", shown, finished)
+                self._check_sums(board, engine)
             self._expect(f"{engine}: taken in", self._sum("taken", [engine.life]), finished)
             for frontend in self._frontends:
                 self._check_bookings(board, engine, frontend)
@@ -62,13 +64,18 @@ class Books:
         return self._problems
 
     def _check_rest(self, rows: npt.NDArray[Any]) -> None:
-        """Nothing is under way."""
+        """Nothing is in flight, waiting or running."""
         for name in ("in_flight", "in_flight_tokens", "prefill_backlog"):
             self._expect(f"{name} by rank", rows[name].tolist(), [0] * len(rows))
         # A stock engine reports what changed and no more: a report that died with a coordinator is not repeated.
         own = [engine.slot for engine in self._engines if engine.role == "engine"]
         for name in ("waiting", "running"):
             self._expect(f"{name} by rank", rows[name][own].tolist(), [0] * len(own))
+
+    def _check_sums(self, board: Board, engine: Member) -> None:
+        """An engine's sums are exactly 0: a snapshot shows no count below that."""
+        left = outstanding(board)[:, engine.slot].tolist()
+        self._expect(f"{engine}: requests and tokens outstanding", left, [0, 0])
 
     def _sum(self, name: str, lives: Sequence[int]) -> int:
         return sum(sum(self._ledger.by_peer(life, name)) for life in lives)

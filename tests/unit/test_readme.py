@@ -287,7 +287,7 @@ def test_the_library_example_runs_as_printed() -> None:
     """Guards against a README whose example no longer fits the code."""
     printed = run(block(README, "example"))
     assert re.match(r"send it to rank [01] with the stamp \(0, 512, 0\)\n", printed)
-    # The other rank may still be on its way from paused to running.
+    # The other rank may still be going from paused to running.
     assert len(re.findall(r"^[01] (?:idle|waking|running) 0 requests$", printed, re.MULTILINE)) == 2
 
 
@@ -440,6 +440,7 @@ def test_the_packed_words_are_the_real_ones() -> None:
             "stuck": word & words.STUCK,
             "unknown": word & words.UNKNOWN,
             "remote": word & words.REMOTE,
+            "relayed": word & words.RELAYED,
             "drained": word & words.DRAINED,
             "on_behalf": word & words.ON_BEHALF,
         },

@@ -27,3 +27,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     what: str
     why: str
     fix: str
+
+
+def some_of(names: list[str]) -> str:
+    """Names as words; of many the first ones."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

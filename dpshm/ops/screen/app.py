@@ -24,14 +24,16 @@ from dpshm.ops.screen.filter import arrange, number
 from dpshm.ops.screen.headline import below, headline
 from dpshm.ops.screen.help import help_text
 from dpshm.ops.screen.table import (
+    CACHES,
+    LATENCIES,
     Column,
     History,
     Sort,
     frontend_columns,
     frontend_table,
-    has_latencies,
     rank_columns,
     rank_table,
+    unmeasured,
 )
 from dpshm.ops.screen.text import Glyphs
 from dpshm.ops.screen.widgets import Confirm, Filter, Help, Rows
@@ -85,7 +87,7 @@ class Top(App[None]):
         self._glyphs = glyphs
         self._history = History()
         self._frame = watcher.read()
-        self._latencies = False  # some were seen
+        self._without = LATENCIES | CACHES  # columns in which nothing was seen so far
         self._read_events()
         self._frontends = False
         self._sort = 0
@@ -133,17 +135,15 @@ class Top(App[None]):
         frame, glyphs, screen = self._frame, self._glyphs, self.screen_stack[0]
         rows = screen.query_one(Rows)
         width = rows.width
-        self._latencies |= has_latencies(frame)
+        self._without &= unmeasured(frame)
         if self._frontends:
             frontends = self._arrange(frame.frontends, frontend_columns(glyphs))
             title, frontend_line = frontend_table(width, glyphs, self._order)
             rows.show(len(frontends), lambda i: frontend_line(frontends[i]))
             self._shown = [number(f) for f in frontends]
         else:
-            ranks = self._arrange(frame.ranks, rank_columns(glyphs, latencies=self._latencies))
-            title, rank_line = rank_table(
-                *(self._history, width, glyphs), latencies=self._latencies, sort=self._order
-            )
+            ranks = self._arrange(frame.ranks, rank_columns(glyphs, without=self._without))
+            title, rank_line = rank_table(*(self._history, width, glyphs), without=self._without, sort=self._order)
             rows.show(len(ranks), lambda i: rank_line(ranks[i]))
             self._shown = [number(r) for r in ranks]
         head = headline(frame, self.size.width, glyphs, self.size.height)
@@ -179,15 +179,18 @@ class Top(App[None]):
     def _mode(self) -> str:
         """The active filter, shown so that a part of the rows is not taken for all."""
         parts = [f"by {self._sorted_by.title}" + (" reversed" if self._reverse else "")]
-        row = self._under_cursor()
-        if row is not None:
-            what = f"rank {row.dp_rank}" if isinstance(row, Rank) else f"front-end {row.index} {row.owner}"
-            parts.append(f"{what}: pid {row.pid or '-'}, incarnation {row.incarnation}, dpshm {row.version}")
         if self._filter:
             of = self._frame.frontends if self._frontends else self._frame.ranks
             parts.append(f"filter {self._filter!r}: {len(self._shown)} of {len(of)}")
         if self._paused:
             parts.append("PAUSED")
+        # Last: a narrow screen cuts it.
+        row = self._under_cursor()
+        if row is not None:
+            what = f"rank {row.dp_rank}" if isinstance(row, Rank) else f"front-end {row.index} {row.owner}"
+            if isinstance(row, Rank) and row.remote:
+                what += " on another node"
+            parts.append(f"{what}: pid {row.pid or '-'}, incarnation {row.incarnation}, dpshm {row.version}")
         return self._message or self._glyphs.separator.join(parts)
 
     def _under_cursor(self) -> Rank | Frontend | None:

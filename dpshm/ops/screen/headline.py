@@ -20,6 +20,7 @@ from dpshm.ops.screen.table import (
     frontend_table,
     has_latencies,
     rank_table,
+    unmeasured,
 )
 from dpshm.ops.screen.text import Glyphs, count, duration
 
@@ -29,7 +30,7 @@ _BAD_EVENTS = ("died", "stalled", "stuck", "lost", "gone", "silent", "ended")
 
 def screen(frame: Frame, history: History, width: int, glyphs: Glyphs) -> list[Text]:
     """All lines of a frame: headline, ranks, front-ends."""
-    title, rank_line = rank_table(history, width, glyphs, latencies=has_latencies(frame))
+    title, rank_line = rank_table(history, width, glyphs, without=unmeasured(frame))
     lines = [*headline(frame, width, glyphs), Text(), title, *map(rank_line, frame.ranks)]
     if frame.frontends:
         title, frontend_line = frontend_table(width, glyphs)
@@ -148,7 +149,7 @@ def below(
     if frontends and frame.frontends:
         for_events = 2 + min(MIN_EVENTS, len(events)) if events else 0
         shown = frame.frontends[: max(0, height - 2 - for_events)]
-        if shown:
+        if len(shown) == len(frame.frontends) or len(shown) > 1:  # else no line but "more" would be left
             title, line = frontend_table(width, glyphs)
             lines += [Text(), title, *map(line, shown)]
             if len(shown) < len(frame.frontends):

@@ -12,7 +12,7 @@ COLUMNS = (
     ("flight", "requests sent to the rank that it has not received"),
     ("backlog", "prompt tokens to compute, those in flight too"),
     ("KV", "share of the KV cache in use"),
-    ("hit", "share of prompt tokens found in the cache"),
+    ("hit, index", "share of prompt tokens cached, of KV blocks indexed"),
     ("req/s, tok/s", "requests finished, tokens generated"),
     ("ttft, p99", "time to first token, of the last minute: p50, p99"),
     ("queue, tpot", "p50 of the time in the queue, per output token"),

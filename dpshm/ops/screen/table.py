@@ -7,7 +7,7 @@ can tell apart). If the terminal is too narrow, the least important columns are 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from rich.text import Text
@@ -110,16 +110,16 @@ def kv_cell(usage: float, glyphs: Glyphs, width: int) -> Text:
     return text.append(f" {usage:4.0%}", "default")
 
 
-def hit_cell(rank: Rank) -> str:
-    """The share of prompt tokens that were cached."""
-    return "-" if rank.cached_share is None else f"{rank.cached_share:.0%}"
+def share_cell(share: float | None) -> str:
+    """A share as a percentage."""
+    return "-" if share is None else f"{share:.0%}"
 
 
-def rank_columns(glyphs: Glyphs, *, wide: bool = False, latencies: bool = True) -> list[Column[Rank]]:
-    """The columns of ranks, except the history."""
+def rank_columns(glyphs: Glyphs, *, wide: bool = False, without: Collection[str] = ()) -> list[Column[Rank]]:
+    """The columns of ranks, except the history and those of these titles."""
     kv = 15 if wide else 8
     columns: list[Column[Rank]] = [
-        Column("rank", 5, 0, lambda r: str(r.dp_rank), lambda r: r.dp_rank),
+        Column("rank", 5, 0, lambda r: r.label, lambda r: r.dp_rank),
         Column(
             "state", 9, 0, lambda r: state_cell(r.state, glyphs), lambda r: WORST_FIRST.index(r.state), left=True
         ),
@@ -130,7 +130,8 @@ def rank_columns(glyphs: Glyphs, *, wide: bool = False, latencies: bool = True) 
         Column(
             "KV", kv, 3, lambda r: kv_cell(r.kv_cache_usage, glyphs, kv), lambda r: -r.kv_cache_usage, left=True
         ),
-        Column("hit", 4, 8, hit_cell, lambda r: -_or_less(r.cached_share)),
+        Column("hit", 4, 8, lambda r: share_cell(r.cached_share), lambda r: -_or_less(r.cached_share)),
+        Column("index", 5, 9, lambda r: share_cell(r.index_fill), lambda r: -_or_less(r.index_fill)),
         Column("req/s", 5, 3, lambda r: count(r.requests_per_s), lambda r: -_or_less(r.requests_per_s)),
         Column("tok/s", 5, 3, lambda r: count(r.generation_tokens_per_s), lambda r: -_or_less(_tokens(r))),
         Column("ttft", 5, 4, lambda r: duration(_p50(r.ttft)), lambda r: -_or_less(_p50(r.ttft))),
@@ -142,15 +143,22 @@ def rank_columns(glyphs: Glyphs, *, wide: bool = False, latencies: bool = True) 
         Column("age", 5, 4, age_cell, lambda r: -_or_less(r.age_s)),
         Column("pid", 7, 11, lambda r: str(r.pid or "-")),
     ]
-    return columns if latencies else [c for c in columns if c.title not in LATENCIES]
+    return [column for column in columns if column.title not in without]
 
 
-LATENCIES = ("ttft", "p99", "queue", "tpot")
+LATENCIES = frozenset({"ttft", "p99", "queue", "tpot"})
+CACHES = frozenset({"hit", "index"})
 
 
 def has_latencies(frame: Frame) -> bool:
     """Whether a front-end measures how long requests take."""
     return frame.ttft is not None and frame.ttft.count > 0
+
+
+def unmeasured(frame: Frame) -> frozenset[str]:
+    """The titles of columns in which no rank has anything."""
+    latencies: frozenset[str] = frozenset() if has_latencies(frame) else LATENCIES
+    return latencies if any(rank.num_blocks for rank in frame.ranks) else latencies | CACHES
 
 
 def _p50(latency: Latency | None) -> float | None:
@@ -190,10 +198,10 @@ def frontend_columns(glyphs: Glyphs) -> list[Column[Frontend]]:
 
 
 def rank_table(
-    history: History, width: int, glyphs: Glyphs, *, latencies: bool = True, sort: Sort | None = None
+    history: History, width: int, glyphs: Glyphs, *, without: Collection[str] = (), sort: Sort | None = None
 ) -> tuple[Text, Callable[[Rank], Text]]:
     """The heading, and the function that makes a rank's line."""
-    columns = rank_columns(glyphs, wide=width >= WIDE, latencies=latencies)
+    columns = rank_columns(glyphs, wide=width >= WIDE, without=without)
     columns, rest = _fit(columns, width, spare=SPARK_MIN if history.of else 0)
     spark = min(rest - 1, 60) if history.of else 0
     top = history.top(spark) if spark else 0.0

@@ -91,7 +91,7 @@ class Chaos:
         self._tell(f"chaos: {'killed' if act == 'kill' else 'stopped'} {child.name} (pid {child.pid})")
 
     def undo(self) -> None:
-        """Undoes the deed that is under way, if there is one."""
+        """Undoes the deed that is being done, if there is one."""
         deed, self._under_way = self._under_way, None
         if deed is None:
             return

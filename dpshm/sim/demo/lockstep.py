@@ -29,7 +29,7 @@ every 16th since (``dp_sync_interval``)."""
 WAIT_S = 0.3e-3
 """Interval between two reads of the words. Ranks leave a step together, so few reads are needed."""
 LONG_WAIT_S = 1e-3
-"""The same interval after `LOOKS_UNTIL_LONG` reads: the others sleep, and START is on its way."""
+"""The same interval after `LOOKS_UNTIL_LONG` reads: the others sleep, and START is in flight."""
 LOOKS_UNTIL_LONG = 32
 
 _SLOT_BYTES = 64  # a cache line: no two ranks write to the same one

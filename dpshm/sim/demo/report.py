@@ -41,6 +41,7 @@ class Report(msgspec.Struct):
     """The report of one run, as ``dpshm demo --json`` prints it.
 
     Attributes:
+        workload: the built-in one, if there is no trace.
         sent: requests due and handed to a router. Each one is then completed, refused or lost.
         completed: requests whose last token came back.
         refused: requests that can never fit an engine's KV cache.
@@ -76,6 +77,7 @@ class Report(msgspec.Struct):
     sent_by_frontend: list[int]
     finished_by_engine: list[int]
     problems: list[str]
+    workload: str = "code"
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:

@@ -54,6 +54,7 @@ class Sample(NamedTuple):
         elapsed_s: time since time 0; negative before.
         seconds: duration of the workload.
         wave: the coordinator's wave; -1 before there is one.
+        phase: its phase; empty before, and where ranks have no waves.
         ranks: `Board.snapshot`, or None before there are ranks.
         sent: requests sent, by front-end.
         answered: requests answered, by front-end.
@@ -256,7 +257,7 @@ class _Demo:
                 elapsed_s,
                 inf if self._settings.keep else self._workload.seconds,
                 board.wave if board else -1,
-                board.phase.name.lower() if board else "",
+                board.phase.name.lower() if board and self._settings.waves else "",
                 ranks,
                 [p.sent for p in progress],
                 [p.answered for p in progress],
@@ -309,6 +310,7 @@ class _Demo:
             sent_by_frontend=sent,
             finished_by_engine=ranks["requests_finished"].tolist(),
             problems=self._problems,
+            workload=s.workload,
         )
 
     def _prefix_hit_rate(self) -> float | None:

@@ -8,18 +8,26 @@ from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from dpshm import policies
 from dpshm.errors import SettingError
 from dpshm.sim.demo.messages import EngineKind, Stats
-from dpshm.sim.workloads.synthetic import MEAN_RATE_PER_S, synthetic_arrivals
+from dpshm.sim.workloads import chat, synthetic
+from dpshm.sim.workloads.chat import chat_arrivals
+from dpshm.sim.workloads.synthetic import synthetic_arrivals
 from dpshm.sim.workloads.traces import Units, check_units, read_trace
 
 MAX_PROCESSES = 64
 """Engines, and front-ends: the room of a board of default size. Each is a process."""
 MAX_REQUESTS = 200_000
 """More than any machine can play as processes, and a bound on memory."""
+
+CHAT_ROOM = 3.0
+"""So many times the expected chat requests are drawn; those after the end are left out."""
+
+BuiltIn = Literal["code", "chat"]
+_RATES = {"code": synthetic.MEAN_RATE_PER_S, "chat": chat.MEAN_RATE_PER_S}
 
 Share = list[tuple[float, int, int, tuple[int, ...]]]
 """A front-end's arrivals: time in seconds, prompt tokens, output tokens, hashes of the prompt's blocks."""
@@ -34,6 +42,7 @@ class DemoSettings:
         rate: speed of the trace, as a multiple of the recorded speed.
         trace: a file to replay; None is the built-in workload.
         time_unit: of the trace's times; empty: as its format says.
+        workload: which built-in one is played without a trace: "code" or "chat".
         stats: "board", or "pub" for the PUB path.
         seed: seed of the built-in workload and of how requests are shared among front-ends.
         engine: "sim", whose model is a sleep, or "torch", which computes one.
@@ -54,6 +63,7 @@ class DemoSettings:
     rate: float = 1.0
     trace: Path | None = None
     time_unit: str = ""
+    workload: BuiltIn = "code"
     stats: Stats = "board"
     policy: str = "least_work"
     seed: int = 0
@@ -119,10 +129,15 @@ def make_workload(settings: DemoSettings, show: Callable[[int], None] = lambda _
         units = Units(settings.time_unit)
         trace = read_trace(settings.trace, units, until_s=recorded_seconds, most=MAX_REQUESTS + 1, show=show)
         arrivals, block_tokens = trace.arrivals, trace.block_tokens
-    elif recorded_seconds * MEAN_RATE_PER_S > 2 * MAX_REQUESTS:
-        raise _too_many(f"about {recorded_seconds * MEAN_RATE_PER_S:.0f}")
     else:
-        arrivals = synthetic_arrivals(recorded_seconds, settings.seed)
+        expected = recorded_seconds * _RATES[settings.workload]
+        if expected > 2 * MAX_REQUESTS:
+            raise _too_many(f"about {expected:.0f}")
+        arrivals = (
+            synthetic_arrivals(recorded_seconds, settings.seed)
+            if settings.workload == "code"
+            else chat_arrivals(round(CHAT_ROOM * expected) + 50, settings.seed)
+        )
     shares: list[Share] = [[] for _ in range(settings.frontends)]
     random = Random(settings.seed)
     count = 0

@@ -11,7 +11,7 @@
 | `broadcast-keep` | the same rows. Its own requests count once, until a broadcast shows them as received |
 | `immediate` | each row 1 ms after it changed. Its own requests count until such a row shows them as received |
 | `remote` | one board, eight ranks on its node and eight on each other one: rows of other nodes 1 ms after they changed, and the requests in flight of all front-ends. What dpshm has |
-| `nodes` | a board and front-ends on each node of eight ranks: rows and requests in flight of the own node, and those of others 1 ms later |
+| `nodes` | a board and front-ends on each node of eight ranks: rows and requests in flight of the own node, and those of others 1 ms later. Two drawn ranks of other nodes are compared beside all of the own (`dpshm.policies.old_news`) |
 | `scrape` | all rows at the last scrape, every second, and nothing else, as a gateway does |
 
 A number after a colon is another interval or delay in milliseconds: ``broadcast:10``. For `live-index` it is the

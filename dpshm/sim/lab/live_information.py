@@ -87,7 +87,7 @@ class _Sent:
         self._now_s = 0.0
 
     def add(self, blocks: Sequence[int], until_s: float) -> None:
-        """They are on their way."""
+        """They are in flight."""
         for block in blocks:
             self._until_s[block] = until_s
 

@@ -7,30 +7,16 @@ rows. `Nodes` is a board on each node, with front-ends on each, and a relay betw
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
 
-from dpshm.policies import View
+import numpy as np
+from numpy.typing import NDArray
+
+from dpshm.policies import Policy, View
+from dpshm.policies.old_news import OldNews
 from dpshm.sim.lab.rank import Job, Row, SimRank
 from dpshm.sim.lab.view_model import Information
 
 RANKS_A_NODE = 8
-
-
-class _Counts(NamedTuple):
-    """Requests and tokens by rank."""
-
-    requests: list[int]
-    tokens: list[int]
-
-    @classmethod
-    def zeros(cls, ranks: int) -> _Counts:
-        """None at any rank."""
-        return cls([0] * ranks, [0] * ranks)
-
-    def add(self, rank: int, tokens: int) -> None:
-        """One request more."""
-        self.requests[rank] += 1
-        self.tokens[rank] += tokens
 
 
 class Nodes(Information):
@@ -48,47 +34,51 @@ class Nodes(Information):
         n, self._delay_s = len(ranks), delay_s
         nodes = -(-n // RANKS_A_NODE)
         self._node_of = [f * nodes // len(own) if share else 0 for f in range(len(own))]
-        self._sent = [_Counts.zeros(n) for _ in range(nodes)]  # by the front-ends of each node
-        self._shown = [_Counts.zeros(n) for _ in range(nodes)]  # of those, what other nodes see
-        self._all_shown = _Counts.zeros(n)
+        # Requests and tokens by rank: sent by a node's front-ends; of those, what other nodes see; the sum of it.
+        self._sent: list[NDArray[np.int64]] = [np.zeros((2, n), np.int64) for _ in range(nodes)]
+        self._shown = [sent.copy() for sent in self._sent]
+        self._all_shown = np.zeros((2, n), np.int64)
         self._bookings: deque[tuple[float, int, int, int]] = deque()  # (due, node, rank, tokens)
         self._rows: deque[tuple[float, int, Row]] = deque()
         self._late = [r.row for r in ranks]
-        self._received = [_received(row) for row in self._late]
+        self._received = np.zeros((2, n), np.int64)
         self._now_s = 0.0
+
+    def suited(self, policy: Policy, frontend: int) -> Policy:
+        """Of ranks of other nodes two are compared, as by front-ends on a board with a relay."""
+        here = self._node_of[frontend]
+        ages_ns = [0 if r // RANKS_A_NODE == here else int(self._delay_s * 1e9) for r in range(len(self.ranks))]
+        return OldNews(policy, ages_ns, draws=not self.lockstep)
 
     def published(self, rank: int, now_s: float) -> None:
         self._rows.append((now_s + self._delay_s, rank, self.ranks[rank].row))
 
     def sent(self, job: Job) -> None:
         node = self._node_of[job.frontend]
-        self._sent[node].add(job.rank, job.booked_tokens)
+        self._sent[node][:, job.rank] += 1, job.booked_tokens
         self._bookings.append((self._now_s + self._delay_s, node, job.rank, job.booked_tokens))
 
     def view(self, frontend: int, order: list[int], now_s: float) -> View:
         self._arrive(now_s)
         node = self._node_of[frontend]
-        rows, received = list(self._late), list(self._received)
-        for rank in range(node * RANKS_A_NODE, min(len(rows), (node + 1) * RANKS_A_NODE)):
-            rows[rank] = self.ranks[rank].row
-            received[rank] = _received(rows[rank])
-        mine, shown, every = self._sent[node], self._shown[node], self._all_shown
+        rows, received = list(self._late), self._received.copy()
+        first, end = node * RANKS_A_NODE, min(len(rows), (node + 1) * RANKS_A_NODE)
+        rows[first:end] = [rank.row for rank in self.ranks[first:end]]
+        received[:, first:end] = np.array([row.in_all for row in rows[first:end]]).T
         # A row may be here before a booking of another node that it shows as received.
-        counted = zip(mine.requests, shown.requests, every.requests, received, strict=True)
-        in_flight = [max(0, now - then + all_ - of[0]) for now, then, all_, of in counted]
-        counted = zip(mine.tokens, shown.tokens, every.tokens, received, strict=True)
-        in_flight_tokens = [max(0, now - then + all_ - of[1]) for now, then, all_, of in counted]
+        known = self._sent[node] - self._shown[node] + self._all_shown - received
+        in_flight, in_flight_tokens = np.maximum(known, 0).tolist()
         return self._view(frontend, order, now_s, rows, in_flight, in_flight_tokens)
 
     def _arrive(self, now_s: float) -> None:
         self._now_s = now_s
         while self._bookings and self._bookings[0][0] <= now_s:
             _, node, rank, tokens = self._bookings.popleft()
-            self._shown[node].add(rank, tokens)
-            self._all_shown.add(rank, tokens)
+            self._shown[node][:, rank] += 1, tokens
+            self._all_shown[:, rank] += 1, tokens
         while self._rows and self._rows[0][0] <= now_s:
             _, rank, row = self._rows.popleft()
-            self._late[rank], self._received[rank] = row, _received(row)
+            self._late[rank], self._received[:, rank] = row, row.in_all
 
 
 class Remote(Nodes):
@@ -97,6 +87,6 @@ class Remote(Nodes):
     def __init__(self, ranks: list[SimRank], own: list[list[int]], delay_s: float) -> None:
         super().__init__(ranks, own, delay_s, share=False)
 
-
-def _received(row: Row) -> tuple[int, int]:
-    return sum(row.received), sum(row.received_tokens)
+    def suited(self, policy: Policy, frontend: int) -> Policy:  # noqa: ARG002 - one node has all
+        """All bookings are known at once: all ranks are compared."""
+        return policy

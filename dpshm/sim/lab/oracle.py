@@ -83,5 +83,5 @@ def _lower_bound(rank: SimRank, job: Job, now_s: float) -> float:
     left = rank.batcher.prefill_backlog + job.prompt_tokens
     if rank.busy_until_s >= 0:
         left -= rank.step.prompt_tokens
-    steps = -(-left // cost.max_prompt_tokens)
+    steps = -(-left // cost.max_step_tokens)
     return start_s + steps * cost.base_s + left * cost.per_prompt_token_s

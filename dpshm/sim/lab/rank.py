@@ -95,6 +95,7 @@ class Row(NamedTuple):
         model: the words of `dpshm.board.layout.STEP_MODEL_WORDS`.
         received: requests received, by front-end.
         received_tokens: prompt tokens received, as booked, by front-end.
+        in_all: requests and prompt tokens received of all front-ends.
         steps: the number of steps that have ended.
     """
 
@@ -103,6 +104,7 @@ class Row(NamedTuple):
     model: tuple[int, ...]
     received: tuple[int, ...]
     received_tokens: tuple[int, ...]
+    in_all: tuple[int, int]
     steps: int
 
 
@@ -142,10 +144,10 @@ class SimRank:
             words = self._model.words
             words[BASE_NS : CHUNK_TOKENS + 1] = (
                 *(int(x * 1e9) for x in (cost.base_s, cost.per_request_s, cost.per_prompt_token_s)),
-                cost.max_prompt_tokens,
+                cost.max_step_tokens,
             )
             words[PER_HELD_TOKEN_PS] = int(cost.per_held_token_s * 1e12)
-        self._frozen = ((0,) * num_frontends, (0,) * num_frontends)
+        self._frozen = ((0,) * num_frontends, (0,) * num_frontends, (0, 0))
         self.publish()
 
     def send(self, job: Job) -> None:
@@ -230,7 +232,8 @@ class SimRank:
             self.batcher.add(SimRequest(job, job.prompt_tokens, job.output_tokens, expected))
         self.inbox.clear()
         self.inbox_tokens = 0
-        self._frozen = (tuple(self._received), tuple(self._received_tokens))
+        in_all = sum(self._received), sum(self._received_tokens)
+        self._frozen = (tuple(self._received), tuple(self._received_tokens), in_all)
 
     def publish(self) -> None:
         """Publishes the current row. `begin` does so too; after `end` call one of the two."""

@@ -69,7 +69,7 @@ def sticky(view: View, request: Request) -> int:
 
 
 def shortest_kv(view: View, request: Request) -> int:
-    """Join the shortest queue by tokens of KV cache: those that are held, and prompt tokens that are on their way.
+    """Join the shortest queue by tokens of KV cache: those that are held, and prompt tokens that are in flight.
 
     Formula: ``argmin(held tokens + prompt tokens sent and not computed)``.
     Source: the metric of the SGLang router's ``minimum_tokens`` (sgl-project/sglang, pull request 7379) and of

@@ -4,8 +4,10 @@ There are three kinds of events, in the order of their times: the end of a rank'
 model, and the arrival of a request. A request is routed at once, by the same policy code that front-ends run, from
 the view that the information model gives its front-end. The result depends only on the arguments.
 
-The simulation leaves out the time of a message and of a decision (tens of microseconds, beside steps of
-milliseconds), and everything that the cost model of `dpshm.sim.batching` leaves out.
+A front-end takes its time to read a request (`RequestTime`), and decides then. So of requests that come together
+the short ones are sent, and computed, first. The simulation leaves out the time of a message and of a decision
+(tens of microseconds, beside steps of milliseconds), and everything that the cost model of `dpshm.sim.batching`
+leaves out.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from operator import attrgetter
+from operator import itemgetter
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpshm.errors import SettingError
-from dpshm.frontend.view_reader import first_turn
+from dpshm.frontend.turns import first_turn
 from dpshm.policies import Request
 from dpshm.sim.batching import Batcher
 from dpshm.sim.demo.lockstep import AGREEMENT_INTERVAL
@@ -34,10 +37,38 @@ from dpshm.sim.step_cost import StepCost
 ORACLE = "oracle"
 COST = StepCost(kv_tokens=1_000_000)
 """The engine of the study: as in the demo, with room for a million tokens."""
-_due_s = attrgetter("due_s")
+_decided_s = itemgetter(0)
 RAMP_S = 10.0
 """Closed loop: the clients start one after another over this time, as in a load test."""
 _NEVER_S = float("inf")
+
+
+class RequestTime(NamedTuple):
+    """What a front-end takes to read a request, one after another: for any, and for each token of its prompt."""
+
+    any_s: float = 0.0
+    token_s: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The times that a text such as ``3.6,0.00033`` names, in ms.
+
+        Raises:
+            SettingError: it is not two numbers, none of them negative.
+        """
+        try:
+            numbers = [float(part) / 1e3 for part in text.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) != 2 or not all(0 <= n < 1e3 for n in numbers):
+            raise SettingError(
+                f"the time of a request in a front-end is {text!r}: give it in ms as any request,prompt token, "
+                "such as 3.6,0.00033"
+            )
+        return cls(*numbers)
+
+
+NO_TIME = RequestTime()
 
 
 @dataclass(frozen=True)
@@ -55,6 +86,7 @@ class Plant:
         clients: closed loop: the number of clients. Each sends a request when its last one is complete. 0 is open
             loop: requests come at their own times.
         block_tokens: prompt tokens in a block of the prefix caches.
+        request_time: what a request takes in a front-end.
     """
 
     engines: int = 8
@@ -68,6 +100,7 @@ class Plant:
     coefficients: Coefficients = "learnt"
     clients: int = 0
     block_tokens: int = 512
+    request_time: RequestTime = NO_TIME
 
     def __post_init__(self) -> None:
         ranks = [rank for rank, *_ in (*self.slow, *self.spells)] + ([self.restart[0]] if self.restart else [])
@@ -137,7 +170,7 @@ class _Run:
     def __init__(self, plant: Plant, jobs: Sequence[Job], policy: str, information: str) -> None:
         check_information(information)
         self._plant = plant
-        self._policy = None if policy == ORACLE else rival_or_policy(policy)
+        chosen = None if policy == ORACLE else rival_or_policy(policy)
         holds = Batcher(plant.cost)
         self._jobs = [job for job in jobs if holds.fits(job.prompt_tokens, job.output_tokens)]
         self._refused = len(jobs) - len(self._jobs)
@@ -146,10 +179,14 @@ class _Run:
         self._own = [[0] * n for _ in range(plant.frontends)]
         self._information = make_information(information, self._ranks, self._own)
         self._information.lockstep = plant.lockstep
+        self._policies = (
+            None if chosen is None else [self._information.suited(chosen, f) for f in range(plant.frontends)]
+        )
         self._turns = [first_turn(f, plant.engines) for f in range(plant.frontends)]
         self._chosen = list(range(n))  # the ranks that may be chosen
         self._unfinished = [0] * n
         self._steps: list[tuple[float, int]] = []  # a heap: when a rank's step ends; in lockstep, rank 0 alone
+        self._free_s = [0.0] * plant.frontends  # when it has read what has come
         self._lockstep_s = 0.0  # how long the common step takes
         self._round = 0
         self._spread = 0
@@ -165,16 +202,17 @@ class _Run:
     def play(self) -> Outcome:
         plant, information, steps = self._plant, self._information, self._steps
         waiting = deque(self._jobs)  # not yet due; closed loop: not yet sent
+        due: deque[tuple[float, Job]] = deque()  # each with the time of its decision, in that order
         if plant.clients:
-            due: deque[Job] = deque()
-            for _ in range(min(plant.clients, len(waiting))):
-                due.append(waiting.popleft())
-                due[-1].due_s = RAMP_S * len(due) / plant.clients
+            for i in range(min(plant.clients, len(waiting))):
+                waiting[0].due_s = RAMP_S * (i + 1) / plant.clients
+                insort(due, self._read(waiting.popleft()), key=_decided_s)
         else:
-            due, waiting = waiting, deque()
+            due = deque(sorted(map(self._read, waiting), key=_decided_s))
+            waiting = deque()
         outage = deque(_outage(plant.restart))
         while due or steps:
-            due_s = due[0].due_s if due else _NEVER_S
+            due_s = due[0][0] if due else _NEVER_S
             step_s = steps[0][0] if steps else _NEVER_S
             # At equal times a step ends first, then comes a tick, then an arrival, which sees both.
             if step_s <= due_s and step_s <= information.next_tick_s:
@@ -186,30 +224,37 @@ class _Run:
                     if waiting:
                         job = waiting.popleft()
                         job.due_s = now_s
-                        insort(due, job, key=_due_s)  # clients may still be beginning
+                        insort(due, self._read(job), key=_decided_s)  # clients may still be beginning
             elif information.next_tick_s <= due_s:
                 information.tick(information.next_tick_s)
             else:
                 if outage and outage[0][0] <= due_s:
                     self._switch(*outage.popleft())
                     continue
-                self._arrive(due.popleft())
+                self._arrive(*due.popleft())
         return self._outcome()
 
-    def _arrive(self, job: Job) -> None:
+    def _read(self, job: Job) -> tuple[float, Job]:
+        """When the request's front-end, which reads those before it first, decides about it; and the request."""
+        any_s, token_s = self._plant.request_time
+        begin_s = max(job.due_s, self._free_s[job.frontend])
+        decided_s = self._free_s[job.frontend] = begin_s + any_s + token_s * job.prompt_tokens
+        return decided_s, job
+
+    def _arrive(self, decided_s: float, job: Job) -> None:
         self._spread += max(self._unfinished) - min(self._unfinished)
-        self._dispatch(job, job.due_s)
+        self._dispatch(job, decided_s)
 
     def _dispatch(self, job: Job, now_s: float) -> None:
         ranks, f = self._chosen, job.frontend
         turn = self._turns[f] = (self._turns[f] + 1) % len(ranks)
         order = ranks[turn:] + ranks[:turn]
-        if self._policy is None:
+        if self._policies is None:
             rank = soonest(self._ranks, order, job, now_s)
         else:
             view = self._information.view(f, order, now_s)
             cached = self._information.cached(job, now_s)
-            rank = self._policy(view, Request(job.prompt_tokens, job.key, cached))
+            rank = self._policies[f](view, Request(job.prompt_tokens, job.key, cached))
             job.booked_tokens = job.prompt_tokens - (cached[rank] if cached else 0)
         job.rank = rank
         self._own[f][rank] += 1

@@ -53,7 +53,7 @@ class TorchAccelerator:
         # The accelerator measures its step times; the cost model does not predict them.
         self.cost = StepCost(
             max_running=shape.max_running,
-            max_prompt_tokens=MAX_PROMPT_TOKENS,
+            max_step_tokens=MAX_PROMPT_TOKENS,
             kv_tokens=shape.kv_tokens,
             max_context=shape.max_context,
         )

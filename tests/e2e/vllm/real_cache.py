@@ -28,7 +28,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request
 
 from dpshm import Coordinator, Frontend
-from dpshm.board.prefix_index import PrefixIndexReader, index_path
+from dpshm.board.prefix_file import index_path
+from dpshm.board.prefix_index import PrefixIndexReader
 from dpshm.engine.row import EngineRow
 from dpshm.vllm.prefix_cache import PrefixCache
 from dpshm.vllm.prompts import PromptHasher
@@ -79,6 +80,18 @@ def request(number: int, tokens: list[int], adapter: LoRARequest | None, salt: s
     )
 
 
+class _Scheduler:
+    """Schedules one request a step."""
+
+    def __init__(self, cache: Any) -> None:
+        self.kv_cache_manager = cache
+
+    def schedule(self, received: Request, hit: int, computed: Any) -> None:
+        """Gives a request its blocks."""
+        new = received.num_prompt_tokens - hit
+        assert self.kv_cache_manager.allocate_slots(received, new, hit, computed) is not None
+
+
 def main(group: str, kind: str, requests: int, blocks: int) -> None:
     """Compares; prints the result."""
     config = SimpleNamespace(enable_prefix_caching=True, prefix_caching_hash_algo=ALGORITHM)
@@ -94,7 +107,8 @@ def main(group: str, kind: str, requests: int, blocks: int) -> None:
         EngineRow.attach(group, 0) as row,
         Frontend.attach(group) as frontend,
     ):
-        prefix = PrefixCache.open(row, SimpleNamespace(kv_cache_manager=cache), 0)
+        scheduler = _Scheduler(cache)
+        prefix = PrefixCache.open(row, scheduler, 0)
         assert prefix is not None
         known = [[rng.randrange(50_000) for _ in range(500)]]
         equal = covered = hits = 0
@@ -111,9 +125,10 @@ def main(group: str, kind: str, requests: int, blocks: int) -> None:
             equal += expected == hit
             covered += expected >= hit
             hits += hit
-            assert cache.allocate_slots(received, len(tokens) - hit, hit, computed) is not None
+            scheduler.schedule(received, hit, computed)
             cache.free(received)
         reader = PrefixIndexReader.open(index_path(row.board.segment.sockets_path, 0))
+        prefix.show()
         evicted = reader.counters()["evicted"]
         assert cache.reset_prefix_cache()
         held = reader.counters()["held"]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,12 @@ ENVIRONMENT = {
 }
 
 
+def _first_error(log: str) -> str:
+    """Where a server's log first tells of an error, and its end, which is mostly the shutdown after it."""
+    found = re.search(r"^.*(?:Traceback|ERROR|CRITICAL)", log, re.MULTILINE)
+    return log[found.start() :][:4000] + "\n...\n" + log[-4000:] if found else log[-8000:]
+
+
 class Server:
     """A ``vllm serve`` of its own session.
 
@@ -76,6 +83,8 @@ class Server:
         arguments: of the command line.
         within: a command that runs its arguments elsewhere, such as on another node.
         where: the environment that it runs in; None: vLLM's.
+        port: on which it serves; None: one that is free.
+        forked: whether its processes are forked (`tests.e2e.vllm.forked`).
         env: variables on top of this process's.
     """
 
@@ -86,16 +95,21 @@ class Server:
         *arguments: str,
         within: Sequence[str] = (),
         where: Path | str | None = None,
+        port: int | None = None,
+        forked: bool = os.environ.get("DPSHM_TEST_FORK") == "1",
         **env: str,
     ) -> None:
         config = folder / model
         config.mkdir(parents=True, exist_ok=True)
         (config / "config.json").write_text(json.dumps(SIZES | MODELS[model]))
-        self.port = free_port()
+        self.port = port or free_port()
         self._log_path = folder / "server.log"
+        named = dict(pairwise(arguments))
+        self._api_servers = int(named.get("--api-server-count", 1))
         command = [
             *within,
-            *(str(Path(where or environment.folder()) / "bin" / "vllm"), "serve", str(config)),
+            *_vllm(Path(where or environment.folder()), forked),
+            *("serve", str(config)),
             *("--load-format", "dummy"),
             *("--dtype", "float32", "--skip-tokenizer-init", "--enforce-eager"),
             *(["--enable-scale-out"] if environment.installed() >= SCALE_OUT_SINCE else []),
@@ -118,17 +132,18 @@ class Server:
         self.group = env.get("DPSHM_GROUP", f"vllm-{processes.tag(self.pid)}")
 
     def wait_ready(self) -> None:
-        """Waits until it answers.
+        """Waits until it answers, and all API servers of which the command line tells have started.
 
         Raises:
             AssertionError: it ended, or did not answer in time; with the end of its log.
         """
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
-            assert self._popen.poll() is None, f"the server ended:\n{self.log[-8000:]}"
+            assert self._popen.poll() is None, f"the server ended:\n{_first_error(self.log)}"
             assert time.monotonic() < deadline, f"not ready in {START_TIMEOUT_S:g} s:\n{self.log[-8000:]}"
             with suppress(OSError, http.client.HTTPException):
-                if self.request("GET", "/health")[0] == http.HTTPStatus.OK:
+                started = self.log.count("Application startup complete.") >= self._api_servers
+                if started and self.request("GET", "/health")[0] == http.HTTPStatus.OK:
                     return
             time.sleep(0.5)
 
@@ -209,6 +224,11 @@ class Server:
                         found[int(entry)] = name
         return found
 
+    def terminate(self) -> None:
+        """Sends SIGTERM to the launcher, and waits for its end alone: what a service manager does."""
+        self._popen.terminate()
+        self._popen.wait(STOP_TIMEOUT_S)
+
     def stop(self, sig: int = signal.SIGTERM) -> None:
         """Ends the server, and kills the processes that do not end by themselves."""
         if self._popen.poll() is None:
@@ -237,6 +257,13 @@ class Server:
         """What it has left in the directory of segments."""
         prefix = files.FILE_PREFIX + self.group
         return sorted(e for e in os.listdir(files.directory()) if e == prefix or e.startswith(prefix + "."))
+
+
+def _vllm(where: Path, forked: bool) -> list[str]:
+    """The command in an environment."""
+    return (
+        [str(where / "bin" / "python"), "-m", "tests.e2e.vllm.forked"] if forked else [str(where / "bin" / "vllm")]
+    )
 
 
 def free_port() -> int:

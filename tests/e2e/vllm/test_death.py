@@ -30,7 +30,8 @@ pytestmark = pytest.mark.skipif(
 def server(serve):
     """The server of this module."""
     failing = executor("tests.e2e.vllm.failing_executor.FailingExecutor")
-    return serve("dense", "--data-parallel-size", str(RANKS), "--api-server-count", "2", *failing)
+    arguments = ("--data-parallel-size", str(RANKS), "--api-server-count", "2", *failing)
+    return serve("dense", *arguments, forked=False)  # a rank is started again as vLLM's own command does it
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def dies_and_comes_back(server, board, rank, kill):
     assert set(statuses) == {OK, UNAVAILABLE}, statuses
     lost = [text for load in loads for status, text in load.answers if status == UNAVAILABLE]
     assert all(f"rank {rank} died" in text for text in lost), lost
-    # One request of each client was on its way when the deaths were noticed; none that was sent later is lost.
+    # One request of each client was in flight when the deaths were noticed; none that was sent later is lost.
     later = [a[0] for load, n in zip(loads, noticed, strict=True) for a in load.answers[n + 1 :]]
     assert set(later) == {OK}
     wait_until(lambda: checks.is_idle(board), 20.0)

@@ -171,6 +171,15 @@ def test_pause_and_resume(server, board):
     assert len(server.generate(3, 4)) == 4
 
 
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleep_and_wake_up(server, board, level):
+    """Guards against lockstep ranks that sleep and are not woken together, and a request that waits for one."""
+    assert server.request("POST", f"/sleep?level={level}")[0] == 200
+    wait_until(lambda: set(board.snapshot()["state"].tolist()) == {"paused"})
+    assert server.request("POST", "/wake_up")[0] == 200
+    assert server.generate_all([(3, 4)] * 8) == [4] * 8
+
+
 def test_the_boards_figures_are_on_vllms_metrics_page(server, board):
     """Guards against figures that need a second port."""
     for name in ("in_flight_requests", "prefill_backlog_tokens", "stats_age_seconds"):

@@ -55,6 +55,55 @@ def test_a_streamed_answer_is_whole_and_leaves_the_books(server, board):
     wait_until(lambda: checks.is_idle(board))
 
 
+def test_a_request_goes_to_the_rank_that_it_names(server, board):
+    """Guards against a gateway's choice, in a header, that the board's overrides or does not count."""
+    sent = board.sent_requests[:, :RANKS].sum(axis=0)
+    assert server.generate_all([(3, 8, 1)] * 5 + [(3, 8, 0)] * 2) == [8] * 7
+    assert (board.sent_requests[:, :RANKS].sum(axis=0) - sent).tolist() == [2, 5]
+
+
+def test_clients_that_go_away_leave_the_books(server, board):
+    """Guards against a request that nobody waits for and that counts at its rank, or runs on, for ever."""
+    finished = int(board.requests_finished[:RANKS].sum())
+    body = {
+        "token_ids": [5, 6, 7],
+        "stream": True,
+        "sampling_params": {"max_tokens": 1500, "ignore_eos": True, "detokenize": False},
+    }
+    connections = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=60) for _ in range(6)]
+    for connection in connections:
+        connection.request(
+            "POST", "/inference/v1/generate", json.dumps(body), {"content-type": "application/json"}
+        )
+    for connection in connections[:3]:
+        assert connection.getresponse().readline().startswith(b"data: ")
+    wait_until(lambda: board.snapshot()["requests"].sum() == 6)
+    for connection in connections:  # three before the first part of the answer, three after
+        connection.close()
+    wait_until(lambda: checks.is_idle(board), 20.0)
+    assert int(board.requests_finished[:RANKS].sum()) <= finished + 6
+    assert server.generate_all([(3, 4)] * 8) == [4] * 8
+    wait_until(lambda: checks.is_idle(board))
+    assert (board.sent_requests[:, :RANKS] == board.received_requests[:RANKS].T).all()
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_sleep_and_wake_up(server, board, level):
+    """Guards against ranks that do not go to sleep, do not wake up, or keep what was running in the books."""
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(server.try_to_generate, [5, 6, 7], 1500) for _ in range(4)]
+        wait_until(lambda: board.snapshot()["running"].sum() == 4)
+        assert server.request("POST", f"/sleep?level={level}")[0] == 200
+        assert all("abort" in future.result(60)[1] for future in running)
+    assert json.loads(server.request("GET", "/is_sleeping")[1]) == {"is_sleeping": True}
+    wait_until(lambda: set(board.snapshot()["state"].tolist()) == {"paused"})
+    assert not board.snapshot()["requests"].any()
+    assert server.request("POST", "/wake_up")[0] == 200
+    assert json.loads(server.request("GET", "/is_sleeping")[1]) == {"is_sleeping": False}
+    assert server.generate_all([(3, 4, rank) for rank in range(RANKS)] * 2) == [4] * RANKS * 2
+    wait_until(lambda: checks.is_idle(board))
+
+
 @pytest.mark.parametrize("mode", ["abort", "wait", "keep"])
 def test_pause_and_resume(server, board, mode):
     """Guards against a pause that hangs or leaves bookings, in each of its ways to treat what runs."""

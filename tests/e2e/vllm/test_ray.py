@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
+from contextlib import ExitStack, closing
 
 import pytest
 
 from dpshm.rules.waves import Phase
 from tests.e2e.vllm import checks, environment
 from tests.e2e.vllm.server import ENVIRONMENT, NO_MODEL, Server, free_port
+from tests.e2e.vllm.test_nodes import stat
+from tests.nodes.machines import needs_nodes
+from tests.nodes.ray_cluster import Machines
 from tests.support import wait_until
 
 pytestmark = pytest.mark.skipif(
@@ -85,3 +90,38 @@ def test_actors_take_part(cluster, tmp_path, model):
     finally:
         server.stop()
     assert server.left() == []
+
+
+@needs_nodes
+def test_actors_on_another_machine_take_part(tmp_path):
+    """Guards against an actor without a board that is a stock engine, and variables that do not reach it."""
+    where = environment.with_ray()
+    path = {"PYTHONPATH": f"{SITE}{os.pathsep}{environment.ROOT}", "RAY_AUTH_MODE": "disabled"}
+    with ExitStack() as stack:
+        machines = Machines(
+            lambda x: stack.enter_context(closing(x)),
+            tmp_path,
+            str(where / "bin" / "python"),
+            **ENVIRONMENT | path,
+        )
+        host, node = machines.hosts[0], machines.nodes[0]
+        server = Server(
+            tmp_path, "dense", *NO_MODEL,
+            *("--data-parallel-backend", "ray", "--data-parallel-size", "2", "--data-parallel-size-local", "1"),
+            *("--data-parallel-address", host, "--api-server-count", "2"),
+            where=where, within=node.within, **path,
+            RAY_ADDRESS=machines.address, VLLM_HOST_IP=host, GLOO_SOCKET_IFNAME="eth0",
+            DPSHM_DIR="/dev/shm",
+        )  # fmt: skip
+        stack.callback(server.stop)
+        node.call(server.wait_ready)
+        assert server.log.count("does not pass DPSHM_DIR to Ray actors") == 1
+        assert machines.nodes[1].command("ls", "/dev/shm").stdout.count("dpshm") == 0
+        node.call(lambda: checks.answers_a_burst(server))
+        wait_until(lambda: [rank["state"] for rank in stat(node, server.group)["ranks"]] == ["idle"] * 2)
+        ranks = stat(node, server.group)["ranks"]
+        assert [rank["stock"] for rank in ranks] == [False] * 2
+        assert sum(rank["requests_finished"] for rank in ranks) == len(checks.BURST)
+        assert min(rank["requests_finished"] for rank in ranks) > 0
+        assert [rank["requests"] for rank in ranks] == [0] * 2
+        print(json.dumps(ranks, indent=1))

@@ -43,7 +43,7 @@ from tests.unit.board.headers import ENV, header
 @pytest.fixture
 def board(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Board]:
     """A new board with 4 rows for engines and 3 for front-ends; 3 ranks take part, and a coordinator watches."""
-    monkeypatch.setattr("dpshm.board.board.COORDINATOR_SILENCE_NS", MINUTE_NS)  # however slow this machine is
+    monkeypatch.setattr("dpshm.board.presence.COORDINATOR_SILENCE_NS", MINUTE_NS)  # however slow this machine is
     with closing(Board(Segment.create(header()))) as made:
         made.words[made.index("dp_size")] = 3
         made.coordinator_beat[0] = time.monotonic_ns()
@@ -233,8 +233,8 @@ def test_a_beat_from_the_future_is_not_a_fresh_one(board: Board, ahead_ns: int):
     assert board.is_watched()
 
 
-def test_a_snapshot_counts_reported_and_unseen(board: Board):
-    """Guards against a rank that looks idle while requests are on their way, or twice as busy."""
+def test_a_snapshot_counts_reported_and_in_flight(board: Board):
+    """Guards against a rank that looks idle while requests are in flight, or twice as busy."""
     words = board.words
     words[board.index("load", 1)] = pack_load(2, 30, 1.0)
     board.request_offset[1] = 32 - sum([3, 0, 4])
@@ -257,7 +257,7 @@ def test_a_snapshot_counts_reported_and_unseen(board: Board):
     board.received_tokens[1] = [12, 0, 80]
     row = board.snapshot(1500)[1]
     assert {name: row[name].item() for name in SNAPSHOT_DTYPE.names} == {
-        "dp_rank": 1, "state": "running", "verdict": "alive", "drained": False, "stock": True,
+        "dp_rank": 1, "state": "running", "verdict": "alive", "drained": False, "stock": True, "remote": False,
         "waiting": 2, "running": 30, "in_flight": 2, "requests": 34, "kv_cache_usage": 1.0,
         "prefill_backlog": 1400, "in_flight_tokens": 500, "wave": 7, "step": 17, "age_ns": 500, "step_age_ns": 100,
         "incarnation": 0, "pid": 4242, "steps": 99, "dummy_steps": 0, "busy_ns": 0, "prompt_tokens": 0,

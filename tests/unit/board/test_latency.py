@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import time
 
 import numpy as np
 import pytest
@@ -73,6 +75,41 @@ def test_the_next_holder_of_a_row_goes_on_counting(board, group):
     assert read_latencies(board)[0, TTFT, BUCKETS] == 12
 
 
+@pytest.mark.parametrize("through", ["the writer", "routes"])
+def test_each_time_counts_in_its_bucket_whatever_came_before(board, group, using, through):
+    """Guards against a bucket that is remembered for the next time, and taken though the time is another's."""
+    limits = [round(limit * 1e9) for limit in LIMITS_S]
+    rng = random.Random(1)
+    near = [limit + more for limit in limits for more in (-1, 0, 1)]
+    times = [rng.choice([rng.choice(near), rng.randrange(1 << 31), 0, 17_000_000, 1 << 44]) for _ in range(600)]
+    expected = np.zeros((2, BUCKETS + 1), np.int64)
+    if through == "the writer":
+        times += [-5, 3]
+        take_row(board, 0)
+        writer = LatencyWriter(latency_path(files.sockets_path(group), 0), 2)
+        for i, took_ns in enumerate(times):
+            writer.observe(i % 2, PER_TOKEN, took_ns)
+    else:
+        frontend = using(Frontend.attach(group))
+        exact = []
+        for i, took_ns in enumerate(times):
+            route = frontend.route(dp_rank=i % 2)
+            route.first_token()
+            # Not near a limit, and so many tokens that the time until `done` looks at the clock does not count.
+            between = 1 << 44 if took_ns > 1 << 43 else took_ns // 1_000_000 * 1_000_000 + 450_000
+            route.first_token_ns = time.monotonic_ns() - between * 100_000
+            route.done(100_001)
+            exact.append(between)
+        times = exact
+    for i, took_ns in enumerate(times):
+        expected[i % 2, np.searchsorted(limits, took_ns)] += 1
+        expected[i % 2, BUCKETS] += max(0, took_ns)
+    found = read_latencies(board)[:, PER_TOKEN]
+    assert found[:, :BUCKETS].tolist() == expected[:, :BUCKETS].tolist()
+    slack = 0 if through == "the writer" else len(times) * 50_000
+    assert (abs(found[:, BUCKETS] - expected[:, BUCKETS]) <= slack).all()
+
+
 def test_front_ends_are_summed(board, group):
     """Guards against a rank whose figures are one front-end's."""
     for frontend in range(3):
@@ -113,8 +150,8 @@ def test_scribbled_words_stay_within_bounds(board, group):
     path = latency_path(files.sockets_path(group), 0)
     take_row(board, 0)
     writer = LatencyWriter(path, 2)
-    for at in range(16, len(writer._words)):
-        writer._words[at] = -1 if at % 2 else (1 << 63) - 1
+    for at in range(16, len(writer.words)):
+        writer.words[at] = -1 if at % 2 else (1 << 63) - 1
     found = read_latencies(board)
     assert found.min() >= 0
     LatencyWriter(path, 2).observe(0, TTFT, 3)
@@ -129,7 +166,7 @@ def test_without_room_nothing_is_counted_and_the_error_says_so(board, group, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(SegmentNoSpace, match="KiB of latencies"):
+    with pytest.raises(SegmentNoSpace, match="a file of latencies needs 1 KiB"):
         LatencyWriter(latency_path(files.sockets_path(group), 0), 2)
 
 

@@ -7,7 +7,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from dpshm.board.outstanding import Outstanding
+from dpshm.board.outstanding import LiveOutstanding, Outstanding, OutstandingWork
 
 SIZES = [1, 2, 8, 31, 32, 70]  # a product with ones below 32 columns, a sum over rows from there on
 
@@ -45,7 +45,7 @@ def test_every_request_counts_once_until_it_ends(engines, frontends):
 
 
 @pytest.mark.parametrize("engines", SIZES)
-def test_what_a_dead_front_end_had_on_its_way_does_not_count(engines):
+def test_what_a_dead_front_end_had_in_flight_does_not_count(engines):
     """Guards against bookings that are never taken back; requests that the engine received still count."""
     table, received = columns(3, engines)
     table[1:, 0] = 5, 6, 7
@@ -90,3 +90,26 @@ def test_scribbled_words_raise_nothing(engines):
     table[1:, 0] = (1 << 63) - 1
     received[0, :] = table[0] = -(1 << 63)
     assert len(Outstanding(table, received, [0]).count()) == engines
+
+
+@pytest.mark.parametrize("kind", [Outstanding, LiveOutstanding])
+@pytest.mark.parametrize("engines", SIZES)
+def test_both_at_once_are_the_two(engines, kind):
+    """Guards against requests that are counted as tokens, or one of the two without its correction."""
+    random = Random(engines)
+    tables = np.zeros((2, 5, engines + 3), np.int64)[:, :4, :engines]
+    received = [np.zeros((engines, 3), np.int64) for _ in range(2)]
+    for counted in ([0, 1, 2], [0, 2], []):
+        for table, seen in zip(tables, received, strict=True):
+            table[:] = [[random.randrange(-9, 99) for _ in range(engines)] for _ in range(4)]
+            seen[:] = [[random.randrange(99) for _ in range(3)] for _ in range(engines)]
+        each = [kind(table, seen, counted) for table, seen in zip(tables, received, strict=True)]
+        both, out = OutstandingWork(tables, *each), np.empty((2, engines), np.int64)
+        expected = [one.count().tolist() for one in each]
+        assert both.count().tolist() == expected
+        assert both.counter()().tolist() == expected
+        both.count_into(out)
+        assert out.tolist() == expected
+        out[:] = -1
+        both.counter_into(out)()
+        assert out.tolist() == expected

@@ -16,14 +16,8 @@ from hypothesis import strategies as st
 
 from dpshm import SegmentError, SegmentInvalid, SettingError
 from dpshm.board.layout import PAGE_BYTES
-from dpshm.board.prefix_index import (
-    BUCKET_WORDS,
-    WORDS_A_BLOCK,
-    PrefixIndexReader,
-    PrefixIndexWriter,
-    buckets_for,
-    index_path,
-)
+from dpshm.board.prefix_file import BUCKET_WORDS, WORDS_A_BLOCK, buckets_for, index_path
+from dpshm.board.prefix_index import PrefixIndexReader, PrefixIndexWriter
 
 MAX = (1 << 64) - 1
 
@@ -108,10 +102,9 @@ def test_a_match_is_the_longest_leading_run(
     writer = make(folder, 1000)
     writer.insert(prompt[:cached])
     reader = PrefixIndexReader.open(index_path(folder, 0))
-    for growth in (2, 4):
-        assert reader.match(prompt, growth) == min(cached, length)
-        assert reader.match(prompt, growth, near) == min(cached, length)
-    assert reader.match(prompt[:0], 2, near) == 0
+    assert reader.match(prompt) == min(cached, length)
+    assert reader.match(prompt, near) == min(cached, length)
+    assert reader.match(prompt[:0], near) == 0
 
 
 class _OnDemand:
@@ -139,12 +132,16 @@ def test_a_lookup_asks_for_little_more_than_it_matches(folder: Path, cached: int
     writer.insert(prompt[:cached])
     reader = PrefixIndexReader.open(index_path(folder, 0))
     on_demand = _OnDemand(prompt)
-    assert reader.match(on_demand, 2) == cached
+    assert reader.match(on_demand) == cached
     assert on_demand.made <= min(256, 2 * cached + 1)
     again = _OnDemand(prompt)
-    assert reader.match(again, 2, cached) == cached
+    assert reader.match(again, cached) == cached
     assert again.asked <= 2
     assert again.made <= cached + 1
+    for near in range(0, cached, 5):
+        other = _OnDemand(prompt)
+        assert reader.match(other, near) == cached
+        assert other.made <= min(256, 2 * cached + 1)
 
 
 def test_a_match_across_a_gap_ends_at_a_held_block(folder: Path):
@@ -253,7 +250,7 @@ def test_a_full_tmpfs_says_so_and_is_left_empty(tmp_path: Path):
         pytest.skip("cannot mount a tmpfs here")
     code = (
         "import os, sys; from pathlib import Path; from dpshm import SegmentNoSpace\n"
-        "from dpshm.board.prefix_index import PrefixIndexWriter, index_path\n"
+        "from dpshm.board.prefix_file import index_path\nfrom dpshm.board.prefix_index import PrefixIndexWriter\n"
         f"path = index_path(Path({str(tmp_path)!r}), 0)\n"
         "try: PrefixIndexWriter.create(path, num_blocks=62_500, block_tokens=16, identity=1, incarnation=1)\n"
         "except SegmentNoSpace as e: print(e)\n"
@@ -267,7 +264,7 @@ def test_a_full_tmpfs_says_so_and_is_left_empty(tmp_path: Path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "no room for a prefix index of 2052 KiB (62500 blocks)" in done.stdout
+    assert "has 64 KiB free and a prefix index of 62500 blocks needs 2052 KiB" in done.stdout
     assert done.stdout.endswith("[]\n")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from dpshm import Coordinator
 from dpshm.cli import COMMANDS, load_command
-from tests.e2e.load import environment, run
+from tests.e2e.load import environment
 
 OPERATORS = (
     "ls",
@@ -43,20 +43,17 @@ def test_help_has_an_example(name: str):
     assert f"dpshm {name}" in text
 
 
-@pytest.mark.slow
-def test_help_is_printed_as_it_is_written():
+def test_help_is_printed_as_it_is_written(line):
     """Guards against examples that are filled into one paragraph."""
-    text = run("drain", "--help").stdout
+    _, text, _ = line.run("drain", "--help")
     assert "\n    dpshm drain 3\n" in text
     assert "\\b" not in text
 
 
-@pytest.mark.slow
-def test_an_unknown_option_says_where_to_look():
+def test_an_unknown_option_says_where_to_look(line):
     """Guards against an error without a way on."""
-    done = run("stat", "--jsn", expect=2)
-    assert "No such option: --jsn" in done.stderr
-    assert "--json" in done.stderr
+    status, _, err = line.run("stat", "--jsn")
+    assert (status, "No such option: --jsn" in err, "--json" in err) == (2, True, True), err
 
 
 @pytest.mark.slow
@@ -93,7 +90,6 @@ def test_outputs_that_are_full_or_closed(arguments):
         assert (run.returncode in statuses, run.stderr.strip()) == (True, said)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -112,9 +108,7 @@ def test_outputs_that_are_full_or_closed(arguments):
         ["coordinator", "-g", "x", "--dp-size", "1", "--stall-timeout", "inf"],
     ],
 )
-def test_numbers_that_are_none_are_refused(arguments):
+def test_numbers_that_are_none_are_refused(line, arguments):
     """Guards against a traceback, or an endless wait, where a number is infinite, huge or no number."""
-    command = [sys.executable, "-m", "dpshm", *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), timeout=60)
-    assert (run.returncode, "Traceback" in run.stderr) == (2, False), run.stderr
-    assert "rror" in run.stderr
+    status, _, err = line.run(*arguments)
+    assert (status, "rror" in err) == (2, True), err

@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -467,7 +468,7 @@ def test_scaling_up_and_down(group, using):
     frontend = using(Frontend.attach(group))
     engines[0].receive(None, wave=3)
     wait_until(lambda: coordinator.board.phase is Phase.RUNNING)
-    coordinator.scale(4)
+    coordinator.scale(4, force=True)
     assert (coordinator.board.dp_size, coordinator.board.wave, coordinator.board.phase) == (4, 3, Phase.RUNNING)
     assert coordinator.board.snapshot()["state"].tolist()[2:] == ["absent", "absent"]
     for engine in engines:
@@ -477,7 +478,7 @@ def test_scaling_up_and_down(group, using):
         wait_until(lambda engine=engine: engine.poll(10) or engine.ready)
         assert engine.wave == 3
     assert {frontend.route().dp_rank for _ in range(6)} == {2, 3}
-    coordinator.scale(1)
+    coordinator.scale(1, force=True)
     assert {frontend.route().dp_rank for _ in range(6)} == {0}
     with pytest.raises(SettingError):
         frontend.route(dp_rank=1)
@@ -490,7 +491,7 @@ def test_scaling_up_and_down(group, using):
 
 def test_a_rank_that_comes_back_starts_at_zero(group, using):
     """Guards against a rank that was taken away and comes back with its old load, its old drain or its verdict."""
-    coordinator = using(Coordinator(group=group, dp_size=2))
+    coordinator = using(Coordinator(group=group, dp_size=2, waves=False))
     remote = using(Remote())
     remote.run("engine = Engine.attach(group, 1)\nengine.publish(waiting=5, running=5)", group=group)
     coordinator.drain(1)
@@ -503,19 +504,78 @@ def test_a_rank_that_comes_back_starts_at_zero(group, using):
     assert verdict(coordinator.board, 1) is Verdict.ALIVE
 
 
+def maps(pid, group):
+    """Whether a process has mapped the group's segment."""
+    return str(files.segment_path(group)) in Path(f"/proc/{pid}/maps").read_text()
+
+
 def test_an_engine_that_comes_before_the_group_grows(group, using):
-    """Guards against a new rank that has to wait for the very call that waits for it."""
-    coordinator = using(Coordinator(group=group, dp_size=1))
-    early = using(Engine.attach(group, 1))
-    early.publish(waiting=0, running=3)
+    """Guards against a new rank that is refused because it came an instant before the group was scaled."""
+    coordinator = using(Coordinator(group=group, dp_size=1, max_engines=4))
+    remote = using(Remote())
+    remote.begin("engine = Engine.attach(group, 3, timeout_s=60)", group=group)
+    wait_until(lambda: maps(remote.pid, group))
+    coordinator.scale(4)
+    remote.run("pass")  # once it is attached
+    assert verdict(coordinator.board, 3) is Verdict.ALIVE
+
+
+def test_an_engine_that_waits_for_its_rank_sees_the_group_end(group, using):
+    """Guards against an engine that waits for a group that is gone."""
+    remote = using(Remote())
+    with Coordinator(group=group, dp_size=1, max_engines=4):
+        remote.begin("Engine.attach(group, 3, timeout_s=60)", group=group)
+        wait_until(lambda: maps(remote.pid, group))
+    with pytest.raises(RemoteError, match="ended while rank 3 attached"):
+        remote.run("pass")
+
+
+@pytest.mark.parametrize("rest", ["a rank is not drained", "a rank has a request", "a wave runs"])
+def test_lockstep_ranks_are_scaled_at_rest(group, using, rest):
+    """Guards against ranks that wait for ever in a collective whose size changed under them."""
+    coordinator = using(Coordinator(group=group, dp_size=2, max_engines=4))
+    engines = [using(Engine.attach(group, dp_rank)) for dp_rank in (0, 1)]
+    frontend = using(Frontend.attach(group))
+    route = frontend.route(dp_rank=1)
+    if rest != "a rank has a request":
+        route.cancel()
+    if rest == "a wave runs":
+        engines[0].receive(None)
+        engines[0].finished(1)
+        wait_until(lambda: coordinator.board.phase is Phase.RUNNING)
+    for dp_rank in range(1 if rest == "a rank is not drained" else 2):
+        coordinator.drain(dp_rank)
+    found = {
+        "a rank is not drained": r"ranks \[1\] are not drained",
+        "a rank has a request": "rank 1 has 1 requests",
+        "a wave runs": "wave 0 is running",
+    }
+    with pytest.raises(SettingError, match=found[rest] + r"(.|\n)*`dpshm scale N --group "):
+        coordinator.scale(4)
+    assert coordinator.board.dp_size == 2
+    route.cancel()
+    for engine in engines:
+        engine.receive(None)
+        engine.finished(1)
+        engine.wave_complete()
+    wait_until(lambda: coordinator.board.phase is Phase.PAUSED)
+    for dp_rank in (0, 1):
+        coordinator.drain(dp_rank)
+    coordinator.scale(4)
+    assert coordinator.board.snapshot()["drained"].tolist() == [True] * 4  # until all have been restarted
+
+
+def test_independent_ranks_are_scaled_at_work(group, using):
+    """Guards against a group without waves that has to stop in order to grow."""
+    coordinator = using(Coordinator(group=group, dp_size=1, max_engines=2, waves=False))
+    using(Engine.attach(group, 0)).publish(waiting=0, running=3)
     coordinator.scale(2)
-    wait_until(lambda: verdict(coordinator.board, 1) is Verdict.ALIVE)
-    assert coordinator.board.snapshot()[1]["running"] == 3
+    assert coordinator.board.snapshot()["drained"].tolist() == [False, False]
 
 
 def test_scaling_holds_a_row_while_it_clears_it(group, using, monkeypatch):
     """Guards against a rank whose row is cleared under it because it came while the group grew."""
-    coordinator = using(Coordinator(group=group, dp_size=1, max_engines=3))
+    coordinator = using(Coordinator(group=group, dp_size=1, max_engines=3, waves=False))
     observer = using(Board.attach(group))
     held = []
 
@@ -720,7 +780,7 @@ def test_a_segment_unlinked_under_the_living(group, using, caplog):
 
         def routed():
             frontend.route().cancel()
-            return any("dpshm.frontend.handle" in r.name and "unlinked" in r.message for r in caplog.records)
+            return any("dpshm.frontend.decisions" in r.name and "unlinked" in r.message for r in caplog.records)
 
         wait_until(routed)
     engine.publish(waiting=0, running=4)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import time
 
+import msgspec
 import pytest
 
 from dpshm import Engine, Frontend, WireError
-from dpshm.board.layout import CARRIED_WORDS
+from dpshm.board.layout import CARRIED_WORDS, MAX_FRONTENDS
 from dpshm.board.words import COUNT_MASK, pack_load
+from dpshm.coordinator.holders import LOCK_TEST_NS
 from dpshm.coordinator.remote_rows import RemoteRows
 from dpshm.frontend.row import LATE_NS
 from dpshm.net import wire
@@ -39,7 +41,8 @@ def message(report=1, *, process=7, waiting=0, running=0, here=True, clock_ns=10
     for name, value in words.items():
         values[name, 0] = value
     counts = [wire.Received(*of_one) for of_one in received]
-    return wire.RemoteRow(process, report, clock_ns, here, list(values.values()), counts)
+    words = wire.pack_words(tuple(values.values()))
+    return wire.RemoteRow(process, report, clock_ns, here, words, wire.pack_received(counts))
 
 
 def shown(board, *names):
@@ -184,7 +187,7 @@ def test_a_process_that_was_replaced_is_never_heard_again(board, remote):
 
 
 def test_a_coordinator_that_takes_over_keeps_what_is_in_flight(board, remote, group, using):
-    """Guards against a takeover that takes bookings on their way for received, or the reverse."""
+    """Guards against a takeover that takes bookings in flight for received, or the reverse."""
     frontend = using(Frontend.attach(group, owner="api"))
     remote.report(1, message(1), 0)
     routes = [frontend.route(10, dp_rank=1) for _ in range(4)]
@@ -238,6 +241,41 @@ def test_a_rank_of_this_node_is_not_written_from_afar(board, remote, group, usin
     with pytest.raises(WireError, match="a process of this node is that rank"):
         remote.report(1, message(1, running=9), 0)
     assert shown(board, "running") == (1,)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"words": wire.pack_words([5] * (wire.CARRIED - 1) + [-1])},
+        {"received": msgspec.Raw(b"\x93\x01\x02\x03")},
+        {"received": msgspec.Raw(msgspec.msgpack.encode([("a", -1, 0)]))},
+        {"received": msgspec.Raw(msgspec.msgpack.encode([("a", COUNT_MASK + 1, 0)]))},
+        {"received": msgspec.Raw(msgspec.msgpack.encode([("a", 1, 1)] * (MAX_FRONTENDS + 1)))},
+    ],
+    ids=["negative word", "no list", "negative count", "count too large", "too many front-ends"],
+)
+def test_a_message_that_is_none_changes_nothing(board, remote, wrong):
+    """Guards against a hostile message of which a part is stored before the rest is found to be wrong."""
+    remote.report(1, message(1, running=3, received=[("a", 1, 1)]), 0)
+    before = bytes(board.words.cast("B"))
+    fields = {name: getattr(message(2, running=4), name) for name in wire.RemoteRow.__struct_fields__}
+    hostile = wire.RemoteRow(**fields | wrong)
+    with pytest.raises(WireError):
+        remote.report(1, hostile, 0)
+    assert bytes(board.words.cast("B")) == before
+    with pytest.raises(WireError):  # also if it would be the first of a new process
+        remote.report(1, wire.RemoteRow(**fields | wrong | {"process": 8}), 0)
+    assert bytes(board.words.cast("B")) == before
+
+
+def test_words_that_another_process_overwrote_come_back(board, remote, group):
+    """Guards against a coordinator that stores only what has changed since, and takes the rest to be there."""
+    remote.report(1, message(1, running=3, requests_finished=12), 0)
+    board.marks.set_engine(1, verdict=Verdict.UNKNOWN, remote=False)
+    Engine.attach(group, 1).close()
+    later = 2 * LOCK_TEST_NS
+    remote.report(1, message(2, process=8, running=3, requests_finished=12), later)
+    assert shown(board, "running", "requests", "requests_finished", "pid") == (3, 3, 12, 4711)
 
 
 @pytest.mark.parametrize("count", [0, 1, COUNT_MASK])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dpshm import Frontend
-from dpshm.coordinator.sent_log import SAMPLE_NS, UNSEEN_NS, SentLog
+from dpshm.coordinator.sent_log import IN_FLIGHT_NS, SAMPLE_NS, SentLog
 from dpshm.coordinator.stock_peers import StockEngines
 from dpshm.net import wire
 from tests.support import LoneBoard
@@ -19,14 +19,14 @@ def test_a_sample_is_as_old_as_asked():
     for now_ms in range(400):
         sent[0, 0] = now_ms
         sample = log.look(sent, sent, now_ms * MS)
-        if now_ms * MS < UNSEEN_NS:
+        if now_ms * MS < IN_FLIGHT_NS:
             assert sample is None
         else:
-            assert UNSEEN_NS <= now_ms * MS - sample.taken_ns < UNSEEN_NS + SAMPLE_NS
+            assert IN_FLIGHT_NS <= now_ms * MS - sample.taken_ns < IN_FLIGHT_NS + SAMPLE_NS
             assert sample.requests[0, 0] == sample.taken_ns // MS
 
 
-def test_a_report_erases_no_booking_on_its_way(group, using):
+def test_a_report_erases_no_booking_in_flight(group, using):
     """Guards against a request that is counted at no rank: sent, not received, and a report came meanwhile.
 
     Requests take 40 ms to a stock engine and its reports 40 ms back, and it reports at each change.
@@ -51,7 +51,7 @@ def test_a_report_erases_no_booking_on_its_way(group, using):
         stock.on_time(now_ms * MS)
         outstanding.append(int(board.snapshot()[1]["requests"]) - (len(sent) - ended))
     assert min(outstanding) >= 0  # never too few
-    assert max(outstanding) <= 2 + (UNSEEN_NS + SAMPLE_NS + delay_ms * MS) // (20 * MS)
+    assert max(outstanding) <= 2 + (IN_FLIGHT_NS + SAMPLE_NS + delay_ms * MS) // (20 * MS)
     assert outstanding[-1] == 0
     assert (board.sent_requests[:, 1] == board.received_requests[1]).all()
     assert (board.sent_tokens[:, 1] == board.received_tokens[1]).all()
@@ -63,9 +63,9 @@ def test_a_booking_is_settled_without_another_report(group, using):
     stock = StockEngines(board, board.marks)
     frontend = using(Frontend.attach(group))
     stock.report(1, wire.SchedulerStats(), 0)
-    stock.on_time(UNSEEN_NS)
+    stock.on_time(IN_FLIGHT_NS)
     _booked = frontend.route(10, dp_rank=1)
-    stock.report(1, wire.SchedulerStats(num_running_reqs=1), UNSEEN_NS + 5 * MS)
+    stock.report(1, wire.SchedulerStats(num_running_reqs=1), IN_FLIGHT_NS + 5 * MS)
     assert int(board.snapshot()[1]["requests"]) == 2
     for now_ms in range(110, 400, 10):
         stock.on_time(now_ms * MS)

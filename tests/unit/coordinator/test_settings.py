@@ -21,6 +21,8 @@ def test_the_defaults_are_those_that_the_documentation_names():
         "dp_size_local": None,
         "balancing": "internal",
         "head": None,
+        "nodes": 1,
+        "node": 0,
         "host": "127.0.0.1",
         "curve_dir": None,
         "insecure": False,
@@ -77,6 +79,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("balancing", {"balancing": "Internal"}, "'Internal'"),
     ("waves", {"waves": 1}, "expected `bool`, got `int`"),
     ("group", {"group": None}, "expected `str`, got `null`"),
+    ("nodes", {"nodes": 65}, "nodes is 65, and must be from 1 to 64"),
+    ("node", {"nodes": 2, "node": 2}, "node is 2, and must be from 0 to 1"),
+    ("nodes", {"nodes": 2, "balancing": "hybrid"}, "nodes is 2 with hybrid balancing"),
+    ("node", {"nodes": 2, "node": 1}, "node 0 is the head and has none, and each other node needs the head's"),
+    ("node", {"nodes": 2, "head": "a,b,c,d,e"}, "node is 0 and head is 'a,b,c,d,e'"),
+    ("head", {"nodes": 2, "node": 1, "head": "a,b,c"}, "5 addresses and the key.*It has 3 parts"),
+    ("head", {"nodes": 2, "node": 1, "head": "a,b,c,d,e"}, "5 addresses and the key.*It has 5 parts"),
+    ("head", {"nodes": 2, "node": 1, "head": "a,b,c,d,e,f"}, "5 addresses and the key"),
+    ("head", {"nodes": 2, "node": 1, "head": "a,b,c,d,e,ffffffffffffffff"}, "5 addresses and the key"),
+    ("head", {"head": "a,b,c"}, "say how many `nodes` there are"),
     ("dpsize", {"dpsize": 8}, "unknown setting 'dpsize': is dp_size meant. Otherwise choose from group, "),
     ("qqqq", {"qqqq": 8}, "unknown setting 'qqqq': choose from group, dp_size, "),
 ]
@@ -115,6 +127,8 @@ def test_what_is_missing_is_named(missing: str):
         {"ready_timeout_s": 0.0},
         {"wake_timeout_s": 1},
         {"balancing": "hybrid"},
+        {"nodes": 64},
+        {"nodes": 2, "node": 1, "head": "a,b,c,d,e,7fffffffffffffff"},
         {"file_mode": 0o640},
         {"file_mode": 0o644},
         {"metrics_port": 0},
@@ -160,7 +174,9 @@ def test_engines_elsewhere_need_tcp():
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "*", "10.0.0.1", "::", "eth0", "node7.example", "127.0.0.1.example"])
-@pytest.mark.parametrize("tcp", [{"balancing": "hybrid"}, {"balancing": "external"}, {"dp_size_local": 3}])
+@pytest.mark.parametrize(
+    "tcp", [{"balancing": "hybrid"}, {"balancing": "external"}, {"dp_size_local": 3}, {"nodes": 2}]
+)
 def test_other_machines_come_in_with_keys_or_on_purpose(host: str, tcp: dict[str, Any]):
     """Guards against sockets that a whole network can reach by default."""
     given = {"group": "g", "dp_size": 4, "host": host, **tcp}

@@ -18,7 +18,7 @@ import pytest
 import dpshm
 from dpshm import Board, Coordinator, Engine, Frontend, NoEngineAvailable, RowInUse
 from dpshm.board import files
-from dpshm.engine import row
+from dpshm.engine import taking
 from dpshm.rules.liveness import Verdict
 from tests.support import HandWatch, LoneBoard, Remote, count_fds, frontend_verdict, verdict, wait_until
 
@@ -420,10 +420,10 @@ def test_without_a_watch_a_front_end_sees_that_an_engine_exits(board, ended):
 def test_a_successor_waits_until_the_kernel_is_done(board, watch, ended, group, monkeypatch):
     """Guards against a restart that fails because its predecessor's memory is still being freed."""
     process, keeper = ended
-    monkeypatch.setattr(row, "EXIT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(taking, "EXIT_TIMEOUT_S", 0.1)
     with pytest.raises(RowInUse, match=rf"ending its last process \({process.pid}\) for 0.1 s"):
         Engine.attach(group, 0)
-    monkeypatch.setattr(row, "EXIT_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(taking, "EXIT_TIMEOUT_S", 60.0)
     threading.Timer(0.2, os.kill, (keeper, signal.SIGKILL)).start()
     with Engine.attach(group, 0):
         assert watch.after(0.05) is Verdict.ALIVE

@@ -106,7 +106,7 @@ def test_a_rank_that_leaves_is_absent(coordinator, using):
 
 
 def test_a_coordinator_that_is_replaced_keeps_the_books(group, using):
-    """Guards against bookings on their way that a takeover loses, or doubles, of a rank on another node."""
+    """Guards against bookings in flight that a takeover loses, or doubles, of a rank on another node."""
     settings = {"group": group, "dp_size": 2, "dp_size_local": 1}
     first = using(Remote())
     first.run("coordinator = Coordinator(**settings)", settings=settings)
@@ -173,10 +173,13 @@ def test_wrong_numbers_are_refused(group, using, coordinator):
 
 def test_a_stock_coordinator_reads_a_report(group):
     """Guards against a message that ends vLLM's own coordinator: it must be the array that it decodes."""
-    row = wire.RemoteRow(5, 1, 1, True, [1] * wire.CARRIED, [wire.Received("a", 1, 2)])
+    received = [wire.Received("a", 1, 2)]
+    row = wire.RemoteRow(5, 1, 1, True, wire.pack_words([1] * wire.CARRIED), wire.pack_received(received))
     data = wire.encode_remote_row(3, wire.SchedulerStats(1, 2, 3, 4, 0.5), row)
     stock = wire.decode_engine_message(data)
     assert stock.engine_index == 3
     assert stock.scheduler_stats == wire.SchedulerStats(1, 2, 3, 4, 0.5)
     assert stock.row == row
+    assert wire.unpack_words(stock.row.words) == (1,) * wire.CARRIED
+    assert wire.unpack_received(stock.row) == received
     assert stock.wave_complete is stock.start_wave is None

@@ -27,7 +27,9 @@ from dpshm import (
     State,
 )
 from dpshm.board.words import pack_control, pack_load
-from dpshm.policies import NAMES
+from dpshm.frontend.decisions import Decisions
+from dpshm.frontend.view_reader import ViewReader
+from dpshm.policies import NAMES, LeastWork
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
 from tests.support import LoneBoard, Remote, count_fds, count_threads, frontend_verdict, gone, wait_until
@@ -138,6 +140,19 @@ def test_a_rank_twice_as_fast_gets_twice_as_much(board, group, using, policy, dp
         with pytest.raises(SettingError, match="weights has"):
             Frontend.attach(group, weights=wrong)
     del routes
+
+
+@pytest.mark.parametrize("policy", ["vllm", "round_robin", "affinity", "affinity:epsilon=2"])
+def test_weights_that_a_policy_does_not_look_at_are_refused(board, group, using, policy):
+    """Guards against unlike GPUs that get equal shares although their weights were given."""
+    with pytest.raises(
+        SettingError, match=f"{policy.split(':')[0]}.* does not look at weights: choose least_loaded"
+    ):
+        Frontend.attach(group, policy=policy, weights={0: 2.0})
+    assert not board.frontend_incarnation.any()
+    using(
+        Frontend.attach(group, policy=policy, weights={0: 2.0}, max_requests=8)
+    )  # they bound what a rank is sent
 
 
 def test_a_front_end_that_starts_first_waits_for_its_group(group, using):
@@ -323,6 +338,54 @@ def test_a_policy_of_ones_own(board, group, using):
     assert seen == [([0, 1], [3, 4], [0, 0], 9), ([0, 1], [3, 5], [0, 1], 0)]
 
 
+@pytest.mark.parametrize("dp_size", [2, 40])
+@pytest.mark.parametrize("policy", [*NAMES, "a user's", "derived"])
+def test_attach_rehearses_a_decision_and_leaves_nothing_behind(group, using, monkeypatch, policy, dp_size):
+    """Guards against a first request that pays for what is done once, and against a trace of the rehearsal."""
+    board = using(LoneBoard(group, engines=40, dp_size=dp_size, waves=False))
+    board.mark(range(dp_size), Verdict.ALIVE)
+    for e in range(dp_size):  # step models that all share: least_work has a short way
+        for i, word in enumerate((0, 0, 0, 1_000_000, 1000, 100, 0, 256, 0, 10)):
+            board.step_model[e, i] = word
+    calls, views = [], []
+    read = ViewReader.read
+    monkeypatch.setattr(ViewReader, "read", lambda self, *a, **k: views.append(1) or read(self, *a, **k))
+
+    class Derived(LeastWork):
+        """Counts its calls."""
+
+        def __call__(self, view, request):
+            calls.append(request)
+            return super().__call__(view, request)
+
+    def own(view, request):
+        calls.append(request)
+        return view.ranks[0]
+
+    given = {"a user's": own, "derived": Derived()}.get(policy, policy)
+    frontend = using(Frontend.attach(group, policy=given, record=True))
+    assert len(views) == 1
+    assert (calls, frontend._decisions.recorder._written) == ([], 0)
+    assert frontend._decisions.next_refresh_ns == 0
+    assert not board.sent_requests.any()
+    assert board.routed[frontend.index] == 0
+    monkeypatch.setattr(Decisions, "rehearse", lambda _: None)
+    other = using(Frontend.attach(group, policy=given))  # of another row, which begins elsewhere: what it would be
+    other._decisions.reader._number = frontend._decisions.reader._number
+    other._decisions.reader.rewind()
+    assert [frontend.choose() for _ in range(5)] == [other.choose() for _ in range(5)]
+
+
+def test_attach_to_full_ranks(board, group, using):
+    """Guards against a front-end that cannot start while the others have filled all ranks."""
+    board.mark(range(2), Verdict.ALIVE)
+    board.load[:2] = pack_load(9, 9, 0.5)
+    board.request_offset[:2] = 18
+    frontend = using(Frontend.attach(group, max_requests=4))
+    with pytest.raises(Overloaded):
+        frontend.route()
+
+
 @pytest.mark.parametrize("answer", [2, -1, None, 0.5])
 def test_a_policy_that_is_wrong(board, group, using, answer):
     """Guards against a policy's mistake that books at a rank that cannot take it, or leaves the lock held."""
@@ -400,12 +463,12 @@ def test_a_request_that_never_arrived_heals_with_the_next_end(board, group, usin
 def test_a_booking_on_top_of_a_predecessors_late_message(board, group, using):
     """Guards against a request that is not counted because another one, unbooked, arrived before it.
 
-    A message of a request that was aborted while on its way (or of the row's previous holder) makes the engine
+    A message of a request that was aborted while in flight (or of the row's previous holder) makes the engine
     count one more than was ever sent; the next booking has to start from there.
     """
     engine = using(Engine.attach(group, 0))
     frontend = using(Frontend.attach(group))
-    frontend.route(10, dp_rank=0).done()  # aborted at once; its message is still on its way
+    frontend.route(10, dp_rank=0).done()  # aborted at once; its message is still in flight
     engine.receive(frontend.index, 10)
     engine.publish(waiting=0, running=0)
     _booked = frontend.route(20, dp_rank=0)
@@ -498,7 +561,7 @@ def test_a_request_that_ends_inside_route(board, group):
 # Rows.
 
 
-def test_a_restart_gets_the_same_row_when_nothing_is_on_its_way(engines, group, using):
+def test_a_restart_gets_the_same_row_when_nothing_is_in_flight(engines, group, using):
     """Guards against rows that run out with every restart, and engines that lose track of a front-end."""
     Frontend.attach(group, owner="other").close()
     other = using(Frontend.attach(group, owner="other"))
@@ -515,7 +578,7 @@ def test_a_restart_gets_the_same_row_when_nothing_is_on_its_way(engines, group, 
     assert second.snapshot()["in_flight"].tolist() == [0, 0, 0]
 
 
-def test_a_restart_gets_another_row_when_something_is_on_its_way(engines, group, using):
+def test_a_restart_gets_another_row_when_something_is_in_flight(engines, group, using):
     """Guards against a late message of the predecessor that is taken for one of its successor."""
     first = Frontend.attach(group, owner="api")
     _booked = first.route(10, dp_rank=0)
@@ -773,7 +836,7 @@ def test_a_running_group_is_left_alone(board, group, using):
     board.control[0] = pack_control(1, Phase.RUNNING)
     frontend = using(Frontend.attach(group))
     frontend.route()
-    assert frontend._wakeup._socket is None
+    assert frontend._decisions.wakeup._socket is None
 
 
 def test_dense_ranks_are_not_woken(group, using):
@@ -781,7 +844,7 @@ def test_dense_ranks_are_not_woken(group, using):
     using(LoneBoard(group, waves=False))
     frontend = using(Frontend.attach(group))
     frontend.route()
-    assert frontend._wakeup._socket is None
+    assert frontend._decisions.wakeup._socket is None
 
 
 def test_it_never_waits_for_a_coordinator(board, group, using):
@@ -922,7 +985,7 @@ def test_a_route_may_leave_the_wake_up_to_its_caller(coordinator, engines, group
     frontend = using(Frontend.attach(group))
     frontend.route(wake=False)
     frontend.route(dp_rank=1, wake=False)
-    assert frontend._wakeup._socket is None
+    assert frontend._decisions.wakeup._socket is None
     assert not any(engine.poll(50) for engine in engines)
     frontend.wake()
     wait_until(lambda: all(engine.poll(10) for engine in engines))

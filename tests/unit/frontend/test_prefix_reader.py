@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
+import random
 import shutil
 import time
+from array import array
 
 import numpy as np
 import pytest
 
 from dpshm import Coordinator, Engine, Frontend, NoEngineAvailable, SettingError
-from dpshm.board.prefix_index import index_path
+from dpshm.board.prefix_file import index_path
 from dpshm.board.sent_table import sent_path
+from dpshm.frontend.prefix_reader import PrefixReader
 from dpshm.frontend.sent_prompts import REMEMBERED_NS
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.prefix_hash import Prompt
@@ -53,7 +57,7 @@ def test_a_request_goes_where_its_prefix_is(engines, group, using):
         route.done()
     assert frontend.choose(prompt=PROMPT) == 1
     engines[1].cache.clear()
-    frontend._prefixes._sent.forget(1, time.monotonic_ns() + REMEMBERED_NS)  # instead of a second
+    frontend._decisions.prefixes._sent.forget(1, time.monotonic_ns() + REMEMBERED_NS)  # instead of a second
     assert {frontend.choose(prompt=PROMPT) for _ in range(2)} == {0, 1}
 
 
@@ -122,6 +126,22 @@ def test_least_work_counts_what_has_to_be_computed(engines, group, board, using)
     assert frontend.choose(prompt=PROMPT) == 1
 
 
+def test_a_guess_never_changes_what_is_found(engines, board):
+    """Guards against a conversation of which a rank seems to hold what it held at the turn before."""
+    rng, prefixes = random.Random(5), PrefixReader(board, 0)
+    prefixes.refresh(time.monotonic_ns(), 0)
+    talks = [rng.choices(range(1000), k=200) for _ in range(3)]
+    for turn in range(200):
+        prompt = rng.choice(talks)
+        prompt += rng.choices(range(1000), k=rng.randrange(20))
+        for engine in engines:
+            if rng.random() < 0.4:
+                engine.cache.clear()
+                insert(engine, prompt[: rng.randrange(len(prompt))])
+        without = prefixes.look_up(Prompt(prompt), len(prompt)).cached
+        assert prefixes.look_up(Prompt(prompt), len(prompt), turn).cached == without
+
+
 def test_salts_keep_prompts_apart(engines, group, using):
     """Guards against a hit on blocks that another adapter computed."""
     frontend = using(Frontend.attach(group))
@@ -171,7 +191,7 @@ def test_a_new_index_is_found(engines, group, using):
     insert(engines[0], PROMPT)
     assert frontend.route(prompt=PROMPT, dp_rank=0).cached_tokens == 96
     engines[0].open_cache(200, block_tokens=BLOCK)
-    frontend._next_refresh_ns = 0  # instead of a tenth of a second
+    frontend._decisions.next_refresh_ns = 0  # instead of a tenth of a second
     assert frontend.route(prompt=PROMPT, dp_rank=0).cached_tokens == 0
     insert(engines[0], PROMPT[:48])
     assert frontend.cached(PROMPT)[0] == 48
@@ -184,15 +204,138 @@ def test_a_rank_that_leaves_takes_its_index_along(engines, group, board, using):
     engines[0].close()
     assert board.cache_state[0].tolist()[0] == 0
     again = using(Engine.attach(group, 0))
-    frontend._next_refresh_ns = 0
+    frontend._decisions.next_refresh_ns = 0
     assert frontend.route(prompt=PROMPT, dp_rank=0).cached_tokens == 0
     again.open_cache(100)
     insert(again, PROMPT[:16])
-    frontend._next_refresh_ns = 0
+    frontend._decisions.next_refresh_ns = 0
     assert frontend.route(prompt=PROMPT, dp_rank=0).cached_tokens == 16
 
 
-@pytest.mark.parametrize("prompt", [[1, -1], ["a"], "text", np.array([0.5]), [[1]], 7])
+KINDS = {
+    "list": PROMPT.tolist(),
+    "generator": (token for token in PROMPT.tolist()),
+    "int32": PROMPT.astype(np.int32),
+    "uint16": PROMPT.astype(np.uint16),
+    "big endian": PROMPT.astype(">u8"),
+    "every second one": np.repeat(PROMPT, 2)[::2],
+    "buffer": memoryview(PROMPT.astype(np.uint32)),
+    "array": array("Q", PROMPT.tolist()),
+    "Prompt": Prompt(PROMPT),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_ids_of_any_kind_are_one_prompt(engines, group, using, kind):
+    """Guards against a prompt that is not found because its ids have another width, order or stride."""
+    insert(engines[1], PROMPT)
+    route = using(Frontend.attach(group)).route(prompt=KINDS[kind])
+    assert (route.dp_rank, route.cached_tokens) == (1, 96)
+
+
+@pytest.mark.parametrize(
+    ("told", "cached", "booked"), [(0, 96, 4), (1, 0, 1), (50, 49, 1), (100, 96, 4), (900, 96, 804)]
+)
+def test_a_length_that_is_not_the_prompts(engines, group, board, using, told, cached, booked):
+    """Guards against a booking below one token, or a hit beyond what was told."""
+    insert(engines[0], PROMPT)
+    frontend = using(Frontend.attach(group))
+    route = frontend.route(prompt_tokens=told, prompt=PROMPT, dp_rank=0)
+    assert route.cached_tokens == cached
+    assert board.snapshot()["in_flight_tokens"].tolist() == [booked, 0]
+    route.done()
+
+
+@pytest.mark.parametrize("prompt", [None, [], PROMPT[:5], PROMPT])
+def test_a_negative_length_is_refused(engines, group, board, using, prompt):
+    """Guards against a wrong number that is booked as 0."""
+    frontend = using(Frontend.attach(group))
+    for call in (frontend.route, frontend.choose):
+        with pytest.raises(SettingError, match="prompt_tokens is -1"):
+            call(-1, prompt=prompt)
+    assert board.snapshot()["requests"].tolist() == [0, 0]
+
+
+def test_a_prompt_of_less_than_a_block(engines, group, board, using):
+    """Guards against a prompt without a fingerprint that raises, or that matches."""
+    insert(engines[0], PROMPT)
+    frontend = using(Frontend.attach(group))
+    for count in (0, 1, BLOCK - 1):
+        route = frontend.route(prompt=PROMPT[:count])
+        assert (route.cached_tokens, route.prompt_tokens) == (0, count)
+        route.done()
+
+
+def test_an_engine_that_restarts_with_another_block_size(engines, group, using):
+    """Guards against fingerprints of the old size that are looked up in the new index."""
+    frontend = using(Frontend.attach(group))
+    insert(engines[0], PROMPT)
+    assert frontend.cached(PROMPT) == [96, 0]
+    engines[0].close()
+    again = using(Engine.attach(group, 0))
+    again.open_cache(100, block_tokens=10)
+    insert(again, PROMPT)
+    insert(engines[1], PROMPT[:64])
+    frontend._decisions.next_refresh_ns = 0
+    assert frontend.cached(PROMPT) == [99, 64]
+
+
+def test_a_scribbled_index_costs_hits_and_nothing_else(engines, group, board, using):
+    """Guards against a word of the file, damaged after it was checked, that is used as a place or a size."""
+    insert(engines[0], PROMPT)
+    frontend = using(Frontend.attach(group))
+    assert frontend.cached(PROMPT) == [96, 0]
+    path = index_path(board.segment.sockets_path, 0)
+    rng = random.Random(3)
+    for word in (0, 0xFF, None):
+        with open(path, "r+b") as file:
+            size = path.stat().st_size
+            file.write(rng.randbytes(size) if word is None else bytes([word]) * size)
+        assert frontend.cached(PROMPT) == [0, 0]
+        route = frontend.route(prompt=PROMPT)
+        assert route.cached_tokens in {0, 96}  # what was just sent counts
+        route.done()
+    insert(engines[0], PROMPT[:16])  # nor does it stop the engine
+    engines[0].cache.clear()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file to another user: root alone may")
+def test_the_index_of_another_user_is_left_alone(engines, group, board, using, caplog):
+    """Guards against a file that another user put in the index's place."""
+    insert(engines[0], PROMPT)
+    os.chown(index_path(board.segment.sockets_path, 0), 12_345, -1)
+    frontend = using(Frontend.attach(group))
+    assert frontend.route(prompt=PROMPT, dp_rank=0).cached_tokens == 0
+    assert "uid 12345" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda engine: engine.open_cache(0), "num_blocks is 0"),
+        (lambda engine: engine.open_cache(10, 0), "block_tokens is 0"),
+        (lambda engine: engine.open_cache(10, identity=-1), "identity is -1"),
+        (lambda engine: engine.open_cache(10, identity=1 << 63), "identity is 9223372036854775808"),
+        (lambda engine: engine.open_cache(10, recomputed_blocks=1 << 70), "recomputed_blocks is"),
+        (lambda engine: engine.cache.show(blocks_in_use=-1), "blocks_in_use is -1: the cache has 100 blocks"),
+        (lambda engine: engine.cache.show(blocks_in_use=101), "blocks_in_use is 101"),
+        (lambda engine: engine.cache.found(-1), "cached_tokens is -1"),
+    ],
+)
+def test_what_cannot_be_changes_nothing(engines, group, board, using, call, says):
+    """Guards against a call that raises and leaves another index, a draft of one, or a count that is wrong."""
+    insert(engines[0], PROMPT)
+    engines[0].cache.found(7)
+    engines[0].cache.show(blocks_in_use=5)
+    files, words = sorted(board.segment.sockets_path.iterdir()), board.cache_state[0].tolist()
+    with pytest.raises(SettingError, match=says):
+        call(engines[0])
+    assert sorted(board.segment.sockets_path.iterdir()) == files
+    assert board.cache_state[0].tolist() == words
+    assert using(Frontend.attach(group)).cached(PROMPT) == [96, 0]
+
+
+@pytest.mark.parametrize("prompt", [[1, -1], ["a"], "text", np.array([0.5]), [[1]], 7, [1 << 32], b"text" * 16])
 def test_a_prompt_of_something_else_is_refused(engines, group, board, using, prompt):
     """Guards against a request that is booked and raises."""
     frontend = using(Frontend.attach(group))
@@ -317,11 +460,11 @@ def test_what_a_killed_front_end_sent_counts_no_longer_than_a_second(engines, gr
     assert frontend.index == 1
     frontend.choose()
     now_ns = time.monotonic_ns()
-    seen = frontend._prefixes.look_up(Prompt(PROMPT), 100, now_ns).cached
+    seen = frontend._decisions.prefixes.look_up(Prompt(PROMPT), 100, now_ns).cached
     remote.kill()
     assert seen == [0, 96]
-    assert frontend._prefixes.look_up(Prompt(PROMPT), 100, now_ns).cached == seen
-    assert frontend._prefixes.look_up(Prompt(PROMPT), 100, now_ns + REMEMBERED_NS).cached == [0, 0]
+    assert frontend._decisions.prefixes.look_up(Prompt(PROMPT), 100, now_ns).cached == seen
+    assert frontend._decisions.prefixes.look_up(Prompt(PROMPT), 100, now_ns + REMEMBERED_NS).cached == [0, 0]
 
 
 def test_what_was_sent_to_a_rank_that_restarted_does_not_count(engines, group, using):
@@ -331,9 +474,9 @@ def test_what_was_sent_to_a_rank_that_restarted_does_not_count(engines, group, u
     assert other.route(prompt=PROMPT, dp_rank=0).cached_tokens == 96
     engines[0].open_cache(100, block_tokens=BLOCK)
     for frontend in (one, other):
-        frontend._next_refresh_ns = 0  # instead of a tenth of a second
+        frontend._decisions.next_refresh_ns = 0  # instead of a tenth of a second
         assert frontend.choose(prompt=PROMPT) in {0, 1}
-        assert frontend._prefixes.look_up(Prompt(PROMPT), 100, time.monotonic_ns()).cached == [0, 0]
+        assert frontend._decisions.prefixes.look_up(Prompt(PROMPT), 100, time.monotonic_ns()).cached == [0, 0]
 
 
 def test_without_room_a_front_end_knows_what_it_sent_itself(engines, group, board, using, caplog):
@@ -363,7 +506,7 @@ def test_a_front_end_that_gives_no_prompts_says_so_once(engines, group, using, c
     with caplog.at_level(logging.WARNING):
         for number in range(130):
             for frontend, prompt in ((silent, None), (speaking, PROMPT if number == 50 else None)):
-                frontend._next_refresh_ns = 0  # instead of a tenth of a second
+                frontend._decisions.next_refresh_ns = 0  # instead of a tenth of a second
                 frontend.route(10, prompt=prompt).done()
     assert caplog.text.count("requests without a prompt, and the ranks have prefix indexes") == 1
     assert "front-end 0 has routed 100 requests" in caplog.text

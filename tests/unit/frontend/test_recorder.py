@@ -17,7 +17,7 @@ from dpshm.board.words import pack_load
 from dpshm.errors import SettingError
 from dpshm.frontend.recorder import MAX_SLOTS, RING_BYTES, Recorder, default_path, read, slot_bytes
 from dpshm.policies import Request, View
-from dpshm.policies.columns import VECTOR_FROM, ListColumns, ListWork, columns_of
+from dpshm.policies.columns import VECTOR_FROM, ArrayRows, ArrayWork, ListColumns, ListWork, columns_of
 from dpshm.rules.liveness import Verdict
 from tests.support import LoneBoard
 
@@ -33,18 +33,22 @@ def view_of(rng: random.Random, n: int, *, with_work: bool, now_ns: int = NOW) -
     ranks = rng.sample(range(n), rng.randint(1, n))
     load, requests = [pack_load(rng.randrange(9), rng.randrange(99), rng.random()) for _ in range(n)], column()
     work = ListWork(
-        column(), [[NOW, 5, 700] for _ in range(n)], [column()[:1] * 7 for _ in range(n)], now_ns, n % 2 == 1
+        column(), [[NOW] * n, [5] * n, [700] * n], [column()[:1] * 7 for _ in range(n)], now_ns, n % 2 == 1
     )
     own = [rng.randrange(9) for _ in range(n)]
-    return View(columns_of(ListColumns(ranks, load, requests, own, 4, work if with_work else None)))
+    weights = rng.choice([None, [rng.uniform(0.1, 10) for _ in range(n)]])
+    return View(columns_of(ListColumns(ranks, load, requests, own, 4, work if with_work else None, weights)))
 
 
 def plain(view: View) -> object:
     """A view as lists, to compare."""
 
     def listed(columns: object) -> list[object]:
+        if isinstance(columns, ArrayRows):
+            return [columns.counts.tolist(), columns.steps.tolist()]
         items = (getattr(columns, name) for name in columns.__struct_fields__)
-        return [listed(x) if hasattr(x, "__struct_fields__") else np.asarray(x).tolist() for x in items]
+        nested = (ListWork, ArrayWork, ArrayRows)
+        return [listed(x) if isinstance(x, nested) else np.asarray(x).tolist() for x in items]
 
     return listed(view.columns)
 
@@ -92,8 +96,8 @@ def test_a_record_of_the_largest_numbers_fits(tmp_path):
         path = tmp_path / str(n)
         recorder = Recorder.create(path, engines=n, group="g", frontend=0, slots=2)
         top = (1 << 63) - 1
-        work = ListWork([top] * n, [[top] * 3] * n, [[top] * 7] * n, top)
-        view = View(ListColumns(list(range(n)), [top] * n, [top] * n, [top] * n, top, work))
+        work = ListWork([top] * n, [[top] * n] * 3, [[top] * 7] * n, top)
+        view = View(ListColumns(list(range(n)), [top] * n, [top] * n, [top] * n, top, work, [1 / 3] * n))
         for _ in range(2):
             recorder.record(top, view, Request(top, top, [top] * n), 0, [top] * n)
         assert len(read(path)[1]) == 2
@@ -124,9 +128,9 @@ def test_a_slot_that_is_being_filled_is_left_out(tmp_path):
         (b"x" * 9000, "is no decision ring"),
         (
             b"DPSHMREC\x07\0\0\0\x02\0\0\0{}" + bytes(9000),
-            "is a decision ring of version 7, and this dpshm reads 2",
+            "is a decision ring of version 7, and this dpshm reads 3",
         ),
-        (b"DPSHMREC\x02\0\0\0\x02\0\0\0{}" + bytes(9000), "the header cannot be read"),
+        (b"DPSHMREC\x03\0\0\0\x02\0\0\0{}" + bytes(9000), "the header cannot be read"),
     ],
 )
 def test_another_file_is_refused(tmp_path, data, message):
@@ -193,6 +197,31 @@ def test_a_frontend_records_its_decisions(group, using, tmp_path, policy, where)
         frontend.close()
         path.unlink()
         path.parent.rmdir()
+
+
+@pytest.mark.parametrize("dp_size", [3, VECTOR_FROM])
+@pytest.mark.parametrize("policy", ["least_loaded", "power_of_two"])
+def test_weights_are_replayed(group, using, tmp_path, policy, dp_size):
+    """Guards against a replay that takes unlike ranks for equal ones, and so chooses otherwise than was chosen."""
+    from dpshm.policies import by_name
+
+    using(LoneBoard(group, engines=dp_size, dp_size=dp_size)).mark(range(dp_size), Verdict.ALIVE)
+    frontend = using(Frontend.attach(group, policy=policy, record=tmp_path / "ring", weights={0: 4.0, 2: 0.5}))
+    routes = [frontend.route() for _ in range(60)]
+    _, decisions = read(tmp_path / "ring")
+    assert decisions[0].view.weights == [4.0, 1.0, 0.5, *[1.0] * (dp_size - 3)]
+    assert [by_name(policy)(d.view, d.request) for d in decisions] == [route.dp_rank for route in routes]
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_record_with_weights_that_cannot_be_is_left_out(tmp_path, weight):
+    """Guards against a damaged recording that ends a replay with a division by zero."""
+    path = tmp_path / "ring"
+    recorder = Recorder.create(path, engines=2, group="g", frontend=0, slots=4)
+    for weights in ([1.0, weight], [1.0], [1.0, 2.0]):
+        view = View(ListColumns([0, 1], [0, 0], [1, 1], [0, 0], 1, None, weights))
+        recorder.record(NOW, view, Request(1), 0, [0, 0])
+    assert [d.view.weights for d in read(path)[1]] == [[1.0, 2.0]]
 
 
 def test_every_policy_can_be_asked_about_a_recording(group, using, tmp_path):

@@ -63,7 +63,7 @@ def test_a_block_that_is_left_ends_the_booking(board, frontend):
 
 
 def test_an_exception_before_the_request_was_sent_cancels(board, frontend):
-    """Guards against a request that was never sent and counts as on its way while another one is."""
+    """Guards against a request that was never sent and counts as in flight while another one is."""
     other = frontend.route(7, dp_rank=0)
     running = frontend.route(3, dp_rank=0)
     receive(board, 3)
@@ -76,7 +76,7 @@ def test_an_exception_before_the_request_was_sent_cancels(board, frontend):
 
 
 def test_an_exception_after_the_request_was_sent_does_not_cancel(board, frontend):
-    """Guards against a sent request whose booking is taken back, which hides another one that is on its way."""
+    """Guards against a sent request whose booking is taken back, which hides another one that is in flight."""
     other = frontend.route(7, dp_rank=0)
     route = frontend.route(5, dp_rank=0)
     with pytest.raises(SendError), route:
@@ -196,7 +196,6 @@ def test_a_signal_may_end_requests_within_any_booking(board, frontend):
     assert booked(board) == (0, 0)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a generator that is closed
 @pytest.mark.parametrize("form", ["route", "pinned", "exclusive", "asleep", "prompt"])
 def test_an_interrupted_route_leaves_no_booking(board, group, using, form):
     """Guards against a request that a signal handler's exception (Ctrl-C, a timeout) leaves booked for ever."""
@@ -218,7 +217,7 @@ def test_an_interrupted_route_leaves_no_booking(board, group, using, form):
         assert frontend.snapshot()["requests"].tolist() == [0, 0], f"at call {at}"
         assert frontend.snapshot()["prefill_backlog"].tolist() == [0, 0], f"at call {at}"
         assert frontend._row.own == [0] * board.engines
-    assert at > 10
+    assert at > 5  # there were places to interrupt it
 
 
 @pytest.mark.parametrize("end", ["done", "cancel"])

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from dpshm import Engine, Frontend
-from dpshm.frontend.view_reader import first_turn
+from dpshm.frontend.turns import first_turn
 from dpshm.rules.liveness import Verdict
 from tests.support import LoneBoard
 
@@ -99,3 +99,22 @@ def test_the_rest_of_a_step_has_a_bound(group, using, count):
     frontend = using(Frontend.attach(group, policy="least_work"))
     routes = [frontend.route(10) for _ in range(30 * count)]
     assert 2 <= sum(route.dp_rank == 1 for route in routes) < 30
+
+
+@pytest.mark.parametrize("policy", ["least_loaded", "least_work"])
+def test_a_correction_is_as_new_as_the_last_refresh(group, using, policy):
+    """Guards against a rank that looks idle for ever, since a message of a row's earlier holder came to it late,
+    and the marks have not changed since.
+    """
+    using(LoneBoard(group, engines=2, dp_size=2))
+    engines = [using(Engine.attach(group, e)) for e in range(2)]
+    frontend = using(Frontend.attach(group, policy=policy))
+    frontend.route(10).cancel()
+    for _ in range(3):
+        engines[0].receive(frontend.index, 1000)
+    engines[0].publish(waiting=3, running=0, prefill_backlog=3000)
+    frontend._decisions.next_refresh_ns = 0  # instead of a tenth of a second
+    for _ in range(3):
+        with frontend.route(10) as route:
+            assert route.dp_rank == 1
+            route.cancel()

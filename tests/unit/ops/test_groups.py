@@ -9,8 +9,12 @@ import pytest
 from dpshm import Board, Coordinator, Engine, Frontend, SegmentNotFound, SettingError
 from dpshm.board.header import make_header
 from dpshm.board.segment import Segment
+from dpshm.cli.doctor import as_text as diagnosis_as_text
 from dpshm.cli.ls import as_text
+from dpshm.ops.doctor.ranks import check_ranks
 from dpshm.ops.groups import find_groups, live_groups, open_group, summaries
+from dpshm.ops.read_frame import read_frame
+from dpshm.rules.liveness import Verdict
 from tests.support import LoneBoard
 
 ADDRESSES = ("stats_address", "engine_input_address", "engine_output_address")
@@ -91,6 +95,33 @@ def test_each_group_is_one_line(alone: Path):
     assert [line.split()[:2] for line in lines[1:]] == [["bad", "unreadable"], ["dead", "dead"], ["prod", "alive"]]
     assert "the magic is" in lines[1]
     assert as_text([]) == "no group is on this node"
+
+
+def test_ranks_on_other_nodes_have_a_sign(alone: Path):
+    """Guards against a command run on this node for a process of another one."""
+    with LoneBoard("g", engines=20, dp_size=20) as board:
+        board.mark(range(20), Verdict.ALIVE)
+        for rank in (1, 19):
+            board.marks.set_engine(rank, verdict=Verdict.DEAD, remote=True)
+        assert board.lock_engine(0)  # a group with a process
+        board.engine_pid[[1, 2, 19]] = 1
+        board.marks.set_engine(2, verdict=Verdict.DEAD)
+        (found,) = summaries()
+        assert found.remote == [1, 19]
+        assert as_text([found]).endswith("; on other nodes: @1 @19")
+        dead = next(f for f in check_ranks(read_frame(board)) if f.check == "dead ranks")
+        assert dead.what == "rank @1, rank 2, rank @19: the process is gone"
+        assert dead.fix.startswith("on its node: see its log")
+        told = diagnosis_as_text(find_groups(), [dead], [], {"g": found.remote}).splitlines()
+        assert told[0].endswith("; on other nodes: @1 @19")
+        for rank in range(20):
+            board.marks.set_engine(rank, remote=True)
+        assert as_text(summaries()).endswith("@14 @15 and 4 more")
+        for rank in range(20):
+            board.marks.set_engine(rank, verdict=Verdict.DEAD, remote=False)
+        assert "other nodes" not in as_text(summaries())
+        dead = next(f for f in check_ranks(read_frame(board)) if f.check == "dead ranks")
+        assert dead.fix.startswith("see its log")
 
 
 def test_live_groups_are_offered(alone: Path):

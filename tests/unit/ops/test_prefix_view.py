@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from dpshm import Board, Coordinator, Engine
-from dpshm.board.prefix_index import index_path
+from dpshm.board.prefix_file import index_path
 from dpshm.ops.doctor.group import check_group
 from dpshm.ops.metrics import BoardCollector
 from dpshm.ops.read_frame import read_frame
-from dpshm.ops.screen.table import hit_cell
+from dpshm.ops.screen.table import rank_columns
+from dpshm.ops.screen.text import Glyphs
 from dpshm.ops.watcher import with_rates
 
 
@@ -42,7 +43,10 @@ def test_frames_and_metrics_tell_how_full_a_cache_is(group, using, engines):
     assert (rank.has_index, rank.block_tokens, rank.num_blocks, rank.blocks_in_use) == (True, 8, 100, 12)
     assert (rank.held_tokens, rank.cached_tokens, rank.indexed_blocks, rank.dropped_blocks) == (90, 1030, 10, 0)
     assert rank.cached_share == 0.75
-    assert (hit_cell(rank), hit_cell(none)) == ("75%", "-")
+    columns = {column.title: column for column in rank_columns(Glyphs())}
+    assert [columns[title].cell(rank) for title in ("hit", "index")] == ["75%", "10%"]
+    assert [columns[title].cell(none) for title in ("hit", "index")] == ["-", "-"]
+    assert (rank.index_fill, none.index_fill) == (0.1, None)
     assert (none.has_index, none.num_blocks, none.cached_share) == (False, 0, None)
     samples = {
         (sample.name, sample.labels.get("dp_rank")): sample.value
@@ -51,6 +55,8 @@ def test_frames_and_metrics_tell_how_full_a_cache_is(group, using, engines):
     }
     assert samples["dpshm_rank_cached_tokens_total", "1"] == 1030
     assert samples["dpshm_rank_indexed_blocks", "1"] == 10
+    assert samples["dpshm_rank_index_fill_ratio", "1"] == 0.1
+    assert ("dpshm_rank_index_fill_ratio", "0") not in samples
     assert samples["dpshm_rank_kv_blocks", "0"] == 0
 
 

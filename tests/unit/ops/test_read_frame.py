@@ -21,7 +21,7 @@ from tests.support import Remote, wait_until
 @pytest.fixture
 def coordinator(group, using):
     """A coordinator of two ranks."""
-    return using(Coordinator(group=group, dp_size=2, stall_timeout_s=0.2))
+    return using(Coordinator(group=group, dp_size=2))
 
 
 @pytest.fixture
@@ -84,8 +84,8 @@ def test_the_fields_of_schema_1_are_these(coordinator, seen):
     assert " ".join(frame["ranks"][0]) == (
         "dp_rank state routable drained stock waiting running in_flight requests prefill_backlog kv_cache_usage "
         "wave step age_s step_age_s pid incarnation version steps dummy_steps busy_s prompt_tokens "
-        "generation_tokens requests_finished has_index block_tokens num_blocks blocks_in_use held_tokens "
-        "cached_tokens indexed_blocks dropped_blocks step_ms busy requests_per_s prompt_tokens_per_s "
+        "generation_tokens requests_finished remote has_index block_tokens num_blocks blocks_in_use held_tokens "
+        "cached_tokens indexed_blocks dropped_blocks index_fill step_ms busy requests_per_s prompt_tokens_per_s "
         "generation_tokens_per_s cached_share preemptions ttft queue per_token"
     )
 

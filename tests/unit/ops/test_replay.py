@@ -26,7 +26,7 @@ def decision(
 ):
     """A decision between two ranks."""
     load = [pack_load(0, n, 0.5) for n in running]
-    work = backlog and ListWork(list(backlog), [[0, 0, 0]] * 2, [MODEL] * 2, 1000)
+    work = backlog and ListWork(list(backlog), [[0] * 2] * 3, [MODEL] * 2, 1000)
     return Decision(
         number,
         1000,

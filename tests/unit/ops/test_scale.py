@@ -55,14 +55,15 @@ def test_a_coordinator_that_hangs_is_named(group, using, monkeypatch):
 
 
 def test_an_engine_beyond_the_size_is_shown(group, using):
-    """Guards against an engine with a wrong number, which is healthy for itself and seen by no tool."""
+    """Guards against an engine that scaling left over, which is healthy for itself and seen by no tool."""
     from dpshm.ops.doctor.group import check_group
     from dpshm.ops.read_frame import read_frame
     from dpshm.ops.screen.headline import warnings
 
-    using(Coordinator(group=group, dp_size=2))
+    coordinator = using(Coordinator(group=group, dp_size=8, waves=False))
     board = using(Board.attach(group))
     engine = using(Engine.attach(group, 7))
+    coordinator.scale(2)
     frame = read_frame(board)
     assert frame.beyond == [7]
     assert "rank 7 attached, and the group has 0 to 1: dpshm doctor" in warnings(frame)

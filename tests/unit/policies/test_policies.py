@@ -16,7 +16,8 @@ from dpshm.board.layout import STEP_MODEL_WORDS, STEP_WORDS
 from dpshm.board.words import pack_load
 from dpshm.errors import SettingError
 from dpshm.policies import Affinity, LeastWork, Policy, PowerOfTwo, Request, View
-from dpshm.policies.columns import ArrayColumns, ArrayWork, ListColumns, ListWork
+from dpshm.policies.alike_of_many import comparable_of_many
+from dpshm.policies.columns import ArrayColumns, ArrayRows, ArrayWork, ListColumns, ListWork
 from dpshm.rules.hashing import mix, mix_array
 
 NOW = 1_000_000_000
@@ -45,14 +46,14 @@ def seen(arrays: bool, ranks: list[int], load: list[int], **more: Any) -> View:
     rows = more.get("models", [MODEL] * len(load))
     lockstep, cut = more.get("lockstep", False), len(STEP_WORDS)
     steps, models = (
-        [row[:cut] for row in rows],
+        [list(column) for column in zip(*(row[:cut] for row in rows), strict=True)],
         policies.comparable([row[cut:] for row in rows], lockstep=lockstep),
     )
     own, num_frontends = list(more.get("own", zeros)), more.get("num_frontends", 1)
     if not arrays:
         few = ListWork(tokens, steps, models, NOW, lockstep)
         return View(ListColumns(ranks, load, requests, own, num_frontends, few))
-    many = ArrayWork(*(np.array(row, np.int64) for row in (tokens, steps, models)), NOW, lockstep=lockstep)
+    many = ArrayWork(ArrayRows.of(requests, tokens, steps), np.array(models, np.int64), NOW, lockstep)
     columns = (np.array(row, np.int64) for row in (ranks, load, requests))
     return View(ArrayColumns(*columns, own, num_frontends, many))
 
@@ -195,7 +196,7 @@ def test_least_loaded_joins_the_shortest_queue(load: list[int], in_flight: list[
         ([pack_load(0, 1, 0.0), pack_load(0, 7, 0.0)], [0, 0], [2, 0], 4, 1),
         # max(4 * 2, 9) = 9, 8
         ([pack_load(0, 9, 0.0), pack_load(0, 8, 0.0)], [0, 0], [2, 2], 4, 1),
-        # 1 in flight + 6 * 1 * 0.5 = 4, 3: what is on its way waits
+        # 1 in flight + 6 * 1 * 0.5 = 4, 3: what is in flight waits
         ([pack_load(0, 0, 1.0), pack_load(0, 3, 0.0)], [1, 0], [0, 0], 1, 1),
     ],
 )
@@ -317,7 +318,7 @@ def test_least_work_sees_the_context_that_requests_hold():
     load = [pack_load(0, 5, 0), pack_load(0, 6, 0)]
     assert choose(LeastWork(), [0, 1], load, models=holding(9000, 9000)) == 0
     assert choose(LeastWork(), [0, 1], load, models=holding(90_000, 9000)) == 1
-    # Prompts that are on their way will be held too: these hold as much together as rank 1 holds alone.
+    # Prompts that are in flight will be held too: these hold as much together as rank 1 holds alone.
     models = [learnt(per_token_ns=0, per_held_token_ps=100_000, held_tokens=n) for n in (9000, 30_000)]
     assert choose(LeastWork(), [0, 1], load, models=models, tokens=[20_000, 0]) == 0
     assert choose(LeastWork(), [0, 1], load, models=models, tokens=[30_000, 0]) == 1
@@ -510,3 +511,42 @@ def test_a_made_view_takes_cached_tokens(name: str, size: int):
     cached = [0] * size
     cached[size - 2] = 64
     assert policies.by_name(name)(view, Request(100, cached=cached)) == size - 2
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(st.integers(0, 1 << 32), st.integers(1, 40), st.booleans())
+def test_models_of_many_ranks_are_made_comparable_alike(seed: int, n: int, lockstep: bool):
+    """Guards against ranks that are compared otherwise because they are many."""
+    rng = random.Random(seed)
+    kinds = [[rng.randint(1, 9_000_000), rng.choice([0, 300_000]), rng.choice([1, 45_000])] for _ in range(3)]
+    models = []
+    for _ in range(n):
+        base, per_request, per_token = (int(word * rng.uniform(0.9, 1.15)) for word in rng.choice(kinds))
+        limits = [rng.choice([0, -1, 512, 8192]), rng.choice([0, 40, -7]), rng.randrange(9)]
+        models.append(
+            [rng.choice([base, base, 0, -3]), per_request, per_token, *limits, rng.choice([0, 65_000, -9])]
+        )
+    idle = [rng.random() < rng.choice([0.0, 0.3, 1.0]) for _ in range(n)]
+    running, held = [rng.randrange(-1, 40) for _ in range(n)], [rng.randrange(-1, 60_000) for _ in range(n)]
+    expected = policies.comparable(models, lockstep=lockstep, idle=idle, running=running, held=held)
+    found = comparable_of_many(
+        np.array(models, np.int64),
+        lockstep=lockstep,
+        idle=np.array(idle),
+        running=np.array(running),
+        held=np.array(held),
+    )
+    assert found.tolist() == expected
+
+
+def test_scribbled_models_of_many_ranks_are_made_comparable():
+    """Guards against a damaged word that raises in a front-end, or hides the models of the others."""
+    rng = np.random.default_rng(0)
+    scribbled = rng.integers(-(1 << 63), (1 << 63) - 1, (40, 7), np.int64)
+    scribbled[:20] = [8_000_000, 200_000, 40_000, 0, 0, 0, 65_000]
+    for lockstep in (False, True):
+        words = rng.integers(-(1 << 62), 1 << 62, 40)
+        found = comparable_of_many(
+            scribbled, lockstep=lockstep, idle=np.zeros(40, np.bool_), running=words, held=words
+        )
+        assert lockstep or found[:20, :3].tolist() == [[8_000_000, 200_000, 40_000]] * 20

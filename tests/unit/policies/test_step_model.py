@@ -9,7 +9,7 @@ import pytest
 from dpshm import Engine, Frontend
 from dpshm.board.layout import STEP_MODEL_WORDS
 from dpshm.policies import Request, View, sees_work
-from dpshm.policies.step_model import BASE_NS, MIN_STEPS, StepModel
+from dpshm.policies.step_model import BASE_NS, CHUNK_TOKENS, LIMIT_STEPS, MIN_STEPS, StepModel
 from tests.support import LoneBoard
 
 TRUE = (8_000_000, 200_000, 40_000)
@@ -157,9 +157,12 @@ def test_coefficients_are_never_negative():
 
 
 def test_it_learns_how_much_a_step_holds():
-    """Guards against a chunk that is taken from a step which was not full."""
+    """Guards against a chunk that is taken from a step which was not full, or is less than a step has computed.
+
+    Of short prompts that a full batch keeps waiting, the first step that leaves some computes few.
+    """
     model = StepModel()
-    for prompt, backlog, chunk in ((900, 0, 0), (512, 2000, 512), (300, 900, 512), (600, 0, 600)):
+    for prompt, backlog, chunk in ((400, 0, 0), (18, 200, 400), (512, 2000, 512), (300, 900, 512), (600, 0, 600)):
         model.end(10_000_000, prompt, 9)
         model.after_step(waiting=backlog > 0, running=9, prefill_backlog=backlog)
         assert words_of(model)["chunk_tokens"] == chunk
@@ -182,6 +185,27 @@ def test_it_learns_how_many_requests_have_room():
     assert [step(0, 2, running) for running in (64, 63, 63)] == [0, 0, 64]
     assert step(100, 0, 40) == 64  # still so when there is room again
     assert [step(0, 1, 50) for _ in range(3)] == [64, 64, 50]  # another limit: the KV cache
+
+
+@pytest.mark.parametrize("after", ["more run", "long without a queue"])
+def test_a_limit_does_not_last_for_ever(after: str):
+    """Guards against ranks that count as full for good since a few long contexts filled the KV cache."""
+    model = StepModel()
+
+    def step(waiting: int, running: int) -> int:
+        model.end(10_000_000, 100, running)
+        model.after_step(waiting, running, prefill_backlog=0)
+        return words_of(model)["max_running"]
+
+    model.words[CHUNK_TOKENS] = 4096
+    assert [step(2, 6) for _ in range(3)] == [0, 0, 6]
+    if after == "more run":
+        assert [step(0, 6), step(1, 7), step(0, 7)] == [6, 6, 0]  # with a queue it may still be full
+    else:
+        assert [step(0, 5) for _ in range(LIMIT_STEPS - 1)] == [6] * (LIMIT_STEPS - 1)
+        assert [step(2, 6) for _ in range(3)] == [6] * 3  # full once more: it is counted from here
+        assert [step(0, 5) for _ in range(LIMIT_STEPS)] == [6] * (LIMIT_STEPS - 1) + [0]
+    assert [step(2, 30) for _ in range(3)] == [0, 0, 30]
 
 
 def test_a_budget_that_decoding_shares_is_no_lack_of_room():
@@ -245,7 +269,7 @@ def test_the_board_shows_what_an_engine_has_learnt(group, using):
         with engine.step(prefill_tokens=10, batch=2):
             pass
     engine.publish(waiting=1, running=0, prefill_backlog=700)
-    frontend._reader.refresh()  # as it does every 100 ms
+    frontend._decisions.reader.refresh()  # as it does every 100 ms
     _booked = frontend.route(300)
     with engine.step(prefill_tokens=512, batch=1):
         _second = frontend.route(40)

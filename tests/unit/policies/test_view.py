@@ -22,7 +22,7 @@ def view_of(size: int) -> View:
     ranks = list(reversed(range(size)))
     load = [pack_load(e, 2 * e, 1.0 if e % 2 else 0.0) for e in range(size)]
     requests, own = [3 * e + e % 3 for e in range(size)], [e % 5 for e in range(size)]
-    steps = [[10 * e + i for i in range(len(STEP_WORDS))] for e in range(size)]
+    steps = [[10 * e + i for e in range(size)] for i in range(len(STEP_WORDS))]
     models = [[100 * e + i + 1 for i in range(len(MODEL_WORDS))] for e in range(size)]
     work = ListWork([7 * e for e in range(size)], steps, models, 1234)
     return View(columns_of(ListColumns(ranks, load, requests, own, 4, work)))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
 from dpshm import Coordinator, Engine, Frontend
+from dpshm.coordinator.remote_rows import RemoteRows
 from dpshm.ray.bookings import RETRY_S, Bookings
 from dpshm.ray.names import Place, group_name
+from tests.support import LoneBoard
+from tests.unit.coordinator.test_remote_rows import message
 
 RANKS = 3
 
@@ -116,3 +121,20 @@ def test_names_of_groups():
     names = {group_name(c, a, "m/x") for c in ("1:1", "1:2") for a in ("a", "b")}
     assert len(names) == 4
     assert all(name.startswith("ray-m-x-") for name in names)
+
+
+def test_bookings_at_a_rank_of_another_node_end_at_once(group, using):
+    """Guards against bookings that stay, and grow, because a rank whose row comes late may yet receive them."""
+    board = using(LoneBoard(group))
+    remote = RemoteRows(board, board.marks)
+    remote.report(1, message(1), time.monotonic_ns())
+    bookings = using(Bookings(group, "router-0"))
+    for i in range(50):
+        assert bookings.choose(f"{i}", 7, {1}) == 1
+        assert bookings.choose(f"more {i}", 9, {1}) == 1  # at no moment is nothing in flight
+        if i:
+            bookings.ended(f"{i - 1}")
+            bookings.ended(f"more {i - 1}")
+        remote.report(1, message(2 + i), time.monotonic_ns())
+        row = board.snapshot()[1]
+        assert (int(row["in_flight"]), int(row["in_flight_tokens"])) == (2, 16)

@@ -87,6 +87,12 @@ def test_salt_key_and_block_size_make_other_fingerprints():
     assert all(0 <= h.identity < 1 << 63 for h in hashers)
 
 
+def test_blocks_of_zeros_count():
+    """Guards against a prompt that seems to be held as far as zeros follow what is held."""
+    found = PrefixHasher(4, KEY).fingerprints([7, 7, 7, 7, *[0] * 40])
+    assert len(np.unique(found)) == 11
+
+
 def test_thue_morse_prompts_do_not_collide():
     """Guards against a sum of powers, which collides on these for any base once they have 2,048 blocks."""
     order = [bin(i).count("1") & 1 for i in range(4096)]
@@ -143,6 +149,7 @@ def test_digests_keep_apart(digests: list[bytes]):
     assert [DigestReducer(KEY).fingerprint(digest) for digest in digests] == words
     digest = bytes(range(32))
     assert DigestReducer(KEY + 1).fingerprint(digest) != DigestReducer(KEY).fingerprint(digest)
+    assert DigestReducer(KEY).fingerprint(digest + b"\0\0\0\1") == DigestReducer(KEY).fingerprint(digest)
 
 
 def test_every_bit_of_a_digest_counts():

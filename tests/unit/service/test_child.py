@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from multiprocessing import connection
 from pathlib import Path
 
@@ -62,7 +63,9 @@ def test_it_has_the_methods_of_a_coordinator(group, using):
     assert board.snapshot()["drained"].tolist() == [False, True]
     process.undrain(1)
     assert board.snapshot()["drained"].tolist() == [False, False]
-    process.scale(3)
+    with pytest.raises(SettingError, match=r"ranks \[0, 1\] are not drained"):
+        process.scale(3)  # these are in lockstep
+    process.scale(3, force=True)
     assert board.dp_size == 3
     for wrong in (lambda: process.scale(5), lambda: process.drain(3), lambda: process.undrain(-1)):
         with pytest.raises(SettingError):
@@ -363,3 +366,63 @@ def test_a_remote_error_is_not_swallowed(using):
     """Guards against tests of this module that cannot fail: what is raised in a child process has to arrive."""
     with pytest.raises(RemoteError, match="SettingError"):
         using(Remote()).run("CoordinatorProcess(group='a', dp_size=-1)")
+
+
+def test_a_detached_one_removes_the_board_when_its_starter_is_killed_with_its_children(group, using):
+    """Guards against a board that stays: a server that ends kills its engines and all that they have started."""
+    starter = using(Remote())
+    starter.run("process = CoordinatorProcess(group=group, dp_size=1, detached=True)", group=group)
+    pid = starter.eval("process.proc.pid")
+    assert starter.eval("process.proc.is_alive()")
+    assert starter.eval("process.engine_addresses")
+    assert _children(starter.pid) == []
+    assert Board.attach(group).coordinator_pid[0] == pid
+    starter.kill()
+    wait_until(lambda: gone(pid))
+    assert leftovers(group) == []
+
+
+@pytest.mark.parametrize("how", ["close", "kill"])
+def test_a_detached_one_ends_when_it_is_asked(group, using, how):
+    """Guards against a handle that cannot end what is not its child, or that leaves a zombie."""
+    before = _children(os.getpid())
+    process = CoordinatorProcess(group=group, dp_size=1, detached=True)
+    pid = process.proc.pid
+    if how == "kill":
+        process.proc.kill()
+        process.proc.join(30)
+        assert process.proc.exitcode == 0
+        sweep(group)
+    process.close()
+    assert not process.proc.is_alive()
+    wait_until(lambda: gone(pid))
+    assert _children(os.getpid()) == before
+
+
+def test_a_detached_one_that_does_not_start_in_time_ends(group):
+    """Guards against a coordinator that nobody has a handle of, and an error that is not told."""
+    with pytest.raises(SettingError):
+        CoordinatorProcess(group=group, dp_size=0, detached=True)
+    with pytest.raises(StartupTimeout, match="did not report its addresses within"):
+        CoordinatorProcess(group=group, dp_size=1, start_timeout_s=0.001, detached=True)
+    wait_until(lambda: leftovers(group) == [] and not _named(f"dpshm-coord {group}"[:15]))
+
+
+def _stats():
+    """Of each process: pid, name, state, parent."""
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with suppress(OSError):
+                name, _, rest = Path(f"/proc/{entry}/stat").read_text().partition("(")[2].rpartition(")")
+                state, parent, *_ = rest.split()
+                yield int(entry), name, state, int(parent)
+
+
+def _children(pid):
+    """The children of a process, zombies too."""
+    return [child for child, _, _, parent in _stats() if parent == pid]
+
+
+def _named(name):
+    """The processes that live under a name."""
+    return [pid for pid, its, state, _ in _stats() if its == name and state not in "ZX"]

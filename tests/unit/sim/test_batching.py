@@ -50,11 +50,11 @@ def test_single_output_token_completes_with_its_prefill():
 
 def test_prompts_are_computed_in_chunks_beside_decoding():
     """Guards against a long prompt that stops the others, or exceeds the budget of a step."""
-    batcher = Batcher(StepCost(max_prompt_tokens=100))
+    batcher = Batcher(StepCost(max_step_tokens=100))
     batcher.add(SimRequest("short", 60, 9))
     batcher.add(SimRequest("long", 250, 2))
     steps = [step for step, _ in run(batcher)]
-    assert [s.prompt_tokens for s in steps[:5]] == [100, 100, 100, 10, 0]
+    assert [s.prompt_tokens for s in steps[:5]] == [100, 99, 99, 12, 0]
     assert [s.batch for s in steps[:5]] == [2, 2, 2, 2, 2]
     assert [s.output_tokens for s in steps[:5]] == [1, 1, 1, 2, 2]
 
@@ -92,7 +92,7 @@ class Half:
 
 def test_held_tokens_are_the_context_of_the_running():
     """Guards against contexts counted twice, kept after an end or a preemption, or without what was cached."""
-    batcher = Batcher(StepCost(kv_tokens=700, max_prompt_tokens=100, max_running=8), Half())
+    batcher = Batcher(StepCost(kv_tokens=700, max_step_tokens=100, max_running=8), Half())
     for key in range(12):
         batcher.add(SimRequest(key, 40 + 20 * key, 5 + 3 * key))
     while batcher.unfinished:
@@ -146,15 +146,15 @@ def test_largest_possible_request_completes():
 @given(
     requests=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 60), st.integers(1, 40)), max_size=40),
     max_running=st.integers(1, 8),
-    max_prompt_tokens=st.integers(1, 50),
+    max_step_tokens=st.integers(1, 50),
     kv_tokens=st.integers(100, 300),
 )
-def test_nothing_lost_nothing_exceeded(requests, max_running, max_prompt_tokens, kv_tokens):
+def test_nothing_lost_nothing_exceeded(requests, max_running, max_step_tokens, kv_tokens):
     """Guards against a lost or doubled request, an overfull cache or batch, and tokens from nowhere.
 
     Requests come in at any step; a small cache makes preemption common.
     """
-    cost = StepCost(max_running=max_running, max_prompt_tokens=max_prompt_tokens, kv_tokens=kv_tokens)
+    cost = StepCost(max_running=max_running, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens)
     batcher = Batcher(cost)
     pending = sorted(requests)
     first, completed = [], []
@@ -166,7 +166,8 @@ def test_nothing_lost_nothing_exceeded(requests, max_running, max_prompt_tokens,
             added += 1
         step = batcher.plan()
         assert batcher.running <= max_running
-        assert step.prompt_tokens <= max_prompt_tokens
+        decoding = len(batcher.work(step).decoding)
+        assert step.prompt_tokens + decoding <= max(max_step_tokens, decoding)
         assert step.output_tokens <= step.batch <= batcher.running
         finished = batcher.finish(step)
         assert 0 <= batcher.kv_used <= kv_tokens
@@ -201,7 +202,7 @@ def test_same_calls_same_answers():
 
 def test_work_is_what_the_step_says_and_finish_takes():
     """Guards against an accelerator that computes other tokens than those which the scheduler counts."""
-    batcher = Batcher(StepCost(max_running=3, max_prompt_tokens=7, kv_tokens=60))
+    batcher = Batcher(StepCost(max_running=3, max_step_tokens=7, kv_tokens=60))
     requests = [SimRequest(n, prompt, output) for n, (prompt, output) in enumerate([(20, 9), (3, 12), (15, 20)])]
     for request in requests:
         batcher.add(request)
@@ -252,7 +253,7 @@ def test_what_is_cached_is_decided_when_a_request_is_admitted():
     they are admitted the first has computed it.
     """
     blocks = Blocks()
-    batcher = Batcher(StepCost(max_prompt_tokens=1000), blocks)
+    batcher = Batcher(StepCost(max_step_tokens=1000), blocks)
     for i in range(4):
         batcher.add(SimRequest(i, 1500, 3))
     assert batcher.prefill_backlog == 6000
@@ -270,7 +271,7 @@ def test_an_expectation_that_was_wrong_is_put_right():
     not computed although its blocks have left the cache.
     """
     blocks = Blocks()
-    batcher = Batcher(StepCost(max_prompt_tokens=1000), blocks)
+    batcher = Batcher(StepCost(max_step_tokens=1000), blocks)
     batcher.add(SimRequest(0, 800, 2, cached=600))
     assert batcher.prefill_backlog == 200
     step = batcher.plan()
@@ -283,7 +284,7 @@ def test_an_expectation_that_was_wrong_is_put_right():
 def test_preempted_requests_look_again():
     """Guards against room or backlog that is lost where requests with cached prefixes are preempted."""
     blocks = Blocks()
-    batcher = Batcher(StepCost(max_prompt_tokens=256, kv_tokens=700), blocks)
+    batcher = Batcher(StepCost(max_step_tokens=256, kv_tokens=700), blocks)
     for i in range(6):
         batcher.add(SimRequest(i, 300, 200))
     while batcher.unfinished:

@@ -10,7 +10,7 @@ import pytest
 
 from dpshm import Board, Coordinator, Engine, Frontend
 from dpshm.vllm import hooks, metrics
-from dpshm.vllm.client_links import LINK
+from dpshm.vllm.client_link import LINK
 from dpshm.vllm.find import owner_name
 from dpshm.vllm.options import Options
 from tests.unit.vllm.fake_client import DPAsyncMPClient
@@ -23,7 +23,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Vllm:
     """A vLLM that imports find. What a test puts on its classes, or removes from them, ends with the test."""
     for kind in HOOKED_CLASSES:
         for name, value in list(vars(kind).items()):
-            if not name.startswith("__"):
+            if name == "__init__" or not name.startswith("__"):
                 monkeypatch.setattr(kind, name, value)
     fake = Vllm()
     for name, module in fake.modules.items():

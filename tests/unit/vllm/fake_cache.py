@@ -28,7 +28,8 @@ def request_block_hasher(size: int, function: Callable[[object], bytes]) -> Call
         last = request.block_hashes[-1] if request.block_hashes else function(SEED)
         for start in range(len(request.block_hashes) * size, request.num_tokens - size + 1, size):
             tokens = tuple(request.all_token_ids[start : start + size])
-            last = function((last, tokens, request.lora_request, request.cache_salt if start == 0 else None))
+            extra = (request.lora_request, request.cache_salt if start == 0 else None)
+            last = function((last, tokens, extra if any(extra) else None))
             made.append(last)
         return made
 

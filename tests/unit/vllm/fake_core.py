@@ -35,6 +35,22 @@ class RequestType(enum.Enum):
     WAKEUP = b"\x05"
 
 
+class EventType(enum.IntEnum):
+    """``EngineCoreEventType``."""
+
+    QUEUED = 1
+    SCHEDULED = 2
+    PREEMPTED = 3
+
+
+class Status(enum.IntEnum):
+    """``RequestStatus``."""
+
+    WAITING = 1
+    RUNNING = 2
+    FINISHED = 3
+
+
 class Request:
     """``EngineCoreRequest`` and the scheduler's ``Request`` in one."""
 
@@ -65,11 +81,11 @@ class Request:
         self.pooling_params = pooling
         self.client_index = 0
         self.current_wave = 0
-        self.ended = False
+        self.status = Status.WAITING
 
     def is_finished(self) -> bool:
         """Whether it finished or was aborted."""
-        return self.ended
+        return self.status is Status.FINISHED
 
     @classmethod
     def from_engine_core_request(cls, sent: SentRequest, _block_hasher: object) -> Request:
@@ -137,7 +153,7 @@ class Scheduler:
     def end(self, request_id: str) -> None:
         """A request finished, or was aborted."""
         request = self.requests.pop(request_id)
-        request.ended = True
+        request.status = Status.FINISHED
         if self.cache is not None:
             self.cache.end(request_id)
         for part in (self.waiting, self.running):
@@ -145,26 +161,33 @@ class Scheduler:
                 part.remove(request)
         self.untold.add(request_id)
 
-    def step(self) -> Outputs:
-        """One step: (outputs by client, whether the model ran)."""
-        if not self.requests:
-            self.untold.clear()
-            return {}, False
+    def schedule(self) -> None:
+        """Takes in what waits, finds what is cached of it, and gives blocks to prompts that end in this step."""
         for request in self.waiting:
             if self.cache is not None:
                 request.num_computed_tokens = hit = self.cache.hit(request)
                 assert request.prefill_stats is not None
                 request.prefill_stats.num_cached_tokens = hit
+            request.status = Status.RUNNING
         self.running += self.waiting
         self.waiting.clear()
+        for request in self.running:
+            left = request.num_prompt_tokens - request.num_computed_tokens
+            if self.cache is not None and not request.made and left <= self.chunk:
+                self.cache.computed(request)
+
+    def step(self) -> Outputs:
+        """One step: (outputs by client, whether the model ran)."""
+        if not self.requests:
+            self.untold.clear()
+            return {}, False
+        self.schedule()
         outputs: dict[int, SimpleNamespace] = {}
         for request in list(self.running):
             left = request.num_prompt_tokens - request.num_computed_tokens
             request.num_computed_tokens += min(left, self.chunk) if left > 0 else 1
             if left > self.chunk:
                 continue
-            if not request.made and self.cache is not None:
-                self.cache.computed(request)
             request.made += 1
             done = request.made == request.max_tokens
             of_client = outputs.setdefault(request.client_index, SimpleNamespace(outputs=[]))
@@ -322,5 +345,5 @@ def hooked(core: EngineCoreProc) -> list[str]:
 
 
 def failing(scheduler: Scheduler) -> None:
-    """Makes the next publish fail, as a release with another scheduler would."""
+    """Makes the next publish after a step fail, as a release with another scheduler would."""
     scheduler.get_kv_cache_usage = lambda: 1 / 0  # type: ignore[method-assign]

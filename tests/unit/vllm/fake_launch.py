@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
+import time
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from types import SimpleNamespace
@@ -58,7 +59,7 @@ def run_engine_core(
         raise SystemExit(3)
     if handshake_address is None:
         with Engine.attach(vllm_config.group, dp_rank):
-            threading.Event().wait()
+            wait_for_a_signal()
         return
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.setsockopt(zmq.IDENTITY, dp_rank.to_bytes(2, "little"))
@@ -70,7 +71,13 @@ def run_engine_core(
         assert told.addresses["inputs"]
         with Engine.attach(vllm_config.group, dp_rank):
             socket.send(msgspec.msgpack.encode(hello | {"status": "READY"}))
-            threading.Event().wait()
+            wait_for_a_signal()
+
+
+def wait_for_a_signal() -> None:
+    """Waits in turns: Python does not see a signal that comes just before a wait until that wait is over."""
+    while True:
+        time.sleep(0.1)
 
 
 def exit_in_order() -> None:

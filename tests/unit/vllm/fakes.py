@@ -9,13 +9,23 @@ from tests.unit.vllm.fake_client import DPAsyncMPClient, DPLBAsyncMPClient, late
 from tests.unit.vllm.fake_core import (
     DPEngineCoreProc,
     EngineCoreProc,
+    EventType,
     Request,
     RequestType,
     Scheduler,
     SentRequest,
+    Status,
 )
 
-HOOKED_CLASSES = (EngineCoreProc, DPEngineCoreProc, DPAsyncMPClient, DPLBAsyncMPClient)
+
+class CoreEngineProcManager:
+    """Starts no engine."""
+
+    def __init__(self, vllm_config: object = None) -> None:
+        self.vllm_config = vllm_config
+
+
+HOOKED_CLASSES = (EngineCoreProc, DPEngineCoreProc, DPAsyncMPClient, DPLBAsyncMPClient, CoreEngineProcManager)
 
 
 def _count_tokens(token_ids: list[int] | None, embeds: list[float] | None) -> int:
@@ -49,8 +59,13 @@ class Vllm:
         self._module("vllm", __version__=version, SamplingParams=SimpleNamespace)
         self._module("vllm.envs")
         self._module("vllm.utils", length_from_prompt_token_ids_or_embeds=_count_tokens)
-        self._module("vllm.v1.engine", EngineCoreRequestType=RequestType, EngineCoreRequest=SentRequest)
-        self._module("vllm.v1.request", Request=Request)
+        self._module(
+            "vllm.v1.engine",
+            EngineCoreRequestType=RequestType,
+            EngineCoreEventType=EventType,
+            EngineCoreRequest=SentRequest,
+        )
+        self._module("vllm.v1.request", Request=Request, RequestStatus=Status)
         self._module("vllm.v1.core.sched.scheduler", Scheduler=Scheduler)
         self._module("vllm.utils.hashing", get_hash_fn_by_name={"sha256": hash_function}.__getitem__)
         self.hashes = self._module(
@@ -68,7 +83,9 @@ class Vllm:
             DPLBAsyncMPClient=DPLBAsyncMPClient,
             get_late_interaction_engine_index=late_interaction_engine,
         )
-        self.utils = self._module("vllm.v1.engine.utils", DPCoordinator=DPCoordinator)
+        self.utils = self._module(
+            "vllm.v1.engine.utils", DPCoordinator=DPCoordinator, CoreEngineProcManager=CoreEngineProcManager
+        )
 
     def _module(self, name: str, **names: object) -> ModuleType:
         module = self.modules[name] = ModuleType(name)

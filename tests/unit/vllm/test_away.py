@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections import Counter
 from types import ModuleType, SimpleNamespace
@@ -11,10 +12,11 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from dpshm import Board, Coordinator
+from dpshm import Board, Coordinator, Engine
+from dpshm.linux import processes
 from dpshm.rules.liveness import Verdict
 from dpshm.vllm.away import AwayRanks, output_handler
-from dpshm.vllm.client_links import LINK
+from dpshm.vllm.client_link import LINK
 from tests.support import Remote
 from tests.unit.vllm.fake_client import add, finish
 from tests.unit.vllm.fake_core import Request
@@ -107,6 +109,10 @@ def client():
         made.input_socket.close()
 
 
+def nobody(_rank, _connected):
+    """Is told of connections, and does not care."""
+
+
 def engine(group, rank, using):
     """A process that has the rank's row."""
     remote = using(Remote())
@@ -130,7 +136,7 @@ def test_what_a_dead_rank_had_fails_and_the_rest_goes_on(group, board, client, u
     one, _ = engine(group, 1, using), engine(group, 0, using)
     processor = OutputProcessor("a", "b", "c")
     output_handler(lambda _: None)(SimpleNamespace(engine_core=client, output_processor=processor))
-    away = AwayRanks(client, board)
+    away = AwayRanks(client, board, nobody)
     run(away, lambda: len(away._processes) == 2)
     for request_id, rank in (("a", 1), ("b", 0), ("c", 1)):
         client.has(request_id, rank)
@@ -148,7 +154,8 @@ def test_what_a_dead_rank_had_fails_and_the_rest_goes_on(group, board, client, u
 def test_a_rank_is_back_once_its_new_process_has_connected(group, board, client, using):
     """Guards against a request to a process that has the row and is not connected: it would be dropped."""
     one, _ = engine(group, 1, using), engine(group, 0, using)
-    away = AwayRanks(client, board)
+    told = []
+    away = AwayRanks(client, board, lambda *word: told.append(word))
     run(away, lambda: len(away._processes) == 2)
     one.kill()
     run(away, lambda: away.ranks == {1})
@@ -175,12 +182,13 @@ def test_a_rank_is_back_once_its_new_process_has_connected(group, board, client,
     assert away.ranks == set()
     one.kill()
     run(away, lambda: away.ranks == {1})
+    assert told == [(1, False), (1, True), (1, False), (1, True), (1, False)]
 
 
 def test_a_process_that_took_the_row_unseen_is_another_one(group, board, client, using):
     """Guards against requests of a process that died and was replaced between two looks."""
     one, _ = engine(group, 1, using), engine(group, 0, using)
-    away = AwayRanks(client, board)
+    away = AwayRanks(client, board, nobody)
     run(away, lambda: len(away._processes) == 2)
     client.has("a", 1)
     one.kill()
@@ -192,7 +200,7 @@ def test_a_process_that_took_the_row_unseen_is_another_one(group, board, client,
 def test_a_rank_that_gave_its_row_up_is_not_dead(group, board, client, using):
     """Guards against requests that fail at an engine which goes on without the board, until it ends."""
     one, _ = engine(group, 1, using), engine(group, 0, using)
-    away = AwayRanks(client, board)
+    away = AwayRanks(client, board, nobody)
     run(away, lambda: len(away._processes) == 2)
     client.has("a", 1)
     one.run("engine.close()")
@@ -208,7 +216,7 @@ def test_a_request_for_a_rank_that_is_away_is_refused(board, client):
     """Guards against a pinned request that waits for ever, and against traces of it in vLLM's records."""
     processor = OutputProcessor("a", "b")
     output_handler(lambda _: None)(SimpleNamespace(engine_core=client, output_processor=processor))
-    away = AwayRanks(client, board)
+    away = AwayRanks(client, board, nobody)
     away.ranks.add(1)
     client.has("a", 1)
     with pytest.raises(GracefulHTTPError, match="rank 1 died and is not back"):
@@ -222,7 +230,7 @@ def test_a_request_for_a_rank_that_is_away_is_refused(board, client):
 def test_a_call_to_a_rank_that_dies_fails(group, board, client, using):
     """Guards against a call to all ranks, such as /pause, that waits for one that is gone."""
     one, _ = engine(group, 1, using), engine(group, 0, using)
-    away = AwayRanks(client, board)
+    away = AwayRanks(client, board, nobody)
 
     async def stock(method, *args, engine):
         if engine == ENGINES[1]:
@@ -253,7 +261,7 @@ def test_an_api_server_sends_nothing_to_a_rank_that_is_away(make_client, board_o
     client.engine_inflight = Counter()
     add(client, Request("first"))
     link = vars(client)[LINK]
-    link._away = AwayRanks(client, board_of_lockstep)
+    link._away = AwayRanks(client, board_of_lockstep, nobody)
     link._away.ranks.add(1)
     client.sent.clear()
     add(client, *(Request(f"r{i}") for i in range(4)))
@@ -271,10 +279,32 @@ def test_an_api_server_sends_nothing_to_a_rank_that_is_away(make_client, board_o
 def test_a_process_that_has_just_taken_the_row_is_not_dead(group, board, client, using):
     """Guards against the mark of the process before it: the rank would stay away, since it connects only once."""
     engine(group, 1, using)
-    away = AwayRanks(client, board)
+    away = AwayRanks(client, board, nobody)
     run(away, lambda: 1 in away._processes)
     assert not away._is_gone(1, Verdict.DEAD)
-    away._dead[1] = int(board.engine_incarnation[1])  # it stores its pid before its incarnation
-    away._processes.clear()
-    assert not away._is_gone(1, Verdict.DEAD)
+    away._dead[1] = away._processes.pop(1)
+    assert [away._is_gone(1, Verdict.DEAD) for _ in range(3)] == [False] * 3
     assert 1 not in away._processes
+
+
+def test_looks_while_a_process_takes_the_row(group, board, client, using, monkeypatch):
+    """Guards against a rank that is lost because its words were read between two of its process's stores."""
+    away, looks = AwayRanks(client, board, nobody), []
+
+    def looked(stock):
+        def look_first(*args):
+            for _ in range(2):  # as where the other process is kept waiting for longer than between two looks
+                asyncio.run(away.look())
+            looks.append(int(board.engine_pid[1]))
+            return stock(*args)
+
+        return look_first
+
+    for name in ("start_time", "namespace_inode"):
+        monkeypatch.setattr(f"dpshm.engine.taking.processes.{name}", looked(getattr(processes, name)))
+    using(Engine.attach(group, 1))
+    monkeypatch.undo()
+    run(away, lambda: 1 in away._processes)
+    asyncio.run(away.look())
+    assert set(looks) >= {os.getpid()}, "no look was within the stores"
+    assert away.ranks == set()

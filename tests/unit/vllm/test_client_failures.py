@@ -1,4 +1,4 @@
-"""Tests of `dpshm.vllm.client_links`: a link that fails is logged once; its hooks come off, its bookings end."""
+"""Tests of `dpshm.vllm.client_link`: a link that fails is logged once; its hooks come off, its bookings end."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from dpshm import Frontend
-from dpshm.vllm import client_links
-from dpshm.vllm.client_links import LINK
+from dpshm.vllm import board_link, booking_link, client_link
+from dpshm.vllm.client_link import LINK
 from tests.unit.vllm.fake_client import add, finish, hooked, raising
 from tests.unit.vllm.fake_core import Request
 
@@ -54,7 +54,8 @@ def test_a_wave_that_cannot_be_read_ends_the_link(make_client, log, monkeypatch,
     client = make_client(kind)
     add(client, Request("before"))
     with monkeypatch.context() as broken:
-        broken.setattr(client_links, "unpack_control", raising)
+        for module in (client_link, board_link):
+            broken.setattr(module, "unpack_control", raising)
         add(client, Request("a"))
     add(client, Request("b"))
     assert [request_id for request_id, _, _ in client.sent] == ["before", "a", "b"]
@@ -68,7 +69,7 @@ def test_a_finish_that_fails_ends_the_link(make_client, board, log, monkeypatch)
     client = make_client()
     add(client, Request("a"), Request("b"))
     with monkeypatch.context() as broken:
-        broken.setattr(client_links.Route, "done", raising)
+        broken.setattr(booking_link.Route, "done", raising)
         finish(client, "a")
     assert client.reqs_in_flight.keys() == {"b"}
     assert hooked(client) == []

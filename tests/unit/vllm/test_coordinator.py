@@ -110,3 +110,19 @@ def test_a_stale_board_of_another_user_is_stepped_around(tmp_path, monkeypatch):
     ours = os.geteuid()
     monkeypatch.setattr(module.os, "geteuid", lambda: ours + 1)
     assert module._free_name("vllm-7") == f"vllm-7-u{ours + 1}"
+
+
+@pytest.mark.parametrize(
+    ("backend", "environ", "missing"),
+    [
+        ("mp", {"DPSHM_DIR": "/x"}, []),
+        ("ray", {}, []),
+        ("ray", {"DPSHM_DIR": "/x", "DPSHM": "shadow", "HOME": "/"}, ["DPSHM", "DPSHM_DIR"]),
+        ("ray", {"DPSHM_DIR": "/x", module.PREFIXES: "A, DPSHM"}, []),
+        ("ray", {"DPSHM_DIR": "/x", "DPSHM_POLICY": "y", module.NAMES: "B,DPSHM_DIR"}, ["DPSHM_POLICY"]),
+        ("ray", {"DPSHM_DIR": "/x", module.PREFIXES: ",A"}, ["DPSHM_DIR"]),
+    ],
+)
+def test_variables_that_do_not_reach_actors_are_named(backend, environ, missing):
+    """Guards against an actor that looks for its board in another folder, and nothing says why it finds none."""
+    assert module.not_for_actors(SimpleNamespace(data_parallel_backend=backend), environ) == missing

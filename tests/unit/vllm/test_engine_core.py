@@ -13,7 +13,7 @@ from dpshm.engine.row import EngineRow
 from dpshm.net import wire
 from dpshm.net.doorbell import Doorbell, DoorbellClient
 from tests.support import wait_until
-from tests.unit.vllm.fake_core import HOOKED, Request, RequestType, failing, hooked, run, send
+from tests.unit.vllm.fake_core import HOOKED, EventType, Request, RequestType, failing, hooked, run, send
 
 
 def row(board, rank=0):
@@ -67,6 +67,50 @@ def test_a_step_to_which_nothing_came_publishes_once(make_core, board, monkeypat
         core._process_input_queue()
         assert [load["waiting"] for load in published[3:]] == [1]
 
+    run(core, body)
+
+
+def test_what_the_cache_holds_is_published_when_it_changes_without_a_step(make_core, board):
+    """Guards against a rank that looks full after its requests were aborted, until it steps again."""
+    core = make_core()
+
+    def body():
+        send(core, Request("a", max_tokens=9))
+        core.turn()
+        core.scheduler.kv_cache_usage = 0.5
+        core._process_engine_step()
+        send(core, Request("b", max_tokens=9))
+        core._process_input_queue()
+        assert row(board)["kv_cache_usage"] == pytest.approx(0.5, abs=1e-4)
+        core.scheduler.kv_cache_usage = 0.125
+        core.input_queue.put((RequestType.ABORT, ["a"]))
+        send(core, Request("c", max_tokens=9))
+        core._process_input_queue()
+        assert row(board)["kv_cache_usage"] == pytest.approx(0.125, abs=1e-4)
+        core.scheduler.kv_cache_usage = 0.0
+        core.input_queue.put((RequestType.ABORT, ["b", "c"]))
+        core._process_input_queue()
+        assert row(board)["kv_cache_usage"] == 0
+
+    run(core, body)
+
+
+def test_preempted_requests_are_counted(make_core, board):
+    """Guards against a rank that is short of KV cache and does not look so, and other events that count."""
+    core = make_core()
+    step = core.step_fn
+
+    def step_with_events():
+        outputs, executed = step()
+        outputs[1].outputs[0].events = [SimpleNamespace(type=kind) for kind in EventType]
+        return outputs, executed
+
+    def body():
+        send(core, Request("a", max_tokens=9))
+        core.turn()
+        assert counters(board, "preemptions") == (1,)
+
+    core.step_fn = step_with_events
     run(core, body)
 
 
@@ -368,19 +412,6 @@ def test_a_step_function_without_work_is_not_timed(make_core, board):
     run(core, body)
 
 
-def test_an_older_scheduler_gives_its_cache_usage(make_core, board):
-    """Guards against releases up to 0.24, whose scheduler has no `get_kv_cache_usage`."""
-    core = make_core()
-    scheduler = core.scheduler
-    type_without = type("Older", (type(scheduler),), {"get_kv_cache_usage": property(lambda _: missing())})
-    scheduler.__class__ = type_without
-    scheduler.kv_cache_manager = SimpleNamespace(usage=0.75)
-    run(core, lambda: None)
-    seen = []
-    run(core, lambda: seen.append(float(row(board)["kv_cache_usage"])))
-    assert seen == [pytest.approx(0.75, abs=1e-4)]
-
-
 # Doorbells.
 
 
@@ -473,8 +504,3 @@ def test_ranks_on_their_own_have_no_bells(make_core, board):
         assert not any(thread.name == "dpshm-bell" for thread in threading.enumerate())
 
     run(core, body)
-
-
-def missing():
-    """What a class without an attribute does."""
-    raise AttributeError("get_kv_cache_usage")

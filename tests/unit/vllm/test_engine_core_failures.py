@@ -63,7 +63,7 @@ def test_a_row_that_cannot_be_closed_is_given_up_all_the_same(make_core, board, 
         failing(core.scheduler)
         with monkeypatch.context() as broken:
             broken.setattr(EngineRow, "close", lambda _: 1 / 0)
-            core._process_input_queue()
+            core._process_engine_step()
         assert hooked(core) == []
         assert core.reported == [(0, 0)]  # unchanged, and told all the same: the coordinator never heard of it
         core.turn()

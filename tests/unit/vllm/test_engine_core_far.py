@@ -68,7 +68,7 @@ def test_a_core_that_gives_up_reports_as_a_stock_one(core, board, log):
         wait_until(lambda: row(board)["verdict"] == "alive")
         send(core, Request("a"))
         failing(core.scheduler)
-        core._process_input_queue()
+        core.turn()
         assert hooked(core) == []
 
     run(core, body)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import pickle
 import tempfile
 from types import SimpleNamespace
 
@@ -48,15 +50,35 @@ def make_core(vllm, head):
     return make
 
 
-def test_the_first_engine_gives_its_node_a_board(make_core, head, log):
+class EngineManager:
+    """Gives an engine its configuration as vLLM does where it spawns: pickled, and then changed.
+
+    That is before the engine's process loads plugins, so only a hook in the launcher can know the numbers.
+    """
+
+    def __init__(self, vllm_config, is_moe):
+        vllm_config = pickle.loads(pickle.dumps(vllm_config))
+        if not is_moe:
+            config = vllm_config.parallel_config
+            config.data_parallel_size = config.data_parallel_size_local = 1
+            config.data_parallel_rank = 0
+        self.of_engine = vllm_config
+
+
+@pytest.mark.parametrize("kind", ["DPEngineCoreProc", "EngineCoreProc"])
+def test_the_first_engine_gives_its_node_a_board(make_core, head, log, kind):
     """Guards against a further node that routes by the broadcast, and against a board that outlives its node."""
-    core = make_core()
+    core = make_core(kind)
+    manager = type("Manager", (EngineManager,), {"__init__": follow.sizes_noted(EngineManager.__init__)})
+    core.vllm_config = manager(core.vllm_config, is_moe=kind == "DPEngineCoreProc").of_engine
     address = core.frontend_stats_publish_address
     assert group_at(address) is None
 
     def body():
         group = group_at(address)
         with Board.attach(group) as board:
+            assert board.segment.header.waves == (kind == "DPEngineCoreProc")
+            assert board.dp_size == 2
             wait_until(lambda: board.snapshot()[1]["verdict"] == "alive")
             second = make_core(local=1)
             assert follow.start_follower(second, follow.Options()) is None  # there is a board already
@@ -69,10 +91,19 @@ def test_the_first_engine_gives_its_node_a_board(make_core, head, log):
     assert core.reported == []
 
 
+def test_a_configuration_of_another_kind_starts_its_engines_all_the_same():
+    """Guards against a launcher that ends where a release has other arguments; and a signature that is hidden."""
+    start = follow.sizes_noted(EngineManager.__init__)
+    assert inspect.signature(start) == inspect.signature(EngineManager.__init__)
+    manager = SimpleNamespace()
+    start(manager, "no configuration", is_moe=True)
+    assert manager.of_engine == "no configuration"
+
+
 @pytest.mark.parametrize(
     ("config", "line"),
     [
-        ({"kind": "EngineCoreProc"}, "steps on its own"),
+        ({"kind": "EngineCoreProc", "data_parallel_size": 1}, "does not know how many ranks there are"),
         ({"data_parallel_hybrid_lb": False}, "sends its row to tcp:"),
         ({"local": 1}, "no board for"),
     ],

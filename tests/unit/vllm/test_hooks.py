@@ -12,6 +12,7 @@ from dpshm.vllm.options import Options
 
 HOOKS = (
     ("utils", "DPCoordinator"),
+    ("utils", "CoreEngineProcManager.__init__"),
     ("core", "EngineCoreProc.run_busy_loop"),
     ("core", "DPEngineCoreProc.run_busy_loop"),
     ("client", "DPAsyncMPClient._ensure_stats_update_task"),
@@ -94,7 +95,8 @@ def test_an_old_release_can_be_tried(vllm):
 
 def ours(vllm):
     """Which functions of dpshm stand in vLLM's modules and on its classes."""
-    places = [vllm.utils, *(kind for module in (vllm.core, vllm.client) for kind in vars(module).values())]
+    modules = vllm.utils, vllm.core, vllm.client
+    places = [vllm.utils, *(kind for module in modules for kind in vars(module).values())]
     values = [value for place in places if hasattr(place, "__dict__") for value in vars(place).values()]
     return [value for value in values if getattr(value, "__module__", "").startswith("dpshm.")]
 
@@ -104,7 +106,7 @@ def test_a_release_without_a_name_stays_as_it_is(vllm, log, module, path):
     """Guards against some of the hooks without the others, in a release where one has no place."""
     owner, _, name = path.rpartition(".")
     place = getattr(vllm, module)
-    for holder in getattr(place, owner).__mro__ if owner else (place,):
+    for holder in getattr(place, owner).__mro__[:-1] if owner else (place,):
         if name in vars(holder):
             delattr(holder, name)
     hooks.install(Options())

@@ -31,9 +31,10 @@ def test_every_variable_is_heard():
         "DPSHM_GROUP": "prod",
         "DPSHM_STALL_TIMEOUT_S": "1.5",
         "DPSHM_SHADOW_LOG_S": "2",
+        "DPSHM_LOG_S": "3",
         "DPSHM_ANY_VLLM": "1",
     }
-    assert from_environment(environ) == Options("shadow", "vllm", "prod", 1.5, 2.0, True)
+    assert from_environment(environ) == Options("shadow", "vllm", "prod", 1.5, 2.0, 3.0, True)
 
 
 @pytest.mark.parametrize(

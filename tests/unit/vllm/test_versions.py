@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from dpshm.vllm import versions
 from dpshm.vllm.versions import OLDEST, TESTED, Needed, release_of, why_not
+from tests.e2e.vllm import tried as tried_tests
 
 
 @pytest.fixture
@@ -90,10 +90,41 @@ def test_what_is_missing_is_named(release, monkeypatch, needed, cause):
     assert cause in why_not()
 
 
-def test_the_page_has_the_same_releases():
-    """Guards against a page for operators that says that other releases were tested than the log says."""
-    page = (Path(versions.__file__).parent / "README.md").read_text()
-    table = page[page.index("## Versions") : page.index("## When it does not help")]
-    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| 0.")]
-    tested = [release.strip() for names, runs in rows if runs.strip() == "yes" for release in names.split(",")]
-    assert tuple(tested) == TESTED
+def test_the_page_and_the_list_say_what_was_tried():
+    """Guards against a table, or a list of releases, that says other than what ran."""
+    tried = tried_tests.load()
+    assert list(TESTED) == tried_tests.releases(tried)
+    assert f"{tried_tests.MARK}{tried_tests.table(tried)}\n" in tried_tests.PAGE.read_text()
+
+
+def test_what_was_tried_is_there():
+    """Guards against a record of tests that have another name by now, or are gone."""
+    folder = tried_tests.FILE.parent
+    for by_file in tried_tests.load().values():
+        for file, tests in by_file.items():
+            if (folder / file).exists():
+                gone = {name.partition("[")[0] for name in tests} - tried_tests.functions(folder / file)
+                assert not gone, (file, gone)
+            else:
+                assert file in (tried_tests.OWN, tried_tests.STOCK)
+
+
+def test_a_report_is_added_test_by_test(tmp_path):
+    """Guards against a test that failed and counts as passed, and a part that replaces the whole."""
+    report = tmp_path / "report.xml"
+    cases = '<testcase classname="tests.e2e.vllm.test_dense" name="{}">{}</testcase>'
+    tried = {}
+    report.write_text(f"<a>{cases.format('test_a', '')}{cases.format('test_b', '<failure/>')}</a>")
+    tried_tests.add(tried, "0.9.0", report)
+    report.write_text(f"<a>{cases.format('test_c', '<skipped/>')}{cases.format('test_a', '<error/>')}</a>")
+    tried_tests.add(tried, "0.9.0", report)
+    tried_tests.add(tried, "0.10.0", report, tried_tests.OWN)
+    assert tried["0.9.0"]["test_dense.py"] == {"test_a": "failed", "test_b": "failed", "test_c": "skipped"}
+    report.write_text(f"<a>{cases.format('test_a', '')}</a>")
+    tried_tests.add(tried, "0.10.0", report)
+    tried_tests.add(tried, "0.9.0", report)
+    assert tried_tests.table(tried) == (
+        "| tests | 0.10.0 | 0.9.0 |\n| --- | --- | --- |\n"
+        "| `tests/e2e/vllm/test_dense.py` | 1 of 1 | 1 of 3, 1 failed, 1 skipped |\n"
+        "| vLLM's own, with dpshm | 0 of 2, 1 failed, 1 skipped | not run |\n"
+    )

@@ -11,7 +11,7 @@ from typing import Any
 
 from dpshm.frontend.route import Route
 from dpshm.vllm import hooks
-from dpshm.vllm.client_links import BookingLink
+from dpshm.vllm.booking_link import BookingLink
 
 if "PROBE_FOLDER" in os.environ:
     _note, _processor = BookingLink._note, vars(hooks)["outputs_processor"]

@@ -84,6 +84,8 @@ def test_the_free_lines_hold_front_ends_and_events(height):
         assert sum("api:" in line for line in lines) == 8
     if height == 10:
         assert "... 6 more: Tab" in lines or "... 5 more: Tab" in lines or "... 4 more: Tab" in lines
+    table = [line for line in lines if "owner" in line]
+    assert not table or sum("api:" in line for line in lines) >= 1  # no title without a row
     without = [line.plain for line in below(frame, events(30), 100, height, Glyphs(), frontends=False)]
     assert not any("api:" in line for line in without)
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from dpshm.ops.screen.headline import screen
-from dpshm.ops.screen.table import STATES, History, Sort, frontend_table, rank_columns, rank_table
+from dpshm.ops.screen.table import (
+    CACHES,
+    LATENCIES,
+    STATES,
+    History,
+    Sort,
+    frontend_table,
+    rank_columns,
+    rank_table,
+)
 from dpshm.ops.screen.text import Glyphs
 from tests.unit.ops.frames import make_frame, make_frontend, make_rank
 
@@ -44,7 +53,7 @@ def test_no_line_is_wider_than_the_terminal(busy, width: int, unicode: bool):
 
 def test_columns_stand_under_their_headings(busy):
     """Guards against cells that shift when a value is wide or missing."""
-    title, line = rank_table(History(), 120, Glyphs())
+    title, line = rank_table(History(), 120, Glyphs(), without=CACHES)
     lines = list(map(line, busy.ranks))
     for name in ("wait", "run", "age", "pid"):
         end = title.plain.index(name) + len(name)
@@ -57,8 +66,22 @@ def test_eighty_columns_hold_what_matters(busy):
     history.add(busy)
     title, _ = rank_table(history, 80, Glyphs())
     assert " ".join(title.plain.split()) == "rank state wait run flight KV req/s tok/s ttft p99 age hist ≤1T"
-    title, _ = rank_table(history, 80, Glyphs(), latencies=False)  # front-ends that measure nothing
+    title, _ = rank_table(history, 80, Glyphs(), without=LATENCIES)  # front-ends that measure nothing
     assert " ".join(title.plain.split()) == "rank state wait run flight backlog KV req/s tok/s age requests ≤1T"
+
+
+def test_columns_of_which_nothing_is_known_are_left_out():
+    """Guards against a wide terminal without a rank's pid, and with columns that are empty from top to bottom."""
+    cached = make_rank(0, num_blocks=100, cached_share=0.5, index_fill=0.25)
+    for ranks, shown in (([cached, make_rank(1)], True), ([make_rank(0), make_rank(1)], False)):
+        lines = [line.plain for line in screen(make_frame(ranks), History(), 160, Glyphs())]
+        (heading,) = [line.split() for line in lines if "state" in line.split()]
+        assert ({"hit", "index"} <= set(heading)) == shown
+        assert not {"ttft", "p99", "queue", "tpot"} & set(heading)
+    (line,) = [
+        line.plain for line in screen(make_frame([cached]), History(), 160, Glyphs()) if "50%" in line.plain
+    ]
+    assert "50%   25%" in line
 
 
 def test_the_column_that_sorts_is_marked(busy):
@@ -94,6 +117,12 @@ def test_the_state_is_a_word_and_a_sign_of_its_own():
     assert "✕ dead" in line(make_rank(3, state="dead")).plain
 
 
+def test_ranks_of_other_nodes_have_a_sign():
+    """Guards against a rank whose process a reader looks for on the wrong node."""
+    _, line = rank_table(History(), 80, Glyphs())
+    assert [line(make_rank(3, remote=remote)).plain.split()[0] for remote in (False, True)] == ["3", "@3"]
+
+
 def test_a_step_that_lasts_shows_how_long():
     """Guards against a rank that hangs in a step and shows the fine mean of the steps before."""
     columns = {c.title: c for c in rank_columns(Glyphs())}
@@ -102,7 +131,7 @@ def test_a_step_that_lasts_shows_how_long():
     assert columns["step"].cell(make_rank(step_ms=None, step_age_s=None)) == "-"
 
 
-def test_front_ends_show_what_is_on_its_way_by_rank():
+def test_front_ends_show_what_is_in_flight_by_rank():
     """Guards against bookings of one rank shown as another's."""
     frontends = [make_frontend(0, sent_by_rank=[10, 20, 30], in_flight_by_rank=[0, 7, 0])]
     title, line = frontend_table(120, Glyphs())

@@ -45,7 +45,7 @@ def test_board_router_uses_the_newest(pair, engines, using):
 def test_board_router_tells_which_report_was_used(pair, engines, using):
     """Guards against a report that came in during the decision and counts as used, or as missed, by guess."""
     router = using(make(pair, "board"))
-    policy, board = router.frontend._policy, engines[0].board
+    policy, board = router.frontend._decisions._policy, engines[0].board
     old_view = View(ListColumns([0, 1], board.load[:2].tolist(), [0, 0], [0, 0], 1))
     router._before_ns = before_ns = board.beat[:2].tolist()
     engines[1].publish(waiting=3, running=0)  # after the policy's view was made

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from dpshm.errors import SettingError
+from dpshm.sim.demo import workload
 from dpshm.sim.demo.workload import DemoSettings, make_workload
+from dpshm.sim.workloads.chat import chat_arrivals
 from dpshm.sim.workloads.synthetic import synthetic_arrivals
 from dpshm.sim.workloads.traces import TraceError
 
@@ -44,6 +46,15 @@ def test_built_in_workload(trace):
     assert share == [(a.time_s / 2, a.prompt_tokens, a.output_tokens, ()) for a in synthetic_arrivals(10, 7)]
 
 
+def test_built_in_chat():
+    """Guards against chat arrivals that end before the demo, or are those of code completion."""
+    settings = DemoSettings(workload="chat", rate=9, seconds=5, seed=7, frontends=1)
+    (share,), seconds, _ = make_workload(settings)
+    assert seconds == 5
+    arrivals = [a for a in chat_arrivals(5_000, 7) if a.time_s < 45]
+    assert [time_s for time_s, *_ in share] == [a.time_s / 9 for a in arrivals]
+
+
 def test_same_seed_deals_alike(trace):
     """Guards against a comparison of two stats paths on different workloads."""
     settings = DemoSettings(trace=trace, seed=1)
@@ -69,12 +80,13 @@ def test_options_out_of_range(options, says):
         DemoSettings(**options)
 
 
-def test_too_many_requests():
+def test_too_many_requests(monkeypatch):
     """Guards against filling the memory with arrivals that nothing can play."""
     with pytest.raises(SettingError, match="lower --rate"):
         make_workload(DemoSettings(rate=1e9))
+    monkeypatch.setattr(workload, "MAX_REQUESTS", 1500)
     with pytest.raises(SettingError, match="lower --rate"):
-        make_workload(DemoSettings(rate=400))
+        make_workload(DemoSettings(rate=4))
 
 
 def test_missing_trace(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from dpshm.errors import SettingError
@@ -84,6 +86,36 @@ def test_what_crosses_nodes_comes_late(name, others_at_once):
     assert [world.seen(0, 0.2)[0][rank] for rank in (0, 15)] == [1, 1]
 
 
+@pytest.mark.parametrize("name", ["live", "nodes:50", "broadcast:50"])
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_many_ranks_are_seen_as_few_are(monkeypatch, name, lockstep):
+    """Guards against arrays that keep an old row, or a request in flight that they lack."""
+    monkeypatch.setattr("dpshm.sim.lab.many_ranks.REFRESH_S", 0.0)
+    few, many = World(name, 24, 6), World(name, 24, 6)
+    few.information.lockstep = many.information.lockstep = lockstep
+    random = Random(1)
+    for turn in range(400):
+        now_s, frontend, rank = turn * 0.01, random.randrange(6), random.randrange(24)
+        tokens = random.randrange(1, 5000)
+        seen = []
+        for world, least in ((few, 100), (many, 16)):
+            monkeypatch.setattr("dpshm.sim.lab.view_model.VECTOR_FROM", least)
+            world.send(frontend, rank, tokens)
+            sim = world.ranks[(rank + turn) % 24]
+            if sim.busy_until_s >= 0:
+                sim.end(now_s, now_s - sim.busy_until_s)
+            world.step((rank + turn) % 24, now_s)
+            sim.busy_until_s = now_s
+            numbers = world.seen(frontend, now_s)
+            view = world.information.view(frontend, list(range(24)), now_s)
+            work = view.work
+            seen.append(
+                (numbers, view.running, work.step_end_ns, work.held_tokens, work.base_ns, work.chunk_tokens)
+            )
+        assert seen[0] == seen[1]
+    assert work.learnt
+
+
 def test_a_broadcast_of_a_lockstep_group_shows_the_last_step_that_ended():
     """Guards against a broadcast that knows more than vLLM's: it lacks what ranks received since the last step."""
     world = World("broadcast")
@@ -97,7 +129,7 @@ def test_a_broadcast_of_a_lockstep_group_shows_the_last_step_that_ended():
     assert world.seen(1, 0.21)[0] == [0, 2]
 
 
-def test_what_is_on_its_way_at_a_broadcast():
+def test_what_is_in_flight_at_a_broadcast():
     """Guards against the two kinds of bumps being mixed up: vLLM's are overwritten, ours stay until received."""
     for name, seen in (("broadcast", 0), ("broadcast-keep", 1), ("live", 1)):
         world = World(name)

@@ -15,7 +15,7 @@ from dpshm.sim.lab.rivals import RIVALS, bounded_hashing, br_0, lmetric, rival_o
 def view(requests: list[int], tokens: list[int], ranks: list[int] | None = None) -> View:
     """So many running requests and uncomputed prompt tokens by rank."""
     n = len(requests)
-    work = ListWork(tokens, [[0, 0, 0]] * n, comparable([[0] * 7] * n), 0)
+    work = ListWork(tokens, [[0] * n] * 3, comparable([[0] * 7] * n), 0)
     load = [pack_load(0, count, 0.0) for count in requests]
     return View(ListColumns(ranks or list(range(n)), load, requests, [0] * n, 1, work))
 
@@ -69,7 +69,7 @@ def test_sticky(requests, cached, chosen):
 def holding(held: list[int], tokens: list[int], requests: list[int]) -> View:
     """Ranks whose requests hold so much context."""
     seen = view(requests, tokens)
-    work = ListWork(tokens, [[0, 0, n] for n in held], seen.columns.work.models, 0)
+    work = ListWork(tokens, [[0] * 3, [0] * 3, held], seen.columns.work.models, 0)
     return View(ListColumns([0, 1, 2], seen.columns.load, requests, [0] * 3, 1, work))
 
 

@@ -13,7 +13,7 @@ from dpshm.sim.batching import Batcher, SimRequest
 from dpshm.sim.lab.information import NAMES as INFORMATION
 from dpshm.sim.lab.oracle import first_token, soonest
 from dpshm.sim.lab.rank import Job, Pace, SimRank
-from dpshm.sim.lab.run import COST, ORACLE, Plant, run
+from dpshm.sim.lab.run import COST, ORACLE, Plant, RequestTime, run
 from dpshm.sim.step_cost import StepCost
 
 
@@ -48,8 +48,8 @@ def test_every_request_is_served(policy: str, information: str):
 )
 def test_every_kind_of_plant(plant: Plant, information: str):
     """Guards against a combination of options in which a run hangs, loses requests, or is not repeatable."""
-    first, again = (run(plant, chat(250, 80), "least_work", information) for _ in range(2))
-    assert len(first.ttft_s) == 250
+    first, again = (run(plant, chat(150, 80), "least_work", information) for _ in range(2))
+    assert len(first.ttft_s) == 150
     assert min(first.ttft_s) > 0
     assert np.array_equal(first.ttft_s, again.ttft_s)
     assert first.by_rank == again.by_rank
@@ -62,6 +62,25 @@ def test_one_request_takes_what_its_steps_take():
     first_s = 5.0 + COST.seconds(1000, 1, 0)
     assert job.first_s == pytest.approx(first_s)
     assert job.done_s == pytest.approx(first_s + COST.seconds(0, 1, 1000) + COST.seconds(0, 1, 1001))
+
+
+def test_a_front_end_reads_requests_one_after_another():
+    """Guards against a decision before the prompt is read, and a short prompt that waits for those elsewhere."""
+    plant = Plant(request_time=RequestTime(2e-3, 1e-6))
+    long, behind, elsewhere = Job(1.0, 0, 30_000, 1), Job(1.0, 0, 1000, 1), Job(1.0, 1, 1000, 1)
+    run(plant, [long, behind, elsewhere], "least_loaded", "live")
+    steps_s = COST.seconds(1000, 1, 0)
+    assert elsewhere.first_s == pytest.approx(1.0 + 3e-3 + steps_s)
+    assert behind.first_s == pytest.approx(1.0 + 32e-3 + 3e-3 + steps_s)
+    assert elsewhere.due_s == 1.0
+
+
+def test_clients_of_a_closed_loop_wait_for_the_front_end_too():
+    """Guards against requests of a closed loop that are decided before they are read, or never."""
+    jobs = chat(60, 60)
+    outcome = run(Plant(clients=12, request_time=RequestTime(0.05)), jobs, "least_loaded", "live")
+    assert len(outcome.ttft_s) == 60
+    assert min(outcome.ttft_s) > 0.05
 
 
 def test_a_slow_engine_is_slow():
@@ -135,6 +154,7 @@ def test_a_plant_that_cannot_be(plant, message):
         Plant(**plant)
 
 
+@pytest.mark.slow
 def test_least_work_learns_what_it_needs():
     """Guards against an estimate that is of no use: with learnt step times it comes close to the clairvoyant."""
     plant = Plant(slow=((3, 2.0),))
@@ -144,6 +164,7 @@ def test_least_work_learns_what_it_needs():
     assert ttft["least_work"] < 0.9 * ttft["least_loaded"]
 
 
+@pytest.mark.slow
 def test_ranks_in_lockstep_stay_balanced():
     """Guards against ranks that learn from common steps that their own requests cost nothing."""
     plant = Plant(lockstep=True)
@@ -158,6 +179,7 @@ def even(count: int, rate: float) -> list[Job]:
     return [Job(i / rate, rng.randrange(8), 1000, 60) for i in range(count)]
 
 
+@pytest.mark.slow
 def test_equal_ranks_get_equal_shares():
     """Guards against ranks that differ by nothing but what each has learnt of noisy steps, and get unequal shares:
     the fullest is then slow, and all that was won by counting work is lost.
@@ -166,15 +188,21 @@ def test_equal_ranks_get_equal_shares():
     assert max(abs(count - 1000) for count in ranks) <= 0.05 * 1000
 
 
+@pytest.mark.slow
 def test_a_rank_half_as_fast_is_seen_in_noise():
     """Guards against a slow rank that is taken for one of its equals."""
     plant = Plant(noise=0.3, slow=((3, 2.0),))
-    jobs = {policy: chat(3000, 55) for policy in ("least_work", "least_loaded")}
-    found = {policy: run(plant, jobs[policy], policy, "live") for policy in jobs}
-    assert found["least_work"].by_rank[3] < 0.5 * found["least_loaded"].by_rank[3]
-    assert found["least_work"].ttft_s.mean() < 0.9 * found["least_loaded"].ttft_s.mean()
+    shares, means_s = dict.fromkeys(("least_work", "least_loaded"), 0), {}
+    for policy in shares:
+        found = [run(plant, chat(3000, 55, seed=seed), policy, "live") for seed in range(1, 6)]
+        shares[policy] = sum(outcome.by_rank[3] for outcome in found)  # of one seed it varies by a quarter
+        means_s[policy] = [outcome.ttft_s.mean() for outcome in found]
+    assert shares["least_work"] < 0.5 * shares["least_loaded"]
+    for one, other in zip(means_s["least_work"], means_s["least_loaded"], strict=True):
+        assert one < 0.9 * other
 
 
+@pytest.mark.slow
 def test_a_rank_that_slows_down_and_recovers():
     """Guards against a rank that is slow for a while and keeps its share, and one that gets no requests
     once it is known to be slow, so that it never learns that it has recovered.
@@ -242,7 +270,7 @@ def test_the_oracle_is_right():
 def test_a_copy_of_a_batcher_goes_on_alike():
     """Guards against copies that share requests with the original, or forget one."""
     rng = random.Random(7)
-    batcher = Batcher(StepCost(kv_tokens=4000, max_prompt_tokens=512))
+    batcher = Batcher(StepCost(kv_tokens=4000, max_step_tokens=512))
     for i in range(30):
         batcher.add(SimRequest(i, rng.randrange(1, 1500), rng.randrange(1, 60)))
     for _ in range(25):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.gpu_compare import MOST_OUTPUT, MOST_PROMPT, arrivals, show
+from bench.gpu.compare import MOST_OUTPUT, MOST_PROMPT, arrivals, show
 
 
 def test_requests_come_from_a_seed() -> None:

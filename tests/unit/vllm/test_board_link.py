@@ -1,4 +1,4 @@
-"""Tests of `dpshm.vllm.client_links`: a client of vLLM's shape chooses by a real board and books on it."""
+"""Tests of `dpshm.vllm.board_link`: a client of vLLM's shape chooses by a real board and books on it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from dpshm import Frontend
+from dpshm import Board, Coordinator, Frontend
 from dpshm.board.latency import BUCKETS, read_latencies
 from dpshm.ops.latency import summary
+from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
-from dpshm.vllm import client_links
-from dpshm.vllm.client_links import LINK
-from tests.support import polled, wait_until
+from dpshm.vllm import client_link
+from dpshm.vllm.board_link import BoardLink
+from dpshm.vllm.client_link import LINK
+from dpshm.vllm.options import Options
+from tests.support import StockEngine, polled, wait_until
 from tests.unit.vllm.fake_client import HOOKED, LATE, add, finish, hear, hooked, raising
 from tests.unit.vllm.fake_core import Request
 
@@ -24,6 +27,21 @@ def in_flight(board):
 
 
 # Choosing and booking.
+
+
+def test_stock_ranks_that_never_had_a_request_are_chosen(vllm, group, using):
+    """Guards against a rank that reports only after a request, and gets none: its client has heard of it."""
+    coordinator = using(Coordinator(group=group, dp_size=2, waves=False))
+    for rank in range(2):
+        using(StockEngine(coordinator.engine_addresses, rank))
+    client = using(vllm.client.DPLBAsyncMPClient(coordinator.stats_publish_address))
+    link = using(BoardLink(client, group, Options()))
+    with using(Board.attach(group)) as board:
+        wait_until(lambda: board.engine_verdicts()[:2] == [Verdict.ALIVE] * 2)
+        wait_until(lambda: len(link._frontend.health().routable) == 2)
+        add(client, *(Request(f"r{i}") for i in range(4)))
+        assert in_flight(board) == [2, 2]
+        assert [engine for _, engine, _ in client.sent].count(client.core_engines[0]) == 2
 
 
 def test_the_board_chooses_and_what_was_sent_is_booked(make_client, board):
@@ -97,6 +115,16 @@ def test_affinity_keeps_a_session_together(make_client, board):
     """Guards against the requests of a session that meet on no rank."""
     client = make_client(policy="affinity:epsilon=10")
     add(client, *(Request(f"r{i}", prompt=10 + i, session_id="s") for i in range(4)))
+    assert sorted(in_flight(board)) == [0, 4]
+
+
+def test_affinity_keeps_an_adapter_together(make_client, board):
+    """Guards against an adapter that every rank has to load, though the operator asked for affinity."""
+    client = make_client(policy="affinity:epsilon=10")
+    requests = [Request(f"r{i}", prompt=10) for i in range(4)]
+    for request in requests:
+        request.lora_request = SimpleNamespace(lora_name="an adapter")
+    add(client, *requests)
     assert sorted(in_flight(board)) == [0, 4]
 
 
@@ -250,8 +278,9 @@ def test_a_client_that_was_made_outside_a_loop_wakes_ranks_with_its_first_reques
 
 
 @pytest.mark.parametrize("kind", ["DPLBAsyncMPClient", "DPAsyncMPClient"])
-def test_the_flag_says_what_the_board_says(make_client, board, engines, kind):
+def test_the_flag_says_what_the_board_says(make_client, board, engines, kind, monkeypatch):
     """Guards against a drain that never ends: true while the ranks run, false while they wake up or sleep."""
+    monkeypatch.setattr(client_link, "BROADCAST_S", 0.0)
     client = make_client(kind)
     seen = []
     client.on_send = lambda: seen.append((client.engines_running, client.dp_engines_running()))
@@ -275,11 +304,26 @@ def test_the_flag_says_what_the_board_says(make_client, board, engines, kind):
     assert not client.dp_engines_running()
 
 
+def test_a_request_to_ranks_that_sleep_says_so_until_the_next_broadcast(make_client, board, monkeypatch):
+    """Guards against a caller that waits until the ranks run and never sees it: stock clients say it (to 0.32)."""
+    monkeypatch.setattr(client_link, "BROADCAST_S", 3600.0)
+    client = make_client()
+    assert not client.dp_engines_running()
+    add(client, Request("a"))
+    assert client.dp_engines_running()
+    assert board.phase is not Phase.RUNNING
+    monkeypatch.setattr(client_link, "BROADCAST_S", 0.0)
+    other = make_client()
+    add(other, Request("b"))
+    assert not other.dp_engines_running()
+
+
 def test_a_flag_that_cannot_be_read_is_false(make_client, monkeypatch):
     """Guards against a reader in vLLM that fails because ours does."""
+    monkeypatch.setattr(client_link, "BROADCAST_S", 0.0)
     client = make_client()
     add(client, Request("a"))
-    monkeypatch.setattr(client_links, "unpack_control", raising)
+    monkeypatch.setattr(client_link, "unpack_control", raising)
     assert client.dp_engines_running() is False
 
 

@@ -1,0 +1,1 @@
+"""Measurements with ranks that compute (extra: torch)."""

@@ -1,0 +1,56 @@
+"""Checks of what `dpshm.Frontend.attach` is given."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+import socket
+from collections.abc import Iterable, Mapping
+
+from dpshm.board import layout
+from dpshm.errors import SettingError
+
+
+def name_of(owner: str | None) -> tuple[str, bytes]:
+    """The name of a front-end, as text and as the board holds it; without one, host and pid.
+
+    Raises:
+        SettingError: it is too long, or has a zero.
+    """
+    name = f"{socket.gethostname()[:32]}:{os.getpid()}" if owner is None else owner
+    encoded = name.encode()
+    if len(encoded) > layout.OWNER_BYTES or "\0" in name:
+        raise SettingError(f"owner {name!r} must be at most {layout.OWNER_BYTES} bytes, none of them zero")
+    return name, encoded
+
+
+def check_ranks(ranks: Iterable[int] | None, engines: int) -> list[int] | None:
+    """The ranks that a front-end may choose, sorted; None: all.
+
+    Raises:
+        SettingError: there are none, or one is outside the board.
+    """
+    if ranks is None:
+        return None
+    only = sorted(set(map(operator.index, ranks)))
+    if not (only and only[0] >= 0 and only[-1] < engines):
+        raise SettingError(f"ranks {only} must be some of 0 to {engines - 1}")
+    return only
+
+
+def check_weights(weights: Mapping[int, float] | None, engines: int) -> dict[int, float] | None:
+    """The speeds by rank.
+
+    Raises:
+        SettingError: one is not above 0, or its rank is outside the board.
+    """
+    if weights is None:
+        return None
+    checked = {operator.index(rank): float(weight) for rank, weight in weights.items()}
+    for rank, weight in checked.items():
+        if not (0 <= rank < engines and 0 < weight < math.inf):
+            raise SettingError(
+                f"weights has {weight} for rank {rank}: give numbers above 0, for ranks 0 to {engines - 1}"
+            )
+    return checked

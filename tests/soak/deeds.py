@@ -85,6 +85,9 @@ class Deeds:
         if time.monotonic() < self._next_coordinator:
             return
         self._next_coordinator = time.monotonic() + COORDINATOR_INTERVAL_S / 2
+        if not self._group.counts["coordinators killed"]:  # a short soak has few deeds: this one is never missing
+            self._replace()
+            return
         deeds: tuple[Callable[[], None], ...] = (
             self._replace, self._race, self._stop, self._remove_sockets, self._rubbish, self._wake, self._drain,
         )  # fmt: skip

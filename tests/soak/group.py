@@ -57,7 +57,9 @@ class SoakGroup:
         self.frontends = [Member("front-end", f) for f in range(frontends)]
         self.readers = [Member("reader", r) for r in range(readers)]
         self.members = self.engines + self.frontends + self.readers
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter(
+            {f"{role}s killed": 0 for role in ("engine", "front-end", "coordinator")}
+        )
         self.problems: list[str] = []
         self.log = folder / "log"
         self._peers = max(engines, frontends, readers)

@@ -10,6 +10,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,15 @@ def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
         if "PYTEST_XDIST_WORKER" in os.environ:
             folder = folder.parent  # all workers of this run have it
         os.environ["PYTHONPYCACHEPREFIX"] = str(folder / "compiled")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server(_own_directory: None, _compiled_once: None) -> None:
+    """Starts the fork server before any test: its processes have its environment, folder and limits.
+
+    Otherwise they would have those of the first test that needs such a process, for the rest of the run.
+    """
+    forkserver.ensure_running()
 
 
 @pytest.fixture

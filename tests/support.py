@@ -335,7 +335,7 @@ class Remote:
 
 
 def _remote_main(connection: Connection, environment: dict[str, str]) -> None:
-    # The fork server has the environment of whichever test came first.
+    # The fork server has the environment that the run began with.
     os.environ.clear()
     os.environ.update(environment)
     names: dict[str, Any] = {"told": lambda: connection.poll(0)}

@@ -188,11 +188,13 @@ def test_chaos(shell):
 
 
 @pytest.mark.slow
-def test_a_demo_that_is_kept(shell):
-    """Guards against a group to practise on that ends, falls silent, or is not found from another terminal."""
-    with shell.start(
-        "demo", "--engines", "2", "--frontends", "2", "--seconds", "1", "--dense", "--keep"
-    ) as process:
+@pytest.mark.parametrize("kind", [[], ["--dense"]])
+def test_a_demo_that_is_kept(shell, kind):
+    """Guards against a group to practise on that ends, falls silent, or is not found from another terminal.
+
+    It goes on after an operator has scaled it.
+    """
+    with shell.start("demo", "--engines", "2", "--frontends", "2", "--seconds", "1", *kind, "--keep") as process:
         lines = iter(process.stderr.readline, "")
         (command,) = (line for line in lines if "in another terminal: " in line).__next__().split(": ")[-1:]
         stat = ["stat", *command.split()[2:], "--json"]
@@ -204,6 +206,13 @@ def test_a_demo_that_is_kept(shell):
 
         first = wait_until(finished)
         wait_until(lambda: finished() > first + 30)  # more than its second of arrivals
+        group = ["--group", stat[2]]
+        scale = [["drain", "1"], ["scale", "1"], ["undrain", "0"]] if kind else [["scale", "1"], ["undrain", "0"]]
+        for command_line in scale:
+            code, _, err = shell.run(*command_line, *group)
+            assert code == 0, err
+        first = finished()
+        wait_until(lambda: finished() > first + 30)
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate()
     assert process.returncode == 128 + signal.SIGINT

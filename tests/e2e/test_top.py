@@ -119,11 +119,15 @@ def test_eighty_by_twenty_four(group, terminal):
 
 @needs_tmux
 @pytest.mark.slow
-def test_ctrl_c_ends_it(group, using, terminal):
-    """Guards against a terminal that is left in a strange mode."""
+@pytest.mark.parametrize("keys", [[], [("?", "time to first token")], [("u", "[y] yes")], [("/", "filter: 3")]])
+def test_ctrl_c_ends_it(group, using, terminal, keys):
+    """Guards against a terminal that is left in a strange mode, and what Ctrl-C cannot leave."""
     using(LoneBoard(group))
     top = terminal(f"-g {group}")
     top.wait_for("no coordinator", "absent")
+    for key, shows in keys:
+        top.keys(key)
+        top.wait_for(shows)
     top.keys("C-c")
     top.wait_for("ended 0")
 

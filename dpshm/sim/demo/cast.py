@@ -147,7 +147,7 @@ class Cast:
         )
         order.block_tokens = self._workload.block_tokens
         order.repeat_s = self._repeat_s
-        order.retries = s.chaos
+        order.retries = s.chaos or s.keep  # who practises drains ranks, scales and kills
         order.first_id = len(self.lives[i]) << 32
         self.frontends[i].tell(order)
 

@@ -122,9 +122,11 @@ class Child:
         self._process.terminate()
 
     def kill_and_reap(self) -> None:
-        """Kills the child if it has not ended yet."""
+        """Kills the child if it has not ended yet, and closes its pipes."""
         self._process.kill()
         self._process.wait()
+        with suppress(BrokenPipeError):
+            self._stdin.close()
         self.stdout.close()
         self.stderr.close()
 
@@ -159,6 +161,14 @@ class Children:
             if not open_:
                 self._selector.unregister(key.fileobj)
         return answers
+
+    def bury(self, child: Child) -> None:
+        """Reaps a child that has ended and closes its pipes, so that a long demo does not run out of either."""
+        for stream in (child.stdout, child.stderr):
+            with suppress(KeyError):
+                self._selector.unregister(stream)
+        child.kill_and_reap()
+        self.all.remove(child)
 
     def stop(self) -> None:
         """Ends all children with SIGTERM, then the rest with SIGKILL."""

@@ -206,10 +206,15 @@ def main() -> None:
     lifeline = Lifeline(settings.parent_pid)
     set_title(f"dpshm:front{settings.index}")
     frontend = SimFrontend(settings, lifeline)
+    report = None
     try:
         frontend.wait_until_able()
         write_line(Ready())
         frontend.run(read_line(Go).start_ns)
+        report = frontend.close()
     finally:
-        write_line(frontend.close())
+        if report is None:
+            frontend.close()  # after an error there is no report: the parent tells the error
+        else:
+            write_line(report)
         zmq.Context.instance().destroy(linger=0)

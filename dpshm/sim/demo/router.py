@@ -9,7 +9,8 @@ on the board, less the publish time of the report that the decision used. The ne
 the board right after the choice, on both paths. On the PUB path each report carries its own time. On the board
 path the publish times are noted before the board is read and again when the policy begins, some 50 us later. If a
 rank published in between, its load word decides: if the policy got the word that is on the board now, it used the
-newer report, else the older.
+newer report, else the older. `dpshm scale` may change the number of ranks at any moment, so whole columns of the
+board are noted, and those of the ranks that the policy saw count.
 """
 
 from __future__ import annotations
@@ -79,15 +80,14 @@ class BoardRouter(Router):
             begun_ns, words = self._beat.tolist(), self._load.tolist()
             rank = choose(view, request)
             newest_ns = self._beat.tolist()
-            each = zip(view.columns.load, words, begun_ns, self._before_ns, strict=True)
+            each = zip(view.columns.load, words, begun_ns, self._before_ns, strict=False)
             used_ns = [begun if given == word else before for given, word, begun, before in each]
-            self._note(used_ns, newest_ns)
+            self._note(used_ns, newest_ns[: len(used_ns)])
             return rank
 
         vars(watched)["sees_work"] = getattr(choose, "sees_work", False)  # a front-end asks the policy itself
         self.frontend = Frontend.attach(settings.group, owner=f"demo:{settings.index}", policy=watched)
-        self._beat = self.frontend.board.beat[: settings.dp_size]
-        self._load = self.frontend.board.load[: settings.dp_size]
+        self._beat, self._load = self.frontend.board.beat, self.frontend.board.load
 
     def route(self, prompt_tokens: int, blocks: tuple[int, ...] = ()) -> Route:
         prompt = TracePrompt(blocks, self._block_tokens) if blocks and self._block_tokens else None

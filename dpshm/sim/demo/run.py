@@ -207,19 +207,21 @@ class _Demo:
         return self._settings.waves and self._board.phase is not Phase.PAUSED
 
     def _bury(self) -> None:
-        """Notices children that ended early. If an engine ended, all outstanding requests are lost."""
-        for child in self._children.all:
-            if not child.ended or child in self._buried or child in self._reports:
+        """Tells which children ended early. If an engine did, all outstanding requests are lost."""
+        for child in list(self._children.all):
+            if not child.ended or child in self._reports:
                 continue
             self._buried.add(child)
             if child in self._cast.doomed:
                 progress = self._progress.get(child, Progress(0, 0))
                 self._cut_off += progress.sent - progress.answered
-                continue
-            self._problems.append(child.obituary())
-            if child in self._cast.engines:
-                for frontend in self._cast.frontends:
-                    frontend.terminate()
+            else:
+                self._problems.append(child.obituary())
+                self._tell(self._problems[-1])
+                if child in self._cast.engines:
+                    for frontend in self._cast.frontends:
+                        frontend.terminate()
+            self._children.bury(child)
 
     def _turn(self, stage: str) -> None:
         """Waits a little, reads the children's answers, and samples the board."""

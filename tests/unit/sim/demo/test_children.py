@@ -67,6 +67,24 @@ def test_obituary_says_how_and_why():
         confused.tell(Go(1))  # must not raise
 
 
+def test_a_child_that_is_buried_leaves_nothing():
+    """A demo that runs for hours with --chaos keeps no zombie and no pipe of the processes that it killed."""
+    with Children() as children:
+        start(children)
+        wait_ready(children, 1)
+        before = len(os.listdir("/proc/self/fd"))
+        child = start(children)
+        wait_ready(children, 1)
+        child.signal(signal.SIGKILL)
+        while not child.ended:
+            children.read(1.0)
+        children.bury(child)
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert not Path(f"/proc/{child.pid}").exists()
+        assert child not in children.all
+        child.terminate()  # must not raise
+
+
 ORPHANS = """
 import os, sys, time
 from dpshm.sim.demo.children import Children

@@ -77,3 +77,16 @@ def test_replay_replies_and_losses(pair, using):
     assert report.ttft_ms[0] > 150  # from when it was due, not from when the reply was sent
     assert report.staleness_us == [0, 0, 0, 0]
     context.destroy(linger=0)
+
+
+def test_a_front_end_that_fails_reports_nothing(pair):
+    """An error ends a front-end without the report of one that is done, so that the demo tells the error."""
+    with Children() as children:
+        child = children.start("front-end 0", "dpshm.sim.demo.frontend")
+        child.tell(FrontendSettings(os.getpid(), pair, new_prefix(), "board", "least_loaded", 0, 2, 1, []))
+        child.tell(Ready())  # is not the order that it waits for
+        answers = []
+        while not child.ended:
+            answers += [answer for _, answer in children.read(1.0)]
+        assert answers == [Ready()]
+        assert "front-end 0 ended with exit status 1; it said: msgspec.ValidationError" in child.obituary()

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 import zmq
 
-from dpshm import Engine
+from dpshm import Coordinator, Engine
 from dpshm.policies import Request, View
 from dpshm.policies.columns import ListColumns
 from dpshm.sim.demo.broadcast import RankReport
@@ -54,6 +54,24 @@ def test_board_router_tells_which_report_was_used(pair, engines, using):
     policy(View(ListColumns([0, 1], board.load[:2].tolist(), [0, 0], [0, 0], 1)), Request(10))
     late_us = (int(board.beat[1]) - before_ns[1]) / 1e3
     assert router.staleness_us == [late_us, 0]
+
+
+def test_board_router_follows_a_group_that_is_scaled(group, using):
+    """A demo's front-end goes on deciding after `dpshm scale`, in both directions."""
+    coordinator = using(Coordinator(group=group, dp_size=2, waves=False))
+    engines = [using(Engine.attach(group, dp_rank=rank)) for rank in range(2)]
+    for engine in engines:
+        engine.publish(waiting=0, running=0)
+    router = using(make(group, "board"))
+    coordinator.scale(1)
+    assert router.route(10).dp_rank == 0
+    coordinator.scale(3)
+    engines.append(using(Engine.attach(group, dp_rank=2)))
+    for rank, engine in enumerate(engines):
+        engine.publish(waiting=9 * (rank < 2), running=0)
+    wait_until(lambda: engines[2].board.engine_alive(2))
+    assert router.route(10).dp_rank == 2
+    assert router.staleness_us == [0, 0]
 
 
 def test_pub_router_uses_its_copy_and_says_how_old_it_is(pair, engines, using):

@@ -25,6 +25,7 @@ match too long or too short by some blocks. That costs a computation of a prefix
 
 from __future__ import annotations
 
+import struct
 from array import array
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dpshm.board.layout import WORD_BYTES
 from dpshm.board.prefix_file import AT, BUCKET_WORDS, MAX_BLOCKS, TABLE, buckets_for, make_file, open_file
 from dpshm.errors import SettingError
 from dpshm.rules.prefix_hash import FingerprintList
@@ -40,6 +42,10 @@ _INSERTED, _EVICTED, _DROPPED, _HELD = (AT[name] for name in ("inserted", "evict
 _FULL = (1 << BUCKET_WORDS) - 1
 _SHIFT = BUCKET_WORDS.bit_length() - 1
 _NO_PLACE = -1
+# SYNC: in the native mode that has no sign before it, struct loads each word whole.
+_bucket_at = struct.Struct(f"{BUCKET_WORDS}Q").unpack_from
+_TABLE_BYTES = TABLE * WORD_BYTES
+_BYTE_SHIFT = (BUCKET_WORDS * WORD_BYTES).bit_length() - 1
 
 
 class PrefixIndexWriter:
@@ -220,8 +226,7 @@ class PrefixIndexReader:
 
     def has(self, fingerprint: int) -> bool:
         """Whether a block is held now."""
-        at = TABLE + ((fingerprint & self._mask) << _SHIFT)
-        return fingerprint in self._words[at : at + BUCKET_WORDS].tolist()
+        return fingerprint in _bucket_at(self._words, _TABLE_BYTES + ((fingerprint & self._mask) << _BYTE_SHIFT))
 
     def match(self, fingerprints: FingerprintList, near: int = 0) -> int:
         """How many leading blocks of a prompt are held.
@@ -235,23 +240,28 @@ class PrefixIndexReader:
                 that are made on demand up to twice as many are made as match, or up to `near`.
             near: a guess, such as the match of another rank. If it is right, two looks are enough.
         """
-        words, mask, fingerprint_at = self._words, self._mask, fingerprints.item
+        words, mask, fingerprint_at, bucket_at = self._words, self._mask, fingerprints.item, _bucket_at
         low, high = 0, len(fingerprints)
-        at, stride = near - 1 if near > 0 else 0, 1
+        at, stride = 0, 1
+        if near > 0 and high:
+            at = (near if near < high else high) - 1
+            fingerprint = fingerprint_at(at)
+            if fingerprint in bucket_at(words, _TABLE_BYTES + ((fingerprint & mask) << _BYTE_SHIFT)):
+                low = at = at + 1
+                stride = 4 if at > 2 else at + 1
+            else:  # the guess was too high
+                high, at = at, 0
         while low < high:
             if at >= high:
                 at = high - 1
             fingerprint = fingerprint_at(at)
-            bucket = TABLE + ((fingerprint & mask) << _SHIFT)
-            if fingerprint in words[bucket : bucket + BUCKET_WORDS].tolist():
+            if fingerprint in bucket_at(words, _TABLE_BYTES + ((fingerprint & mask) << _BYTE_SHIFT)):
                 low = at + 1
                 if stride:
                     at += stride
                     stride = min(4 * stride, at + 1)
                 else:
                     at = low + high >> 1
-            elif near > 0 and not low:  # the guess was too high
-                high, at, stride, near = at, 0, 1, 0
             else:
                 high, stride = at, 0
                 at = low + high >> 1

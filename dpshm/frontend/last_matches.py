@@ -26,6 +26,8 @@ class LastMatches:
             samples: of the prompt.
         """
         get = self._found.get
+        if len(samples) and (found := get(samples.item(-1))):
+            return found
         for sample in reversed(samples.tolist()):
             if found := get(sample):
                 return found

@@ -8,6 +8,7 @@ have just sent is added (`dpshm.frontend.sent_prompts`).
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 from dpshm.board.board import Board
@@ -20,6 +21,8 @@ from dpshm.rules.prefix_hash import FingerprintList, Fingerprints, Prompt
 from dpshm.rules.prefix_samples import samples_of
 
 logger = logging.getLogger(__name__)
+
+_Match = Callable[[FingerprintList, int], int]
 
 SAID_AFTER = 100
 """Requests without a prompt after which a front-end says once what it could know."""
@@ -50,6 +53,7 @@ class PrefixReader:
         self._key = board.segment.header.prefix_key
         self._known: list[int] = []  # by rank: the incarnation that was looked at last
         self._readers: dict[int, PrefixIndexReader] = {}
+        self._kinds: dict[tuple[int, int], list[tuple[int, _Match]]] = {}  # by tokens a block and identity
         self._sent: SentPrompts | None = None  # made when a rank has an index
         self._last = LastMatches()
         self._warned = False
@@ -86,6 +90,9 @@ class PrefixReader:
         for dp_rank in range(len(shown), len(self._known)):
             self._readers.pop(dp_rank, None)
         self._known = shown
+        self._kinds = {}
+        for dp_rank, reader in self._readers.items():
+            self._kinds.setdefault((reader.block_tokens, reader.identity), []).append((dp_rank, reader.match))
 
     def look_up(self, prompt: Prompt, prompt_tokens: int, now_ns: int | None = None) -> Lookup:
         """How much of a prompt each rank would find cached; at least one token is always computed.
@@ -100,15 +107,15 @@ class PrefixReader:
         samples: dict[int, Fingerprints] = {}
         blocks = self._match(prompt, samples if now_ns is not None else None)
         if now_ns is not None and self._sent is not None:
-            for size in samples.keys() & blocks.keys():
-                self._sent.extend(blocks[size], samples[size], now_ns)
-                self._last.note(samples[size], blocks[size])
+            for size, found in blocks.items():
+                if size in samples:
+                    self._sent.extend(found, samples[size], now_ns)
+                    self._last.note(samples[size], found)
         cached, most = [0] * self._board.dp_size, max(0, prompt_tokens - 1)
         for size, by_rank in blocks.items():
             for dp_rank, matched in enumerate(by_rank):
-                if matched > 0:
-                    found = matched - self._readers[dp_rank].recomputed_blocks
-                    cached[dp_rank] = min(most, found * size) if found > 0 else 0
+                if matched > 0 and (tokens := (matched - self._readers[dp_rank].recomputed_blocks) * size) > 0:
+                    cached[dp_rank] = tokens if tokens < most else most
         return Lookup(cached, samples)
 
     def _match(self, prompt: Prompt, samples: dict[int, Fingerprints] | None) -> dict[int, list[int]]:
@@ -120,23 +127,22 @@ class PrefixReader:
                 prompt has none, and nothing is guessed.
         """
         blocks: dict[int, list[int]] = {}
-        guesses: list[int] = []
-        near, kind = 0, (0, 0)
-        fingerprints: FingerprintList | None = None
         count, key = self._board.dp_size, self._key
-        for dp_rank, reader in self._readers.items():
-            size = reader.block_tokens
-            if (size, reader.identity) != kind:
-                kind = size, reader.identity
-                fingerprints = prompt.fingerprints(*kind, key)
-                if fingerprints is not None and samples is not None:
-                    samples[size] = samples_of(prompt.token_fingerprints(size, key)[: len(fingerprints)])
-                    guesses = self._last.guess(samples[size])
-            if fingerprints is not None and dp_rank < count:
-                if size not in blocks:
-                    blocks[size] = [-1] * count
-                near = guesses[dp_rank] if dp_rank < len(guesses) else near
-                blocks[size][dp_rank] = near = reader.match(fingerprints, near)
+        for (size, identity), readers in self._kinds.items():
+            fingerprints = prompt.fingerprints(size, identity, key)
+            if fingerprints is None:
+                continue
+            guesses: list[int] = []
+            if samples is not None:
+                samples[size] = samples_of(prompt.token_fingerprints(size, key)[: len(fingerprints)])
+                guesses = self._last.guess(samples[size])
+            guessed, near = len(guesses), 0
+            found = blocks.setdefault(size, [-1] * count)
+            for dp_rank, match in readers:
+                if dp_rank < count:
+                    if dp_rank < guessed:
+                        near = guesses[dp_rank]
+                    found[dp_rank] = near = match(fingerprints, near)
         return blocks
 
     def sent(self, lookup: Lookup, dp_rank: int, now_ns: int) -> None:

@@ -23,26 +23,29 @@ class KnownHashes:
 
     A hash that is put or asked for is in the young generation. When that is full it becomes the old one, and what
     is in the old one until then is forgotten.
+
+    Attributes:
+        young: the young generation now, to read.
     """
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
-        self._young: dict[int, Known] = {}
+        self.young: dict[int, Known] = {}
         self._old: dict[int, Known] = {}
 
     def __len__(self) -> int:
         """How many hashes are known; one that is in both generations counts twice."""
-        return len(self._young) + len(self._old)
+        return len(self.young) + len(self._old)
 
     def get(self, name: int) -> Known | None:
         """The hash of that name; None if it is not known."""
-        found = self._young.get(name)
+        found = self.young.get(name)
         if found is None and (found := self._old.get(name)) is not None:
             self.put(((name, found),))
         return found
 
     def put(self, known: Iterable[tuple[int, Known]]) -> None:
         """Keeps what is known of blocks, by their names; the young generation may exceed its size by so many."""
-        if len(self._young) >= self._most:
-            self._old, self._young = self._young, {}
-        self._young.update(known)
+        if len(self.young) >= self._most:
+            self._old, self.young = self.young, {}
+        self.young.update(known)

@@ -217,6 +217,7 @@ class Blocks:
         self._names = names  # of the blocks: under these their hashes are known
         self._name = names.item
         self._get = way.known.get
+        self._young = way.known.young.get  # without a call of Python's: the usual case
         self._made: dict[int, int] = {}  # fingerprints: each rank is asked for about the same ones
         # vLLM always computes the last token, so a block that ends with it is never found.
         self._count = self._limit = max(0, num_tokens - 1) // block_tokens
@@ -239,8 +240,9 @@ class Blocks:
         if found is None:
             if index >= self._limit:
                 return _NOTHING
-            known = self._get(self._name(index))
-            if known is None:
+            name = self._name(index)
+            known = self._young(name)
+            if known is None and (known := self._get(name)) is None:
                 try:
                     known = self._hash(index)
                 except Exception:

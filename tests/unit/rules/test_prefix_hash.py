@@ -124,6 +124,8 @@ def test_fingerprints_spread_over_all_bits():
         np.array([-1]),
         np.array([1 << 33]),
         "ab",
+        b"abcd",
+        bytearray(b"abcd"),
     ],
 )
 def test_what_is_no_token_is_refused(tokens: object):

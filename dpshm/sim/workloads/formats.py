@@ -12,6 +12,7 @@ et al., "Mooncake", FAST 2025; vLLM 0.32.
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -177,7 +178,7 @@ def csv_format(header: bytes) -> Format:
     Raises:
         UnknownFormat: it is not one.
     """
-    names = [name.strip().strip('"') for name in header.decode("utf-8", "replace").split(",")]
+    names = [name.strip() for name in _fields(header)]
     for columns in _CSV:
         if {*columns.needed, columns.time, columns.prompt, columns.output} <= set(names):
             return Format(columns.name, _csv_parser(columns, names), columns.time_unit, dated=columns.dated)
@@ -188,7 +189,7 @@ def _csv_parser(columns: _Columns, names: list[str]) -> Callable[[bytes], Line]:
     at_time, at_prompt, at_output = (names.index(n) for n in (columns.time, columns.prompt, columns.output))
 
     def parse(line: bytes) -> Line:
-        fields = line.decode("utf-8", "replace").split(",")
+        fields = _fields(line)
         if len(fields) != len(names):
             raise ValueError(
                 f"{len(fields)} column(s) where the header has {len(names)}; a file that was cut off ends so"
@@ -200,6 +201,16 @@ def _csv_parser(columns: _Columns, names: list[str]) -> Callable[[bytes], Line]:
         )
 
     return parse
+
+
+def _fields(line: bytes) -> list[str]:
+    text = line.decode("utf-8", "replace")
+    if '"' not in text:
+        return text.split(",")
+    try:
+        return next(csv.reader([text], skipinitialspace=True))
+    except csv.Error:
+        return text.split(",")  # no quotes of CSV: what reads the fields says what is wrong
 
 
 def _date(name: str, text: str) -> float:
@@ -230,7 +241,7 @@ def _tokens(name: str, text: str, least: int) -> int:
 
 
 DOCUMENTED_BLOCKS = (512, 16)
-"""Of the formats that are known, the first one first where short prompts fit both."""
+"""Of the formats that are known."""
 ENOUGH = 0.9
 """So many of the prompts must have the number of hashes that a block size gives. Prompts with images may not."""
 
@@ -238,9 +249,11 @@ ENOUGH = 0.9
 def tokens_per_hash(lines: Sequence[Line]) -> int:
     """How many prompt tokens a hash is for; 0 if the lines do not tell.
 
-    A prompt of L tokens in blocks of b has ceil(L / b) hashes, or floor(L / b) if only full blocks have one. A
-    documented size that gives the numbers of nearly all prompts is taken. Else each line allows an interval of
-    sizes, and the size is what all of them allow: the one power of two, else the one whole number.
+    A prompt of L tokens in blocks of b has ceil(L / b) hashes, or floor(L / b) if only full blocks have one. The
+    documented size that gives the numbers of the most prompts, and of nearly all, is taken. Where two sizes give
+    as many, as with prompts of at most 16 tokens, the lines do not tell. If no documented size does, each line
+    allows an interval of sizes, and the size is what all of them allow: the one power of two, else the one whole
+    number.
 
     Args:
         lines: those with hashes count.
@@ -248,11 +261,10 @@ def tokens_per_hash(lines: Sequence[Line]) -> int:
     counts = [(line.prompt_tokens, len(line.hashes)) for line in lines if line.hashes]
     if not counts:
         return 0
-    for block in DOCUMENTED_BLOCKS:
-        up = sum(-(-tokens // block) == hashes for tokens, hashes in counts)
-        down = sum(tokens // block == hashes for tokens, hashes in counts)
-        if max(up, down) >= ENOUGH * len(counts):
-            return block
+    fitting = {block: _fitting(block, counts) for block in DOCUMENTED_BLOCKS}
+    if (most_fit := max(fitting.values())) >= ENOUGH * len(counts):
+        best = [block for block, fit in fitting.items() if fit == most_fit]
+        return best[0] if len(best) == 1 else 0
     # ceil(L / b) = n means L / n <= b < L / (n - 1); floor(L / b) = n means L / (n + 1) < b <= L / n.
     up_to_down = (
         (max(-(-t // n) for t, n in counts), min(-(-t // (n - 1)) - 1 if n > 1 else t * 2 for t, n in counts)),
@@ -265,6 +277,13 @@ def tokens_per_hash(lines: Sequence[Line]) -> int:
         if least == most:
             return least
     return 0
+
+
+def _fitting(block: int, counts: Sequence[tuple[int, int]]) -> int:
+    """How many prompts have the number of hashes that this size gives."""
+    up = sum(-(-tokens // block) == hashes for tokens, hashes in counts)
+    down = sum(tokens // block == hashes for tokens, hashes in counts)
+    return max(up, down)
 
 
 def told(found: Format, sample: Sequence[Line], time_unit: str = "", block_tokens: int = 0) -> Format:

@@ -211,7 +211,9 @@ def _recognised(path: str | Path, file: BinaryIO) -> tuple[Format, Iterator[tupl
             head += line
         if known := other_json(head):
             raise UnknownFormat(known)
-        if first.startswith(b"[") or len(head) > len(first):
+        if first.startswith(b"["):
+            raise UnknownFormat("is one JSON array; a trace has one object a line: jq -c '.[]' makes that of it")
+        if len(head) > len(first):
             raise UnknownFormat("is one JSON value over several lines; a trace has one object a line")
     if first.startswith(b"{"):
         return json_format(first), chain([(number, first)], lines)

@@ -119,6 +119,42 @@ def test_hashes_that_do_not_tell_their_size(write):
     assert read_trace(write(some), Units("s")).block_tokens == 128
 
 
+def prompts(*tokens: int, per_line_s: float = 1) -> bytes:
+    """One request a second, in blocks of 16 tokens, as ``vllm bench serve`` reads them."""
+    line = '{{"timestamp": {}, "input_length": {}, "output_length": 1, "hash_ids": {}}}'
+    each = (line.format(i * per_line_s, count, [1] * -(-count // 16)) for i, count in enumerate(tokens))
+    return "\n".join(each).encode()
+
+
+def test_short_prompts_do_not_tell_their_size(write):
+    """Prompts that fit in one block of either documented size are refused, not taken for Mooncake's."""
+    path = write(prompts(10, 12, 9, 16))
+    with pytest.raises(TraceError, match="name it with --time-unit"):
+        read_trace(path)
+    assert read_trace(path, Units("s")).described == "trace, times in s"
+    assert read_trace(path, Units("s", 16)).block_tokens == 16
+
+
+def test_a_few_long_prompts_tell_the_size(write):
+    """Nearly all prompts fit both sizes here, and all of them fit 16."""
+    tokens = [10] * 95 + [900] * 5
+    with pytest.raises(TraceError, match="name it with --time-unit"):  # whole seconds, or milliseconds
+        read_trace(write(prompts(*tokens)))
+    trace = read_trace(write(prompts(*tokens, per_line_s=0.25)))
+    assert trace.described == "vLLM's timed trace, times in s, 16 tokens a hash"
+    assert trace.arrivals[-1].time_s == pytest.approx(99 / 4)
+
+
+def test_fields_in_quotes(write):
+    """A table whose fields an editor or a script has quoted is read, a comma within the quotes too."""
+    quoted = (
+        b'"TIMESTAMP", "Region, zone", "ContextTokens","GeneratedTokens"\n"2023-11-16T18:17:03Z","eu, 1","7","5"\n'
+    )
+    assert read_trace(write(quoted)).arrivals == [Arrival(0.0, 7, 5)]
+    with pytest.raises(TraceError, match=r"line 3: 1 column"):
+        read_trace(write(quoted + b'"2023-11-16T18:17:04Z,"\n'))
+
+
 def test_only_full_blocks_have_hashes(write):
     """Guards against a size that is told only where the last block of a prompt, which is not full, has a hash."""
     lines = [
@@ -170,7 +206,8 @@ CHAT = b'[{"from": "human", "value": "\\"prompt\\": hi"}, {"from": "gpt", "value
         ),
         (b'{"prompt": "hi"}\n', "is a dataset of prompts"),
         (b'{"a": 1, "b": [2]}\n', "JSON with the keys a, b, and no trace"),
-        (b"[1, 2, 3]\n", "one JSON value"),
+        (b"[1, 2, 3]\n", "is one JSON array.*jq -c"),
+        (b'{\n"a": 1\n}\n', "one JSON value over several lines"),
         (b"PK\x03\x04rest", "unzip"),
         (b"PAR1rest", "Parquet"),
     ],

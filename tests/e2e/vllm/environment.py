@@ -101,7 +101,10 @@ def with_ray() -> Path:
         if not (where / "bin" / "vllm").exists():
             subprocess.run([sys.executable, "-m", "venv", where], check=True)
             _pip(where, "install", RAY)
-            (_packages(where) / "below.pth").write_text(f"{_packages(folder())}\n")
+            upper = _packages(folder())
+            lower = upper / "below.pth"  # Python reads no .pth file of a folder that a .pth file names
+            below = lower.read_text() if lower.exists() else ""
+            (_packages(where) / "below.pth").write_text(f"{upper}\n{below}")
             _write_command(where)
     return where
 

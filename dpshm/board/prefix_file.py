@@ -15,6 +15,7 @@ from pathlib import Path
 from dpshm.board.files import NO_SPACE, why_no_space
 from dpshm.board.layout import PAGE_BYTES, WORD_BYTES
 from dpshm.errors import SegmentError, SegmentInvalid, SegmentNoSpace
+from dpshm.rules.prefix_hash import MAX_BLOCK_TOKENS
 
 MAGIC = int.from_bytes(b"DPSHMPFX", "little") & ((1 << 63) - 1)
 VERSION = 1
@@ -77,9 +78,11 @@ def make_file(path: Path, buckets: int, what: str, **values: int) -> memoryview:
             words[AT[name]] = value
         # SYNC: publication. The name appears only now; rename(2) is a system call that orders the stores above.
         draft.replace(path)
-    except OSError as e:
+    except BaseException as e:
         with suppress(OSError):
             draft.unlink()
+        if not isinstance(e, OSError):
+            raise
         if e.errno in NO_SPACE:
             raise SegmentNoSpace(why_no_space(path.parent, size, what)) from e
         raise SegmentError(f"cannot make the prefix index {path}: {e.strerror}") from e
@@ -107,6 +110,8 @@ def open_file(path: Path) -> memoryview:
         if info.st_size <= PAGE_BYTES:
             raise SegmentInvalid(f"{path} has {info.st_size} bytes: it is no prefix index. Remove it")
         words = memoryview(mmap.mmap(fd, info.st_size, access=mmap.ACCESS_READ)).cast("Q")
+    except (OSError, ValueError) as e:  # no memory for it, or the file was cut meanwhile
+        raise SegmentError(f"cannot map the prefix index {path}: {e}") from e
     finally:
         os.close(fd)
     buckets, block_tokens = int(words[AT["buckets"]]), int(words[AT["block_tokens"]])
@@ -115,7 +120,10 @@ def open_file(path: Path) -> memoryview:
     if (
         buckets & (buckets - 1)
         or info.st_size != PAGE_BYTES + buckets * BUCKET_WORDS * WORD_BYTES
-        or not 1 <= block_tokens < 1 << 31
+        or not 1 <= block_tokens <= MAX_BLOCK_TOKENS
     ):
-        raise SegmentInvalid(f"{path} has {info.st_size} bytes and its header says {buckets} buckets: remove it")
+        raise SegmentInvalid(
+            f"{path} has {info.st_size} bytes and its header says {buckets} buckets and {block_tokens} "
+            "tokens a block: remove it"
+        )
     return words

@@ -284,6 +284,10 @@ class PrefixIndexReader:
 def _checked(fingerprints: Iterable[int] | NDArray[np.uint64]) -> Sequence[int]:
     """Fingerprints as Python integers, all checked before any is used."""
     try:
+        if isinstance(fingerprints, (bytes, bytearray)):  # array() would take eight bytes for a fingerprint
+            raise TypeError(f"{type(fingerprints).__name__} holds none")
+        if isinstance(fingerprints, np.ndarray) and fingerprints.dtype.kind == "b":
+            raise TypeError("an array of bool holds none")
         given = array("Q", fingerprints.tolist() if isinstance(fingerprints, np.ndarray) else fingerprints)
         if 0 in given:
             raise ValueError("0 is the empty word")

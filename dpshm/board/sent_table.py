@@ -103,6 +103,8 @@ class SentTable:
             if info.st_size != size:
                 raise SegmentInvalid(f"{path} has {info.st_size} bytes and should have {size}: remove it")
             words = np.frombuffer(mmap.mmap(fd, size), np.uint64)
+        except (OSError, ValueError) as e:  # no memory for it, or the file was cut meanwhile
+            raise SegmentError(f"cannot map the table {path}: {e}") from e
         finally:
             os.close(fd)
         if tuple(words[:3].tolist()) != (*_HEADER, rows):

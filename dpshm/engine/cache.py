@@ -19,7 +19,7 @@ from dpshm.board.layout import CACHE_WORDS
 from dpshm.board.prefix_file import index_path
 from dpshm.board.prefix_index import PrefixIndexWriter
 from dpshm.board.words import saturate
-from dpshm.errors import SegmentError, SettingError
+from dpshm.errors import HandleClosed, SegmentError, SettingError
 from dpshm.rules.prefix_hash import PrefixHasher
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ class EngineCache:
     Attributes:
         hasher: makes the fingerprints of prompts, equal to those that front-ends look up.
         has_index: whether there is an index. Without one, `insert`, `evict` and `clear` do nothing.
+
+    All calls raise `HandleClosed` once another `open_cache` has replaced it.
     """
 
     def __init__(
@@ -68,7 +70,8 @@ class EngineCache:
         self._at_in_use = self._at["blocks_in_use"]
         self._at_indexed, self._at_dropped = self._at["indexed_blocks"], self._at["dropped_blocks"]
         self._num_blocks = num_blocks
-        self._cached_tokens = 0
+        self._cached_tokens = saturate(int(board.words[self._at_cached]))  # counts on where there was a cache
+        self._replaced = False
         self._index: PrefixIndexWriter | None = None
         incarnation = int(board.engine_incarnation[dp_rank]) << _NUMBER_BITS | number & (1 << _NUMBER_BITS) - 1
         try:
@@ -92,6 +95,7 @@ class EngineCache:
         words = self._words
         words[self._at["block_tokens"]] = block_tokens
         words[self._at["num_blocks"]] = num_blocks
+        words[self._at_in_use] = words[self._at_indexed] = words[self._at_dropped] = 0  # of the cache before
         # SYNC: publication. The file is complete before its incarnation is stored; a reader that sees the
         # incarnation opens the file by its name, a system call, and finds that incarnation in it or none.
         words[self._at["index_incarnation"]] = incarnation if self._index is not None else 0
@@ -167,12 +171,16 @@ class EngineCache:
 
     def close(self) -> None:
         """Takes the index away from front-ends. `dpshm.Engine.close` calls it."""
-        if self._segment.usable:
+        if self._segment.usable and not self._replaced:
             self._words[self._at["index_incarnation"]] = 0
-        self.release()
+        self._let_go()
 
-    def release(self) -> None:
-        """Lets go of the index; another one of this engine has taken its place."""
+    def replace(self) -> None:
+        """Another cache of this engine has taken its place: lets go of the index, and takes no further calls."""
+        self._replaced = True
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self._index is not None:
             self._index.close()
             self._index = None
@@ -180,3 +188,5 @@ class EngineCache:
     def _check(self) -> None:
         if not self._segment.usable:
             raise self._segment.why_unusable()
+        if self._replaced:
+            raise HandleClosed("this cache was replaced by a later open_cache(): use engine.cache")

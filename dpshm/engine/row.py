@@ -149,6 +149,8 @@ class EngineRow:
     ) -> EngineCache:
         """Shows front-ends what this engine has cached: makes its prefix index. A second call makes it anew.
 
+        The cache of the call before takes no further calls.
+
         Args:
             num_blocks: blocks of the KV cache. The index takes 32 to 64 bytes for each.
             block_tokens: tokens a block.
@@ -165,12 +167,12 @@ class EngineRow:
         self._check()
         made = EngineCache(
             *(self.board, self.dp_rank, index(num_blocks), index(block_tokens)),
-            identity=identity,
+            identity=None if identity is None else index(identity),
             number=self._caches_opened,
             recomputed_blocks=index(recomputed_blocks),
         )
         if self.cache is not None:
-            self.cache.release()
+            self.cache.replace()
         self._caches_opened += 1
         self.cache = made
         return made

@@ -32,7 +32,7 @@ Sources: the sum is the multilinear family of Carter and Wegman, "Universal clas
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Set
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Protocol, TypeAlias
@@ -59,6 +59,7 @@ class FingerprintList(Protocol):
 
 
 MAX_TOKEN = (1 << 32) - 1
+MAX_BLOCK_TOKENS = 4096
 _MASK = (1 << 64) - 1
 _DIGEST_BYTES = 32
 _HALF = np.array(32, np.uint64)
@@ -85,8 +86,10 @@ class PrefixHasher:
         Raises:
             SettingError: `block_tokens` is out of range.
         """
-        if not 1 <= block_tokens <= 4096:
-            raise SettingError(f"block_tokens is {block_tokens}: choose 1 to 4096, the KV cache's block size")
+        if not 1 <= block_tokens <= MAX_BLOCK_TOKENS:
+            raise SettingError(
+                f"block_tokens is {block_tokens}: choose 1 to {MAX_BLOCK_TOKENS}, the KV cache's block size"
+            )
         self.block_tokens = block_tokens
         self._secret = key.to_bytes(8, "little")
         keys = self._keys(b"token", 0, block_tokens + 1)
@@ -106,7 +109,7 @@ class PrefixHasher:
             return 0
         digest = blake2b(key=self._secret, digest_size=8)
         for salt in salts:
-            data = salt if isinstance(salt, bytes) else str(salt).encode()
+            data = salt if isinstance(salt, bytes) else str(salt).encode(errors="surrogatepass")
             digest.update(len(data).to_bytes(8, "little") + data)
         return _number(digest.digest())
 
@@ -125,9 +128,11 @@ class PrefixHasher:
         blocks = len(ids) // size
         if blocks == 0:
             return np.empty(0, np.uint64)
-        while blocks > len(self._block_keys):
-            more = self._keys(b"block", len(self._block_keys), len(self._block_keys) + _CHUNK)
-            self._block_keys = np.concatenate((self._block_keys, more))
+        # Threads share a hasher. Each works with the keys that it has seen here; all make the same ones.
+        block_keys = self._block_keys
+        if (known := len(block_keys)) < blocks:
+            more = self._keys(b"block", known, -(-blocks // _CHUNK) * _CHUNK)
+            self._block_keys = block_keys = np.concatenate((block_keys, more))
         matrix = ids[: blocks * size].reshape(blocks, size).astype(np.uint64)
         # Short arrays cost what numpy's calls cost. These are the fewest, in place, into one other array, with
         # arrays for numbers (a scalar is made an array in each call), and ufuncs instead of methods.
@@ -135,7 +140,7 @@ class PrefixHasher:
         chain += self._block_start  # a block of zeros counts, too
         high = chain >> _HALF
         _xor(chain, high, chain)
-        _multiply(chain, self._block_keys[:blocks], chain)
+        _multiply(chain, block_keys[:blocks], chain)
         _accumulate(chain, 0, None, chain)
         if start:
             chain += np.uint64(start)
@@ -265,7 +270,7 @@ def as_token_array(tokens: Tokens) -> NDArray[Any]:
             held.fromlist(tokens)  # in two thirds of the time of array("I", tokens)
             return np.frombuffer(held, np.uintc) if held else np.empty(0, np.uintc)
         ids = tokens if type(tokens) is np.ndarray else np.asarray(_as_buffer(tokens))
-    except (TypeError, ValueError, OverflowError) as e:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as e:  # RuntimeError: the list changed
         raise SettingError(f"token ids must be integers from 0 to {MAX_TOKEN}: {e}") from None
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise SettingError(f"token ids must be a one-dimensional array of integers, not {ids.dtype} {ids.shape}")
@@ -279,6 +284,8 @@ def _as_buffer(tokens: Any) -> Any:
     """The tokens themselves if they are an array or a buffer, else an array of them."""
     if isinstance(tokens, (bytes, bytearray, str)):  # of a bytearray, array() would take four bytes for a token
         raise TypeError(f"{type(tokens).__name__} holds no token ids")
+    if isinstance(tokens, (Set, Mapping)):
+        raise TypeError(f"{type(tokens).__name__} has them in no order")
     if isinstance(tokens, (array, memoryview)) or hasattr(tokens, "__array_interface__"):
         return tokens
     return array("I", tokens)

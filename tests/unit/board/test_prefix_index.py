@@ -200,6 +200,25 @@ def test_what_is_no_fingerprint_changes_nothing(folder: Path, call: str, wrong: 
     assert writer._words.tolist() == before
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(5, "ab", bytes(range(1, 9)), bytearray(range(1, 9)), np.array([True, True])),
+        *(np.ones((2, 2), np.uint64), np.array([1.0]), np.array(1, np.uint64), np.array([1, None])),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("call", ["insert", "evict"])
+def test_what_holds_no_fingerprints_changes_nothing(folder: Path, call: str, wrong: object):
+    """Guards against numbers that are made of other things, and are in the index for ever."""
+    writer = make(folder)
+    writer.insert([1, 2])
+    before = writer._words.tolist()
+    with pytest.raises(SettingError, match="fingerprints are integers"):
+        getattr(writer, call)(wrong)
+    assert writer._words.tolist() == before
+
+
 def test_only_the_owner_may_read(folder: Path):
     """Guards against an index that tells other users which prompts were seen, whatever the umask."""
     before = os.umask(0)
@@ -279,11 +298,11 @@ def damage(path: Path, at: int, value: int) -> None:
     ("at", "value", "says"),
     [
         *((0, 1, "version 1"), (1, 2, "version 1"), (3, 3, "buckets"), (3, 1 << 40, "buckets")),
-        *((3, 0, "buckets"), (4, 0, "buckets"), (4, 1 << 40, "buckets")),
+        *((3, 0, "buckets"), (4, 0, "0 tokens a block"), (4, 4097, "4097 tokens a block")),
     ],
 )
 def test_a_damaged_header_is_refused(folder: Path, at: int, value: int, says: str):
-    """Guards against a reader that runs past the end of the file."""
+    """Guards against a reader that runs past the end of the file, and blocks that no hasher makes."""
     make(folder)
     path = index_path(folder, 0)
     damage(path, at, value)

@@ -12,7 +12,7 @@ from array import array
 import numpy as np
 import pytest
 
-from dpshm import Coordinator, Engine, Frontend, NoEngineAvailable, SettingError
+from dpshm import Coordinator, Engine, Frontend, HandleClosed, NoEngineAvailable, SettingError
 from dpshm.board.prefix_file import index_path
 from dpshm.board.sent_table import sent_path
 from dpshm.frontend.prefix_reader import PrefixReader
@@ -197,6 +197,53 @@ def test_a_new_index_is_found(engines, group, using):
     assert frontend.cached(PROMPT)[0] == 48
 
 
+def test_a_cache_that_was_replaced_changes_nothing(engines, group, board, using):
+    """Guards against an engine that goes on with its first cache, and hides or falsifies the second."""
+    first, second = engines[0].cache, engines[0].open_cache(200, block_tokens=BLOCK)
+    assert engines[0].cache is second
+    insert(engines[0], PROMPT)
+    second.show(blocks_in_use=9)
+    words = board.cache_state[0].tolist()
+    calls = (
+        *(lambda: first.insert([5]), lambda: first.evict([5]), first.clear),
+        *(lambda: first.found(1), lambda: first.show(blocks_in_use=3)),
+    )
+    for call in calls:
+        with pytest.raises(HandleClosed, match=r"use engine\.cache"):
+            call()
+    first.close()
+    assert board.cache_state[0].tolist() == words
+    assert using(Frontend.attach(group)).cached(PROMPT)[0] == 96
+
+
+def test_a_new_cache_is_empty_and_its_engine_counts_on(engines, board):
+    """Guards against a cache that seems full when it is made, and a counter that falls while its engine lives."""
+    insert(engines[0], PROMPT)
+    engines[0].cache.found(10)
+    engines[0].cache.show(blocks_in_use=9)
+    cache = engines[0].open_cache(200)
+    shown = board.snapshot()[0]
+    assert (shown["blocks_in_use"], shown["indexed_blocks"], shown["cached_tokens"]) == (0, 0, 10)
+    cache.found(1)
+    assert board.snapshot()[0]["cached_tokens"] == 11
+
+
+def test_a_front_end_without_memory_for_an_index_routes(board, group, using):
+    """Guards against requests that fail because their front-end may map no more memory."""
+    engine, remote = using(Engine.attach(group, 0)), using(Remote())
+    remote.run("frontend = Frontend.attach(group); frontend.route(prompt=range(100)).done()", group=group)
+    assert engine.open_cache(1 << 20).has_index  # 32 MiB
+    insert(engine, PROMPT)
+    code = (
+        "import resource\nused = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), resource.RLIM_INFINITY))\n"
+        "frontend._decisions.next_refresh_ns = 0\n"
+        "route = frontend.route(prompt=range(1000, 1100))"
+    )
+    remote.run(code)
+    assert remote.eval("(route.cached_tokens, route.prompt_tokens)") == (0, 100)
+
+
 def test_a_rank_that_leaves_takes_its_index_along(engines, group, board, using):
     """Guards against hits on a rank that has just started, with an empty cache."""
     frontend = using(Frontend.attach(group))
@@ -317,6 +364,8 @@ def test_the_index_of_another_user_is_left_alone(engines, group, board, using, c
         (lambda engine: engine.open_cache(10, identity=-1), "identity is -1"),
         (lambda engine: engine.open_cache(10, identity=1 << 63), "identity is 9223372036854775808"),
         (lambda engine: engine.open_cache(10, recomputed_blocks=1 << 70), "recomputed_blocks is"),
+        (lambda engine: engine.open_cache(10, identity=1.0), "float"),
+        (lambda engine: engine.cache.insert(b"12345678"), "bytes holds none"),
         (lambda engine: engine.cache.show(blocks_in_use=-1), "blocks_in_use is -1: the cache has 100 blocks"),
         (lambda engine: engine.cache.show(blocks_in_use=101), "blocks_in_use is 101"),
         (lambda engine: engine.cache.found(-1), "cached_tokens is -1"),
@@ -328,7 +377,7 @@ def test_what_cannot_be_changes_nothing(engines, group, board, using, call, says
     engines[0].cache.found(7)
     engines[0].cache.show(blocks_in_use=5)
     files, words = sorted(board.segment.sockets_path.iterdir()), board.cache_state[0].tolist()
-    with pytest.raises(SettingError, match=says):
+    with pytest.raises((SettingError, TypeError), match=says):
         call(engines[0])
     assert sorted(board.segment.sockets_path.iterdir()) == files
     assert board.cache_state[0].tolist() == words

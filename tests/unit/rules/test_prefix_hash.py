@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -87,6 +88,29 @@ def test_salt_key_and_block_size_make_other_fingerprints():
     assert all(0 <= h.identity < 1 << 63 for h in hashers)
 
 
+def test_any_text_is_a_salt():
+    """Guards against a request that fails because of the name of its adapter: bytes that are no UTF-8."""
+    hasher = PrefixHasher(16, KEY)
+    assert len({hasher.start(name) for name in ("\udcff", "\udcfe", "?", "")}) == 4
+
+
+def test_threads_that_hash_long_prompts_at_once_make_the_same():
+    """Guards against keys of one thread in the places of another's, which would be so for ever."""
+    prompt = np.arange(9000, dtype=np.uint32)
+    expected = PrefixHasher(1, KEY).fingerprints(prompt)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(5):
+                hasher = PrefixHasher(1, KEY)
+                lengths = [1500, 3000, 4500, 6000, 7500, 9000] * 2
+                list(pool.map(lambda n, h=hasher: h.fingerprints(prompt[:n]), lengths))
+                assert (hasher.fingerprints(prompt) == expected).all()
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_blocks_of_zeros_count():
     """Guards against a prompt that seems to be held as far as zeros follow what is held."""
     found = PrefixHasher(4, KEY).fingerprints([7, 7, 7, 7, *[0] * 40])
@@ -112,6 +136,24 @@ def test_fingerprints_spread_over_all_bits():
     assert len(np.unique(words)) == 20_000
 
 
+class _Grows:
+    """Read as a token id, makes the list longer in which it is."""
+
+    def __init__(self, tokens: list[object]) -> None:
+        self._tokens = tokens
+        tokens.append(self)
+
+    def __index__(self) -> int:
+        self._tokens.append(1)
+        return 7
+
+
+def _growing() -> list[object]:
+    tokens: list[object] = [1, 2]
+    _Grows(tokens)
+    return tokens
+
+
 @pytest.mark.parametrize(
     "tokens",
     [
@@ -126,6 +168,11 @@ def test_fingerprints_spread_over_all_bits():
         "ab",
         b"abcd",
         bytearray(b"abcd"),
+        {1, 2},
+        {1: 2},
+        np.array([True]),
+        memoryview(np.zeros((2, 2), np.uint32)),
+        _growing(),
     ],
 )
 def test_what_is_no_token_is_refused(tokens: object):

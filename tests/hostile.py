@@ -21,7 +21,7 @@ from dpshm.net import wire
 from dpshm.net.wire import encode_scale
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
-from tests.support import polled, verdict, wait_until
+from tests.support import TIMEOUT_S, polled, verdict, wait_until
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 TAKEN_S = 2.0
@@ -45,7 +45,7 @@ def dial(address: str, kind: bytes | None) -> socket.socket:
     else:
         host, _, port = where.rpartition(":")
         s = socket.create_connection((host, int(port)))
-    s.settimeout(TAKEN_S)
+    s.settimeout(TIMEOUT_S)
     if kind is not None:
         s.sendall(GREETING)
         got = b""
@@ -53,6 +53,7 @@ def dial(address: str, kind: bytes | None) -> socket.socket:
             got += s.recv(len(GREETING) - len(got))
         s.sendall(frame(b"\x05READY\x0bSocket-Type" + struct.pack(">I", len(kind)) + kind, command=True))
         s.recv(4096)
+    s.settimeout(TAKEN_S)
     return s
 
 

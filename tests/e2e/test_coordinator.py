@@ -18,7 +18,7 @@ import pytest
 from dpshm import Engine, Frontend
 from dpshm.board.files import segment_path
 from tests.e2e.load import environment, run
-from tests.support import leftovers, wait_until
+from tests.support import TIMEOUT_S, leftovers, wait_until
 
 
 class Service:
@@ -28,7 +28,7 @@ class Service:
         self.notices = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         address = folder / "notify"
         self.notices.bind(str(address))
-        self.notices.settimeout(20)
+        self.notices.settimeout(TIMEOUT_S)
         self.log = folder / "log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -48,7 +48,7 @@ class Service:
 
     def end(self, signum: int = signal.SIGTERM) -> int:
         self.process.send_signal(signum)
-        return self.process.wait(20)
+        return self.process.wait(TIMEOUT_S)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from queue import Queue
 import pytest
 
 from tests.e2e.load import LoadedGroup, environment, run, stat
-from tests.support import Popen, wait_until
+from tests.support import TIMEOUT_S, Popen, wait_until
 
 
 @pytest.mark.slow
@@ -40,9 +40,9 @@ def test_what_happens_is_told_as_it_happens_and_afterwards(group):
             loaded.start_engine(1)
             live = []
             while not live or live[-1]["kind"] != "rank_joined":
-                live.append(json.loads(lines.get(timeout=30)))
+                live.append(json.loads(lines.get(timeout=TIMEOUT_S)))
             follower.send_signal(signal.SIGINT)
-            assert follower.wait(20) == 130
+            assert follower.wait(TIMEOUT_S) == 130
         later = run("events", "--json", "--no-follow", "-g", group, "--history", "256").stdout.splitlines()
         text = run("events", "--no-follow", "-g", group, "--history", "256").stdout
         assert len(run("events", "--no-follow", "-g", group, "--history", "1").stdout.splitlines()) == 1

@@ -77,7 +77,7 @@ def subscribed(address):
 
 def heard(socket):
     """The next message."""
-    assert socket.poll(20_000), "nothing was published"
+    assert socket.poll(60_000), "nothing was published"
     topic, payload = socket.recv_multipart()
     return topic, json.loads(payload)
 
@@ -89,7 +89,7 @@ def test_loads_over_http_are_those_of_the_moment(loaded, group):
     try:
 
         def ask():
-            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
             connection.request("GET", "/loads")
             answer = connection.getresponse()
             assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json")
@@ -125,7 +125,7 @@ def test_the_command_publishes(loaded, group, using):
         loaded[0].publish(waiting=0, running=1)
         wait_until(lambda: heard(socket)[1]["ranks"][0]["requests"] == 2)
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
 
 
 def test_a_group_that_ends_and_starts_again_is_followed(group, using):

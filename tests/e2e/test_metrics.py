@@ -22,12 +22,12 @@ from dpshm.ops.web import Server
 from dpshm.rules import liveness
 from dpshm.version import __version__
 from tests.e2e.load import LoadedGroup, run, stat
-from tests.support import HOUR_NS, Remote, StockFrontend, wait_until
+from tests.support import HOUR_NS, TIMEOUT_S, Remote, StockFrontend, wait_until
 
 
 def scrape(address: tuple[str, int]) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
     """The samples by name and labels, through prometheus-client's own parser; names are checked on the way."""
-    with urllib.request.urlopen(f"http://{address[0]}:{address[1]}/metrics", timeout=20) as answer:
+    with urllib.request.urlopen(f"http://{address[0]}:{address[1]}/metrics", timeout=TIMEOUT_S) as answer:
         text = answer.read().decode()
     samples: dict[str, Any] = {}
     for family in text_string_to_metric_families(text):

@@ -86,13 +86,10 @@ def test_waves_include_everybody(group, using):
 
     def everybody_runs(wave, exclude):
         for engine in stock:
-            assert wire.decode_start(engine.heard()[1]) == wire.StartMessage(wave, exclude)
+            assert start_heard(engine, wave) == wire.StartMessage(wave, exclude)
         wait_until(lambda: polled(ours))
         wait_until(lambda: (coordinator.board.wave, coordinator.board.phase) == (wave, Phase.RUNNING))
         assert stock_frontend.wait_for(lambda state: state.running).wave == wave
-        while any(engine.input.poll(20) for engine in stock):
-            for engine in stock:
-                engine.input.poll(0) and engine.input.recv_multipart()
 
     def everybody_pauses(wave):
         for engine in ours:
@@ -311,11 +308,14 @@ def test_the_last_report_of_an_engine_that_left_proves_nothing(group, using):
     wait_until(lambda: verdict(coordinator.board, 0) is Verdict.ABSENT)
 
 
-def start_heard(engine):
-    """The next START, past any READY."""
-    while (frames := engine.heard())[0] != wire.START_FRAME:
-        assert frames == [wire.READY]
-    return wire.decode_start(frames[1])
+def start_heard(engine, wave=0):
+    """The next START, past any READY, and past those that a busy machine had repeated in the waves before."""
+    while True:
+        frames = engine.heard()
+        if frames[0] != wire.START_FRAME:
+            assert frames == [wire.READY]
+        elif (start := wire.decode_start(frames[1])).wave >= wave:
+            return start
 
 
 def test_stock_ranks_that_reconnect_late_get_the_present_wave(group, using):

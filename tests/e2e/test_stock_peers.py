@@ -141,12 +141,11 @@ def test_counts_come_at_the_interval(group, using):
     engine = using(StockEngine(coordinator.engine_addresses, 0))
     frontend = using(StockFrontend(coordinator.stats_publish_address))
     frontend.heard()
-    times = []
+    began = time.monotonic()
     for i in range(1, 5):
         engine.send(stats(0, i, i))
         frontend.wait_for(lambda state, i=i: numbers(state) == [(i, i, 0.0)])
-        times.append(time.monotonic())
-    assert times[-1] - times[0] >= 3 * 0.15 - 0.05  # one may come late and the next in time
+    assert time.monotonic() - began >= 3 * 0.15  # the first may come at once
 
 
 def test_ready_comes_again_for_a_late_engine(group, using):

@@ -44,7 +44,7 @@ class Terminal:
             return text if all(part in text for part in parts) and without not in text else ""
 
         try:
-            return wait_until(as_wanted, 15)
+            return wait_until(as_wanted)
         except AssertionError:
             pytest.fail(f"no {parts} without {without!r} on this screen:\n{self.screen()}")
 

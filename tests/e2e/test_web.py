@@ -20,7 +20,7 @@ from dpshm import Coordinator, Engine, Frontend, SettingError
 from dpshm.ops.web import PAGE, Server
 from tests.e2e.browser import CHROMIUM, Browser
 from tests.e2e.load import LoadedGroup, environment, run, stat
-from tests.support import Popen, wait_until
+from tests.support import TIMEOUT_S, Popen, wait_until
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
@@ -50,7 +50,7 @@ def serve(group, coordinator):
 
 def ask(server: Server, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], str]:
     """Status, headers and body of one request; header names have _ for -."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=TIMEOUT_S)
     try:
         connection.request(method, path, headers={k.replace("_", "-"): v for k, v in headers.items()})
         answer = connection.getresponse()
@@ -61,7 +61,7 @@ def ask(server: Server, path: str, method: str = "GET", **headers: str) -> tuple
 
 def told(server: Server, path: str = "/stream") -> Iterator[tuple[str, Any]]:
     """What the stream tells: kind and data."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=TIMEOUT_S)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
@@ -175,12 +175,12 @@ def test_the_command(group, coordinator):
             line = process.stderr.readline()
             port = int(re.search(r":(\d+)/", line)[1])
             token = re.search(r"\?token=(\S+)", line)
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
             connection.request("GET", "/" + (token[0] if token else ""))
             assert f"<title>{group} - dpshm</title>" in connection.getresponse().read().decode()
             connection.close()
             process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 130
+            assert process.wait(TIMEOUT_S) == 130
             assert process.stderr.read() == ""
         tokens.add(token[1] if token else None)
     assert len(tokens) == 3

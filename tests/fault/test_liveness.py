@@ -131,7 +131,7 @@ def test_an_engine_wedged_in_a_step_is_skipped_until_it_moves(coordinator, group
     publish_forever(remotes[1], running=1)
     remotes[0].begin("with engine.step(batch=1):\n    while not told(): time.sleep(0.01)")
     wait_until(lambda: verdict(coordinator.board, 0) is Verdict.STALLED)
-    assert verdict(coordinator.board, 1) is Verdict.ALIVE
+    wait_until(lambda: verdict(coordinator.board, 1) is Verdict.ALIVE)  # a busy machine may hold it up for 0.3 s
     wait_until(lambda: chosen(frontend) == {1})
     remotes[0].run("engine.publish(waiting=0, running=0)")  # told: the step ends
     wait_until(lambda: verdict(coordinator.board, 0) is Verdict.ALIVE)

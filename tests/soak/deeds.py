@@ -85,13 +85,23 @@ class Deeds:
         if time.monotonic() < self._next_coordinator:
             return
         self._next_coordinator = time.monotonic() + COORDINATOR_INTERVAL_S / 2
-        if not self._group.counts["coordinators killed"]:  # a short soak has few deeds: this one is never missing
-            self._replace()
-            return
         deeds: tuple[Callable[[], None], ...] = (
             self._replace, self._race, self._stop, self._remove_sockets, self._rubbish, self._wake, self._drain,
         )  # fmt: skip
         self._lots.choices(deeds, (4, 2, 2, 1, 2, 2, 2))[0]()
+
+    def never_missing(self) -> None:
+        """Kills one of each kind of which none was killed: on a slow machine a short soak has few deeds."""
+        counts = self._group.counts
+        for members in (self._group.engines, self._group.frontends):
+            killed = sum(counts[f"{role}s killed"] for role in {member.role for member in members})
+            member = next(m for m in members if not m.untouched)
+            if not killed:
+                if member.remote is None:
+                    self._group.start(member)
+                self._kill(member)
+        if not counts["coordinators killed"]:
+            self._replace()
 
     def _replace(self) -> None:
         self._group.kill_coordinator()

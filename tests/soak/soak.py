@@ -121,6 +121,8 @@ class Soak:
                 next_progress = time.monotonic() + PROGRESS_S
                 self._say(self._line(number))
             time.sleep(self._lots.random() * 2 * DEED_INTERVAL_S)
+        if number == 0:
+            self._deeds.never_missing()
         self._group.restore()
         self._deeds.restore()
         time.sleep(CALM_S)

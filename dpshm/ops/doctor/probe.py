@@ -15,7 +15,7 @@ from dpshm.net.context import Socket, context
 from dpshm.net.keys import ClientKeys, connect
 from dpshm.net.wire import decode_state
 
-TIMEOUT_S = 1.0
+TIMEOUT_S = 3.0
 SIGNATURE_BYTES = 10
 """A ZMTP peer sends 0xFF, eight bytes and 0x7F at once (ZMTP 3.1, section 3)."""
 

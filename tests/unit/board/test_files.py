@@ -123,7 +123,7 @@ def test_a_fifo_is_refused_without_waiting_for_its_other_end(folder: Path, reado
     code = f"from dpshm.board.segment import Segment; Segment.attach('g', readonly={readonly})"
     env = {**ENV, "DPSHM_DIR": str(folder)}
     python = [sys.executable, "-c", code]
-    done = subprocess.run(python, env=env, capture_output=True, text=True, check=False, timeout=10)
+    done = subprocess.run(python, env=env, capture_output=True, text=True, check=False, timeout=60)
     assert "SegmentInvalid" in done.stderr
     assert "not a regular file" in done.stderr
 

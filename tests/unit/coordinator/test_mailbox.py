@@ -133,7 +133,7 @@ def test_close_refuses_the_calls_that_wait(mailbox):
     poller.register(mailbox.fd, select.POLLIN)
     poller.poll()  # the call is in the queue
     mailbox.close()
-    caller.join(20)
+    caller.join(60)
     assert len(errors) == 1
 
 

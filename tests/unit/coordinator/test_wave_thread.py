@@ -306,7 +306,7 @@ def test_the_newest_counts_are_published_although_the_step_before_changed_nothin
             engine.report(*counts, step=step)
         time.sleep(0.02)
     frontend.wait_for(lambda state: numbers(state) == [(0, 4, 0.0)] * 2)
-    assert numbers(frontend.heard_state()) == [(0, 0, 0.0)] * 2
+    frontend.wait_for(lambda state: numbers(state) == [(0, 0, 0.0)] * 2)  # within 60 s, the refresh
 
 
 @pytest.mark.slow
@@ -314,15 +314,16 @@ def test_counts_never_mix_two_steps(group, using):
     """Guards against counts of which some ranks' are a step newer: uneven where the ranks are even.
 
     Lockstep ranks report their steps one after the other. All of them report the step's number here, and take a
-    quarter of an interval for it. Steps that this machine held up for longer do not count.
+    quarter of an interval for it. Steps that this machine held up for longer, on either side, do not count.
     """
-    interval_s = 0.02
-    coordinator = using(Coordinator(group=group, dp_size=4, stats_interval_ms=20))
+    interval_s = 0.04
+    coordinator = using(Coordinator(group=group, dp_size=4, stats_interval_ms=40))
     (engine, *_) = greeted(using, coordinator, 4)
     frontend = using(StockFrontend(coordinator.stats_publish_address))
     steps = 40
     held_up = {0}  # before the first step there is none to publish
     ended = threading.Event()
+    received = counter(coordinator, "messages_received")
 
     def report():
         rng = random.Random(1)
@@ -332,6 +333,7 @@ def test_counts_never_mix_two_steps(group, using):
                 stats = wire.SchedulerStats(1000 + step, step, step, 0, 0.0)
                 engine.send(encode_stats(dp_rank, stats, timestamp=0.0))  # one socket keeps them in order
                 time.sleep(interval_s / 12)
+            wait_until(lambda step=step: counter(coordinator, "messages_received") >= received + 4 * step)
             if time.monotonic() - began > interval_s / 2:
                 held_up.update((step - 1, step, step + 1))
             time.sleep(rng.choice([0.0, 0.9, 1.2]) * interval_s)
@@ -546,7 +548,7 @@ def test_a_scribbled_counter_does_not_end_it(coordinator, stock, using, name):
     stock[0].send(b"\xc1")
     frontend.send(wire.encode_first_request(1, 0))
     for engine in stock:
-        assert engine.heard(3.0) == wire.encode_start(0, None)
+        assert engine.heard() == wire.encode_start(0, None)
     assert coordinator._wave.is_alive()
 
 

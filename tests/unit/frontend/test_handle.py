@@ -32,7 +32,16 @@ from dpshm.frontend.view_reader import ViewReader
 from dpshm.policies import NAMES, LeastWork
 from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import Phase
-from tests.support import LoneBoard, Remote, count_fds, count_threads, frontend_verdict, gone, wait_until
+from tests.support import (
+    TIMEOUT_S,
+    LoneBoard,
+    Remote,
+    count_fds,
+    count_threads,
+    frontend_verdict,
+    gone,
+    wait_until,
+)
 
 
 @pytest.fixture
@@ -552,7 +561,7 @@ def test_a_request_that_ends_inside_route(board, group):
     Stream(frontend.route(5))
     routing = threading.Thread(target=frontend.route, daemon=True)
     routing.start()
-    routing.join(3.0)
+    routing.join(TIMEOUT_S)
     assert not routing.is_alive()
     assert ended == [0]
     frontend.close()

@@ -144,7 +144,7 @@ def test_a_finalizer_never_waits_for_the_lock(board, group, using):
 
     def policy(view, request):
         ends.set()
-        assert goes_on.wait(10)
+        assert goes_on.wait(60)
         return 1
 
     frontend = using(Frontend.attach(group, policy=policy))
@@ -152,11 +152,11 @@ def test_a_finalizer_never_waits_for_the_lock(board, group, using):
     routes = []
     routing = threading.Thread(target=lambda: routes.append(frontend.route(6)), daemon=True)
     routing.start()
-    assert ends.wait(10)
+    assert ends.wait(60)
     forgotten.clear()  # in this thread, while the other one has the lock
     assert booked(board) == (1, 5)
     goes_on.set()
-    routing.join(10)
+    routing.join(60)
     assert booked(board) == (0, 0)  # the thread that had the lock has settled it
     assert [route.dp_rank for route in routes] == [1]
 

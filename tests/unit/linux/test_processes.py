@@ -18,7 +18,7 @@ from dpshm.linux import processes
 from dpshm.linux.processes import Life
 
 PACKAGE_ROOT = Path(dpshm.__file__).parents[1]
-TIMEOUT_S = 20
+TIMEOUT_S = 60
 
 
 @contextmanager
@@ -128,22 +128,29 @@ os.kill(os.getpid(), signal.SIGSEGV)
 
 
 def test_a_process_of_which_a_core_dump_is_written_does_not_live(tmp_path, monkeypatch):
-    """Guards against a crashed engine that is routed to for as long as its memory is written to a disk."""
+    """Guards against a crashed engine that is routed to for as long as its memory is written to a disk.
+
+    On a busy machine the dump may be written before this test looks, so several are tried.
+    """
     monkeypatch.chdir(tmp_path)
-    with child(CRASHES) as process:
-        started, seen = processes.start_time(process.pid), set()
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-        while (life := processes.life_of(process.pid, started)) is not Life.GONE:
-            exits = processes._flags_and_start(f"/proc/{process.pid}/stat")[0] & processes.PF_EXITING
-            seen.add((life, bool(exits)))
-            if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
-                break
-        status = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    if status is None or status.si_code != os.CLD_DUMPED:
-        pytest.skip("this machine writes no core dumps")
-    assert (Life.EXITS, False) in seen  # ended, and it does not exit yet
+    seen = set()
+    for _ in range(20):
+        with child(CRASHES) as process:
+            started = processes.start_time(process.pid)
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            while (life := processes.life_of(process.pid, started)) is not Life.GONE:
+                exits = processes._flags_and_start(f"/proc/{process.pid}/stat")[0] & processes.PF_EXITING
+                seen.add((life, bool(exits)))
+                if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
+                    break
+            status = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        if status is None or status.si_code != os.CLD_DUMPED:
+            pytest.skip("this machine writes no core dumps")
+        if (Life.EXITS, False) in seen:  # ended, and it does not exit yet
+            return
+    raise AssertionError(f"never seen while its core dump was written: {seen}")
 
 
 def test_a_process_that_cannot_read_calls_no_other_dead():

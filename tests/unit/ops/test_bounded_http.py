@@ -49,11 +49,11 @@ class Server(BoundedServer):
 
     def connect(self) -> socket.socket:
         """A connection that says nothing."""
-        return socket.create_connection(("127.0.0.1", self.server_port), timeout=30)
+        return socket.create_connection(("127.0.0.1", self.server_port), timeout=60)
 
     def get(self, path: str = "/") -> bytes:
         """An answer."""
-        with closing(http.client.HTTPConnection("127.0.0.1", self.server_port, timeout=30)) as client:
+        with closing(http.client.HTTPConnection("127.0.0.1", self.server_port, timeout=60)) as client:
             client.request("GET", path)
             return client.getresponse().read()
 
@@ -112,12 +112,12 @@ def test_a_request_that_comes_in_slowly(server, monkeypatch):
 
 def test_connections_that_are_served_are_not_ended(server, monkeypatch):
     """Guards against a client that takes the place of one that is being answered."""
-    monkeypatch.setattr(bounded_http, "REQUEST_TIMEOUT_S", 0.1)
     answers: list[bytes] = []
     threads = [threading.Thread(target=lambda: answers.append(server.get("/wait"))) for _ in range(MAX)]
     for thread in threads:
         thread.start()
     wait_until(lambda: server.open() == MAX and not server._waiting)
+    monkeypatch.setattr(bounded_http, "REQUEST_TIMEOUT_S", 0.1)
     with closing(server.connect()) as one_more:
         assert ended(one_more)
     server.let_go.set()

@@ -128,7 +128,7 @@ def run(away, *until):
             await away.look()
             await asyncio.sleep(0.01)
 
-    asyncio.run(asyncio.wait_for(looking(), 30))
+    asyncio.run(asyncio.wait_for(looking(), 60))
 
 
 def test_what_a_dead_rank_had_fails_and_the_rest_goes_on(group, board, client, using):
@@ -252,7 +252,7 @@ def test_a_call_to_a_rank_that_dies_fails(group, board, client, using):
         with pytest.raises(GracefulHTTPError, match="died and is not back"):
             await call("pause", engine=ENGINES[1])
 
-    asyncio.run(asyncio.wait_for(calling(), 30))
+    asyncio.run(asyncio.wait_for(calling(), 60))
 
 
 def test_an_api_server_sends_nothing_to_a_rank_that_is_away(make_client, board_of_lockstep):

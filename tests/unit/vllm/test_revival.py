@@ -122,7 +122,7 @@ def test_a_rank_that_does_not_start_stays_away_and_the_last_one_ends_the_server(
     assert log("rank 1 did not start again") == 5
     assert not launcher.manager.manager_stopped.is_set()
     os.kill(int(board.engine_pid[0]), signal.SIGKILL)
-    launcher.thread.join(30)
+    launcher.thread.join(60)
     assert launcher.manager.manager_stopped.is_set()
     assert launcher.manager.failed_proc_name is not None
 
@@ -141,7 +141,7 @@ def test_where_a_rank_is_needed_the_server_ends_and_says_why(launch, log, starte
     launcher, board = launch(**started, **options)
     assert isinstance(vars(launcher.manager)[KEEPER], Keeper) == ("api_servers" in started)
     os.kill(int(board.engine_pid[1]), signal.SIGKILL)
-    launcher.thread.join(30)
+    launcher.thread.join(60)
     assert launcher.manager.failed_proc_name == "EngineCore_DP1"
     assert log(why) == 1
 
@@ -150,7 +150,7 @@ def test_a_rank_that_ends_in_good_order_ends_the_server(launch, log):
     """Guards against ranks that are started again while their server ends: all got the same signal."""
     launcher, board = launch()
     os.kill(int(board.engine_pid[1]), signal.SIGTERM)
-    launcher.thread.join(30)
+    launcher.thread.join(60)
     assert launcher.manager.manager_stopped.is_set()
     assert launcher.manager.failed_proc_name is None
     assert log("it ended in good order") == 1

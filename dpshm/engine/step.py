@@ -10,7 +10,7 @@ import time
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from dpshm.policies.step_model import StepModel
+from dpshm.policies.step_model import HELD_TOKENS, StepModel
 
 
 class StepOffsets(NamedTuple):
@@ -65,9 +65,11 @@ class StepTimer:
         words[at + 3] = counters[3] = counters[3] + prefill_tokens
         words[at + 4] = counters[4] = counters[4] + batch
         words[self._at_step_start] = 0
-        self._model.end(duration_ns, prefill_tokens, batch, self._held_at_start, int(self.held_tokens))
-        self._store_model()
-        self.unreported = True
+        model = self._model
+        model.end(duration_ns, prefill_tokens, batch, self._held_at_start, int(self.held_tokens))
+        words, at = self._words, self._at_model
+        words[at], words[at + 1], words[at + 2] = model.words[:3]
+        self.unreported = True  # what the model has learnt is stored then
 
     def forget(self) -> None:
         """Call it instead of the exit if the step computed nothing: it is not counted."""
@@ -79,14 +81,14 @@ class StepTimer:
         self._model.finished(requests)
 
     def report(self, waiting: int, running: int, prefill_backlog: int) -> None:
-        """Tells the step model what the last step left: the load that the engine publishes first after it."""
-        self.unreported = False
-        self._model.after_step(waiting, running, prefill_backlog)
-        self._store_model()
+        """Tells the step model what the last step left: the load that the engine publishes first after it.
 
-    def _store_model(self) -> None:
+        Stores what the model has learnt by then.
+        """
+        self.unreported = False
         words, at, model = self._words, self._at_model, self._model.words
-        words[at], words[at + 1], words[at + 2] = model[:3]
+        self._model.after_step(waiting, running, prefill_backlog)
+        words[at + 2] = model[HELD_TOKENS]
         if (learnt := model[3:]) != self._learnt:  # most steps teach nothing new
             self._learnt = learnt
             for i, value in enumerate(learnt, at + 3):

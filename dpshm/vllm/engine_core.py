@@ -48,6 +48,9 @@ from dpshm.vllm.prefix_cache import PrefixCache
 
 _ALONE = "_dpshm_alone"
 """The attribute of a core that has a row, and no waves: it may die without the others."""
+SHOW_CACHE_EVERY = 8
+"""Steps between two looks of a busy engine at how full its cache and its index are. People read that, and no
+decision; an engine that is idle or was told something looks at once."""
 REFUSALS = ("_handle_request_preproc_error", "_handle_request_validation_error", "_handle_mm_cache_miss")
 """The methods with which vLLM's input thread refuses a request; older ones lack the second (up to
 0.32) or the third."""
@@ -163,14 +166,16 @@ class EngineLink:
         self._seen_frontends = -1
         self._refused: deque[tuple[int, str, int]] = deque()  # (client, request, tokens), from the input thread
         self._steps = 0
+        self._timer = row.step()  # the same object for all steps
         self._step: StepTimer | None = None
         self._counts: tuple[int, int] | None = None  # (running, waiting) after a step, until a message comes
         self._is_changed = False  # a message was handled since the last publish
-        self._is_cache_changed = True  # a step was made since, or a message handled that does more than add
+        self._is_more_changed = True  # a step was made since, or a message handled that does more than add
         self._usage = 0.0  # of the KV cache, as published
         self._lockstep = hasattr(core, "current_wave")
         self._shown_wave: tuple[int, bool] = 0, False
         self._shown_state: tuple[int, bool, bool] | None = None
+        self._shown_running = False
         engine = import_module("vllm.v1.engine")
         types, self._preempted = engine.EngineCoreRequestType, engine.EngineCoreEventType.PREEMPTED
         self._add, self._wakeup, self._start_wave = types.ADD, types.WAKEUP, types.START_DP_WAVE
@@ -222,7 +227,7 @@ class EngineLink:
 
         def _process_engine_step() -> Any:
             result = process_engine_step()
-            self._is_cache_changed = True
+            self._is_more_changed = True
             self._safely(self._publish)
             return result
 
@@ -253,7 +258,7 @@ class EngineLink:
                 self._safely(self._count_received, request[0])
             result = stock(request_type, request)
             self._is_changed, self._counts = True, None
-            self._is_cache_changed = self._is_cache_changed or not is_added
+            self._is_more_changed = self._is_more_changed or not is_added
             self._safely(self._handled, request_type, request, asleep)
             return result
 
@@ -315,18 +320,14 @@ class EngineLink:
                 self._backlog.update(scheduler.running, waiting, scheduler.requests.values())
         else:
             running, waiting = self._counts
-        if self._is_cache_changed:  # not by a request that only came into the queue: it holds no blocks
-            self._is_cache_changed, self._usage = False, scheduler.get_kv_cache_usage()
+        wave, self._is_changed = self._wave(), False
+        # A request that only came into the queue holds no blocks, and changes no state but that of an idle rank.
+        if self._is_more_changed or wave != self._shown_wave or not self._shown_running:
+            self._is_more_changed, self._shown_wave = False, wave
+            self._show_state(row, *wave, running)
+            self._usage = scheduler.get_kv_cache_usage()
             if self._prefix is not None:
-                self._show_cache(self._prefix)
-        self._is_changed, self._shown_wave = False, self._wave()
-        # Not `has_work`: that is also true while the engine has only to tell which requests finished. It is in the
-        # next wave by then, and would wake all ranks for nothing.
-        (wave, steps), paused = self._shown_wave, core.is_scheduler_paused()
-        running_wave = steps or (running and not paused) or scheduler.has_unfinished_requests()
-        if (state := (wave, bool(running_wave), paused)) != self._shown_state:
-            self._shown_state = state
-            row.show(wave, running=state[1], paused=paused)
+                self._show_cache(self._prefix, running)
         row.publish(
             waiting=waiting,
             running=running,
@@ -340,11 +341,21 @@ class EngineLink:
         core = self._core
         return core.current_wave if self._lockstep else 0, core.engines_running
 
-    def _show_cache(self, prefix: PrefixCache) -> None:
-        if self._backlog.cached != self._cached_tokens:
-            prefix.cache.found(self._backlog.cached - self._cached_tokens)
-            self._cached_tokens = self._backlog.cached
-        prefix.show()
+    def _show_state(self, row: EngineRow, wave: int, steps: bool, running: int) -> None:
+        # Not `has_work`: that is also true while the engine has only to tell which requests finished. It is in the
+        # next wave by then, and would wake all ranks for nothing.
+        paused = self._core.is_scheduler_paused()
+        self._shown_running = bool(steps or (running and not paused) or self._scheduler.has_unfinished_requests())
+        if (state := (wave, self._shown_running, paused)) != self._shown_state:
+            self._shown_state = state
+            row.show(wave, running=self._shown_running, paused=paused)
+
+    def _show_cache(self, prefix: PrefixCache, running: int) -> None:
+        if (cached := self._backlog.cached) != self._cached_tokens:
+            prefix.cache.found(cached - self._cached_tokens)
+            self._cached_tokens = cached
+        if not running or self._counts is None or self._steps % SHOW_CACHE_EVERY == 1:
+            prefix.show()
 
     def _count_received(self, added: Any) -> None:
         self._expected = self._count(added.client_index, added.request_id, added.num_prompt_tokens)
@@ -410,10 +421,10 @@ class EngineLink:
         return result
 
     def _begin_step(self) -> None:
-        assert self._row is not None
         if self._step is None:
-            self._step = self._row.step(held_tokens=self._held_tokens)
-            self._step.__enter__()
+            step = self._step = self._timer
+            step.prefill_tokens, step.batch, step.held_tokens = 0, 0, self._held_tokens
+            step.__enter__()
 
     def _end_step(self, result: Any) -> None:
         """Counts a step; `result` is the result of ``step_fn``, None after a dummy batch."""

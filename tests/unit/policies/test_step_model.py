@@ -300,6 +300,7 @@ def test_a_new_engine_has_learnt_nothing(group, using):
         for _ in range(MIN_STEPS):
             with engine.step(prefill_tokens=9, batch=1):
                 pass
+            engine.publish(waiting=0, running=0)
     assert board.step_model[0, BASE_NS] > 0
     using(Engine.attach(group, 0))
     assert board.step_model[0].tolist() == [0] * len(STEP_MODEL_WORDS)

@@ -10,7 +10,7 @@ machine.
 from __future__ import annotations
 
 import time
-from math import floor
+from math import floor, inf
 from operator import index
 from threading import get_ident
 from typing import Any, Self
@@ -264,7 +264,7 @@ class EngineRow:
         if every.__class__ is int and 0 <= every <= MAX_WAITING:  # numpy's integers would wrap
             load, in_queue = waiting << WAITING_SHIFT | running << RUNNING_SHIFT | kv, waiting + running
         else:
-            if not (waiting >= 0 and running >= 0 and -_ROUNDING <= kv_cache_usage <= 1 + _ROUNDING):
+            if not (inf > waiting >= 0 and inf > running >= 0 and -_ROUNDING <= kv_cache_usage <= 1 + _ROUNDING):
                 raise SettingError(
                     f"waiting={waiting}, running={running}, kv_cache_usage={kv_cache_usage}: counts are 0 or "
                     "more, and the usage is a fraction from 0.0 to 1.0, not a percentage"
@@ -273,8 +273,8 @@ class EngineRow:
             waiting, running, _ = unpack_load(load)
             in_queue = waiting + running
         if not (backlog.__class__ is int is step.__class__ and 0 <= backlog <= MAX_WORD and 0 <= step <= MAX_STEP):
-            if backlog < 0:
-                raise SettingError(f"prefill_backlog is {backlog}, and must be 0 or more")
+            if not inf > backlog >= 0:
+                raise SettingError(f"prefill_backlog is {backlog}, and must be a count of 0 or more")
             backlog = saturate(int(backlog))
             step = int(step) if 0 <= step <= MAX_STEP else 0
         # SYNC: what a decision needs is whole in each of these words (`dpshm.board.outstanding`), whatever their
@@ -296,10 +296,23 @@ class EngineRow:
             prefill_tokens: prompt tokens that it computes.
             batch: requests that get a token from it. Neither of the two: a dummy step.
             held_tokens: tokens of context of the running requests, computed or cached: what attention reads.
+
+        Raises:
+            SettingError: one of them is negative. Nothing was stored.
         """
         self._check()
-        step = self._step
-        step.prefill_tokens, step.batch, step.held_tokens = index(prefill_tokens), index(batch), index(held_tokens)
+        step, each = self._step, (index(prefill_tokens), index(batch), index(held_tokens))
+        if min(each) < 0:
+            raise SettingError(
+                f"prefill_tokens={each[0]}, batch={each[1]}, held_tokens={each[2]}: give counts of 0 or more"
+            )
+        if max(each) > MAX_PROMPT_TOKENS:
+            each = (
+                min(each[0], MAX_PROMPT_TOKENS),
+                min(each[1], MAX_PROMPT_TOKENS),
+                min(each[2], MAX_PROMPT_TOKENS),
+            )
+        step.prefill_tokens, step.batch, step.held_tokens = each
         return step
 
     def finished(self, requests: int = 1) -> None:
@@ -311,9 +324,16 @@ class EngineRow:
         self._step.finished(requests)
 
     def preempted(self, requests: int = 1) -> None:
-        """Counts requests that lost their place in the batch, for want of KV cache, and wait again."""
+        """Counts requests that lost their place in the batch, for want of KV cache, and wait again.
+
+        Raises:
+            SettingError: the number is negative. Nothing was counted.
+        """
         self._check()
-        self._preemptions = saturate(self._preemptions + index(requests))
+        requests = index(requests)
+        if requests < 0:
+            raise SettingError(f"preempted({requests}): give a number of requests, 0 or more")
+        self._preemptions = saturate(self._preemptions + requests)
         self._words[self._at_preemptions] = self._preemptions
 
     def close(self) -> None:

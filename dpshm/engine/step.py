@@ -10,6 +10,7 @@ import time
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from dpshm.board.words import MAX_PROMPT_TOKENS
 from dpshm.policies.step_model import HELD_TOKENS, StepModel
 
 
@@ -25,7 +26,8 @@ class StepTimer:
     """A context that times one step; see `EngineRow.step`.
 
     Attributes:
-        prefill_tokens: prompt tokens that the step computes; may be set until the step ends.
+        prefill_tokens: prompt tokens that the step computes; may be set until the step ends. What does not fit
+            saturates: 0 to 2**31 - 1, as the next two.
         batch: requests that get a token from it; likewise.
         held_tokens: tokens of context of the running requests, computed or cached: when it begins. May be set anew
             when it ends, for front-ends.
@@ -56,7 +58,7 @@ class StepTimer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         duration_ns = time.monotonic_ns() - self._started_ns
-        prefill_tokens, batch = int(self.prefill_tokens), int(self.batch)  # numpy's narrow integers would overflow
+        prefill_tokens, batch, held_tokens = self._fitting()
         words, at, counters = self._words, self._at_counters, self._counters
         words[at] = counters[0] = counters[0] + 1
         if not prefill_tokens and not batch:
@@ -66,10 +68,19 @@ class StepTimer:
         words[at + 4] = counters[4] = counters[4] + batch
         words[self._at_step_start] = 0
         model = self._model
-        model.end(duration_ns, prefill_tokens, batch, self._held_at_start, int(self.held_tokens))
+        model.end(duration_ns, prefill_tokens, batch, self._held_at_start, held_tokens)
         words, at = self._words, self._at_model
         words[at], words[at + 1], words[at + 2] = model.words[:3]
         self.unreported = True  # what the model has learnt is stored then
+
+    def _fitting(self) -> tuple[int, int, int]:
+        """What was set, as ints that no sum of words overflows with."""
+        # int: numpy's narrow integers would overflow.
+        each = int(self.prefill_tokens), int(self.batch), int(self.held_tokens)
+        if min(each) < 0 or max(each) > MAX_PROMPT_TOKENS:
+            prefill_tokens, batch, held_tokens = (max(0, min(value, MAX_PROMPT_TOKENS)) for value in each)
+            return prefill_tokens, batch, held_tokens
+        return each
 
     def forget(self) -> None:
         """Call it instead of the exit if the step computed nothing: it is not counted."""

@@ -19,6 +19,7 @@ import logging
 import sys
 import threading
 from collections import deque
+from operator import index
 from time import monotonic_ns
 from types import TracebackType
 from typing import Self
@@ -80,7 +81,7 @@ class Bookings:
         if self.lost:
             self.heal()
 
-    def first_token(self, route: Route, queue_s: float | None) -> None:
+    def first_token(self, route: Route, queue_ns: int | None) -> None:
         """Counts how long a request's first token took, once. Does nothing where `end` does nothing."""
         if route.first_token_ns or not self._segment.usable:
             return
@@ -89,8 +90,8 @@ class Bookings:
             if self._segment.usable and route.open and not route.first_token_ns:
                 route.first_token_ns = now_ns
                 self._observe(route, TTFT, now_ns - route.booked_ns)
-                if queue_s is not None:
-                    self._observe(route, QUEUE, round(queue_s * 1e9))
+                if queue_ns is not None:
+                    self._observe(route, QUEUE, queue_ns)
         if self.lost:
             self.heal()
 
@@ -202,9 +203,13 @@ class Route(msgspec.Struct, eq=False):
         Raises:
             SettingError: `queue_s` is negative, or above `MAX_QUEUE_S`.
         """
-        if queue_s is not None and not 0 <= queue_s <= MAX_QUEUE_S:
-            raise SettingError(f"queue_s is {queue_s}: a time in a queue is 0 to {MAX_QUEUE_S:g} seconds")
-        self._bookings.first_token(self, queue_s)
+        queue_ns = None
+        if queue_s is not None:
+            queue_s = float(queue_s)  # numpy's narrow types would overflow, half way through
+            if not 0 <= queue_s <= MAX_QUEUE_S:
+                raise SettingError(f"queue_s is {queue_s}: a time in a queue is 0 to {MAX_QUEUE_S:g} seconds")
+            queue_ns = round(queue_s * 1e9)
+        self._bookings.first_token(self, queue_ns)
 
     def done(self, output_tokens: int = 0) -> None:
         """The request finished, was aborted or was refused. A second call does nothing.
@@ -212,7 +217,12 @@ class Route(msgspec.Struct, eq=False):
         Args:
             output_tokens: tokens that it generated, if `first_token` was called: the time of each after the first
                 is stored in the rank's histogram.
+
+        Raises:
+            TypeError: `output_tokens` is no integer. The booking still counts.
         """
+        if output_tokens.__class__ is not int:  # numpy's integers would overflow, others fail half way through
+            output_tokens = index(output_tokens)
         self._bookings.end(self, unbook=False, output_tokens=output_tokens)
 
     def cancel(self) -> None:

@@ -189,3 +189,37 @@ def test_counts_survive_a_front_end_that_is_replaced(group, using):
     counts = read_latencies(board)[0, :, :BUCKETS].sum(axis=1)
     assert counts.tolist() == [2, 2, 2]
     assert (files.sockets_path(group) / "latency-0").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int32, np.uint64, np.float16, np.float32])
+def test_numbers_of_numpy_end_the_request(group, using, kind):
+    """A queue time or a number of tokens of any of numpy's types is counted whole, and the booking ends."""
+    board = using(Coordinator(group=group, dp_size=1, waves=False)).board
+    using(Engine.attach(group, 0))
+    frontend = using(Frontend.attach(group))
+    route = frontend.route(dp_rank=0)
+    route.first_token(kind(1))
+    route.done(100 if issubclass(kind, np.floating) else kind(100))
+    assert int(board.snapshot()["requests"][0]) == 0
+    found = read_latencies(board)[0]
+    assert found[:, :BUCKETS].sum(axis=1).tolist() == [1, 1, 1]
+    assert found[QUEUE, BUCKETS] == 10**9
+
+
+@pytest.mark.parametrize("wrong", [2.5, np.float64(20), float("nan"), "20", None, [20]])
+def test_a_number_of_tokens_that_is_none_is_refused_before_anything_is_counted(group, using, wrong):
+    """Guards against a time that is half counted, and a booking that is ended by halves."""
+    board = using(Coordinator(group=group, dp_size=1, waves=False)).board
+    using(Engine.attach(group, 0))
+    route = using(Frontend.attach(group)).route(dp_rank=0)
+    with pytest.raises((TypeError, ValueError)):
+        route.first_token("soon")
+    assert not route.first_token_ns
+    route.first_token()
+    before = read_latencies(board).tolist()
+    with pytest.raises(TypeError):
+        route.done(wrong)
+    assert read_latencies(board).tolist() == before
+    assert (route.open, int(board.snapshot()["requests"][0])) == (True, 1)
+    route.done(20)
+    assert int(board.snapshot()["requests"][0]) == 0

@@ -624,6 +624,7 @@ def test_what_is_no_integer_is_refused_and_counts_nothing(board, group, using, w
         lambda: engine.receive(0, 5, wrong),
         lambda: engine.finished(wrong),
         lambda: engine.step(wrong, 1),
+        lambda: engine.preempted(wrong),
         lambda: engine.show(wrong, running=True),
     ):
         before = bytes(board.words.cast("B"))
@@ -632,6 +633,39 @@ def test_what_is_no_integer_is_refused_and_counts_nothing(board, group, using, w
         assert bytes(board.words.cast("B")) == before
     with pytest.raises(TypeError):
         Engine.attach(group, wrong)
+
+
+def test_counts_that_cannot_be_are_refused_and_change_nothing(board, group, using):
+    """Counters never fall, and no number ends the engine's later reports."""
+    engine = using(Engine.attach(group, 1))
+    for call in (
+        lambda: engine.step(-1, 1),
+        lambda: engine.step(1, -1),
+        lambda: engine.step(1, 1, -1),
+        lambda: engine.preempted(-1),
+        lambda: engine.publish(waiting=float("inf"), running=0),
+        lambda: engine.publish(waiting=0, running=float("nan")),
+        lambda: engine.publish(waiting=0, running=0, prefill_backlog=float("inf")),
+    ):
+        before = bytes(board.words.cast("B"))
+        with pytest.raises(SettingError):
+            call()
+        assert bytes(board.words.cast("B")) == before
+
+
+@pytest.mark.parametrize("huge", [1 << 63, 10**30, np.uint64(2**64 - 1)])
+def test_a_huge_step_saturates(board, group, using, huge):
+    """A step of more tokens than a word holds is counted as one of very many, and the reports after it go on."""
+    engine = using(Engine.attach(group, 1))
+    for _ in range(3):
+        with engine.step(huge, huge, huge) as step:
+            step.batch = -1
+        with engine.step(5, 2) as step:
+            step.held_tokens = huge
+        engine.publish(waiting=1, running=2)
+    row = board.snapshot()[1]
+    assert (row["steps"], row["waiting"], row["running"]) == (6, 1, 2)
+    assert (row["prompt_tokens"], row["generation_tokens"]) == (3 * (2**31 - 1 + 5), 6)
 
 
 def test_an_interrupted_receipt_counts_nothing(board, group, using):

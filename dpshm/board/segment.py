@@ -20,6 +20,7 @@ import os
 import time
 from contextlib import suppress
 from functools import partial
+from math import isnan
 from pathlib import Path
 
 from dpshm.board import files, layout, lock_file
@@ -33,6 +34,7 @@ from dpshm.errors import (
     SegmentError,
     SegmentInvalid,
     SegmentNotFound,
+    SettingError,
 )
 from dpshm.linux.forks import PrivateFd, give_up, give_up_sockets
 
@@ -168,7 +170,10 @@ class Segment:
             SegmentNotFound: there was no such group within that time.
             SegmentInvalid: it is not one that this version can use.
             SegmentError: it may not be opened.
+            SettingError: `timeout_s` is no number.
         """
+        if isnan(timeout_s):
+            raise SettingError("timeout_s is nan: give a number of seconds")
         deadline = time.monotonic() + timeout_s
         while True:
             late = time.monotonic() >= deadline

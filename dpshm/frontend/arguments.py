@@ -16,10 +16,12 @@ def name_of(owner: str | None) -> tuple[str, bytes]:
     """The name of a front-end, as text and as the board holds it; without one, host and pid.
 
     Raises:
-        SettingError: it is too long, or has a zero.
+        SettingError: it is no text, is too long, or has a zero.
     """
     name = f"{socket.gethostname()[:32]}:{os.getpid()}" if owner is None else owner
-    encoded = name.encode()
+    if not isinstance(name, str):
+        raise SettingError(f"owner {name!r} must be a string")
+    encoded = name.encode(errors="backslashreplace")  # of a file's name, say, that is no UTF-8
     if len(encoded) > layout.OWNER_BYTES or "\0" in name:
         raise SettingError(f"owner {name!r} must be at most {layout.OWNER_BYTES} bytes, none of them zero")
     return name, encoded
@@ -37,6 +39,23 @@ def check_ranks(ranks: Iterable[int] | None, engines: int) -> list[int] | None:
     if not (only and only[0] >= 0 and only[-1] < engines):
         raise SettingError(f"ranks {only} must be some of 0 to {engines - 1}")
     return only
+
+
+def check_max_requests(max_requests: int | None) -> int | None:
+    """How many outstanding requests a rank may have; None: any number.
+
+    Raises:
+        SettingError: it is no whole number from 1 on.
+    """
+    if max_requests is None:
+        return None
+    try:
+        checked = operator.index(max_requests)
+    except TypeError:
+        checked = 0
+    if checked < 1:
+        raise SettingError(f"max_requests is {max_requests!r}, and must be a whole number, at least 1")
+    return checked
 
 
 def check_weights(weights: Mapping[int, float] | None, engines: int) -> dict[int, float] | None:

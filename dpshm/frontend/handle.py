@@ -18,7 +18,7 @@ from dpshm.board.events import Event
 from dpshm.board.segment import Segment
 from dpshm.board.words import AWAKE, MAX_PROMPT_TOKENS, PHASE_MASK, WAVE_SHIFT
 from dpshm.errors import SettingError
-from dpshm.frontend.arguments import check_ranks, check_weights, name_of
+from dpshm.frontend.arguments import check_max_requests, check_ranks, check_weights, name_of
 from dpshm.frontend.changes import ChangeThread
 from dpshm.frontend.decision_lock import DecisionLock
 from dpshm.frontend.decisions import Decisions
@@ -128,8 +128,7 @@ class Frontend(Observing):
         chosen = by_name(policy) if isinstance(policy, str) else policy
         if weights is not None and max_requests is None:
             check_weights_count(chosen)
-        if max_requests is not None and max_requests < 1:
-            raise SettingError(f"max_requests is {max_requests}, and must be at least 1")
+        max_requests = check_max_requests(max_requests)
         name, encoded = name_of(owner)
         board, index = Board(Segment.attach_within(group, timeout_s)), -1
         try:

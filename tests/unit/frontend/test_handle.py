@@ -128,8 +128,9 @@ def test_a_full_rank_gets_no_request(board, group, using, dp_size):
     routes.append(frontend.route())
     assert routes[-1].dp_rank == free.dp_rank
     other.route().cancel()  # it has no limit
-    with pytest.raises(SettingError, match="max_requests is 0"):
-        Frontend.attach(group, max_requests=0)
+    for wrong in (0, 1.5, float("nan"), "64"):
+        with pytest.raises(SettingError, match=f"max_requests is {wrong!r}, and must be a whole number"):
+            Frontend.attach(group, max_requests=wrong)
 
 
 @pytest.mark.parametrize("dp_size", [3, 40])
@@ -1006,3 +1007,17 @@ def test_wake_wakes_paused_ranks_without_a_booking(coordinator, engines, group, 
     frontend.wake()
     wait_until(lambda: all(engine.poll(10) for engine in engines))
     assert not coordinator.board.sent_requests.any()
+
+
+@pytest.mark.parametrize("wrong", [{"owner": 5}, {"owner": b"api"}, {"owner": "a\0"}, {"timeout_s": float("nan")}])
+def test_an_argument_of_attach_that_is_none_is_refused_by_its_name(group, board, wrong):
+    """Guards against an AttributeError of a line that the caller never wrote, and a wait that never ends."""
+    with pytest.raises(SettingError, match=next(iter(wrong))):
+        Frontend.attach(group, **wrong)
+    assert not board.frontend_alive(0)
+
+
+def test_an_owner_named_after_a_file_that_is_no_utf8(group, board, using):
+    """A name of bytes that are no text is taken, escaped."""
+    frontend = using(Frontend.attach(group, owner="api-\udcff"))
+    assert board.owner_of(frontend.index) == "api-\\udcff"

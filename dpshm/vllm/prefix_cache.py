@@ -3,9 +3,9 @@
 Every block that enters or leaves vLLM's prefix cache goes through one map of the block pool,
 ``cached_block_hash_to_block``: ``insert`` and ``pop``. A key of the map is a block's hash and four bytes of its KV
 cache group; several blocks may share it. The hooks on that map only note which keys were touched. Once vLLM has
-scheduled a step, before the model computes it, and when an engine is idle, the index gets what the map holds by then of
-these keys: their order, and how often each came and went, are of no account. A reset of the cache gives the pool a
-new map: the index is cleared, and the new map hooked.
+scheduled a step, before the model computes it, and when an engine is idle, the index gets what the map holds by
+then of these keys: their order, and how often each came and went, are of no account. A reset of the cache gives
+the pool a new map: the index is cleared, and the new map hooked.
 
 Which group. The index has the keys of one KV cache group, the first with full attention over all tokens: such a
 group finds a prompt's longest run of blocks from the start. In a model with that group alone the match is the hit.

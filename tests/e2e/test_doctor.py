@@ -24,7 +24,7 @@ from dpshm.board.segment import Segment
 from dpshm.version import version_word
 from tests.e2e.load import environment, run
 from tests.e2e.load import stat as stat_of
-from tests.support import Remote, wait_until
+from tests.support import Remote, publish_forever, wait_until
 
 ADDRESSES = ("stats_address", "engine_input_address", "engine_output_address")
 
@@ -64,12 +64,14 @@ def diagnose(*arguments: str, expect: int | None = None) -> dict[str, Any]:
 def test_a_healthy_node_has_nothing_to_mend(node, held):
     """Guards against a doctor who finds something in everybody."""
     coordinator = held(Coordinator(group="g", dp_size=2))
-    engines = [held(Engine.attach("g", e)) for e in range(2)]
+    for dp_rank in range(2):
+        remote = held(Remote())
+        remote.run(f"engine = Engine.attach('g', {dp_rank})")
+        publish_forever(remote, waiting=1, running=1)  # doctor may take long to start, and does not like old news
     frontend = held(Frontend.attach("g"))
     for _ in range(5):
         frontend.route(10).done()
-    for engine in engines:
-        engine.publish(waiting=1, running=1)
+    wait_until(lambda: coordinator.board.snapshot()["running"].tolist() == [1, 1])
     dropped = coordinator.dropped
     assert diagnose() == {}
     assert coordinator.dropped == dropped  # nor does it upset the patient

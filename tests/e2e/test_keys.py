@@ -198,7 +198,7 @@ def test_keys_that_cannot_be_used(group, folder, tmp_path):
     with pytest.raises(SettingError, match=r"others may read .* chmod 600"):
         Coordinator(group=group, dp_size=1, curve_dir=str(folder), **TCP)
     wait_until(lambda: count_fds() <= fds)
-    assert count_threads() == threads
+    assert count_threads() <= threads
 
 
 def test_a_successor_needs_the_same_keys(group, folder, using, tmp_path):
@@ -231,7 +231,7 @@ def test_nothing_is_left_open(group, folder):
     for _ in range(8):
         cycle()
     wait_until(lambda: count_fds() <= before)
-    assert count_threads() == threads
+    assert count_threads() <= threads
 
 
 def test_two_groups_with_keys_in_one_process(group, folder, using):

@@ -193,8 +193,8 @@ def test_waves_of_ranks_that_compute(rig):
         for route in routes:
             route.done()
         board = rig.frontend.board
-        wait_until(lambda: board.phase is Phase.PAUSED and rig.states() == ["idle", "idle"])  # noqa: B023
-        assert board.wave == wave
+        wait_until(lambda: (board.wave, board.phase) == (wave, Phase.PAUSED))  # noqa: B023
+        wait_until(lambda: rig.states() == ["idle", "idle"])
     rows = rig.frontend.snapshot()
     assert rows["prompt_tokens"].sum() == 3 * 760 + 2 * 20
     assert rows["generation_tokens"].sum() == 3 * 9 + 2 * 1

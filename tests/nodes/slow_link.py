@@ -8,12 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import threading
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
+from dpshm.net.cuts import CONNECT_TIMEOUT_MS, CUT_MS, PROBE_S, PROBES
+
 CHUNK = 1 << 16
+NOTICE_CUTS = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE_S),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_S),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, CUT_MS),
+)
+"""As the peers' own sockets (`dpshm.net.cuts`). Without them the far half of a connection stays for ever if the
+cable was cut for longer: the other side's kernel has given it up, and nothing is sent to it."""
 
 
 class SlowLink:
@@ -58,10 +70,13 @@ class SlowLink:
     async def _listen(self, host: str, port: int) -> int:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
-                far_reader, far_writer = await asyncio.open_connection(host, port)
+                async with asyncio.timeout(CONNECT_TIMEOUT_MS / 1000):
+                    far_reader, far_writer = await asyncio.open_connection(host, port)
             except OSError:
                 writer.close()
                 return
+            for level, option, value in NOTICE_CUTS:
+                far_writer.get_extra_info("socket").setsockopt(level, option, value)
             ends = {writer, far_writer}
             self._open |= ends
             await asyncio.gather(self._pass(reader, far_writer), self._pass(far_reader, writer))

@@ -58,7 +58,7 @@ def hybrid(using):
     """The two nodes, at rest."""
     made = Hybrid(using)
     for coordinator in made.coordinators:
-        coordinator.run("coordinator.wait_ready(30)")
+        coordinator.run("coordinator.wait_ready(50)")
     return made
 
 

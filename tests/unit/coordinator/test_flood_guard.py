@@ -24,7 +24,7 @@ def test_growth_is_seen_and_settled():
     growth.settle()
     assert not growth.is_too_much()
     del growth
-    assert count_fds() == before
+    assert count_fds() <= before
 
 
 def test_what_was_freed_goes_back():

@@ -79,7 +79,7 @@ def test_open_and_close(group):
     coordinator.close()
     coordinator.close()
     assert leftovers(group) == []
-    assert count_threads() == threads
+    assert count_threads() <= threads
 
 
 def test_nothing_is_left_open(group):
@@ -102,7 +102,7 @@ def test_nothing_is_left_open(group):
     with Coordinator(group=group, dp_size=1), pytest.raises(GroupInUse):
         Coordinator(group=group, dp_size=1)
     wait_until(lambda: open_now() <= before)  # ZMQ closes in its own thread
-    assert count_threads() == threads
+    assert count_threads() <= threads
 
 
 def test_a_second_coordinator_is_refused(group, using):
@@ -224,7 +224,7 @@ def test_a_folder_that_does_not_exist(group, monkeypatch):
     monkeypatch.setenv("DPSHM_DIR", "/nowhere")
     with pytest.raises(SegmentError, match="DPSHM_DIR"):
         Coordinator(group=group, dp_size=1)
-    assert count_threads() == threads
+    assert count_threads() <= threads
 
 
 def test_dpshm_dir_is_honoured(group, short_path, monkeypatch):
@@ -303,7 +303,7 @@ def test_an_interrupt_while_it_starts(group):
             if coordinator is not None:
                 coordinator.close()
             assert leftovers(group) == [], i
-            assert count_threads() == threads, i
+            assert count_threads() <= threads, i
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert interrupted > 3
@@ -558,7 +558,7 @@ def test_lockstep_ranks_are_scaled_at_rest(group, using, rest):
         engine.receive(None)
         engine.finished(1)
         engine.wave_complete()
-    wait_until(lambda: coordinator.board.phase is Phase.PAUSED)
+    wait_until(lambda: (coordinator.board.wave, coordinator.board.phase) == (1, Phase.PAUSED))
     for dp_rank in (0, 1):
         coordinator.drain(dp_rank)
     coordinator.scale(4)

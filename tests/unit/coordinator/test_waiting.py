@@ -106,4 +106,4 @@ def test_it_opens_no_descriptor(ends):
     """Guards against a coordinator that cannot wait once peers took all descriptors."""
     before = count_fds()
     Waiting((ends.fd, ends.reports, ends.others), ends.reports)
-    assert count_fds() == before
+    assert count_fds() <= before

@@ -576,7 +576,7 @@ def test_nothing_is_left_open(coordinator, group):
             with Engine.attach(group, 0), pytest.raises((RowInUse, CapacityExceeded)):
                 Engine.attach(group, refused)
     wait_until(lambda: count_fds() <= before)  # ZMQ closes in its own thread
-    assert count_threads() == threads
+    assert count_threads() <= threads
 
 
 def test_frontends_see_a_report_at_once(coordinator, group, using):

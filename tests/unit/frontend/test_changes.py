@@ -110,7 +110,7 @@ def test_a_function_is_called_with_each_change(coordinator, group, using, caplog
         wait_until(lambda: ("rank_left", 0) in heard)
     assert "a fault of the server" in caplog.text
     frontend.close()
-    assert count_threads() == threads
+    assert count_threads() <= threads
 
 
 def test_the_function_may_close_the_front_end(coordinator, group, using):

@@ -816,7 +816,7 @@ def test_nothing_is_left_open(engines, group):
     for _ in range(30):
         cycle()
     wait_until(lambda: count_fds() <= before)  # ZMQ closes in its own thread
-    assert count_threads() == threads
+    assert count_threads() <= threads
 
 
 # Waves.

@@ -36,7 +36,7 @@ def test_what_a_context_needs_is_looked_for_and_given_back(using):
     """Guards against a process that libzmq ends, and against a look that uses up what it looks for."""
     before = count_fds()
     check_spare()
-    assert count_fds() == before
+    assert count_fds() <= before
     remote = using(Remote())
     remote.run(
         """

@@ -35,7 +35,7 @@ def test_a_result_is_returned():
     worker = uninterrupted(threading.current_thread, pytest.fail)
     assert worker is not threading.current_thread()
     assert not worker.is_alive()
-    assert count_threads() == threads
+    assert count_threads() <= threads
 
 
 def test_an_error_is_raised_and_leaves_nothing():

@@ -254,7 +254,7 @@ def test_a_python_that_does_not_exist(group, monkeypatch):
     before = count_fds()
     with pytest.raises(FileNotFoundError):
         CoordinatorProcess(group=group, dp_size=1)
-    assert count_fds() == before
+    assert count_fds() <= before
 
 
 @pytest.mark.slow
@@ -271,7 +271,7 @@ def test_nothing_is_left_open(group):
     for _ in range(3):
         cycle()
     assert count_fds() <= before
-    assert count_threads() == threads
+    assert count_threads() <= threads
 
 
 def test_a_parent_with_many_descriptors(group):

@@ -61,7 +61,8 @@ def board_agrees_with_vllm(server: Server) -> None:
             **{name: server.metric(of_vllm) for name, of_vllm in GAUGES.items()},
         }
         for name, theirs in pairs.items():
-            assert {int(r["dp_rank"]): float(r[name]) for r in rows} == theirs, name
+            ours = {int(r["dp_rank"]): float(r[name]) for r in rows}
+            assert ours == theirs, f"{name}: the board says {ours}, vLLM {theirs}"
         sent, received = board.sent_requests, board.received_requests
         assert (sent[:, : len(rows)] == received[: len(rows), :].T).all()
         assert (board.sent_tokens[:, : len(rows)] == board.received_tokens[: len(rows), :].T).all()

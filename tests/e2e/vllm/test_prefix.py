@@ -21,6 +21,8 @@ from tests.support import wait_until
 RANKS = 2
 BLOCK = 16
 PROBES = Path(__file__).parent / "probes"
+SEED = {"PYTHONHASHSEED": "7"} if environment.why_not() is None and environment.installed() < (0, 32) else {}
+"""Before 0.32 each process makes block hashes with a random seed, unless this variable is set."""
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,7 @@ def probed(serve, tmp_path_factory) -> tuple[Server, Path]:
         PROBE_FOLDER=str(folder),
         SLEEPER_STEP_MS="1,0.002,0.01",
         DPSHM_POLICY="least_work",
+        **SEED,
     )
     return server, folder
 
@@ -93,9 +96,7 @@ def test_the_match_is_the_hit_of_vllms_own_cache(group, capsys, kind, requests, 
     """Guards against hashes, or a mirror of the cache, that differ from vLLM's, also while it evicts."""
     python = environment.folder() / "bin" / "python"
     command = [python, "-m", "tests.e2e.vllm.real_cache", group, kind, str(requests), str(blocks)]
-    environ = os.environ | {"PYTHONPATH": str(environment.ROOT), "OMP_NUM_THREADS": "1"}
-    if environment.installed() < (0, 32):
-        environ["PYTHONHASHSEED"] = "7"  # the seed is random there
+    environ = os.environ | {"PYTHONPATH": str(environment.ROOT), "OMP_NUM_THREADS": "1"} | SEED
     done = subprocess.run(
         command, cwd=environment.ROOT, env=environ, capture_output=True, text=True, check=False, timeout=300
     )

@@ -20,6 +20,8 @@ from dpshm.ops.doctor.finding import Finding
 from dpshm.ops.groups import Found
 
 DOCKER_SHM_BYTES = 64 << 20
+GROUP_INODES = 6
+"""Files, folders and sockets that a coordinator makes."""
 
 
 class Opened(NamedTuple):
@@ -71,12 +73,12 @@ def check_directory() -> Iterator[Finding]:
             why="no coordinator can start, and other programs that use shared memory die with SIGBUS",
             fix=f"mount -o remount,size=1G {path}    (containers: --shm-size=1g, or an emptyDir of medium Memory)",
         )
-    elif space.f_files and not space.f_favail:
+    elif space.f_files and space.f_favail < GROUP_INODES:
         yield Finding(
             severity="error",
             check="space",
-            what=f"{path} has no inode left of {space.f_files}",
-            why="every file and socket needs one: no coordinator can start, no engine can attach",
+            what=f"{path} has {space.f_favail or 'no'} inode{'s' * (space.f_favail > 1)} left of {space.f_files}",
+            why=f"each file and socket needs one: a coordinator {GROUP_INODES}, an engine or front-end one more",
             fix=f"remove files in {path}, or mount -o remount,nr_inodes=1M {path}",
         )
     elif kind == "tmpfs" and total <= DOCKER_SHM_BYTES:

@@ -107,7 +107,21 @@ def open_segment(path: Path, *, readonly: bool) -> int:
     except OSError as e:
         if e.errno == errno.ELOOP:
             raise SegmentInvalid(f"{path} is a symbolic link; dpshm does not follow it. Remove it") from None
+        owner = owner_of(path)
+        if e.errno == errno.EACCES and owner not in (None, os.geteuid()):
+            raise SegmentError(
+                f"cannot open {path}: {e.strerror}. It belongs to uid {owner}: look as that user or as root, or "
+                "start its coordinator with --mode 0640 --file-group NAME"
+            ) from e
         raise SegmentError(f"cannot open {path}: {e.strerror}") from e
+
+
+def owner_of(path: Path) -> int | None:
+    """The user to whom a file belongs; None if it is gone."""
+    try:
+        return path.stat(follow_symlinks=False).st_uid
+    except OSError:
+        return None
 
 
 def check_owner(path: Path, fd: int, *, any_owner: bool = False) -> None:

@@ -129,7 +129,7 @@ def as_text(
         if one.state != "dead":  # those are a finding
             lines.append(
                 f"group   {one.group}: {one.state}"
-                + (f", {one.detail}{away.get(one.group, '')}" if one.readable else "")
+                + (f", {one.detail}{away.get(one.group, '')}" if one.state != "unreadable" else "")
             )
     for finding in findings:
         of = f"{finding.group}: " if finding.group else ""

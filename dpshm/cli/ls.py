@@ -12,8 +12,8 @@ from dpshm.ops.groups import Summary, elsewhere, summaries
 def ls(as_json: JsonOption = False) -> None:
     r"""List the groups of this node: state, ranks, requests and coordinator of each.
 
-    A group is alive; orphaned (no coordinator); dead (no process is attached); or unreadable. Of ranks on other
-    nodes the numbers are told, with an @.
+    A group is alive; orphaned (no coordinator); dead (no process is attached); private (another user's, who does
+    not let this one look); or unreadable. Of ranks on other nodes the numbers are told, with an @.
 
     \b
     Examples:

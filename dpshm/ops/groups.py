@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import NamedTuple
 
 import msgspec
 
 from dpshm.board.board import Board
-from dpshm.board.files import directory, groups
+from dpshm.board.files import directory, groups, owner_of, segment_path
 from dpshm.errors import SegmentError, SegmentNotFound, SettingError
 from dpshm.ops.read_frame import read_frame
 
@@ -19,8 +20,9 @@ class Found(NamedTuple):
     """A group on this node.
 
     Attributes:
-        state: alive; orphaned (engines or front-ends, no coordinator); dead (no process holds a lock); unreadable.
-        detail: ranks and coordinator, or why it cannot be read.
+        state: alive; orphaned (engines or front-ends, no coordinator); dead (no process holds a lock); private (of
+            another user, who does not let this one look); unreadable.
+        detail: ranks and coordinator, or whose it is, or why it cannot be read.
     """
 
     group: str
@@ -30,7 +32,7 @@ class Found(NamedTuple):
     @property
     def readable(self) -> bool:
         """Whether its segment could be attached."""
-        return self.state != "unreadable"
+        return self.state not in ("private", "unreadable")
 
 
 def successor(board: Board) -> Board | None:
@@ -113,6 +115,9 @@ def _describe(group: str) -> Found:
                 return Found(group, "orphaned", f"{ranks}, no coordinator")
             return Found(group, "dead", f"{ranks}, no process is attached")
     except SegmentError as e:
+        owner = owner_of(segment_path(group))
+        if isinstance(e.__cause__, PermissionError) and owner not in (None, os.geteuid()):
+            return Found(group, "private", f"of uid {owner}, who alone may look")
         return Found(group, "unreadable", str(e))
     except Exception as e:  # one group must not keep a tool from the others
         return Found(group, "unreadable", f"the board cannot be read: {e!r}")

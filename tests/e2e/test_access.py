@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from dpshm import Board, Coordinator, GroupInUse, SegmentInvalid, SettingError
 from dpshm.board.files import segment_path, sockets_path
+from dpshm.board.sweep import sweep
 from tests.e2e.load import environment
 
 NOBODY = 65534
@@ -68,6 +70,49 @@ def test_another_user(group, using, mode, file_group, gid, may):
         assert f'"group":"{group}"' in done.stdout
     else:
         assert f"cannot open {segment_path(group)}: Permission denied" in done.stderr
+
+
+@needs_root
+@pytest.mark.slow
+def test_a_live_group_of_another_user_is_no_fault(group, using):
+    """A user who may not look is told whose it is, and never to remove it."""
+    using(Coordinator(group=group, dp_size=1))
+    done = as_nobody("ls", "--json")
+    (found,) = [one for one in map(json.loads, done.stdout.splitlines()) if one["group"] == group]
+    assert (found["state"], found["detail"]) == ("private", f"of uid {os.geteuid()}, who alone may look")
+    done = as_nobody("doctor", "--json")
+    assert not [finding for finding in json.loads(done.stdout)["findings"] if finding["group"] == group]
+    done = as_nobody("doctor")
+    assert f"group   {group}: private, of uid {os.geteuid()}" in done.stdout
+    assert "rm " not in done.stdout
+    done = as_nobody("stat", "-g", group)
+    assert f"belongs to uid {os.geteuid()}" in done.stderr
+    assert "--mode 0640" in done.stderr
+
+
+@needs_root
+def test_a_dead_group_of_another_user_is_its_users_to_sweep(group):
+    """Guards against advice that changes nothing: a sweep leaves the files of other users."""
+    killed = (
+        "import os, sys; from dpshm import Coordinator; Coordinator(group=sys.argv[1], dp_size=1); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", killed, group], env=environment(), check=True, timeout=60)
+    os.chown(segment_path(group), NOBODY, NOBODY)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "dpshm", "doctor", "--json"],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        (finding,) = [one for one in json.loads(done.stdout)["findings"] if one["group"] == group]
+        assert finding["fix"] == f"as uid {NOBODY}: dpshm doctor --sweep"
+        assert f"of uid {NOBODY}" in finding["what"]
+    finally:
+        os.chown(segment_path(group), os.geteuid(), os.getegid())
+        sweep(group)
 
 
 @needs_root

@@ -93,19 +93,25 @@ def check_directory() -> Iterator[Finding]:
 
 def check_leftovers(found: list[Found]) -> Iterator[Finding]:
     """Finds segments and socket folders that no process uses, and segments that cannot be read."""
-    dead = [group.group for group in found if group.state == "dead"]
-    if dead:
-        names = ", ".join(dead[:5]) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
+    dead: defaultdict[int | None, list[str]] = defaultdict(list)
+    for group in found:
+        if group.state == "dead":
+            dead[files.owner_of(segment_path(group.group))].append(group.group)
+    for owner, groups in dead.items():
+        names = ", ".join(groups[:5]) + (f" and {len(groups) - 5} more" if len(groups) > 5 else "")
+        foreign = owner not in (None, os.geteuid())
         yield Finding(
             severity="warning",
             check="leftover",
-            group=dead[0] if len(dead) == 1 else None,
-            what=f"segments in {directory()} remain of groups that no process uses: {names}",
-            why="they take memory until the next start of a coordinator of this user removes them",
-            fix="dpshm doctor --sweep",
+            group=groups[0] if len(groups) == 1 else None,
+            what=f"segments in {directory()} remain of groups"
+            + (f" of uid {owner}" if foreign else "")
+            + f" that no process uses: {names}",
+            why="they take memory until the next start of a coordinator of that user removes them",
+            fix=f"as uid {owner}: dpshm doctor --sweep" if foreign else "dpshm doctor --sweep",
         )
     for group in found:
-        if not group.readable:
+        if group.state == "unreadable":
             yield Finding(
                 severity="error",
                 check="unreadable",

@@ -94,7 +94,7 @@ def test_a_live_group_of_another_user_is_no_fault(group, using):
 def test_a_dead_group_of_another_user_is_its_users_to_sweep(group):
     """Guards against advice that changes nothing: a sweep leaves the files of other users."""
     killed = (
-        "import os, sys; from dpshm import Coordinator; Coordinator(group=sys.argv[1], dp_size=1); os._exit(0)"
+        "import os, sys; from dpshm import Coordinator; c = Coordinator(group=sys.argv[1], dp_size=1); os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", killed, group], env=environment(), check=True, timeout=60)
     os.chown(segment_path(group), NOBODY, NOBODY)

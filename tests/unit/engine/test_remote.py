@@ -32,7 +32,8 @@ def test_a_remote_rank_takes_part_like_a_local_one(coordinator, group, using):
     """Guards against a rank beyond tcp that is not chosen, not woken, or whose requests are counted twice."""
     local = using(Engine.attach(group, 0))
     remote = using(RemoteEngine.connect(coordinator.engine_addresses, 1))
-    coordinator.wait_ready(30)
+    coordinator.wait_ready(60)
+    wait_until(lambda: verdict(coordinator.board, 1) is Verdict.ALIVE)  # its row comes over another socket
     frontend = using(Frontend.attach(group))
     routes = [frontend.route(10) for _ in range(8)]
     assert sorted(route.dp_rank for route in routes) == [0] * 4 + [1] * 4

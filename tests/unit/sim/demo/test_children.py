@@ -79,7 +79,7 @@ def test_a_child_that_is_buried_leaves_nothing():
         while not child.ended:
             children.read(1.0)
         children.bury(child)
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before
         assert not Path(f"/proc/{child.pid}").exists()
         assert child not in children.all
         child.terminate()  # must not raise

@@ -24,7 +24,7 @@ from dpshm.sim.demo.messages import (
     new_prefix,
 )
 
-TIMEOUT_MS = 20_000
+TIMEOUT_MS = 60_000
 
 
 @pytest.mark.slow

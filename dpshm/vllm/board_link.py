@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from dpshm.board.words import unpack_control
@@ -138,10 +138,19 @@ class BoardLink(BookingLink):
         route.cancel()
         return self._book(request, engine)
 
+    def _board_choice(self, request: Any, exclude: Collection[int] = ()) -> Route:
+        tokens, prompt, key = self._tokens(request), self._prompt(request), self._key(request)
+        return self._frontend.route(tokens, prompt=prompt, key=key, exclude=exclude, wake=False)
+
     def _route(self, request: Any) -> Route | None:
         try:
-            prompt, key = self._prompt(request), self._key(request)
-            route = self._frontend.route(self._tokens(request), prompt=prompt, key=key, wake=False)
+            full = self._adapters.full_for(request, self._client.engine_ranks_managed)
+            try:
+                route = self._board_choice(request, full)
+            except NoEngineAvailable:
+                if not full:
+                    raise
+                route = self._board_choice(request)  # the ranks with a place for its adapter cannot take it
             self._note(request, route)
             return self._elsewhere(request, route)
         except NoEngineAvailable as e:

@@ -12,6 +12,7 @@ from dpshm.errors import NoEngineAvailable
 from dpshm.frontend.handle import Frontend
 from dpshm.frontend.route import Route
 from dpshm.policies import Affinity
+from dpshm.vllm.adapters import AdapterPlaces
 from dpshm.vllm.booked import BookedWriter
 from dpshm.vllm.client_link import ClientLink
 from dpshm.vllm.find import owner_name
@@ -48,6 +49,7 @@ class BookingLink(ClientLink):
         )
         for rank in client.engine_ranks_managed:  # a client is made once all its engines have connected to it
             self._frontend.heard_from(rank)
+        self._adapters = AdapterPlaces(client)
         self._prompts = PromptHasher(client)
         self._booked: BookedWriter | None = None
         if not self._prompts.works:
@@ -168,6 +170,7 @@ class BookingLink(ClientLink):
 
     def _note(self, request: Any, route: Route) -> Route:
         self._routes.setdefault(request.request_id, []).append(route)
+        self._adapters.note(request, route)
         if self._booked is not None:
             self._booked.tell(request.request_id, route.cached_tokens)
         return route

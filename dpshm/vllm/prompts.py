@@ -19,6 +19,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from dpshm.errors import SettingError
 from dpshm.rules.prefix_hash import DigestReducer, Fingerprints, Prompt
 from dpshm.vllm.block_hashes import chain, chain_is_right, first_of_any_engine, identity_of
 from dpshm.vllm.known_hashes import Known, KnownHashes
@@ -176,6 +177,10 @@ class RequestPrompt(Prompt):
                     self._salts = _salts(self._request)
                     names = self.token_fingerprints(block_tokens, key)
                     made = Blocks(self._hasher, way, self._request, self._num_tokens, block_tokens, names)
+                except SettingError:  # what a client sent is no prompt: the others' are still looked up
+                    logger.debug(
+                        "dpshm: the prompt of %s is not looked up", self._request.request_id, exc_info=True
+                    )
                 except Exception:
                     self._hasher.failed()
             self._blocks[identity] = made

@@ -253,8 +253,9 @@ def test_a_containers_shared_memory(options: str, check: str, severity: str, wor
 
 
 @pytest.mark.slow
-def test_a_rank_in_a_container_of_its_own(node, held, tmp_path: Path):
-    """Guards against two halves of a deployment in two /dev/shm that do not see each other."""
+@pytest.mark.parametrize("split", [True, False])
+def test_a_group_in_a_container_of_its_own(node, held, split):
+    """Two halves of a deployment in two /dev/shm do not see each other. One that is whole is no fault."""
     script = f"""
     mount -t tmpfs none {node} && exec {sys.executable} -c '
 import time
@@ -265,17 +266,19 @@ with Coordinator(group="g", dp_size=1):
 '"""
     if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
         pytest.skip("unshare -m is not allowed here")
-    held(Coordinator(group="g", dp_size=1))
+    if split:
+        held(Coordinator(group="g", dp_size=1))
     with subprocess.Popen(
         ["unshare", "-m", "sh", "-c", script], env=environment(DPSHM_DIR=str(node)), stdout=subprocess.PIPE
     ) as other:
         try:
             assert other.stdout.readline() == b"up\n"
-            found = diagnose(expect=1)
+            found = diagnose(expect=int(split))
         finally:
             other.kill()
     assert found["other tmpfs"]["what"].endswith(f"process {other.pid}")
-    assert "--ipc=host" in found["other tmpfs"]["fix"]
+    assert found["other tmpfs"]["severity"] == ("warning" if split else "note")
+    assert ("--ipc=host" if split else f"nsenter -t {other.pid} -m dpshm doctor") in found["other tmpfs"]["fix"]
 
 
 @pytest.mark.slow

@@ -161,12 +161,12 @@ def sweep_leftovers(found: list[Found]) -> list[str]:
 def check_processes() -> Iterator[Finding]:
     """Finds processes whose segment has lost its name, and processes with another tmpfs at the same path."""
     unlinked: dict[str, list[int]] = defaultdict(list)
-    elsewhere: dict[str, list[int]] = defaultdict(list)
+    elsewhere: dict[str, list[Opened]] = defaultdict(list)
     with suppress(OSError):
         device, here = directory().stat().st_dev, os.path.realpath(directory())
         for opened in opened_segments():
             if opened.folder == here and opened.device != device:
-                elsewhere[opened.group].append(opened.pid)
+                elsewhere[opened.group].append(opened)
             elif opened.folder == here and not opened.linked:
                 unlinked[opened.group].append(opened.pid)
     for group, pids in unlinked.items():
@@ -178,15 +178,26 @@ def check_processes() -> Iterator[Finding]:
             why="routing among them goes on, but no process can attach or restart, and no tool sees them",
             fix="restart the group; find what cleans the folder: systemd's RemoveIPC, tmpfiles.d, a clean-up job",
         )
-    for group, pids in elsewhere.items():
-        yield Finding(
-            severity="warning",
-            check="other tmpfs",
-            group=group,
-            what=f"a group of that name is in another {directory()} than this one: {_pids(pids)}",
-            why="a container has a /dev/shm of its own: processes that do not share it form groups of their own",
-            fix="docker run --ipc=host, or --ipc=container:NAME for all of the group; Kubernetes: one emptyDir",
-        )
+    for group, theirs in elsewhere.items():
+        pids = [opened.pid for opened in theirs]
+        if segment_path(group).exists() or len({opened.device for opened in theirs}) > 1:
+            yield Finding(
+                severity="warning",
+                check="other tmpfs",
+                group=group,
+                what=f"a group of that name is in another {directory()} than this one, too: {_pids(pids)}",
+                why="a container has a /dev/shm of its own: processes that do not share it form other groups",
+                fix="docker run --ipc=host, or --ipc=container:NAME for the whole group; Kubernetes: one emptyDir",
+            )
+        else:
+            yield Finding(
+                severity="note",
+                check="other tmpfs",
+                group=group,
+                what=f"the group is in another {directory()} than this one: {_pids(pids)}",
+                why="a container has a /dev/shm of its own, and no more than that is seen of it from here",
+                fix=f"nsenter -t {pids[0]} -m dpshm doctor    (nothing is wrong, unless some of it runs here)",
+            )
 
 
 def opened_segments() -> list[Opened]:

@@ -34,7 +34,9 @@ class AdapterPlaces:
     def note(self, request: Any, route: Route) -> None:
         """A request is booked: it has a place at its rank until its booking ends."""
         if self._places and (adapter := _adapter_of(request)):
-            self._routes.setdefault(route.dp_rank, {}).setdefault(adapter, deque()).append(route)
+            routes = self._routes.setdefault(route.dp_rank, {}).setdefault(adapter, deque())
+            _drop_ended(routes)
+            routes.append(route)
 
     def full_for(self, request: Any, ranks: Sequence[int]) -> list[int]:
         """The ranks at which the request would wait for a place, if there are others; else none.
@@ -53,11 +55,15 @@ class AdapterPlaces:
         if of_rank is None:
             return False
         for other, routes in [*of_rank.items()]:
-            while routes and not routes[0].open:
-                routes.popleft()
+            _drop_ended(routes)
             if not routes:
                 del of_rank[other]
         return len(of_rank) >= self._places and adapter not in of_rank
+
+
+def _drop_ended(routes: deque[Route]) -> None:
+    while routes and not routes[0].open:
+        routes.popleft()
 
 
 def _adapter_of(request: Any) -> int:

@@ -74,3 +74,12 @@ def test_a_full_rank_is_chosen_if_the_other_has_left(client, engines):
     wait_until(lambda: vars(client)[LINK]._frontend.health().routable == [0])
     add(client, request("c", 3))
     assert rank_of(client, "c") == 0  # vLLM's own choice would have been rank 1
+
+
+def test_pinned_requests_leave_nothing(client):
+    """Guards against ended bookings that pile up where no request asks for a place."""
+    for number in range(20):
+        add(client, request(f"r{number}", 1, rank=0))
+        finish(client, f"r{number}")
+    (routes,) = vars(client)[LINK]._adapters._routes[0].values()
+    assert len(routes) == 1

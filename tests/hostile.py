@@ -50,7 +50,9 @@ def dial(address: str, kind: bytes | None) -> socket.socket:
         s.sendall(GREETING)
         got = b""
         while len(got) < len(GREETING):
-            got += s.recv(len(GREETING) - len(got))
+            if not (more := s.recv(len(GREETING) - len(got))):
+                raise ConnectionResetError
+            got += more
         s.sendall(frame(b"\x05READY\x0bSocket-Type" + struct.pack(">I", len(kind)) + kind, command=True))
         s.recv(4096)
     s.settimeout(TAKEN_S)

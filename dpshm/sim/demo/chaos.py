@@ -73,7 +73,7 @@ class Chaos:
                 self._next_s = now_s + DEED_S
             else:
                 self.undo()
-                self._next_s = now_s + PAUSE_S
+                self._next_s += PAUSE_S
 
     def _do(self) -> None:
         if not self._kinds:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
@@ -241,7 +242,10 @@ def read(path: Path) -> tuple[RingHeader, list[Decision]]:
         SettingError: the file cannot be read, or is no ring of this version.
     """
     try:
-        if path.stat().st_size > _MAX_RING_BYTES:
+        found = path.stat()
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):  # a device may have no end
+            raise SettingError(f"{path} is no file, and so no decision ring")
+        if found.st_size > _MAX_RING_BYTES:
             raise SettingError(f"{path} has more than {_MAX_RING_BYTES} bytes: it is no decision ring")
         data = path.read_bytes()
     except OSError as e:

@@ -43,6 +43,11 @@ def reachable(host: str) -> str:
     return socket.gethostname() if bare(host) in ("0.0.0.0", "::") else host
 
 
+def is_port(text: str) -> bool:
+    """Whether a text is a tcp port, or ``*`` for any. libzmq takes 99999 for 34463, and 5x for 5."""
+    return text == "*" or (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 65535)
+
+
 def is_ipv6(host: str) -> bool:
     """Whether a host is an IPv6 address, or a name that has no IPv4 address."""
     if ":" in host:

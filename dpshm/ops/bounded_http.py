@@ -34,7 +34,7 @@ class BoundedServer(ThreadingHTTPServer):
         host: to listen on; not a name of another machine.
         port: 0 means any.
         handler: what handles a request.
-        setting: the setting of the port, which the error names.
+        settings: those of the host and of the port; the error names the one to change.
         max_connections: how many there may be at once.
 
     Raises:
@@ -51,7 +51,7 @@ class BoundedServer(ThreadingHTTPServer):
         port: int,
         handler: type[BoundedHandler],
         *,
-        setting: str,
+        settings: tuple[str, str],
         max_connections: int = MAX_CONNECTIONS,
     ) -> None:
         host = bare(host)
@@ -64,9 +64,12 @@ class BoundedServer(ThreadingHTTPServer):
             with no_fork():
                 super().__init__((host, port), handler)
                 give_up(self.socket, close_socket)
-        except OSError as e:
-            where = joined(host, port)
-            raise SettingError(f"cannot listen on {where}: {e.strerror or e}. Choose another {setting}") from e
+        except (OSError, UnicodeError) as e:  # UnicodeError: a name that can be none
+            no_host = isinstance(e, (socket.gaierror, UnicodeError)) or e.errno == errno.EADDRNOTAVAIL
+            why = (isinstance(e, OSError) and e.strerror) or e
+            raise SettingError(
+                f"cannot listen on {joined(host, port)}: {why}. Choose another {settings[0 if no_host else 1]}"
+            ) from e
 
     def server_bind(self) -> None:
         """Binds; does not look its own name up, as the base class does."""

@@ -13,7 +13,7 @@ import zmq
 
 from dpshm.board.board import Board
 from dpshm.errors import SettingError
-from dpshm.net.addresses import allow_ipv6, is_loopback
+from dpshm.net.addresses import allow_ipv6, is_loopback, is_port
 from dpshm.net.context import context
 from dpshm.ops.loads import SCHEMA_VERSION, LoadReader
 
@@ -42,6 +42,8 @@ class Feed:
         kind, _, where = address.partition("://")
         if kind not in ("tcp", "ipc") or not where:
             raise SettingError(f"{address!r} is no address: give tcp://HOST:PORT or ipc://PATH")
+        if kind == "tcp" and not is_port(where.rpartition(":")[2]):
+            raise SettingError(f"{address!r} has no port from 0 to 65535: give tcp://HOST:PORT")
         if kind == "tcp" and not insecure and not is_loopback(where.rpartition(":")[0]):
             raise SettingError(
                 f"{address} can be reached from outside, and the feed is not encrypted: tunnel it, or say "

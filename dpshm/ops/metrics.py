@@ -280,7 +280,7 @@ class _Server(BoundedServer):
     def __init__(self, host: str, port: int, collector: BoardCollector) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(collector)
-        super().__init__(host, port, _Handler, setting="metrics_port (0: any)")
+        super().__init__(host, port, _Handler, settings=("metrics_host", "metrics_port (0: any)"))
 
 
 class _Handler(BoundedHandler):

@@ -184,7 +184,9 @@ class Server(BoundedServer):
         self.page = PAGE.read_bytes().replace(b"{{group}}", _escape(group))
         self.policy = content_policy(self.page.decode())
         self.streams = threading.BoundedSemaphore(MAX_STREAMS)
-        super().__init__(host, port, Handler, setting="--port", max_connections=MAX_STREAMS + MAX_CONNECTIONS)
+        super().__init__(
+            host, port, Handler, settings=("--host", "--port"), max_connections=MAX_STREAMS + MAX_CONNECTIONS
+        )
         try:
             self.looker = Looker(group, interval_s)
             self.loads = LoadReader(Board.attach(group, any_owner=True))

@@ -31,6 +31,7 @@ from dpshm.service.systemd import notify, watchdog_interval_s
 logger = logging.getLogger(__name__)
 
 STATUS_INTERVAL_S = 0.5
+MAX_CONFIG_BYTES = 1 << 20
 
 
 class CoordinatorFailed(Exception):
@@ -45,7 +46,10 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as f:
-            settings = tomllib.load(f)
+            data = f.read(MAX_CONFIG_BYTES + 1)
+        if len(data) > MAX_CONFIG_BYTES:
+            raise SettingError(f"{path} has more than {MAX_CONFIG_BYTES} bytes: it holds no settings")
+        settings = tomllib.loads(data.decode("utf-8-sig"))  # an editor may have put a mark at the start
     except OSError as e:
         raise SettingError(f"cannot read the settings in {path}: {e.strerror}") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:

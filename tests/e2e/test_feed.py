@@ -154,6 +154,8 @@ def test_a_group_that_ends_and_starts_again_is_followed(group, using):
         ("tcp://[::]:5560", "--insecure"),
         ("udp://127.0.0.1:1", "is no address"),
         ("tcp://", "is no address"),
+        ("tcp://127.0.0.1:99999", "has no port from 0 to 65535"),
+        ("tcp://127.0.0.1", "has no port"),
         ("ipc:///nowhere/at/all", "cannot publish at"),
     ],
 )

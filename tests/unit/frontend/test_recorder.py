@@ -141,6 +141,13 @@ def test_another_file_is_refused(tmp_path, data, message):
         read(path)
 
 
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/null"])
+def test_a_device_is_no_ring(path):
+    """Guards against a read that has no end, and takes all memory."""
+    with pytest.raises(SettingError, match=f"{path} is no file"):
+        read(Path(path))
+
+
 def test_the_groups_name_in_a_ring_is_printable(tmp_path):
     """Guards against a recording that another user made, whose text a terminal obeys."""
     path = tmp_path / "ring"

@@ -7,7 +7,7 @@ import socket
 import pytest
 import zmq
 
-from dpshm.net.addresses import allow_ipv6, bare, is_ipv6, is_loopback, joined, reachable
+from dpshm.net.addresses import allow_ipv6, bare, is_ipv6, is_loopback, is_port, joined, reachable
 from dpshm.net.context import context
 
 
@@ -50,6 +50,16 @@ def test_brackets(host: str, without: str, with_port: str):
     """Guards against an address whose port is taken for a part of it."""
     assert bare(host) == without
     assert joined(host, 80) == with_port
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [(p, True) for p in ("0", "65535", "*")]
+    + [(p, False) for p in ("", "65536", "99999", "-1", "5x", " 5", "5 ", "0x10", "٣", "1_0")],
+)
+def test_ports(text: str, is_one: bool):
+    """Guards against libzmq, which takes 99999 for 34463, -1 for 65535 and 5x for 5."""
+    assert is_port(text) is is_one
 
 
 def test_what_is_ipv6(monkeypatch: pytest.MonkeyPatch):

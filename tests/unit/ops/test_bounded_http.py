@@ -36,7 +36,7 @@ class Server(BoundedServer):
     """A server that runs, and notes the most connections that it had open at once."""
 
     def __init__(self) -> None:
-        super().__init__("127.0.0.1", 0, Handler, setting="port", max_connections=MAX)
+        super().__init__("127.0.0.1", 0, Handler, settings=("host", "port"), max_connections=MAX)
         self.let_go = threading.Event()
         self.most = 0
         self._thread = threading.Thread(target=self.serve_forever, args=(0.01,))
@@ -130,7 +130,14 @@ def test_connections_that_are_served_are_not_ended(server, monkeypatch):
 def test_a_port_in_use(server):
     """Guards against an error that does not say which setting to change."""
     with pytest.raises(SettingError, match=rf"cannot listen on 127.0.0.1:{server.server_port}.* another other"):
-        BoundedServer("127.0.0.1", server.server_port, Handler, setting="other")
+        BoundedServer("127.0.0.1", server.server_port, Handler, settings=("host", "other"))
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.1", "a" * 300, "a..b"])
+def test_a_host_that_is_not_here(host):
+    """The error names the setting of the host, not that of the port, which no choice of a port mends."""
+    with pytest.raises(SettingError, match=r"cannot listen on .*Choose another host$"):
+        BoundedServer(host, 0, Handler, settings=("host", "port"))
 
 
 def test_a_forked_child_has_not_the_port(server):

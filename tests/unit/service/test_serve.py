@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +36,16 @@ def test_a_mistake_names_the_file_and_the_line(tmp_path, line, says):
     config.write_text(line)
     with pytest.raises(SettingError, match=re.escape(says)):
         read_config(config)
+
+
+def test_a_file_that_an_editor_has_touched(tmp_path):
+    """A byte order mark at the start, and Windows' line ends, are no part of the settings."""
+    config = tmp_path / "dpshm.toml"
+    config.write_bytes(b'\xef\xbb\xbfgroup = "prod"\r\ndp_size = 2\r\n')
+    assert read_config(config) == {"group": "prod", "dp_size": 2}
+
+
+def test_a_device_holds_no_settings():
+    """Guards against a read that has no end, and takes all memory."""
+    with pytest.raises(SettingError, match="/dev/zero has more than"):
+        read_config(Path("/dev/zero"))

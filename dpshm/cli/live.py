@@ -15,6 +15,8 @@ from rich.text import Text
 
 from dpshm.sim.demo.run import Sample
 
+WIDTH_BESIDE = 108
+"""Columns that both tables need beside each other."""
 REFRESH_S = 0.25
 LINE_S = 2.0
 
@@ -74,7 +76,7 @@ class LiveTable(Display):
         self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _draw(self, sample: Sample) -> None:
-        self._live.update(render(sample), refresh=True)
+        self._live.update(render(sample, self._live.console.width), refresh=True)
 
     def __enter__(self) -> Display:
         self._live.start()
@@ -105,8 +107,8 @@ def headline(sample: Sample) -> str:
     )
 
 
-def render(sample: Sample) -> Group:
-    """The headline above a row for each rank and, beside them, a row for each front-end."""
+def render(sample: Sample, width: int) -> Group:
+    """The headline above a row for each rank and, beside or below them, a row for each front-end."""
     title = Text(headline(sample), style="bold", no_wrap=True, overflow="ellipsis")
     ranks = Table("rank", "state", box=None, header_style="dim", pad_edge=False)
     for name in ("waiting", "running", "in_flight", "KV", "age", "steps"):
@@ -128,6 +130,8 @@ def render(sample: Sample) -> Group:
         frontends.add_column(name, justify="right", min_width=7)
     for index, (sent, answered) in enumerate(zip(sample.sent, sample.answered, strict=True)):
         frontends.add_row(str(index), str(sent), str(answered))
+    if width < WIDTH_BESIDE:
+        return Group(title, ranks, Text(), frontends)
     beside = Table.grid(padding=(0, 4))
     beside.add_row(ranks, frontends)
     return Group(title, beside)

@@ -111,10 +111,11 @@ def test_a_trace_of_each_format(shell, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_live_table_on_a_terminal(shell):
-    """Guards against a terminal that shows nothing, and a report that is lost among the frames."""
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_live_table_on_a_terminal(shell, columns):
+    """Guards against a terminal that shows nothing or cuts words, and a report that is lost among frames."""
     ours, theirs = os.openpty()
-    with shell.start(*SMALL, "--json", stderr=theirs, TERM="xterm", COLUMNS="120") as process:
+    with shell.start(*SMALL, "--json", stderr=theirs, TERM="xterm", COLUMNS=columns) as process:
         os.close(theirs)
         shown = b""
         with suppress(OSError):  # the end of a terminal's other side is an error
@@ -125,8 +126,9 @@ def test_live_table_on_a_terminal(shell):
     assert process.returncode == 0
     assert len(out.splitlines()) == 1
     assert json.loads(out)["completed"] > 0
-    for word in (b"waiting", b"running", b"KV", b"age", b"front-end", b"sending", b"wave 0"):
+    for word in (b"state", b"waiting", b"running", b"in_flight", b"KV", b"age", b"steps", b"sending", b"wave 0"):
         assert word in shown
+    assert b"front-end" in shown
     shell.check_gone()
 
 

@@ -1,16 +1,19 @@
-"""Two servers on one node at once, and one that is started again on its port right after a SIGTERM under load."""
+"""Two servers on one node at once: one is started again on its port, the other's launcher is killed."""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from dpshm.rules.waves import Phase
 from tests.e2e.vllm import checks, environment
 from tests.e2e.vllm.server import NO_MODEL, Server
-from tests.support import wait_until
+from tests.support import gone, wait_until
 
 RANKS = 2
 ARGUMENTS = ("--data-parallel-size", str(RANKS), "--api-server-count", "2", *NO_MODEL)
@@ -73,3 +76,25 @@ def test_a_server_is_started_again_on_its_port_right_after_its_end(servers, star
     checks.answers_a_burst(other)
     again.stop()
     assert again.left() == []
+
+
+def test_a_lockstep_server_goes_on_without_its_launcher(servers):
+    """Guards against ranks that no coordinator wakes, and requests that hang, once the launcher was killed.
+
+    The last test: it ends the server.
+    """
+    server = servers[1]
+    with server.board() as board:
+        coordinator = int(board.coordinator_pid[0])
+        os.kill(server.pid, signal.SIGKILL)
+        wait_until(lambda: server.pid not in server.processes())
+        for rank in range(RANKS):  # each finds all ranks asleep
+            wait_until(lambda: checks.is_idle(board) and board.phase is Phase.PAUSED)
+            wave = board.wave
+            assert len(server.generate(3, 8, rank)) == 8
+            wait_until(lambda wave=wave: board.wave > wave)
+        checks.answers_a_burst(server)
+        assert int(board.coordinator_pid[0]) == coordinator
+    server.kill(but=coordinator)
+    wait_until(lambda: gone(coordinator))
+    assert server.left() == []

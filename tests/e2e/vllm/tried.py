@@ -57,21 +57,26 @@ def releases(tried: Tried) -> list[str]:
 
 
 def table(tried: Tried) -> str:
-    """The table in Markdown: a row for each file of tests, a column for each release."""
+    """The table in Markdown: a row for each file of tests, a column for each release.
+
+    A file's tests that were not run are counted without their parameters.
+    """
     columns = releases(tried)
     files = sorted({file for by_file in tried.values() for file in by_file}, key=lambda f: (f in (OWN, STOCK), f))
     lines = [["tests", *columns], ["---"] * (len(columns) + 1)]
     for file in files:
         name = file if file in (OWN, STOCK) else f"`tests/e2e/vllm/{file}`"
-        lines.append([name, *(_cell(tried[release].get(file)) for release in columns)])
+        there = functions(FILE.with_name(file)) if FILE.with_name(file).exists() else set()
+        lines.append([name, *(_cell(tried[release].get(file), there) for release in columns)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _cell(tests: dict[str, str] | None) -> str:
+def _cell(tests: dict[str, str] | None, there: set[str]) -> str:
     if not tests:
         return "not run"
     counts = Counter(tests.values())
-    others = [f"{counts[how]} {how}" for how in HOW[1:] if counts[how]]
+    counts["not run"] = len(there - {name.partition("[")[0] for name in tests})
+    others = [f"{counts[how]} {how}" for how in (*HOW[1:], "not run") if counts[how]]
     return ", ".join([f"{counts['passed']} of {len(tests)}", *others])
 
 

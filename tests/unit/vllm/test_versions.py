@@ -112,19 +112,26 @@ def test_what_was_tried_is_there():
 def test_a_report_is_added_test_by_test(tmp_path):
     """Guards against a test that failed and counts as passed, and a part that replaces the whole."""
     report = tmp_path / "report.xml"
-    cases = '<testcase classname="tests.e2e.vllm.test_dense" name="{}">{}</testcase>'
+    cases = '<testcase classname="tests.e2e.vllm.test_gone" name="{}">{}</testcase>'
     tried = {}
     report.write_text(f"<a>{cases.format('test_a', '')}{cases.format('test_b', '<failure/>')}</a>")
     tried_tests.add(tried, "0.9.0", report)
     report.write_text(f"<a>{cases.format('test_c', '<skipped/>')}{cases.format('test_a', '<error/>')}</a>")
     tried_tests.add(tried, "0.9.0", report)
     tried_tests.add(tried, "0.10.0", report, tried_tests.OWN)
-    assert tried["0.9.0"]["test_dense.py"] == {"test_a": "failed", "test_b": "failed", "test_c": "skipped"}
+    assert tried["0.9.0"]["test_gone.py"] == {"test_a": "failed", "test_b": "failed", "test_c": "skipped"}
     report.write_text(f"<a>{cases.format('test_a', '')}</a>")
     tried_tests.add(tried, "0.10.0", report)
     tried_tests.add(tried, "0.9.0", report)
     assert tried_tests.table(tried) == (
         "| tests | 0.10.0 | 0.9.0 |\n| --- | --- | --- |\n"
-        "| `tests/e2e/vllm/test_dense.py` | 1 of 1 | 1 of 3, 1 failed, 1 skipped |\n"
+        "| `tests/e2e/vllm/test_gone.py` | 1 of 1 | 1 of 3, 1 failed, 1 skipped |\n"
         "| vLLM's own, with dpshm | 0 of 2, 1 failed, 1 skipped | not run |\n"
     )
+
+
+def test_tests_of_a_file_that_were_not_run_are_counted():
+    """Guards against "1 of 1" where one test of several ran."""
+    first, *others = sorted(tried_tests.functions(tried_tests.FILE.with_name("test_dense.py")))
+    (*_, line) = tried_tests.table({"0.9.0": {"test_dense.py": {f"{first}[a]": "passed"}}}).splitlines()
+    assert line == f"| `tests/e2e/vllm/test_dense.py` | 1 of 1, {len(others)} not run |"

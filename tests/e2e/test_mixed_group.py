@@ -126,6 +126,7 @@ def test_an_engine_that_changes_sides(group, using):
     coordinator, ours, stock = mixed(group, using)
     stock[1].report(7, 7)
     wait_until(lambda: coordinator.board.snapshot()[3]["requests"] == 14)
+    coordinator._wave.mailbox.call(lambda: None)  # the thread that stores the report has stored all of it
     stock[1].close()
     upgraded = using(Engine.attach(group, 3))
     row = coordinator.board.snapshot()[3]

@@ -176,7 +176,8 @@ def test_a_launcher_is_killed_and_then_its_node(external):
     wait_until(lambda: stat(nodes[0], servers[0].group)["ranks"][1]["state"] == "unknown")
     assert [rank["state"] for rank in stat(nodes[1], servers[1].group)["ranks"]] == ["absent", "dead"]
     assert stat(nodes[0], servers[0].group)["ranks"][0]["routable"]
-    status, answer = nodes[0].call(lambda: servers[0].try_to_generate([5, 6, 7], 8))
+    # On 0.28 ranks meet every 32nd step, and with this executor at no other: a shorter request may be answered.
+    status, answer = nodes[0].call(lambda: servers[0].try_to_generate([5, 6, 7], 100))
     assert status >= http.HTTPStatus.INTERNAL_SERVER_ERROR, answer
     wait_until(lambda: not servers[0].processes())
     leaves_nothing(nodes[:1], servers[:1])

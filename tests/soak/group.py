@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from dpshm import Board, CoordinatorProcess, GroupInUse
@@ -24,6 +25,7 @@ START_TIMEOUT_S = 120.0
 """It has to start beside all these processes that take all they can, and whatever else the machine does."""
 FORKS = 0.2
 """The share of engines and front-ends that fork a worker."""
+_NUMBERS = count()
 BEGIN = """
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
 from tests.soak.processes import run
@@ -51,7 +53,8 @@ class SoakGroup:
     def __init__(
         self, folder: Path, *, engines: int, stock: int, frontends: int, readers: int, lots: random.Random
     ) -> None:
-        self.name = f"soak-{os.getpid()}"
+        # Forked workers of an earlier soak may still hold the names of its inboxes.
+        self.name = f"soak-{os.getpid()}-{next(_NUMBERS)}"
         self.engines = [Member("engine", e) for e in range(engines - stock)]
         self.engines += [Member("stock engine", e) for e in range(engines - stock, engines)]
         self.frontends = [Member("front-end", f) for f in range(frontends)]

@@ -37,7 +37,7 @@ from dpshm.board.words import (
     unpack_load,
 )
 from dpshm.engine.cache import EngineCache
-from dpshm.engine.step import StepOffsets, StepTimer
+from dpshm.engine.step import StepOffsets, StepTimer, fitting
 from dpshm.engine.taking import initialise, lock, wait_for_rank
 from dpshm.errors import CapacityExceeded, RowInUse, SettingError, WrongThread
 from dpshm.linux.descriptors import explained
@@ -306,13 +306,7 @@ class EngineRow:
             raise SettingError(
                 f"prefill_tokens={each[0]}, batch={each[1]}, held_tokens={each[2]}: give counts of 0 or more"
             )
-        if max(each) > MAX_PROMPT_TOKENS:
-            each = (
-                min(each[0], MAX_PROMPT_TOKENS),
-                min(each[1], MAX_PROMPT_TOKENS),
-                min(each[2], MAX_PROMPT_TOKENS),
-            )
-        step.prefill_tokens, step.batch, step.held_tokens = each
+        step.prefill_tokens, step.batch, step.held_tokens = fitting(*each)
         return step
 
     def finished(self, requests: int = 1) -> None:

@@ -22,6 +22,16 @@ class StepOffsets(NamedTuple):
     model: int
 
 
+def fitting(prefill_tokens: int, batch: int, held_tokens: int) -> tuple[int, int, int]:
+    """What a step is told, as ints that no sum of words overflows with."""
+    # int: numpy's narrow integers would overflow.
+    each = int(prefill_tokens), int(batch), int(held_tokens)
+    if min(each) < 0 or max(each) > MAX_PROMPT_TOKENS:
+        prefill_tokens, batch, held_tokens = (max(0, min(value, MAX_PROMPT_TOKENS)) for value in each)
+        return prefill_tokens, batch, held_tokens
+    return each
+
+
 class StepTimer:
     """A context that times one step; see `EngineRow.step`.
 
@@ -58,7 +68,7 @@ class StepTimer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         duration_ns = time.monotonic_ns() - self._started_ns
-        prefill_tokens, batch, held_tokens = self._fitting()
+        prefill_tokens, batch, held_tokens = fitting(self.prefill_tokens, self.batch, self.held_tokens)
         words, at, counters = self._words, self._at_counters, self._counters
         words[at] = counters[0] = counters[0] + 1
         if not prefill_tokens and not batch:
@@ -69,18 +79,9 @@ class StepTimer:
         words[self._at_step_start] = 0
         model = self._model
         model.end(duration_ns, prefill_tokens, batch, self._held_at_start, held_tokens)
-        words, at = self._words, self._at_model
+        at = self._at_model
         words[at], words[at + 1], words[at + 2] = model.words[:3]
         self.unreported = True  # what the model has learnt is stored then
-
-    def _fitting(self) -> tuple[int, int, int]:
-        """What was set, as ints that no sum of words overflows with."""
-        # int: numpy's narrow integers would overflow.
-        each = int(self.prefill_tokens), int(self.batch), int(self.held_tokens)
-        if min(each) < 0 or max(each) > MAX_PROMPT_TOKENS:
-            prefill_tokens, batch, held_tokens = (max(0, min(value, MAX_PROMPT_TOKENS)) for value in each)
-            return prefill_tokens, batch, held_tokens
-        return each
 
     def forget(self) -> None:
         """Call it instead of the exit if the step computed nothing: it is not counted."""

@@ -174,8 +174,7 @@ class EngineLink:
         self._usage = 0.0  # of the KV cache, as published
         self._lockstep = hasattr(core, "current_wave")
         self._shown_wave: tuple[int, bool] = 0, False
-        self._shown_state: tuple[int, bool, bool] | None = None
-        self._shown_running = False
+        self._shown_state: tuple[int, bool, bool] = -1, False, False  # wave, running, paused; none yet
         engine = import_module("vllm.v1.engine")
         types, self._preempted = engine.EngineCoreRequestType, engine.EngineCoreEventType.PREEMPTED
         self._add, self._wakeup, self._start_wave = types.ADD, types.WAKEUP, types.START_DP_WAVE
@@ -322,7 +321,7 @@ class EngineLink:
             running, waiting = self._counts
         wave, self._is_changed = self._wave(), False
         # A request that only came into the queue holds no blocks, and changes no state but that of an idle rank.
-        if self._is_more_changed or wave != self._shown_wave or not self._shown_running:
+        if self._is_more_changed or wave != self._shown_wave or not self._shown_state[1]:
             self._is_more_changed, self._shown_wave = False, wave
             self._show_state(row, *wave, running)
             self._usage = scheduler.get_kv_cache_usage()
@@ -345,10 +344,10 @@ class EngineLink:
         # Not `has_work`: that is also true while the engine has only to tell which requests finished. It is in the
         # next wave by then, and would wake all ranks for nothing.
         paused = self._core.is_scheduler_paused()
-        self._shown_running = bool(steps or (running and not paused) or self._scheduler.has_unfinished_requests())
-        if (state := (wave, self._shown_running, paused)) != self._shown_state:
+        is_running = bool(steps or (running and not paused) or self._scheduler.has_unfinished_requests())
+        if (state := (wave, is_running, paused)) != self._shown_state:
             self._shown_state = state
-            row.show(wave, running=self._shown_running, paused=paused)
+            row.show(wave, running=is_running, paused=paused)
 
     def _show_cache(self, prefix: PrefixCache, running: int) -> None:
         if (cached := self._backlog.cached) != self._cached_tokens:

@@ -35,6 +35,9 @@ class Waiting:
     def wait(self, timeout_ms: int, *, only_reports: bool = False) -> dict[Socket | int, int]:
         """What is readable, after `timeout_ms` at most; nothing, perhaps sooner, where a peer came or went.
 
+        With `only_reports`, the socket of reports is told where a peer came or went, too: it may hold nothing, and
+        it has to be read until it says so.
+
         Args:
             timeout_ms: the longest wait.
             only_reports: since the last call, no socket was used but that of reports, and nothing is left there.

@@ -35,8 +35,18 @@ class Ends:
         for s in (self.reports, self.others, self.to_reports, self.to_others):
             s.close()
 
+    def connect(self):
+        """Waits until both peers are connected, and reads what tells so: nothing else comes by itself."""
+        self.to_reports.send(b"connected")
+        self.to_others.send(b"\x01connected")
+        expected = {self.reports: b"connected", self.others: b"\x01connected"}
+        while expected:
+            for s in self.waiting.wait(LONG_MS):
+                assert list(self.read(s)) == [expected.pop(s)]
+        assert self.waiting.wait(0) == {}
+
     def wait(self, *, only_reports):
-        """What is readable next. A peer that connects may end a wait with nothing."""
+        """What is readable next. What a socket does by itself may end a wait with nothing."""
         while not (readable := self.waiting.wait(LONG_MS, only_reports=only_reports)):
             pass
         return readable
@@ -52,8 +62,10 @@ class Ends:
 
 @pytest.fixture
 def ends(using):
-    """Them."""
-    return using(Ends())
+    """Them, connected."""
+    ends = using(Ends())
+    ends.connect()
+    return ends
 
 
 def test_a_report_is_told_in_either_way(ends):
@@ -81,6 +93,23 @@ def test_nothing_is_told_when_the_time_is_up(ends):
     """Guards against a wait without an end, and one that says that something came."""
     assert ends.waiting.wait(1) == {}
     assert ends.waiting.wait(1, only_reports=True) == {}
+
+
+def test_a_peer_that_connects_may_be_told_as_a_report(ends):
+    """Guards against a loop that spins on it, and one that misses the report after it."""
+    peer = context().socket(zmq.PUSH)
+    try:
+        peer.linger = 0
+        peer.connect(ends.reports.last_endpoint)
+        told = ends.waiting.wait(LONG_MS, only_reports=True)
+        assert set(told) <= {ends.reports}
+        assert list(ends.read(ends.reports)) == []
+        peer.send(b"x")
+        while not (got := list(ends.read(ends.reports))):
+            assert set(ends.wait(only_reports=True)) == {ends.reports}
+        assert got == [b"x"]
+    finally:
+        peer.close()
 
 
 def test_no_message_is_missed_over_many_turns(ends):

@@ -16,7 +16,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_OTHERS = {b"PK\x03\x04": "a zip archive: unzip it", b"PAR1": "a Parquet file: convert it to CSV or JSON lines"}
+_UTF_16 = "text in UTF-16: convert it, with iconv -f UTF-16 -t UTF-8"
+_OTHERS = {
+    b"PK\x03\x04": "a zip archive: unzip it first",
+    b"PAR1": "a Parquet file: convert it to CSV or JSON lines first",
+    b"7z\xbc\xaf": "a 7z archive: unpack it first",
+    b"\x04\x22\x4d\x18": "lz4-compressed: unpack it first, with unlz4",
+    b"\xff\xfe": _UTF_16,
+    b"\xfe\xff": _UTF_16,
+    b"version ": "a pointer of Git LFS and not the file itself: fetch that with git lfs pull",
+    b"<!DOCTYP": "a page of the web, not a trace: fetch the file itself",
+    b"<!doctyp": "a page of the web, not a trace: fetch the file itself",
+}
+"""By the first bytes of a file."""
 
 
 class DamagedError(Exception):
@@ -54,7 +66,7 @@ def open_plain(path: str | Path) -> Iterator[BinaryIO]:
         head = file.peek(8)[:8]
         for magic, said in _OTHERS.items():
             if head.startswith(magic):
-                raise DamagedError(f"is {said} first")
+                raise DamagedError(f"is {said}")
         name, opener = next((found for magic, found in _OPENERS.items() if head.startswith(magic)), ("", None))
         if opener is None:
             yield file

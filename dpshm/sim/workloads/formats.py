@@ -2,8 +2,8 @@
 
 The table of formats is in ``sim/README.md``. Mooncake's traces and those of ``vllm bench serve --dataset-name
 timed_trace`` have the same fields and other units. The number of hashes of a prompt tells how many tokens a hash
-is for, and that tells them apart (`tokens_per_hash`). Where it does not, nothing is guessed: `UnknownUnits` names
-the option that says it.
+is for, and that tells them apart (`tokens_per_hash`). Where it does not, or where the unit would give the requests
+a rate that no such file has, nothing is guessed: `UnknownUnits` names the option that says it.
 
 Sources: Azure Public Dataset (Patel et al., "Splitwise", ISCA 2024; Stojkovic et al., "DynamoLLM", HPCA 2025);
 Wang et al., "BurstGPT", 2024; Xiang et al., "ServeGen", NSDI 2026; Qwen-Bailian usage traces (Alibaba, 2025); Qin
@@ -83,7 +83,7 @@ class _JsonLine(msgspec.Struct, frozen=True):
     timestamp: Annotated[float, msgspec.Meta(ge=0)]
     input_length: _Tokens
     output_length: _TokensOrNone
-    hash_ids: tuple[int, ...] = ()
+    hash_ids: tuple[int, ...] | None = ()
 
 
 _json_decoder = msgspec.json.Decoder(_JsonLine)
@@ -148,7 +148,7 @@ def _parse_json(line: bytes) -> Line:
             raise ValueError(f"{known}, where a request with a time should be") from None
         ends = "; a file that was cut off ends so" if not line.endswith(b"}") else ""
         raise ValueError(f"not a request of a trace ({e}){ends}") from None
-    return Line(found.timestamp, found.input_length, found.output_length, found.hash_ids)
+    return Line(found.timestamp, found.input_length, found.output_length, found.hash_ids or ())
 
 
 class _Columns(NamedTuple):
@@ -173,20 +173,23 @@ _CSV = (
 
 
 def csv_format(header: bytes) -> Format:
-    """The format of a file with this header, wherever its columns stand.
+    """The format of a file with this header, wherever its columns stand and in upper or lower case.
 
     Raises:
         UnknownFormat: it is not one.
     """
-    names = [name.strip() for name in _fields(header)]
+    names = [name.strip().lower() for name in _fields(header)]
     for columns in _CSV:
-        if {*columns.needed, columns.time, columns.prompt, columns.output} <= set(names):
+        needed = (*columns.needed, columns.time, columns.prompt, columns.output)
+        if {name.lower() for name in needed} <= set(names):
             return Format(columns.name, _csv_parser(columns, names), columns.time_unit, dated=columns.dated)
     raise UnknownFormat("has no format that is known")
 
 
 def _csv_parser(columns: _Columns, names: list[str]) -> Callable[[bytes], Line]:
-    at_time, at_prompt, at_output = (names.index(n) for n in (columns.time, columns.prompt, columns.output))
+    at_time, at_prompt, at_output = (
+        names.index(name.lower()) for name in (columns.time, columns.prompt, columns.output)
+    )
 
     def parse(line: bytes) -> Line:
         fields = _fields(line)
@@ -233,7 +236,7 @@ def _number(name: str, text: str) -> float:
 
 
 def _tokens(name: str, text: str, least: int) -> int:
-    digits = text.strip()
+    digits = text.strip().removesuffix(".0")  # as pandas writes whole numbers of a column with gaps
     # At most 8 digits: int() of a very long number is slow, or an error of its own.
     if not (digits.isascii() and digits.isdigit() and len(digits) <= 8) or not least <= int(digits) <= MAX_TOKENS:
         raise ValueError(f"{name} {text[:40]!r} is no whole number from {least} to {MAX_TOKENS}")
@@ -286,6 +289,27 @@ def _fitting(block: int, counts: Sequence[tuple[int, int]]) -> int:
     return max(up, down)
 
 
+MOST_PER_S, LEAST_PER_S = 100.0, 0.01
+"""Between these rates a unit is believed. The documented traces have 2 to 7 requests a second."""
+DOUBTED = ("Mooncake", "vLLM's timed trace", "Qwen-Bailian")
+"""Formats whose fields a file in another unit has, too."""
+
+
+def _doubt(found: Format, sample: Sequence[Line]) -> str:
+    """Why the unit of this format cannot be that of these lines, for people; empty if it can."""
+    span_s = (sample[-1].time - sample[0].time) * TIME_UNITS[found.time_unit]
+    if found.name not in DOUBTED or span_s <= 0:
+        return ""
+    rate = (len(sample) - 1) / span_s
+    if LEAST_PER_S <= rate <= MOST_PER_S:
+        return ""
+    came = f"{rate:.0f} requests a second" if rate >= 1 else f"one request in {1 / rate:.0f} s"
+    return (
+        f"looks like {found.name}, whose times are in {found.time_unit}, but then it has {came}: say --time-unit "
+        f"{found.time_unit} if that is so, or name the unit that its times have ({', '.join(TIME_UNITS)})"
+    )
+
+
 def told(found: Format, sample: Sequence[Line], time_unit: str = "", block_tokens: int = 0) -> Format:
     """The format with its units, from its fields, a sample of its lines, and what the user says.
 
@@ -298,7 +322,7 @@ def told(found: Format, sample: Sequence[Line], time_unit: str = "", block_token
         block_tokens: of the user; 0 if nothing was said.
 
     Raises:
-        UnknownUnits: the unit of its times cannot be told, or the user gives dates a unit.
+        UnknownUnits: the unit of its times cannot be told, or makes no sense, or the user gives dates a unit.
     """
     if found.dated:
         if time_unit:
@@ -318,4 +342,7 @@ def told(found: Format, sample: Sequence[Line], time_unit: str = "", block_token
             "does not say the unit of its times, and its fields are those of several formats: name it with "
             "--time-unit s or --time-unit ms"
         )
-    return found._replace(name=name, time_unit=unit, block_tokens=block if any(x.hashes for x in sample) else 0)
+    found = found._replace(name=name, time_unit=unit, block_tokens=block if any(x.hashes for x in sample) else 0)
+    if not time_unit and (doubt := _doubt(found, sample)):
+        raise UnknownUnits(doubt)
+    return found

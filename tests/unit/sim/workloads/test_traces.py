@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,51 @@ def test_dates_have_no_unit(write):
             read_trace(write(MOONCAKE), wrong)
 
 
+def every(unit: float, block: int, *, whole: bool = True, **more: object) -> bytes:
+    """300 requests at two a second, with times in a unit that is so many to a second."""
+    times = (unit * i / 2 for i in range(300))
+    lines = (
+        {**more, "timestamp": int(time) if whole else time + 0.25, "input_length": 7000, "output_length": 9}
+        | {"hash_ids": list(range(-(-7000 // block)))}
+        for time in times
+    )
+    return "\n".join(json.dumps(line) for line in lines).encode()
+
+
+QWEN = {"chat_id": 1, "parent_chat_id": -1, "turn": 1}
+
+
+@pytest.mark.parametrize(
+    ("data", "unit", "rate"),
+    [
+        (every(1, 512), "s", "2007 requests a second"),  # as Mooncake's, in whole seconds
+        (every(1e6, 512), "us", "one request in 500 s"),
+        (every(1e3, 16, **QWEN), "ms", "one request in 500 s"),
+        (every(1e3, 16, whole=False), "ms", "one request in 500 s"),  # as vLLM's, in ms with fractions
+    ],
+)
+def test_a_unit_that_makes_no_sense_is_asked_for(write, data, unit, rate):
+    """Times in another unit than the format's are not replayed 1,000 times too fast or too slow."""
+    path = write(data)
+    with pytest.raises(TraceError, match=f"has {rate}: say --time-unit") as caught:
+        read_trace(path)
+    assert "\n" not in str(caught.value)
+    arrivals = read_trace(path, Units(unit)).arrivals
+    assert len(arrivals) / arrivals[-1].time_s == pytest.approx(2, rel=0.01)
+
+
+def test_columns_in_another_case_and_numbers_of_pandas(write):
+    """A table that a script has written again is read: names in lower case, whole numbers with a point."""
+    data = AZURE.replace(b"TIMESTAMP,ContextTokens", b"timestamp,contexttokens").replace(b",4808,", b",4808.0,")
+    assert read_trace(write(data)).arrivals == read_trace(write(AZURE, "other")).arrivals
+
+
+def test_no_hashes_is_none_or_an_empty_list(write):
+    """A request whose hashes are null is one without hashes."""
+    lines = MOONCAKE.replace(b"[0, 1]", b"null").replace(b"[46]", b"[]")
+    assert [a.block_hashes for a in read_trace(write(lines), Units("ms")).arrivals] == [(), ()]
+
+
 CHAT = b'[{"from": "human", "value": "\\"prompt\\": hi"}, {"from": "gpt", "value": "yes"}]'
 
 
@@ -210,6 +256,9 @@ CHAT = b'[{"from": "human", "value": "\\"prompt\\": hi"}, {"from": "gpt", "value
         (b'{\n"a": 1\n}\n', "one JSON value over several lines"),
         (b"PK\x03\x04rest", "unzip"),
         (b"PAR1rest", "Parquet"),
+        (MOONCAKE.decode().encode("utf-16"), "is text in UTF-16.*iconv"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n", "git lfs pull"),
+        (b"<!DOCTYPE html>\n<html></html>\n", "a page of the web"),
     ],
 )
 def test_other_files_are_refused_by_name(write, data, says):

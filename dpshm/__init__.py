@@ -9,6 +9,7 @@ from dpshm.board.events import Event
 from dpshm.board.snapshot import Snapshot
 from dpshm.engine.handle import Engine
 from dpshm.errors import (
+    AddressInUse,
     CapacityExceeded,
     DpshmError,
     GroupInUse,
@@ -37,6 +38,7 @@ from dpshm.service.coordinator import Coordinator
 from dpshm.version import __version__
 
 __all__ = [
+    "AddressInUse",
     "Board",
     "CapacityExceeded",
     "Coordinator",

@@ -17,6 +17,7 @@
      |    +-- WrongThread          an `Engine` belongs to one thread
      +-- WireError                 a message that is not what the wire says
      +-- SettingError              an option or argument out of range
+     |    +-- AddressInUse         another process listens on the port: it may end, so try again
      +-- TooManyFiles              this process has no file descriptor left
 
 Every message says what was found, what was expected, and what to do.
@@ -91,6 +92,10 @@ class WireError(DpshmError):
 
 class SettingError(DpshmError):
     """An option or argument is out of range."""
+
+
+class AddressInUse(SettingError):
+    """Another process listens on the address, which may be free at the next try."""
 
 
 class TooManyFiles(DpshmError):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dpshm.errors import DpshmError, GroupInUse, SegmentError, SettingError
+from dpshm.errors import AddressInUse, DpshmError, GroupInUse, SegmentError, SettingError, TooManyFiles
 from dpshm.service.logs import set_up
 from dpshm.service.serve import CoordinatorFailed, octal, read_config, serve, settings_of_live_group
 
@@ -114,7 +114,8 @@ def coordinator(
     \b
     Exit status:
       0  ended by SIGTERM or Ctrl-C
-      1  a thread of it failed: restart it
+      1  a thread of it failed, a port is in use, or no file descriptor is left:
+         restart it
       2  a setting is wrong: restarting does not help
       3  the group has a coordinator already
       4  no room for the board, or its directory cannot be used
@@ -169,5 +170,12 @@ def coordinator(
         raise typer.Exit(EXIT_FAILED) from None
     except DpshmError as e:
         sys.stderr.write(f"dpshm: error: {e}\n")
-        code = EXIT_IN_USE if isinstance(e, GroupInUse) else EXIT_SETTING
-        raise typer.Exit(EXIT_MEMORY if isinstance(e, SegmentError) else code) from None
+        raise typer.Exit(_status(e)) from None
+
+
+def _status(error: DpshmError) -> int:
+    if isinstance(error, AddressInUse | TooManyFiles):  # these pass
+        return EXIT_FAILED
+    if isinstance(error, GroupInUse):
+        return EXIT_IN_USE
+    return EXIT_MEMORY if isinstance(error, SegmentError) else EXIT_SETTING

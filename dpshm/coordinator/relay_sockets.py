@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 import zmq
 
 from dpshm.coordinator.authenticator import Authenticator
-from dpshm.errors import SettingError
 from dpshm.linux.descriptors import check_spare
 from dpshm.linux.forks import give_up_sockets, no_fork
 from dpshm.net import wire
-from dpshm.net.addresses import allow_ipv6, joined
+from dpshm.net.addresses import allow_ipv6, cannot_listen, joined
 from dpshm.net.cuts import notice_cuts
 from dpshm.net.keys import client_keys, connect
 from dpshm.net.relay_wire import MAX_NEWS_BYTES, topic_of
@@ -140,5 +139,5 @@ class RelaySockets:
                 bound = s.getsockopt_string(zmq.LAST_ENDPOINT)
                 give_up_sockets(self, [*self._bound, bound])
         except zmq.ZMQError as e:
-            raise SettingError(f"cannot bind {address} for the relay: {e.strerror}") from e
+            raise cannot_listen("the relay cannot bind", address, e) from e
         self._bound.append(bound)

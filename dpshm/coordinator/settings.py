@@ -16,7 +16,7 @@ from dpshm.board import layout
 from dpshm.board.files import segment_path
 from dpshm.board.words import MAX_WORD
 from dpshm.errors import SettingError
-from dpshm.net.addresses import is_loopback
+from dpshm.net.addresses import hint, host_of, is_loopback
 
 Balancing = Literal["internal", "hybrid", "external"]
 HEAD_ADDRESSES, RELAY_ADDRESSES = 3, 2
@@ -260,6 +260,9 @@ def _check_nodes(settings: Settings) -> None:
     if settings.head is None:
         return
     *addresses, key = settings.head.split(",")
+    for address in (*addresses, key):
+        if why := hint(host_of(address)):
+            raise SettingError(f"head has {address}, which cannot be connected to{why}")
     if settings.nodes > 1:
         needed = HEAD_ADDRESSES + RELAY_ADDRESSES
         if len(addresses) != needed or not _is_key(key):

@@ -16,7 +16,6 @@ the addresses can be bound again. And there is one ZAP address in a context (`dp
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 from typing import TypeAlias
@@ -25,11 +24,11 @@ import zmq
 
 from dpshm.board.files import NO_SPACE, why_no_space
 from dpshm.coordinator.authenticator import Authenticator
-from dpshm.errors import SegmentNoSpace, SettingError
+from dpshm.errors import SegmentNoSpace
 from dpshm.linux.descriptors import check_spare
 from dpshm.linux.forks import give_up_sockets, no_fork
 from dpshm.net import wire
-from dpshm.net.addresses import allow_ipv6
+from dpshm.net.addresses import allow_ipv6, cannot_listen
 from dpshm.net.context import Socket
 from dpshm.net.keys import ServerKeys
 
@@ -157,8 +156,7 @@ class Sockets:
             if e.errno in NO_SPACE and address.startswith("ipc:"):
                 folder = Path(address.removeprefix("ipc://")).parent
                 raise SegmentNoSpace(why_no_space(folder, 0)) from e
-            unknown = "; no address, name or interface of this machine is called so" * (e.errno == errno.ENODEV)
-            raise SettingError(f"cannot bind {address}: {e.strerror}{unknown}") from e
+            raise cannot_listen("cannot bind", address, e) from e
         return self._bound[s]
 
     def _give_up(self) -> None:

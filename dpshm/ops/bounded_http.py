@@ -19,7 +19,7 @@ from typing import Any
 
 from dpshm.errors import SettingError
 from dpshm.linux.forks import close_socket, give_up, no_fork
-from dpshm.net.addresses import bare, is_ipv6, joined
+from dpshm.net.addresses import bare, cannot_listen, hint, is_ipv6, joined
 
 MAX_CONNECTIONS = 16
 REQUEST_TIMEOUT_S = 2.0
@@ -62,14 +62,21 @@ class BoundedServer(ThreadingHTTPServer):
         self._waiting: dict[socket.socket, float] = {}  # for a request, since when; oldest first
         try:
             with no_fork():
-                super().__init__((host, port), handler)
+                super().__init__(self._resolved(host, port), handler)
                 give_up(self.socket, close_socket)
         except (OSError, UnicodeError) as e:  # UnicodeError: a name that can be none
-            no_host = isinstance(e, (socket.gaierror, UnicodeError)) or e.errno == errno.EADDRNOTAVAIL
+            where = joined(host, port)
+            if isinstance(e, OSError) and not isinstance(e, socket.gaierror):
+                wrong = settings[0 if e.errno in (errno.EADDRNOTAVAIL, errno.EINVAL) else 1]
+                raise cannot_listen("cannot listen on", where, e, f". Choose another {wrong}") from e
             why = (isinstance(e, OSError) and e.strerror) or e
-            raise SettingError(
-                f"cannot listen on {joined(host, port)}: {why}. Choose another {settings[0 if no_host else 1]}"
-            ) from e
+            raise SettingError(f"cannot listen on {where}: {why}{hint(host)}. Choose another {settings[0]}") from e
+
+    def _resolved(self, host: str, port: int) -> Any:
+        """The address to bind; with the interface that a link-local one names."""
+        if self.address_family == socket.AF_INET6:
+            return socket.getaddrinfo(host, port, socket.AF_INET6, socket.SOCK_STREAM)[0][4]
+        return (host, port)
 
     def server_bind(self) -> None:
         """Binds; does not look its own name up, as the base class does."""

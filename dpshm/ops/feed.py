@@ -13,7 +13,7 @@ import zmq
 
 from dpshm.board.board import Board
 from dpshm.errors import SettingError
-from dpshm.net.addresses import allow_ipv6, is_loopback, is_port
+from dpshm.net.addresses import allow_ipv6, cannot_listen, is_loopback, is_port
 from dpshm.net.context import context
 from dpshm.ops.loads import SCHEMA_VERSION, LoadReader
 
@@ -61,7 +61,7 @@ class Feed:
             self._socket.bind(address)
         except zmq.ZMQError as e:
             self._socket.close()
-            raise SettingError(f"cannot publish at {address}: {e}. Choose another address") from None
+            raise cannot_listen("cannot publish at", address, e, ". Choose another address") from None
         endpoint = self._socket.getsockopt(zmq.LAST_ENDPOINT)
         self.address = endpoint.rstrip(b"\0").decode() if isinstance(endpoint, bytes) else address
 

@@ -192,6 +192,10 @@ def test_errors_say_what_to_do_and_have_their_status(group, line, tmp_path: Path
     ):
         found, _, err = line.run("coordinator", *arguments)
         assert (found, words in err) == (status, True), err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        found, _, err = line.run("coordinator", "-g", group, "--dp-size", "1", "--metrics-port", str(port))
+    assert (found, f"ss -ltnp 'sport = :{port}'" in err, "another metrics_port" in err) == (1, True, True), err
     found, _, err = line.run("coordinator", "-g", group, "--dp-size", "1", DPSHM_DIR="/nowhere")
     assert (found, "Set DPSHM_DIR" in err) == (4, True), err
     assert leftovers(group) == []

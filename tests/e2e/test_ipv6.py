@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 import urllib.request
 
@@ -72,3 +74,36 @@ def test_metrics_and_page(group, using):
             assert group in look(server.url)
         finally:
             server.shutdown()
+
+
+def test_a_link_local_address_needs_its_interface(group):
+    """Sockets and metrics are served at a link-local address with its interface; without it, the error says so."""
+    setup = "ip link set lo up && ip addr add fe80::1/64 dev lo nodad"
+    if subprocess.run(["unshare", "-n", "sh", "-c", setup], capture_output=True, check=False).returncode:
+        pytest.skip("no network namespaces here")
+    code = """
+import sys, urllib.request
+from dpshm import Coordinator, SettingError
+settings = dict(group=sys.argv[1], dp_size=2, dp_size_local=1, balancing="hybrid", insecure=True, metrics_port=0)
+for host in ("fe80::1", "[fe80::1]"):
+    try:
+        Coordinator(**settings, host=host, metrics_host=host)
+    except SettingError as e:
+        assert "needs its interface, such as fe80::1%eth0" in str(e), e
+    else:
+        raise AssertionError(host)
+for host in ("fe80::1%lo", "[fe80::1%lo]"):
+    with Coordinator(**settings, host=host, metrics_host=host) as c:
+        assert c.stats_publish_address.startswith("tcp://[fe80::1%lo]:"), c.stats_publish_address
+        url = "http://[{}]:{}/metrics".format(*c.metrics_address)
+        assert b"dpshm_coordinator_up" in urllib.request.urlopen(url, timeout=60).read()
+try:
+    Coordinator(group=sys.argv[1], dp_size=2, dp_size_local=1, balancing="hybrid", insecure=True,
+                head="tcp://[fe80::1]:5,tcp://[fe80::1]:6,tcp://[fe80::1]:7")
+except SettingError as e:
+    assert "head has tcp://[fe80::1]:5" in str(e) and "needs its interface" in str(e), e
+else:
+    raise AssertionError("a head that cannot be reached")
+"""
+    command = ["unshare", "-n", "sh", "-c", f'{setup} && exec "$0" -c "$1" "$2"', sys.executable, code, group]
+    subprocess.run(command, check=True)

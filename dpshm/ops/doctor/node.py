@@ -16,7 +16,7 @@ from dpshm.board.files import FILE_PREFIX, SOCKETS_SUFFIX, directory, segment_pa
 from dpshm.board.header import group_in
 from dpshm.board.sweep import sweep, sweep_lock_files
 from dpshm.errors import SegmentError
-from dpshm.ops.doctor.finding import Finding
+from dpshm.ops.doctor.finding import Finding, some_of
 from dpshm.ops.groups import Found
 
 DOCKER_SHM_BYTES = 64 << 20
@@ -98,7 +98,6 @@ def check_leftovers(found: list[Found]) -> Iterator[Finding]:
         if group.state == "dead":
             dead[files.owner_of(segment_path(group.group))].append(group.group)
     for owner, groups in dead.items():
-        names = ", ".join(groups[:5]) + (f" and {len(groups) - 5} more" if len(groups) > 5 else "")
         foreign = owner not in (None, os.geteuid())
         yield Finding(
             severity="warning",
@@ -106,7 +105,7 @@ def check_leftovers(found: list[Found]) -> Iterator[Finding]:
             group=groups[0] if len(groups) == 1 else None,
             what=f"segments in {directory()} remain of groups"
             + (f" of uid {owner}" if foreign else "")
-            + f" that no process uses: {names}",
+            + f" that no process uses: {some_of(groups)}",
             why="they take memory until the next start of a coordinator of that user removes them",
             fix=f"as uid {owner}: dpshm doctor --sweep" if foreign else "dpshm doctor --sweep",
         )

@@ -7,7 +7,19 @@ import socket
 import pytest
 import zmq
 
-from dpshm.net.addresses import allow_ipv6, bare, is_ipv6, is_loopback, is_port, joined, reachable
+from dpshm.errors import AddressInUse, SettingError
+from dpshm.net.addresses import (
+    allow_ipv6,
+    bare,
+    cannot_listen,
+    hint,
+    host_of,
+    is_ipv6,
+    is_loopback,
+    is_port,
+    joined,
+    reachable,
+)
 from dpshm.net.context import context
 
 
@@ -87,6 +99,49 @@ def test_the_option_is_set_where_it_must_be():
         with context().socket(zmq.PUB) as s:
             allow_ipv6(s, address)
             assert s.ipv6 == expected, address
+
+
+@pytest.mark.parametrize(
+    ("host", "says"),
+    [
+        ("fe80::1", "needs its interface, such as fe80::1%eth0"),
+        ("[fe80::1]", "needs its interface"),
+        ("fe80::1%nope", "no interface 'nope'"),
+        ("ff02::1", "multicast"),
+        *((host, "") for host in ("fe80::1%lo", "::1", "2001:db8::1", "127.0.0.1", "node", "*", "")),
+    ],
+)
+def test_what_is_missing_in_a_host_is_said(host: str, says: str):
+    """A link-local address without its interface is told so, where the system says "Invalid argument" alone."""
+    assert (says in hint(host)) is True
+    assert bool(hint(host)) is bool(says)
+
+
+def test_a_refused_address_says_what_to_do():
+    """The error names the address and what to do, and whether the address may be free at the next try."""
+    with context().socket(zmq.PUB) as s, socket.create_server(("127.0.0.1", 0)) as taken:
+        for address, kind, says in (
+            (f"tcp://127.0.0.1:{taken.getsockname()[1]}", AddressInUse, "in use. `ss -ltnp 'sport = :"),
+            ("tcp://[fe80::1]:*", SettingError, "needs its interface"),
+            ("tcp://nope:*", SettingError, "no address, name or interface"),
+        ):
+            allow_ipv6(s, address)
+            with pytest.raises(zmq.ZMQError) as refused:
+                s.bind(address)
+            error = cannot_listen("cannot bind", address, refused.value, ". Choose another")
+            assert type(error) is kind
+            assert str(error).startswith(f"cannot bind {address}: ")
+            assert says in str(error)
+            assert str(error).endswith(". Choose another")
+
+
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [("tcp://[::1]:5", "[::1]"), ("tcp://node:*", "node"), ("ipc:///a:b", ""), ("rubbish", ""), ("", "")],
+)
+def test_host_of_an_address(address: str, host: str):
+    """Only a tcp address has a host."""
+    assert host_of(address) == host
 
 
 @pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("node-7", "node-7"), ("::1", "::1")])

@@ -60,8 +60,13 @@ def call(coordinator, function):
 
 
 def start_from(coordinator, wave, exclude=None):
-    """Has a coordinator send START."""
+    """Has a coordinator send START, to the engines that it knows: see `connected`."""
     call(coordinator, lambda sockets: sockets.to_engines.send_multipart(wire.encode_start(wave, exclude)))
+
+
+def connected(coordinator, count):
+    """Waits until so many engines have subscribed: where connections take long, `attach` returns before that."""
+    wait_until(lambda: coordinator._wave.stock.connections.count == count)
 
 
 def test_publish_stores_every_word(board, group, using):
@@ -471,6 +476,7 @@ def test_a_request_with_a_newer_stamp_lifts_the_wave(board, group, using):
 def test_only_the_right_start_wakes(coordinator, group, using):
     """Guards against an engine that obeys a START of an old wave, or one that leaves it out."""
     engine = using(Engine.attach(group, 1))
+    connected(coordinator, 1)
 
     def after(wave, exclude=None):
         start_from(coordinator, wave, exclude)
@@ -493,6 +499,7 @@ def test_rank_0_confirms_and_completes(coordinator, group, using):
     """Guards against a group that is never known to run, or never known to have paused."""
     engine = using(Engine.attach(group, 0))
     using(Engine.attach(group, 1))
+    connected(coordinator, 2)
     start_from(coordinator, 0)
     wait_until(lambda: engine.poll(10))
     wait_until(lambda: coordinator.board.phase is Phase.RUNNING)
@@ -510,6 +517,7 @@ def test_pause_and_resume(coordinator, group, using):
     assert [(e.wave, e.running, e.paused) for e in engines] == [(1, False, True)] * 2
     assert coordinator.board.snapshot()["state"].tolist() == ["paused", "paused"]
     wait_until(lambda: coordinator.board.wave == 1)
+    connected(coordinator, 2)
     start_from(coordinator, 1)
     engines[0].receive(None, wave=1)
     assert not engines[0].poll(timeout_ms=50)
@@ -545,7 +553,9 @@ def test_ready_is_heard(coordinator, group, using):
 def test_rubbish_from_the_coordinator_is_dropped(coordinator, group, using, caplog):
     """Guards against an engine that a single wrong message ends."""
     engine = using(Engine.attach(group, 0))
-    wait_until(lambda: start_from(coordinator, 0) or engine.poll(10))  # its subscription may be in flight
+    connected(coordinator, 1)
+    start_from(coordinator, 0)
+    wait_until(lambda: engine.poll(10))
     engine.wave_complete()
     for frames in ([b"\x02"], [b"\x02", b"\xc1"], [b"\x03", b"\x90"], [b""], [b"\x02", b"\x92\x00\xc0", b""]):
         call(coordinator, lambda sockets, frames=frames: sockets.to_engines.send_multipart(frames))

@@ -107,7 +107,7 @@ def test_nothing_is_left_of_a_segment_that_is_closed(folder: Path):
     for _ in range(5):
         Segment.attach("g").close()
     assert count_fds() <= before
-    assert Path("/proc/self/maps").read_text().count("dpshm-g") == mapped
+    assert Path("/proc/self/maps").read_text().count("dpshm-g") <= mapped  # what other tests left may go meanwhile
 
 
 def test_an_unlinked_file_is_noticed(folder: Path):

@@ -376,6 +376,7 @@ def test_a_detached_one_removes_the_board_when_its_starter_is_killed_with_its_ch
     assert starter.eval("process.proc.is_alive()")
     assert starter.eval("process.engine_addresses")
     assert _children(starter.pid) == []
+    assert _told_of(group) == [pid]
     assert Board.attach(group).coordinator_pid[0] == pid
     starter.kill()
     wait_until(lambda: gone(pid))
@@ -405,24 +406,29 @@ def test_a_detached_one_that_does_not_start_in_time_ends(group):
         CoordinatorProcess(group=group, dp_size=0, detached=True)
     with pytest.raises(StartupTimeout, match="did not report its addresses within"):
         CoordinatorProcess(group=group, dp_size=1, start_timeout_s=0.001, detached=True)
-    wait_until(lambda: leftovers(group) == [] and not _named(f"dpshm-coord {group}"[:15]))
-
-
-def _stats():
-    """Of each process: pid, name, state, parent."""
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with suppress(OSError):
-                name, _, rest = Path(f"/proc/{entry}/stat").read_text().partition("(")[2].rpartition(")")
-                state, parent, *_ = rest.split()
-                yield int(entry), name, state, int(parent)
+    wait_until(lambda: leftovers(group) == [] and not _told_of(group))
 
 
 def _children(pid):
     """The children of a process, zombies too."""
-    return [child for child, _, _, parent in _stats() if parent == pid]
+    found = []
+    for entry in _processes():
+        with suppress(OSError):
+            _state, parent, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
+            if int(parent) == pid:
+                found.append(int(entry.name))
+    return found
 
 
-def _named(name):
-    """The processes that live under a name."""
-    return [pid for pid, its, state, _ in _stats() if its == name and state not in "ZX"]
+def _told_of(group):
+    """The processes whose command names a group, as a coordinator's does; one that has ended has no command."""
+    found = []
+    for entry in _processes():
+        with suppress(OSError):
+            if group.encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+def _processes():
+    return [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]

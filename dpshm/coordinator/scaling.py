@@ -30,7 +30,7 @@ def at_work(board: Board) -> str:
     """What a group in lockstep still does, in words; empty if it is paused and no living rank has a request."""
     living = living_ranks(board)
     requests = board.snapshot()["requests"].tolist()
-    busy = [f"rank {e} has {requests[e]} requests" for e in living if requests[e]]
+    busy = [f"rank {e} has {requests[e]} request{'s' * (requests[e] != 1)}" for e in living if requests[e]]
     if busy:
         return ", ".join(busy)
     if living and board.phase is not Phase.PAUSED:

@@ -26,8 +26,9 @@ import msgspec
 
 from dpshm import errors
 from dpshm.board.board import Board
+from dpshm.board.sweep import sweep
 from dpshm.coordinator.settings import Settings, SettingsDict, make_settings
-from dpshm.errors import DpshmError, SettingError, StartupTimeout
+from dpshm.errors import DpshmError, SegmentError, SettingError, StartupTimeout
 from dpshm.linux import descriptors, processes
 from dpshm.linux.signals import EndRequest
 from dpshm.ops.drain import set_drained
@@ -184,14 +185,14 @@ class CoordinatorProcess:
         self.proc = Process(popen, f"dpshm-coordinator-{self.settings.group}", end_signal)
         self._owner_pid = os.getpid()
         self._started_s = time.monotonic()
-        self._finalizer = weakref.finalize(self, _stop, self._owner_pid, self.proc, STOP_TIMEOUT_S)
+        self._finalizer = self._finalize()
         try:
             report = _read_report(report_fd, self.proc, start_timeout_s, detached)
             if detached:
                 popen.wait()
                 self._finalizer.detach()
                 self.proc = Detached(report.pid, self.proc.name)
-                self._finalizer = weakref.finalize(self, _stop, self._owner_pid, self.proc, STOP_TIMEOUT_S)
+                self._finalizer = self._finalize()
         except BaseException:
             self.close()
             raise
@@ -200,6 +201,10 @@ class CoordinatorProcess:
         self.stats_publish_address = report.stats_address
         self.engine_addresses = (report.engine_input_address, report.engine_output_address)
         self.metrics_address = report.metrics_address
+
+    def _finalize(self) -> weakref.finalize[..., CoordinatorProcess]:
+        arguments = (self._owner_pid, self.settings.group, self.proc, STOP_TIMEOUT_S)
+        return weakref.finalize(self, _stop, *arguments)
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
         """Waits until every engine is there.
@@ -286,9 +291,12 @@ class CoordinatorProcess:
         return self.engine_addresses
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """Ends the process; kills it after `timeout` seconds (5)."""
+        """Ends the process; kills it after `timeout` seconds (5).
+
+        Removes what a process that was killed has left, unless an engine or a front-end still uses it.
+        """
         if self._finalizer.detach() is not None:
-            _stop(self._owner_pid, self.proc, STOP_TIMEOUT_S if timeout is None else timeout)
+            _stop(self._owner_pid, self.settings.group, self.proc, STOP_TIMEOUT_S if timeout is None else timeout)
 
     def close(self) -> None:
         """Ends the process."""
@@ -352,8 +360,8 @@ def _read_report(fd: int, proc: Process, timeout_s: float, detached: bool) -> Re
     return report
 
 
-def _stop(pid: int, proc: Process, timeout_s: float) -> None:
-    """Ends a child of this process; a forked copy of the handle does nothing."""
+def _stop(pid: int, group: str, proc: Process, timeout_s: float) -> None:
+    """Ends a child of this process, and removes what it left; a forked copy of the handle does nothing."""
     if pid != os.getpid():
         return
     if proc.is_alive():
@@ -363,6 +371,8 @@ def _stop(pid: int, proc: Process, timeout_s: float) -> None:
         logger.warning("%s (pid %d) did not end within %g s and is killed", proc.name, proc.pid, timeout_s)
         proc.kill()
         proc.join()
+    with suppress(SegmentError, SettingError, OSError):
+        sweep(group)  # of one that was killed; not if a process uses the board
 
 
 def main(argv: list[str]) -> int:

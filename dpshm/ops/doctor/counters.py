@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dpshm.board.board import Board
-from dpshm.ops.doctor.finding import Finding
+from dpshm.ops.doctor.finding import Finding, requests
 from dpshm.ops.frame import Frame
 
 
@@ -49,4 +49,4 @@ def _frontend_counters(board: Board, after: Frame) -> Iterator[str]:
         for e in range(after.dp_size):
             over = int(board.received_requests[e, frontend.index]) - int(board.sent_requests[frontend.index, e])
             if over > 0:
-                yield f"rank {e} received {over} requests more than front-end {frontend.index} sent"
+                yield f"rank {e} received {requests(over)} more than front-end {frontend.index} sent"

@@ -29,6 +29,11 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     fix: str
 
 
+def requests(number: int) -> str:
+    """So many requests, in words."""
+    return f"{number} request{'s' * (number != 1)}"
+
+
 def some_of(names: list[str]) -> str:
     """Names as words; of many the first ones."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

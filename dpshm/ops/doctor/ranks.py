@@ -11,7 +11,7 @@ from dpshm.board.prefix_file import index_path
 from dpshm.board.prefix_index import PrefixIndexReader
 from dpshm.errors import SegmentError
 from dpshm.linux import processes
-from dpshm.ops.doctor.finding import Finding, some_of
+from dpshm.ops.doctor.finding import Finding, requests, some_of
 from dpshm.ops.frame import Frame, Rank
 
 STALE_S = 10.0
@@ -36,7 +36,7 @@ def check_ranks(frame: Frame) -> Iterator[Finding]:
             severity="error",
             check="stalled ranks",
             group=frame.group,
-            what=f"rank {rank.label} (pid {rank.pid}) has {rank.requests} requests and shows no sign of life",
+            what=f"rank {rank.label} (pid {rank.pid}) has {requests(rank.requests)} and shows no sign of life",
             why="it gets no new requests, and those that it has wait",
             fix=f"{_on_its_node(rank)}kill -CONT {rank.pid} if it was stopped; else py-spy dump --pid {rank.pid}",
         )
@@ -63,7 +63,7 @@ def check_ranks(frame: Frame) -> Iterator[Finding]:
                 severity="warning",
                 check="stale beats",
                 group=frame.group,
-                what=f"rank {rank.label} has {rank.requests} requests and last published {rank.age_s:.0f} s ago",
+                what=f"rank {rank.label} has {requests(rank.requests)} and last published {rank.age_s:.0f} s ago",
                 why="it hangs, or its steps are long; stall_timeout is longer, so it still gets requests",
                 fix=(
                     f"{_on_its_node(rank)}dpshm drain {rank.dp_rank} --group {frame.group} --no-wait; py-spy dump "

@@ -127,8 +127,8 @@ def warnings(frame: Frame) -> list[str]:
     if bad:
         found.append(f"out of routing: rank {', '.join(bad[:6])}{' ...' if len(bad) > 6 else ''}: dpshm doctor")
     if frame.beyond:
-        ranks = ", ".join(map(str, frame.beyond[:6]))
-        found.append(f"rank {ranks} attached, and the group has 0 to {frame.dp_size - 1}: dpshm doctor")
+        ranks = f"rank{'s' * (len(frame.beyond) > 1)} " + ", ".join(map(str, frame.beyond[:6]))
+        found.append(f"{ranks} attached, and the group has 0 to {frame.dp_size - 1}: dpshm doctor")
     return found[:2]
 
 

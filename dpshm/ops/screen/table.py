@@ -239,7 +239,8 @@ def frontend_table(
         return made
 
     heading = _heading(columns, sort, glyphs)
-    names = ("in flight by rank", "sent by rank") if half >= 17 else ("in flight", "sent to")
+    all_names = (("in flight by rank", "sent by rank"), ("in flight", "sent to"), ("flight", "sent"), ("", ""))
+    names = next(pair for pair in all_names if len(pair[0]) <= half)
     return heading.append(f" {names[0]:<{half}} {names[1]}"[: rest + 1]), line
 
 

@@ -557,7 +557,7 @@ def test_lockstep_ranks_are_scaled_at_rest(group, using, rest):
         coordinator.drain(dp_rank)
     found = {
         "a rank is not drained": r"ranks \[1\] are not drained",
-        "a rank has a request": "rank 1 has 1 requests",
+        "a rank has a request": "rank 1 has 1 request",
         "a wave runs": "wave 0 is running",
     }
     with pytest.raises(SettingError, match=found[rest] + r"(.|\n)*`dpshm scale N --group "):

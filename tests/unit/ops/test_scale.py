@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 
+import msgspec
 import pytest
 
 from dpshm import Board, Coordinator, Engine, SettingError
@@ -67,6 +68,8 @@ def test_an_engine_beyond_the_size_is_shown(group, using):
     frame = read_frame(board)
     assert frame.beyond == [7]
     assert "rank 7 attached, and the group has 0 to 1: dpshm doctor" in warnings(frame)
+    two = msgspec.structs.replace(frame, beyond=[2, 7])
+    assert "ranks 2, 7 attached, and the group has 0 to 1: dpshm doctor" in warnings(two)
     found = [finding for finding in check_group(board) if finding.check == "rank number"]
     assert f"dpshm scale 8 --group {group}" in found[0].fix
     engine.close()

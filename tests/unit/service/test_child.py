@@ -75,8 +75,7 @@ def test_it_has_the_methods_of_a_coordinator(group, using):
     assert not process.is_healthy()
     for engine in engines:
         engine.close()
-    board.close()
-    sweep(group)
+    process.close()
 
 
 def test_it_has_every_method_of_the_threads():
@@ -138,9 +137,23 @@ def test_a_child_that_does_not_end_is_killed(group):
     os.kill(process.proc.pid, signal.SIGSTOP)
     process.shutdown(timeout=0.2)
     assert process.proc.exitcode == -signal.SIGKILL
-    assert len(leftovers(group)) == 3
-    with Coordinator(group=group, dp_size=1):
-        pass
+    assert leftovers(group) == []
+
+
+@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize("used", [False, True])
+def test_what_a_killed_one_left_is_removed(group, using, used, detached):
+    """The end of a handle removes the board of a process that was killed, unless an engine still serves on it."""
+    process = CoordinatorProcess(group=group, dp_size=1, detached=detached)
+    engine = using(Engine.attach(group, 0)) if used else None
+    process.proc.kill()
+    process.proc.join()
+    process.close()
+    if engine is not None:
+        assert f"dpshm-{group}" in map(os.path.basename, leftovers(group))
+        using(Coordinator(group=group, dp_size=1)).close()  # the next one takes the board over
+        engine.close()
+    assert leftovers(group) == []
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "exit"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
 
@@ -109,6 +110,7 @@ class BoardCollector(Collector):
         )
         build.add_metric([frame.group], {"version": __version__})
         yield build
+        yield _read_now(frame.group)
         yield _gauge("dpshm_ranks", "Ranks that take part.", frame.group, frame.dp_size)
         yield _gauge("dpshm_wave", "The request wave.", frame.group, frame.wave)
         phase = GaugeMetricFamily(
@@ -207,6 +209,11 @@ def _gauge(name: str, help_: str, group: str, value: float) -> Metric:
     return family
 
 
+def _read_now(group: str) -> Metric:
+    """Of the groups that a target served one after another, this tells an alert which is the last."""
+    return _gauge("dpshm_read_timestamp_seconds", "When these metrics were read.", group, time.time())
+
+
 def _counter(name: str, help_: str, group: str, value: float) -> Metric:
     family = CounterMetricFamily(name, help_, labels=["group"])
     family.add_metric([group], value)
@@ -226,7 +233,7 @@ def collect_group(group: str, *, any_owner: bool = False) -> list[Metric]:
         with Board.attach(group, any_owner=any_owner) as board:
             return list(BoardCollector(board).collect())
     except SegmentError:
-        return [_gauge("dpshm_coordinator_up", _UP_HELP, group, 0)]
+        return [_gauge("dpshm_coordinator_up", _UP_HELP, group, 0), _read_now(group)]
 
 
 def page(group: str) -> tuple[bytes, str]:

@@ -240,6 +240,24 @@ def test_a_target_that_is_taken_away_is_no_death(tmp_path):
 
 
 @needs_promtool
+def test_groups_that_a_target_served_before_are_not_mourned(tmp_path):
+    """A server whose group has a new name at each start raises one alert when it is down: of the last."""
+    series = on({"up": f"1x20 0x2 1x20 0x2 1x20 0x{FOR_ALL}"})
+    for at, (before, samples) in {"a": ("", 20), "b": ("_x23 ", 19), "c": ("_x46 ", 19)}.items():
+        first = 15 * (0 if not before else int(before[2:]) + 1)
+        own = {
+            "dpshm_coordinator_up": f"{before}1x{samples} stale",
+            "dpshm_read_timestamp_seconds": f"{before}{first}+15x{samples} stale",
+        }
+        series += on(own, f"vllm-{at}")
+    lasting = {"dpshm_coordinator_up": f"1x{FOR_ALL}", "dpshm_read_timestamp_seconds": f"0+15x{FOR_ALL}"}
+    series += on({"up": f"1x{FOR_ALL}"} | lasting, "vllm-a", "n2")
+    name = "DpshmCoordinatorDown"
+    last = [alert(name, group="vllm-c")]
+    check(tmp_path, name, series, {5.5: [], 10: [], 16.5: [], 18.5: last, 60: last, 200: last})
+
+
+@needs_promtool
 def test_a_coordinator_that_comes_back_ends_the_alert(tmp_path):
     """Guards against an alert that stays until its memory ends."""
     series = on({"dpshm_coordinator_up": f"1x20 stale _x20 1x{FOR_ALL}", "up": f"1x20 0x20 1x{FOR_ALL}"})

@@ -65,7 +65,7 @@ def compare(options: argparse.Namespace) -> dict[str, list[float]]:
     from dpshm.vllm.booked import BookedWriter
     from dpshm.vllm.find import owner_name
 
-    link_of: Any = import_module("dpshm.vllm.engine_core").EngineLink
+    link_of: Any = import_module("dpshm.vllm.engine_link").EngineLink
     load = Load(options.running, options.lifetime)
     figures: dict[str, list[float]] = {"vLLM": [], "dpshm": []}
     group = f"bench-step-{os.getpid()}"

@@ -7,9 +7,11 @@ import itertools
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from enum import EnumType
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,30 @@ def _fork_server(_own_directory: None, _compiled_once: None) -> None:
     Otherwise they would have those of the first test that needs such a process, for the rest of the run.
     """
     forkserver.ensure_running()
+
+
+@pytest.fixture(autouse=True)
+def _numpy_asks_no_enumeration(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails a test in which dpshm gives numpy a member of an enumeration.
+
+    numpy asks the type of an operand for its attributes, and forgets every exception of that. Up to Python 3.11 an
+    enumeration answers in Python, where a signal handler may raise: that process would never hear of its SIGTERM.
+    """
+    stock = vars(EnumType).get("__getattr__")
+    if stock is None:
+        yield
+        return
+    asked = []
+
+    def note(kind: EnumType, name: str) -> Any:
+        if name.startswith("__array_"):
+            caller = sys._getframe(1)
+            asked.append(f"{caller.f_code.co_filename}:{caller.f_lineno}")
+        return stock(kind, name)
+
+    monkeypatch.setattr(EnumType, "__getattr__", note)
+    yield
+    assert [place for place in asked if f"{os.sep}dpshm{os.sep}" in place] == []
 
 
 @pytest.fixture

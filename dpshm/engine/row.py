@@ -125,10 +125,11 @@ class EngineRow:
                 board.words[board.index("engine_pid", dp_rank)] = 0  # left, not died
                 raise
             try:
+                # An int: numpy asks an enumeration for attributes, and swallows what a signal handler raises then.
                 board.wait_for_coordinator(
                     lambda: (
                         dp_rank >= board.dp_size
-                        or board.engine_mark[dp_rank] & (VERDICT_MASK | ON_BEHALF) == Verdict.ALIVE
+                        or int(board.engine_mark[dp_rank]) & (VERDICT_MASK | ON_BEHALF) == Verdict.ALIVE
                     )
                 )
             except BaseException:

@@ -144,7 +144,7 @@ class Frontend(Observing):
                 max_requests=max_requests,
             )
             # Other front-ends refresh when marks change: from then on they count this one's bookings.
-            board.wait_for_coordinator(lambda: board.frontend_mark[index] == Verdict.ALIVE)
+            board.wait_for_coordinator(lambda: int(board.frontend_mark[index]) == Verdict.ALIVE)
             frontend._decisions.rehearse()
             if record is not False:
                 path = default_path(group, index) if record is True else Path(record)

@@ -29,7 +29,7 @@ from dpshm.board.words import pack_control
 from dpshm.errors import DpshmError
 from dpshm.rules.waves import Phase
 from dpshm.vllm.board_link import BoardLink
-from dpshm.vllm.engine_core import EngineLink
+from dpshm.vllm.engine_link import EngineLink
 from dpshm.vllm.options import Options
 
 WAVE = 7

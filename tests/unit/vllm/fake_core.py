@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from dpshm import Board
 from dpshm.vllm.engine_core import busy_loop
 from tests.unit.vllm.fake_cache import BlockPool, FullAttentionManager, kv_cache_manager
 
@@ -347,3 +348,13 @@ def hooked(core: EngineCoreProc) -> list[str]:
 def failing(scheduler: Scheduler) -> None:
     """Makes the next publish after a step fail, as a release with another scheduler would."""
     scheduler.get_kv_cache_usage = lambda: 1 / 0  # type: ignore[method-assign]
+
+
+def row(board: Board, rank: int = 0) -> Any:
+    """A row of the board by column names."""
+    return board.snapshot()[rank]
+
+
+def counters(board: Board, *names: str) -> tuple[int, ...]:
+    """Some figures of rank 0's row."""
+    return tuple(int(row(board)[name]) for name in names)

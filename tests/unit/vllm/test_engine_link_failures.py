@@ -1,4 +1,4 @@
-"""Tests of `dpshm.vllm.engine_core`: no row, or one that fails later: logged once, hooks off, vLLM goes on."""
+"""Tests of `dpshm.vllm.engine_link`: no row, or one that fails later: logged once, hooks off, vLLM goes on."""
 
 from __future__ import annotations
 

@@ -95,19 +95,21 @@ def answers(port):
 @pytest.fixture(params=["dense", "lockstep"])
 def example(request, group, tmp_path):
     """The example as a process, its port, and a function that reads what it has said."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "tests.examples.serve", "--group", group, "--port", str(port)]
-    command += ["--lockstep"] if request.param == "lockstep" else []
-    with open(tmp_path / "log", "wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ)
-    try:
-        wait_until(lambda: process.poll() is not None or answers(port), 120)
-        yield process, port, (tmp_path / "log").read_text
-    finally:
-        process.terminate()
-        status = process.wait(60)
+    with socket.socket() as kept:
+        # Its address may be bound once more, and no other connection of this machine gets its port meanwhile.
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        kept.bind(("127.0.0.1", 0))
+        port = kept.getsockname()[1]
+        command = [sys.executable, "-m", "tests.examples.serve", "--group", group, "--port", str(port)]
+        command += ["--lockstep"] if request.param == "lockstep" else []
+        with open(tmp_path / "log", "wb") as log:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ)
+        try:
+            wait_until(lambda: process.poll() is not None or answers(port), 120)
+            yield process, port, (tmp_path / "log").read_text
+        finally:
+            process.terminate()
+            status = process.wait(60)
     assert status == 0, (tmp_path / "log").read_text()
 
 

@@ -65,6 +65,7 @@ def busy(group, using, coordinator, monkeypatch):
     engine.finished(3)
     engine.publish(waiting=4, running=5, kv_cache_usage=0.25, prefill_backlog=60)
     wait_until(lambda: stat(group)["phase"] == "running")
+    wait_until(coordinator.board.wake_bucket.any)  # it is counted once the board shows the phase
     return coordinator
 
 

@@ -128,7 +128,7 @@ def test_counts_are_vllms_to_the_byte(group, using, with_kv, expected):
     engines[1].send(START_WAVE_5.replace(b"\x05", b"\x03").replace(b"\x99\x02", b"\x99\x01"))
     for engine in engines:
         engine.heard()
-    wait_until(lambda: coordinator.board.load[1])
+    wait_until(coordinator.board.load[:2].all)  # the two come over two sockets
     frontend = using(StockFrontend(coordinator.stats_publish_address))
     while (heard := frontend.heard()) == b"\x93\xc0\x03\xc3":
         pass  # it may just hear that they run now

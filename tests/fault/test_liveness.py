@@ -189,10 +189,12 @@ def test_a_verdict_outlives_its_coordinator(group, using):
     wait_until(lambda: verdict(frontend.board, 0) is Verdict.STALLED)
     keeper.kill()
     wait_until(lambda: not frontend.board.is_watched())
-    assert chosen(frontend) == {1}
+    # On a busy machine the other rank may have stalled, too, when the coordinator was killed: it moves again.
+    wait_until(lambda: chosen(frontend) == {1})
     again = using(Coordinator(group=group, dp_size=2, stall_timeout_s=3600))
     wait_until(again.board.is_watched)
-    assert [verdict(again.board, e) for e in range(2)] == [Verdict.STALLED, Verdict.ALIVE]
+    assert verdict(again.board, 0) is Verdict.STALLED
+    wait_until(lambda: verdict(again.board, 1) is Verdict.ALIVE)
     assert chosen(frontend) == {1}
     remotes[0].signal(signal.SIGCONT)
     wait_until(lambda: verdict(again.board, 0) is Verdict.ALIVE)

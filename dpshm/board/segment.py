@@ -20,7 +20,6 @@ import os
 import time
 from contextlib import suppress
 from functools import partial
-from math import isnan
 from pathlib import Path
 
 from dpshm.board import files, layout, lock_file
@@ -34,9 +33,9 @@ from dpshm.errors import (
     SegmentError,
     SegmentInvalid,
     SegmentNotFound,
-    SettingError,
 )
 from dpshm.linux.forks import PrivateFd, give_up, give_up_sockets
+from dpshm.linux.waits import deadline
 
 FOREIGN_BYTES = 16 << 20
 """The largest file of another user that tools read: ten times the board of 64 engines and 256 front-ends."""
@@ -172,11 +171,9 @@ class Segment:
             SegmentError: it may not be opened.
             SettingError: `timeout_s` is no number.
         """
-        if isnan(timeout_s):
-            raise SettingError("timeout_s is nan: give a number of seconds")
-        deadline = time.monotonic() + timeout_s
+        until_s = deadline(timeout_s)
         while True:
-            late = time.monotonic() >= deadline
+            late = time.monotonic() >= until_s
             try:
                 segment = cls.attach(group)
             except SegmentNotFound:

@@ -32,6 +32,7 @@ from dpshm.coordinator.wave_thread import WaveThread
 from dpshm.errors import StartupTimeout
 from dpshm.linux.descriptors import explained
 from dpshm.linux.uninterrupted import uninterrupted
+from dpshm.linux.waits import bounded
 from dpshm.net.keys import server_keys
 
 
@@ -90,13 +91,14 @@ class CoordinatorThreads:
             StartupTimeout: they were not, in `timeout_s` or in the settings' `ready_timeout_s`; names the ranks
                 that are missing.
         """
+        limit_s = None if timeout_s is None else bounded(timeout_s)
         try:
-            self._wave.all_ready.result(timeout_s)
+            self._wave.all_ready.result(limit_s)
         except FutureTimeoutError:
             board = self.board
             missing = [e for e in range(board.dp_size) if not board.engine_present(e)]
             raise StartupTimeout(
-                f"group {self.settings.group!r} was not ready in {timeout_s:g} s; ranks without a row: {missing}"
+                f"group {self.settings.group!r} was not ready in {limit_s:g} s; ranks without a row: {missing}"
             ) from None
 
     @property

@@ -41,6 +41,7 @@ from dpshm.engine.step import StepOffsets, StepTimer, fitting
 from dpshm.engine.taking import initialise, lock, wait_for_rank
 from dpshm.errors import CapacityExceeded, RowInUse, SettingError, WrongThread
 from dpshm.linux.descriptors import explained
+from dpshm.linux.waits import deadline
 from dpshm.rules.liveness import Verdict
 
 _ROUNDING = 1e-6
@@ -106,7 +107,7 @@ class EngineRow:
             SettingError: the group has fewer ranks, and was not scaled within `timeout_s`.
         """
         dp_rank = index(dp_rank)
-        deadline = time.monotonic() + timeout_s
+        until_s = deadline(timeout_s)
         board = Board(Segment.attach_within(group, timeout_s))
         try:
             if not 0 <= dp_rank < board.engines:
@@ -114,7 +115,7 @@ class EngineRow:
                     f"dp_rank {dp_rank} is outside 0 to {board.engines - 1}, for which the board of group "
                     f"{group!r} was made: start its coordinator with a larger max_engines"
                 )
-            wait_for_rank(board, dp_rank, deadline)
+            wait_for_rank(board, dp_rank, until_s)
             lock(board, dp_rank)
             if not board.segment.linked:
                 raise RowInUse(f"group {group!r} ended while rank {dp_rank} attached; try again")

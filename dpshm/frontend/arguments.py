@@ -66,6 +66,8 @@ def check_weights(weights: Mapping[int, float] | None, engines: int) -> dict[int
     """
     if weights is None:
         return None
+    if not isinstance(weights, Mapping):
+        raise SettingError(f"weights is {weights!r}: give a number above 0 by rank, such as {{0: 1.0, 1: 0.5}}")
     checked = {operator.index(rank): float(weight) for rank, weight in weights.items()}
     for rank, weight in checked.items():
         if not (0 <= rank < engines and 0 < weight < math.inf):

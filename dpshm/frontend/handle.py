@@ -22,7 +22,7 @@ from dpshm.frontend.arguments import check_max_requests, check_ranks, check_weig
 from dpshm.frontend.changes import ChangeThread
 from dpshm.frontend.decision_lock import DecisionLock
 from dpshm.frontend.decisions import Decisions
-from dpshm.frontend.observing import Observing, as_length, as_prompt
+from dpshm.frontend.observing import NOBODY, Observing, as_length, as_prompt, as_ranks
 from dpshm.frontend.recorder import Recorder, default_path
 from dpshm.frontend.route import Bookings, Route
 from dpshm.frontend.row import FrontendRow, lock_row
@@ -190,7 +190,7 @@ class Frontend(Observing):
         *,
         prompt: Prompt | Tokens | None = None,
         dp_rank: int | None = None,
-        exclude: Collection[int] = (),
+        exclude: Collection[int] = NOBODY,
         key: int | str | bytes | None = None,
         wake: bool = True,
     ) -> Route:
@@ -220,6 +220,7 @@ class Frontend(Observing):
         if prompt is not None:
             prompt = as_prompt(prompt)
             prompt_tokens = prompt_tokens or len(prompt)
+        exclude = exclude if exclude is NOBODY else as_ranks(exclude)
         if not self._segment.usable:  # tested here too: in a forked child the lock may be held for ever
             raise self._segment.why_unusable()
         route = Route(self._bookings, prompt_tokens=prompt_tokens)  # closed until it is booked

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import time
 from collections.abc import Collection
@@ -17,10 +16,13 @@ from dpshm.frontend.changes import Changes
 from dpshm.frontend.decisions import Decisions
 from dpshm.frontend.health import Health, read_health
 from dpshm.frontend.route import Bookings
+from dpshm.linux.waits import deadline
 from dpshm.policies import key_of
 from dpshm.rules.prefix_hash import Prompt, Tokens
 
 READY_INTERVAL_S = 0.02
+NOBODY: Collection[int] = ()
+"""Excludes no rank."""
 
 
 class Observing:
@@ -37,7 +39,7 @@ class Observing:
         prompt_tokens: int = 0,
         *,
         prompt: Prompt | Tokens | None = None,
-        exclude: Collection[int] = (),
+        exclude: Collection[int] = NOBODY,
         key: int | str | bytes | None = None,
     ) -> int:
         """The engine that `route` would choose now. Books nothing and wakes no rank.
@@ -53,6 +55,7 @@ class Observing:
         if prompt is not None:
             prompt = as_prompt(prompt)
             prompt_tokens = prompt_tokens or len(prompt)
+        exclude = exclude if exclude is NOBODY else as_ranks(exclude)
         with self._lock:
             now_ns = self._decisions.begin()
             cached = (
@@ -92,16 +95,18 @@ class Observing:
         """
         import asyncio  # not for front-ends that have no event loop
 
-        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        began_s, until_s = time.monotonic(), deadline(timeout_s)
+        if min_ranks is not None:
+            min_ranks = operator.index(min_ranks)
         while True:
             with self._lock:
                 self._decisions.begin()
                 missing, routable = self._decisions.reader.missing(), len(self._decisions.reader.eligible)
             if routable >= min_ranks if min_ranks is not None else routable and not missing:
                 return
-            if time.monotonic() >= deadline:
+            if (now_s := time.monotonic()) >= until_s:
                 raise StartupTimeout(
-                    f"group {self._segment.group!r} was not ready in {timeout_s:g} s; "
+                    f"group {self._segment.group!r} was not ready in {now_s - began_s:.3g} s; "
                     f"ranks without a row: {missing}; {routable} may be chosen"
                 )
             await asyncio.sleep(READY_INTERVAL_S)
@@ -148,6 +153,11 @@ def as_length(prompt_tokens: int) -> int:
     if tokens < 0:
         raise SettingError(f"prompt_tokens is {tokens}: give the prompt's length, 0 or more")
     return min(tokens, MAX_PROMPT_TOKENS)
+
+
+def as_ranks(exclude: Collection[int] | None) -> Collection[int]:
+    """Ranks that a request excludes, as ints: a rank of another type would exclude nobody, silently."""
+    return NOBODY if exclude is None else frozenset(map(operator.index, exclude))
 
 
 def as_prompt(prompt: Prompt | Tokens) -> Prompt:

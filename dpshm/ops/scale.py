@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dpshm.board.board import Board
 from dpshm.board.words import DRAINED
 from dpshm.coordinator.scaling import at_work, check_rest, check_size
+from dpshm.linux.waits import seconds
 from dpshm.net import wire
 from dpshm.net.keys import Folder
 from dpshm.ops import drain
@@ -74,11 +75,12 @@ def set_size_at_rest(
         NotHeeded: the ranks were not at rest in time, or the coordinator did not do its part.
     """
     check_size(board, dp_size)
+    limit_s = None if timeout_s is None else seconds(timeout_s)
     board.segment.refresh()
     drained = [e for e in range(board.dp_size) if not board.engine_mark[e] & DRAINED]
     try:
         set_drained(board, drained, True, curve_dir=curve_dir)
-        _wait_for_rest(board, timeout_s, tell)
+        _wait_for_rest(board, limit_s, tell)
         set_size(board, dp_size, curve_dir=curve_dir)
     except BaseException:
         set_drained(board, drained, False, curve_dir=curve_dir)

@@ -9,7 +9,6 @@ ended in any way: it holds a pidfd of the parent. One that hands over outlives i
 from __future__ import annotations
 
 import logging
-import math
 import os
 import select
 import signal
@@ -31,6 +30,7 @@ from dpshm.coordinator.settings import Settings, SettingsDict, make_settings
 from dpshm.errors import DpshmError, SegmentError, SettingError, StartupTimeout
 from dpshm.linux import descriptors, processes
 from dpshm.linux.signals import EndRequest
+from dpshm.linux.waits import bounded, deadline
 from dpshm.ops.drain import set_drained
 from dpshm.ops.scale import set_size
 from dpshm.service.coordinator import Coordinator
@@ -180,6 +180,7 @@ class CoordinatorProcess:
         **settings: Unpack[SettingsDict],
     ) -> None:
         self.settings = make_settings(**settings)
+        start_timeout_s = bounded(start_timeout_s, "start_timeout_s")
         popen, report_fd = _start(self.settings, hands_over, detached)
         end_signal = _REMOVE if hands_over else signal.SIGTERM
         self.proc = Process(popen, f"dpshm-coordinator-{self.settings.group}", end_signal)
@@ -213,12 +214,9 @@ class CoordinatorProcess:
             StartupTimeout: they were not, in `timeout_s` or in the settings' `ready_timeout_s`; names the ranks
                 that are missing. Or the process ended.
         """
-        now_s = time.monotonic()
-        limit_s = self.settings.ready_timeout_s
-        until_s = min(
-            now_s + timeout_s if timeout_s is not None else math.inf,
-            self._started_s + limit_s if limit_s else math.inf,
-        )
+        now_s, until_s = time.monotonic(), deadline(timeout_s)
+        if limit_s := self.settings.ready_timeout_s:
+            until_s = min(until_s, self._started_s + limit_s)
         group = self.settings.group
         with Board.attach(group) as board:
             while not board.ready[0]:
@@ -227,7 +225,7 @@ class CoordinatorProcess:
                 if time.monotonic() >= until_s:
                     missing = [e for e in range(board.dp_size) if not board.engine_alive(e)]
                     raise StartupTimeout(
-                        f"group {group!r} was not ready in {time.monotonic() - now_s:g} s; ranks without a row: "
+                        f"group {group!r} was not ready in {time.monotonic() - now_s:.3g} s; ranks without a row: "
                         f"{missing}"
                     )
                 time.sleep(_LOOK_S)
@@ -295,8 +293,10 @@ class CoordinatorProcess:
 
         Removes what a process that was killed has left, unless an engine or a front-end still uses it.
         """
-        if self._finalizer.detach() is not None:
-            _stop(self._owner_pid, self.settings.group, self.proc, STOP_TIMEOUT_S if timeout is None else timeout)
+        limit_s = STOP_TIMEOUT_S if timeout is None else bounded(timeout, "timeout")
+        if self._finalizer.alive:
+            _stop(self._owner_pid, self.settings.group, self.proc, limit_s)
+            self._finalizer.detach()  # now: if a signal handler raises before, the next call goes on
 
     def close(self) -> None:
         """Ends the process."""
@@ -328,7 +328,7 @@ def _start(settings: Settings, hands_over: bool, detached: bool) -> tuple[subpro
 
 
 def _read_report(fd: int, proc: Process, timeout_s: float, detached: bool) -> Report:
-    deadline = time.monotonic() + timeout_s
+    until_s = time.monotonic() + timeout_s
     data = b""
     readable = select.poll()  # select(2) refuses descriptors above 1023
     readable.register(fd, select.POLLIN)
@@ -337,7 +337,7 @@ def _read_report(fd: int, proc: Process, timeout_s: float, detached: bool) -> Re
     while not data.endswith(
         b"\n"
     ):  # not until the end of the pipe: a forked child of this process may hold it open
-        ready = dict(readable.poll(max(0.0, deadline - time.monotonic()) * 1000))
+        ready = dict(readable.poll(max(0.0, until_s - time.monotonic()) * 1000))
         if not ready:
             raise StartupTimeout(
                 f"{proc.name} (pid {proc.pid}) did not report its addresses within {timeout_s:g} s: "

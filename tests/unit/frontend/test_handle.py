@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from dpshm import (
@@ -92,6 +93,14 @@ def test_an_excluded_rank_is_not_chosen(board, group, using, policy, dp_size):
         frontend.route(exclude=range(dp_size))
     with pytest.raises(SettingError, match="both named and excluded"):
         frontend.route(dp_rank=1, exclude={1})
+    with pytest.raises(NoEngineAvailable, match="this request excludes"):
+        frontend.route(exclude=np.arange(dp_size, dtype=np.uint8))
+    before = [row["in_flight"] for row in frontend.snapshot().to_dicts()]
+    for wrong in ({"1"}, {1.0}, [None], 1, np.array(1)):  # compared as they are, they would exclude no rank
+        for call in (frontend.route, frontend.choose):
+            with pytest.raises(TypeError):
+                call(exclude=wrong)
+    assert [row["in_flight"] for row in frontend.snapshot().to_dicts()] == before
     assert not frontend.snapshot()["requests"][0]
 
 

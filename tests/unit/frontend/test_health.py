@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 
 import pytest
 
-from dpshm import Coordinator, Engine, Frontend, StartupTimeout, State
+from dpshm import Coordinator, Engine, Frontend, SettingError, StartupTimeout, State
 from tests.support import Remote, wait_until
 
 
@@ -49,6 +50,8 @@ def test_a_server_waits_for_its_ranks(group, using):
     asyncio.run(frontend.wait_ready(30, min_ranks=1))
     with pytest.raises(StartupTimeout, match=r"without a row: \[2\]; 1 may be chosen"):
         asyncio.run(frontend.wait_ready(0))
+    with pytest.raises(SettingError, match="timeout_s is nan"):  # a wait that compares with it never ends
+        asyncio.run(frontend.wait_ready(math.nan))
 
     async def attach_meanwhile():
         waiting = asyncio.create_task(frontend.wait_ready(30))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import signal
 import subprocess
@@ -137,6 +138,29 @@ def test_a_child_that_does_not_end_is_killed(group):
     os.kill(process.proc.pid, signal.SIGSTOP)
     process.shutdown(timeout=0.2)
     assert process.proc.exitcode == -signal.SIGKILL
+    assert leftovers(group) == []
+
+
+def test_an_end_that_a_signal_handler_breaks_off_can_be_done_again(group):
+    """A shutdown that a signal handler ends by an exception leaves a process that the next one ends."""
+
+    def out(*_: object) -> None:
+        raise InterruptedError
+
+    process = CoordinatorProcess(group=group, dp_size=1)
+    os.kill(process.proc.pid, signal.SIGSTOP)
+    before = signal.signal(signal.SIGALRM, out)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(InterruptedError):
+            process.shutdown(math.inf)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert process.proc.is_alive()
+    with pytest.raises(SettingError, match="timeout is nan"):
+        process.shutdown(math.nan)
+    process.shutdown(0)
+    assert not process.proc.is_alive()
     assert leftovers(group) == []
 
 

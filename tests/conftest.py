@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import none
 
 from dpshm.board import files
@@ -29,8 +29,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As under nohup and many CI wrappers. Tests send SIGINT to themselves and to children, which inherit this.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# How long an example takes is the machine's affair.
-settings.register_profile("dpshm", deadline=None)
+# How long an example takes, and how long it takes to make one, is the machine's affair. Each run has the same.
+settings.register_profile("dpshm", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("dpshm")
 
 _PREFIX = f"test{os.getpid()}-"
@@ -82,7 +82,7 @@ def _fork_server(_own_directory: None, _compiled_once: None) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _numpy_asks_no_enumeration(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _numpy_asks_no_enumeration() -> Iterator[None]:
     """Fails a test in which dpshm gives numpy a member of an enumeration.
 
     numpy asks the type of an operand for its attributes, and forgets every exception of that. Up to Python 3.11 an
@@ -100,8 +100,10 @@ def _numpy_asks_no_enumeration(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
             asked.append(f"{caller.f_code.co_filename}:{caller.f_lineno}")
         return stock(kind, name)
 
-    monkeypatch.setattr(EnumType, "__getattr__", note)
-    yield
+    # Not the fixture `monkeypatch`: made before all others, it would put the environment back after them.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EnumType, "__getattr__", note)
+        yield
     assert [place for place in asked if f"{os.sep}dpshm{os.sep}" in place] == []
 
 

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from dpshm.board.board import Board
-from dpshm.cli.options import GroupOption, interrupted
+from dpshm.cli.options import GroupOption
 from dpshm.coordinator.scaling import check_size, living_ranks
 from dpshm.errors import SettingError
+from dpshm.linux.signals import EndedError, raising_once
 from dpshm.ops.groups import open_group
 from dpshm.ops.read_frame import read_frame
 from dpshm.ops.scale import set_size, set_size_at_rest
@@ -54,7 +55,7 @@ def scale(
             if not force:
                 _check_empty(board, ranks)
             set_size(board, ranks, force=force)
-    typer.echo(f"{name}: {ranks} ranks (before: {before})")
+    typer.echo(f"{name}: {ranks} rank{'s' * (ranks != 1)} (before: {before})")
     if lockstep:
         typer.echo(
             f"All are drained. Restart every rank, in a collective of {ranks}, and then: "
@@ -67,10 +68,13 @@ def _scale_at_rest(board: Board, ranks: int, timeout: float | None) -> None:
         sys.stderr.write(f"dpshm: all ranks are drained; waiting until they are at rest: {doing}\n")
 
     try:
-        set_size_at_rest(board, ranks, timeout_s=timeout, tell=tell)
-    except KeyboardInterrupt:
-        sys.stderr.write("\ndpshm: stopped waiting; nothing was changed, and the ranks are routed to again\n")
-        interrupted()
+        with raising_once():  # also when the terminal is closed: else all ranks would stay drained
+            set_size_at_rest(board, ranks, timeout_s=timeout, tell=tell)
+    except EndedError as e:
+        sys.stderr.write(
+            f"\ndpshm: stopped waiting ({e.name}); nothing was changed, and the ranks are routed to again\n"
+        )
+        raise typer.Exit(128 + e.signum) from None
 
 
 def _check_empty(board: Board, ranks: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ import typer
 
 from dpshm.cli.options import TimeUnitOption
 from dpshm.errors import SettingError
-from dpshm.linux.signals import handling
+from dpshm.linux.signals import EndedError, raising_once
 from dpshm.policies import NAMES
 from dpshm.sim.lab.figures import Comparison, Estimate, Result
 from dpshm.sim.lab.information import NAMES as INFORMATION
@@ -162,11 +161,11 @@ def simulate(
         oracle=oracle,
     )
     try:
-        with handling(_raise_ended):  # the pool ends its processes on the way out
+        with raising_once():  # the pool ends its processes on the way out
             progress = _Progress()
             comparison = compare(settings, processes or os.cpu_count() or 1, progress.show, progress.show_reading)
-    except _EndedError as e:
-        sys.stderr.write(f"dpshm: ended by {signal.Signals(e.signum).name}; nothing is left behind\n")
+    except EndedError as e:
+        sys.stderr.write(f"dpshm: ended by {e.name}; nothing is left behind\n")
         raise typer.Exit(128 + e.signum) from None
     if as_json:
         typer.echo(msgspec.json.encode(comparison).decode())
@@ -174,18 +173,6 @@ def simulate(
     typer.echo(as_text(comparison))
     if plot:
         typer.echo("\n" + as_bars(comparison))
-
-
-class _EndedError(Exception):
-    """A signal asked for the end."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
-def _raise_ended(signum: int) -> None:
-    raise _EndedError(signum)
 
 
 class _Progress:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
@@ -63,6 +64,56 @@ def handling(handle: Callable[[int], None], signums: Sequence[int] = END_SIGNALS
         yield
     finally:
         _restore(before)
+
+
+class EndedError(Exception):
+    """A signal asked for the end.
+
+    Attributes:
+        signum: which.
+        name: of the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+        self.name = signal.Signals(signum).name
+
+
+@contextmanager
+def raising_once() -> Iterator[None]:
+    """While it is open, the first signal that asks for the end raises `EndedError`.
+
+    Those after it do nothing, so what is undone on the way out is undone to its end.
+    """
+    came: list[int] = []
+
+    def handle(signum: int) -> None:
+        came.append(signum)
+        if len(came) == 1:
+            raise EndedError(signum)
+
+    with handling(handle):
+        yield
+
+
+@contextmanager
+def held(signums: Sequence[int] = END_SIGNALS) -> Iterator[None]:
+    """While it is open, these signals wait. Children that are started meanwhile begin with them blocked.
+
+    In another thread than the main one, which alone may set handlers, only the latter holds.
+    """
+    came: list[int] = []
+    # A mask is of one thread. The system gives the signal to another one, and Python calls the handler in this.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signums)
+    before = _handle(came.append, signums) if threading.current_thread() is threading.main_thread() else {}
+    try:
+        yield
+    finally:
+        _restore(before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _handle(handle: Callable[[int], None], signums: Sequence[int]) -> dict[int, Any]:

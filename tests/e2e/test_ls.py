@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from subprocess import PIPE
 
 import pytest
 
 from dpshm import Coordinator, Engine, Frontend
-from tests.e2e.load import run
+from tests.e2e.load import environment, run
 from tests.e2e.test_top import Terminal, needs_tmux
+from tests.support import Popen, wait_until
 
 
 @pytest.mark.slow
@@ -26,8 +29,30 @@ def test_groups_are_listed_and_scaled(group, using):
     assert f"rank 1 has 1. Drain them first: dpshm drain 1-3 --group {group}" in refused
     assert "its board holds 1 to 4" in run("scale", "5", "-g", group, expect=2).stderr
     route.cancel()
-    assert "1 ranks" in run("scale", "1", "-g", group).stdout
+    assert "1 rank (before: 4)" in run("scale", "1", "-g", group).stdout
     assert engine.board.dp_size == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_scale_that_is_ended_leaves_no_rank_drained(group, using, signum):
+    """A terminal that is closed while `dpshm scale` waits does not leave a group that refuses all requests."""
+    using(Coordinator(group=group, dp_size=2, max_engines=4))
+    engines = [using(Engine.attach(group, rank)) for rank in range(2)]
+    frontend = using(Frontend.attach(group))
+    route = frontend.route(dp_rank=1)  # so that the ranks are not at rest
+    with Popen(
+        [sys.executable, "-m", "dpshm", "scale", "1", "-g", group], env=environment(), stderr=PIPE, text=True
+    ) as scaling:
+        wait_until(lambda: all(row["drained"] for row in frontend.snapshot()))
+        scaling.send_signal(signum)
+        _, err = scaling.communicate()
+    assert scaling.returncode == 128 + signum
+    assert f"stopped waiting ({signum.name}); nothing was changed" in err
+    assert not any(row["drained"] for row in frontend.snapshot())
+    route.cancel()
+    assert frontend.choose() in (0, 1)
+    assert all(engine.board.dp_size == 2 for engine in engines)
 
 
 @needs_tmux

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from multiprocessing import get_context
@@ -19,6 +19,7 @@ from random import Random
 from typing import Any
 
 from dpshm.errors import SettingError
+from dpshm.linux.signals import END_SIGNALS, held
 from dpshm.policies import key_of
 from dpshm.sim.lab.figures import Combination, Comparison, Figures, figures_of, result_of
 from dpshm.sim.lab.information import check_information
@@ -236,6 +237,7 @@ def _prepare(given: tuple[SimulationSettings, Trace | None], *, alone: bool) -> 
     _given = given
     if alone:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
 
 
 def _run_task(task: tuple[Combination, int]) -> tuple[tuple[Combination, int], Figures]:
@@ -259,7 +261,9 @@ def _mapper(processes: int, given: tuple[SimulationSettings, Trace | None]) -> I
         yield map
         return
     # Leaving the pool's context terminates its processes, also after an error.
-    with get_context("spawn").Pool(processes, _prepare_alone, (given,)) as pool:
+    with ExitStack() as stack:
+        with held():  # also by children that start: one that is broken off prints a traceback
+            pool = stack.enter_context(get_context("spawn").Pool(processes, _prepare_alone, (given,)))
         yield pool.imap_unordered
 
 

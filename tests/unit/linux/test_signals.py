@@ -6,10 +6,14 @@ import gc
 import os
 import select
 import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
-from dpshm.linux.signals import END_SIGNALS, EndRequest, handling
+from dpshm.linux.signals import END_SIGNALS, EndedError, EndRequest, handling, held, raising_once
 
 
 @pytest.mark.parametrize("signum", END_SIGNALS)
@@ -68,3 +72,46 @@ def test_a_handler_may_raise():
     with pytest.raises(RuntimeError, match=str(int(signal.SIGHUP))), handling(fail):
         os.kill(os.getpid(), signal.SIGHUP)
     assert signal.getsignal(signal.SIGHUP) is before
+
+
+@pytest.mark.parametrize("signum", END_SIGNALS)
+def test_only_the_first_signal_raises(signum):
+    """What is undone after a signal is undone to its end, also if somebody is impatient."""
+    before = signal.getsignal(signum)
+    undone = []
+
+    def ended_while_it_undoes() -> None:
+        with raising_once():
+            try:
+                os.kill(os.getpid(), signum)
+            finally:
+                for another in END_SIGNALS:
+                    os.kill(os.getpid(), another)
+                undone.append("all of it")
+
+    with pytest.raises(EndedError) as ended:
+        ended_while_it_undoes()
+    assert (ended.value.signum, ended.value.name) == (signum, signum.name)
+    assert undone
+    assert signal.getsignal(signum) is before
+
+
+@pytest.mark.parametrize("signum", END_SIGNALS)
+def test_a_held_signal_comes_later(signum):
+    """A signal does not break off what is done under `held`, whichever thread it comes to, and is not lost."""
+    done, before = [], signal.getsignal(signum)
+
+    def work() -> None:
+        with raising_once(), held():
+            os.kill(os.getpid(), signum)
+            with ThreadPoolExecutor(1) as another:  # whose thread does not block it
+                unblock = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, [signum])
+                another.submit(unblock).result()
+            code = f"import signal; print(signal.Signals({int(signum)}) in signal.pthread_sigmask(0, []))"
+            done.append(subprocess.check_output([sys.executable, "-c", code]).strip())
+
+    with pytest.raises(EndedError, match=str(int(signum))):
+        work()
+    assert done == [b"True"]
+    assert signal.getsignal(signum) is before
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()

@@ -192,8 +192,17 @@ def reserve(folder: int, name: Path, size: int) -> int:
 
 
 def link(folder: int, fd: int, name: str) -> None:
-    """Gives a file without a name one. Raises FileExistsError if there is a file of that name."""
-    os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
+    """Gives a file without a name one. Raises FileExistsError if there is a file of that name.
+
+    Raises:
+        SegmentError: /proc is not mounted, as in a bare chroot.
+    """
+    try:
+        os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
+    except FileNotFoundError as e:
+        if os.path.exists("/proc/self/fd"):
+            raise
+        raise SegmentError(f"cannot make {name}: /proc is not mounted here. mount -t proc proc /proc") from e
 
 
 def why_no_space(folder: Path, size: int, what: str = "the board") -> str:

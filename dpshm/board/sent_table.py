@@ -133,11 +133,11 @@ def _open(path: Path, rows: int) -> int:
         try:
             os.pwrite(fd, np.array((*_HEADER, rows), np.uint64).tobytes(), 0)
             # SYNC: publication. The name appears only now; link(2) is a system call that orders the stores above.
-            os.link(f"/proc/self/fd/{fd}", path.name, dst_dir_fd=folder, follow_symlinks=True)
+            files.link(folder, fd, path.name)
         except FileExistsError:
             os.close(fd)
             return os.open(path, flags)
-        except OSError:
+        except BaseException:
             os.close(fd)
             raise
         return fd

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import Any
@@ -25,6 +26,7 @@ MAX_CONNECTIONS = 16
 REQUEST_TIMEOUT_S = 2.0
 """For a whole request, and for each part of an answer that the client does not read."""
 _ACCEPT_PAUSE_S = 0.05
+_METHODS = ("GET", "HEAD")
 
 
 class BoundedServer(ThreadingHTTPServer):
@@ -142,7 +144,7 @@ class BoundedServer(ThreadingHTTPServer):
 
 
 class BoundedHandler(BaseHTTPRequestHandler):
-    """One request."""
+    """One request: GET, or HEAD, which is answered alike, without the body. A subclass has `do_GET`."""
 
     server: BoundedServer
     server_version = "dpshm"
@@ -153,7 +155,27 @@ class BoundedHandler(BaseHTTPRequestHandler):
         """Reads the head of the request."""
         parsed = super().parse_request()
         self.server.heard(self.connection)
+        if parsed and self.command not in _METHODS:
+            self.send_response(HTTPStatus.METHOD_NOT_ALLOWED)
+            self.send_header("Allow", ", ".join(_METHODS))
+            self.send_header("Content-Length", "0")
+            self.send_header("Connection", "close")
+            self.end_headers()
+            return False
         return parsed
+
+    def do_GET(self) -> None:
+        """Answers the request."""
+        raise NotImplementedError
+
+    def do_HEAD(self) -> None:
+        """Answers what a health check of a load balancer asks."""
+        self.do_GET()
+
+    def send_body(self, body: bytes) -> None:
+        """Sends what follows the head."""
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Logs nothing: a line for each request helps no reader."""

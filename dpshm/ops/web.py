@@ -249,7 +249,9 @@ class Handler(BoundedHandler):
             if not hmac.compare_digest(given.encode(), server.token.encode()):
                 self.send_error(HTTPStatus.FORBIDDEN, "open the address with ?token= that dpshm web printed")
                 return False
-        elif not is_loopback(_host_of(self.headers.get("Host", ""))):
+        # A page of another site that reaches this one by a name of its own says that name: browsers send Host. Who
+        # sends none, such as a load balancer's health check, is no browser.
+        elif (host := self.headers.get("Host")) is not None and not is_loopback(_host_of(host)):
             self.send_error(HTTPStatus.FORBIDDEN, "open it as http://127.0.0.1 or http://localhost")
             return False
         return True
@@ -267,7 +269,7 @@ class Handler(BoundedHandler):
 
     def _send(self, body: bytes, kind: str) -> None:
         self._head(kind, len(body))
-        self.wfile.write(body)
+        self.send_body(body)
 
     def _stream(self) -> None:
         server = self.server
@@ -276,6 +278,8 @@ class Handler(BoundedHandler):
             return
         try:
             self._head("text/event-stream", None)
+            if self.command == "HEAD":
+                return
             looker = server.looker
             seen, past = looker.past()
             self._tell("past", past)

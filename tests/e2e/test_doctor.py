@@ -253,6 +253,21 @@ def test_a_containers_shared_memory(options: str, check: str, severity: str, wor
 
 
 @pytest.mark.slow
+def test_without_proc(tmp_path: Path):
+    """A chroot without /proc is named by the coordinator, with the status of an unusable place, and by doctor."""
+    dpshm = f"{sys.executable} -m dpshm"
+    script = (
+        f"umount -l /proc && {{ {dpshm} coordinator -g no-proc --dp-size 1; echo $?; {dpshm} doctor --json; }}"
+    )
+    done = in_namespaces(script, "-m", DPSHM_DIR=str(tmp_path))
+    status, found = done.stdout.splitlines()
+    assert (status, "/proc is not mounted here. mount -t proc" in done.stderr) == ("4", True), done.stderr
+    assert "Traceback" not in done.stderr
+    assert "proc" in {finding["check"] for finding in json.loads(found)["findings"]}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [True, False])
 def test_a_group_in_a_container_of_its_own(node, held, split):
     """Two halves of a deployment in two /dev/shm do not see each other. One that is whole is no fault."""

@@ -7,10 +7,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +123,31 @@ def test_no_event_is_lost_or_told_twice(group, coordinator, serve):
 def test_nothing_can_be_changed(coordinator, serve):
     """Guards against a page that steers, and paths that lead elsewhere."""
     server = serve()
-    assert [ask(server, "/", method)[0] for method in ("POST", "PUT", "DELETE")] == [501] * 3
+    for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "get"):
+        status, headers, body = ask(server, "/loads", method)
+        assert (status, headers["Allow"], body) == (405, "GET, HEAD", "")
     for path in ("/../../etc/passwd", "/stat.json/", "/%2e%2e", "/favicon.ico"):
         assert ask(server, path)[0] == 404
+
+
+def exchanged(server: Server, request: bytes) -> tuple[bytes, bytes]:
+    """The head and the body of what is answered to these bytes."""
+    with socket.create_connection(("127.0.0.1", server.server_port), TIMEOUT_S) as s:
+        s.sendall(request)
+        head, _, body = b"".join(iter(partial(s.recv, 65536), b"")).partition(b"\r\n\r\n")
+    return head, body
+
+
+@pytest.mark.parametrize("path", ["/", "/loads", "/metrics", "/stat.json", "/stream", "/none"])
+def test_a_load_balancer_may_ask(serve, path):
+    """A health check with HEAD, or with HTTP/1.0 and no host, as HAProxy's is, is answered like any other."""
+    server = serve()
+    get = ask(server, path)[0] if path != "/stream" else 200
+    head, body = exchanged(server, f"HEAD {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+    assert (f" {get} ".encode() in head.splitlines()[0], body) == (True, b"")
+    if path == "/loads":
+        old, body = exchanged(server, b"GET /loads HTTP/1.0\r\n\r\n")
+        assert (b" 200 " in old, json.loads(body)["linked"]) == (True, True)
 
 
 def test_another_site_cannot_read_it(serve):

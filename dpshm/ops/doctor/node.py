@@ -43,6 +43,14 @@ class Opened(NamedTuple):
 
 def check_directory() -> Iterator[Finding]:
     """The directory of segments."""
+    if not os.path.exists("/proc/self/fd"):
+        yield Finding(
+            severity="error",
+            check="proc",
+            what="/proc is not mounted here",
+            why="no coordinator can start here, and ages and processes cannot be seen",
+            fix="mount -t proc proc /proc    (in a chroot or a container without it)",
+        )
     path = directory()
     if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
         yield Finding(

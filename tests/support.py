@@ -213,13 +213,17 @@ def leftovers(group_prefix: str) -> list[str]:
 
 
 def verdict(board: Board, dp_rank: int) -> Verdict:
-    """An engine's verdict."""
-    return Verdict(int(board.engine_mark[dp_rank]) & VERDICT_MASK)
+    """An engine's verdict, once the next decision of each front-end follows it."""
+    found = Verdict(int(board.engine_mark[dp_rank]) & VERDICT_MASK)
+    board.wait_for_coordinator(lambda: True)
+    return found
 
 
 def frontend_verdict(board: Board, index: int) -> Verdict:
-    """A front-end's verdict."""
-    return Verdict(int(board.frontend_mark[index]) & 3)
+    """A front-end's verdict, once the next decision of each front-end follows it."""
+    found = Verdict(int(board.frontend_mark[index]) & 3)
+    board.wait_for_coordinator(lambda: True)
+    return found
 
 
 def outstanding(board: Board) -> NDArray[np.int64]:

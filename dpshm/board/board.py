@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dpshm.board import layout
 from dpshm.board.header import printable
 from dpshm.board.outstanding import LiveOutstanding, Outstanding, OutstandingWork, Words
 from dpshm.board.presence import Presence
 from dpshm.board.segment import Segment
 from dpshm.board.snapshot import Snapshot, take_snapshot
-from dpshm.board.words import unpack_control
+from dpshm.board.words import COUNT_MASK, change_revision, unpack_control
 from dpshm.linux.descriptors import explained
 from dpshm.rules.waves import Phase
 
@@ -62,10 +63,27 @@ class Board(Presence):
         return unpack_control(int(self.control[0]))[1]
 
     def wait_for_coordinator(self, condition: Callable[[], object]) -> None:
-        """Waits until the condition holds, no coordinator lives, or `COORDINATOR_TIMEOUT_S` has passed."""
+        """Waits until the condition holds and front-ends can know it; for `COORDINATOR_TIMEOUT_S` at most.
+
+        Returns at once if no coordinator lives.
+
+        Args:
+            condition: on marks, or on the number of ranks.
+        """
         deadline = time.monotonic() + COORDINATOR_TIMEOUT_S
-        while not condition() and time.monotonic() < deadline and self.coordinator_alive():
+        while not (condition() and self.is_numbered()):
+            if time.monotonic() >= deadline or not self.coordinator_alive():
+                return
             time.sleep(0.002)
+            self.segment.refresh()
+
+    def is_numbered(self) -> bool:
+        """Whether the revision counts each change of a mark that was seen: then the next decisions follow it."""
+        # SYNC: called once a mark was loaded. The coordinator stores the record of a change, the mark, and then
+        # the revision (`CoordinatorRow`): until then the slot of the next revision has that number.
+        revision = (self.words[self.index("revision")] & COUNT_MASK) + 1
+        record = self.words[self.index("change", revision % layout.CHANGES)]
+        return change_revision(record) != revision & 0xFFFF
 
     def nothing_outstanding(self, dp_rank: int) -> None:
         """Resets an engine's offsets so that its outstanding count is zero."""

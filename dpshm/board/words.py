@@ -155,10 +155,15 @@ def pack_change(revision: int, kind: ChangeKind, row: int, before: int, after: i
     )
 
 
+def change_revision(word: int) -> int:
+    """The low 16 bits of the number of a change, whatever else the word holds."""
+    return word >> _REVISION_SHIFT & _MASK_16
+
+
 def unpack_change(word: int) -> Change:
     """A change word, unpacked."""
     return Change(
-        word >> _REVISION_SHIFT & _MASK_16,
+        change_revision(word),
         ChangeKind(word >> _KIND_SHIFT & _KIND_MASK),
         word >> _ROW_SHIFT & _ROW_MASK,
         word >> _BEFORE_SHIFT & _MASK_16,

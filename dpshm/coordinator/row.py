@@ -222,10 +222,11 @@ class CoordinatorRow:
         if before != value:
             revision = (words[self._at_revision] & COUNT_MASK) + 1
             slot = revision % layout.CHANGES
-            # SYNC: the change and its record, then the revision; a front-end loads the revision, then what
-            # changed. On Arm it may see the new revision with the old mark; it reads the marks again every
-            # REFRESH_INTERVAL_NS. A reader of the records loads the revision before and after them.
-            words[at] = value
+            # SYNC: the record, the change, then the revision; a front-end loads the revision, then what changed.
+            # On Arm it may see the new revision with the old mark; it reads the marks again every
+            # REFRESH_INTERVAL_NS. A reader of the records loads the revision before and after them. Who waits for
+            # a mark sees by the record that the revision is to follow (`Board.is_numbered`).
             words[self._at_change_time + slot] = time.monotonic_ns()
             words[self._at_change + slot] = pack_change(revision, kind, row, before, value)
+            words[at] = value
             words[self._at_revision] = revision

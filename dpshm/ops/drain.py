@@ -88,6 +88,7 @@ def set_drained(board: Board, ranks: Sequence[int], drained: bool, *, curve_dir:
             ask(board, messages, lambda: not _wrong(board, ranks, drained), curve_dir)
         else:
             _write(board.segment.group, wrong, drained)
+    board.wait_for_coordinator(lambda: True)  # the revision counts it, too
 
 
 def _wrong(board: Board, ranks: Sequence[int], drained: bool) -> list[int]:

@@ -49,6 +49,7 @@ def set_size(board: Board, dp_size: int, *, force: bool = False, curve_dir: Fold
         if time.monotonic() > deadline:
             raise not_heeded(board, f"scale it to {dp_size} ranks")
         ask(board, [wire.encode_scale(dp_size)], lambda: _is_size(board, dp_size), curve_dir)
+    board.wait_for_coordinator(lambda: True)  # the revision counts it, too
 
 
 def set_size_at_rest(

@@ -32,6 +32,7 @@ from dpshm.board.words import (
     pack_progress,
     pack_state,
 )
+from dpshm.coordinator.row import CoordinatorRow
 from dpshm.errors import SegmentNotFound
 from dpshm.ops.read_frame import read_frame
 from dpshm.rules.liveness import Verdict
@@ -362,6 +363,46 @@ def test_nobody_waits_for_a_coordinator_that_is_not_there(board: Board):
         board.segment.locks.unlock(coordinator_byte(board.segment.header.columns))
         other.wait_for_coordinator(lambda: asked.append(True))
         assert len(asked) == 4
+
+
+class AmidError(Exception):
+    """Raised where a coordinator is held up."""
+
+
+class UpToRevision:
+    """Words whose writer is held up before it stores the revision."""
+
+    def __init__(self, board: Board) -> None:
+        self._words, self._last = board.words, board.index("revision")
+
+    def __getitem__(self, at: int) -> int:
+        return self._words[at]
+
+    def __setitem__(self, at: int, value: int) -> None:
+        if at == self._last:
+            raise AmidError
+        self._words[at] = value
+
+
+def test_a_wait_ends_once_the_next_decision_follows_it(board: Board, monkeypatch: pytest.MonkeyPatch):
+    """Guards against an attach, or a drain, that returns an instant before front-ends can know of the mark."""
+    marks = CoordinatorRow(board)
+    marks.set_engine(0, verdict=Verdict.DEAD)
+    marks._words = UpToRevision(board)  # type: ignore[assignment]
+    with pytest.raises(AmidError):
+        marks.set_engine(1, verdict=Verdict.ALIVE)
+    before, seen = int(board.revision[0]), []
+
+    def go_on(_seconds: float) -> None:
+        seen.append(int(board.revision[0]))
+        board.revision[0] += 1
+
+    with closing(Board.attach("g")) as other, monkeypatch.context() as held_up:
+        assert other.engine_mark[1] == Verdict.ALIVE.value
+        held_up.setattr("dpshm.board.board.time.sleep", go_on)
+        other.wait_for_coordinator(lambda: other.engine_mark[1])
+        other.wait_for_coordinator(lambda: other.engine_mark[1])
+    assert (seen, int(board.revision[0])) == ([before], before + 1)
 
 
 # Processes.

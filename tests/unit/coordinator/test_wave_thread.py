@@ -405,9 +405,9 @@ def test_a_stock_engines_report_is_on_the_board(coordinator, stock, group, using
     wait_until(lambda: [verdict(board, e) for e in (0, 1)] == [Verdict.ALIVE] * 2)
     _booked = [frontend.route(10, dp_rank=1) for _ in range(2)]
     stock[1].report(2, 5, 0.5, step=8, wave=3)
-    wait_until(lambda: board.load[1] != 0 and not board.snapshot()[1]["in_flight"])
+    names = ["waiting", "running", "in_flight", "in_flight_tokens"]  # all at once: one is stored after the other
+    wait_until(lambda: board.snapshot()[1][names].item() == (2, 5, 0, 0))
     row = board.snapshot(time.monotonic_ns())[1]
-    assert (row["waiting"], row["running"], row["in_flight"], row["in_flight_tokens"]) == (2, 5, 0, 0)
     assert (row["step"], row["stock"], row["verdict"]) == (8, True, "alive")
     assert row["kv_cache_usage"] == pytest.approx(0.5, abs=1e-4)
     assert row["age_ns"] >= 0

@@ -151,8 +151,9 @@ class CoordinatorRow:
         remote: bool | None = None,
         relayed: bool = False,
         drained: bool | None = None,
-    ) -> None:
-        """Changes the given parts of an engine's mark.
+        judged: int | None = None,
+    ) -> bool:
+        """Changes the given parts of an engine's mark. Returns whether it has.
 
         Args:
             dp_rank: the engine.
@@ -162,9 +163,13 @@ class CoordinatorRow:
             remote: whether it is on another node, and the coordinator writes its row as it says.
             relayed: with `remote`, whether it is of another node's board.
             drained: whether an operator drained it.
+            judged: the mark that the verdict followed from. If another thread has changed more of it since than
+                what an operator drained, nothing is changed.
         """
         with self._lock:
             mark = self.engine(dp_rank)
+            if judged is not None and (mark ^ judged) & ~DRAINED:
+                return False
             if verdict is not None:
                 self._words[self._at_evidence + dp_rank] = evidence
                 mark = mark & ~VERDICT_MASK | verdict
@@ -175,6 +180,7 @@ class CoordinatorRow:
             if drained is not None:
                 mark = mark & ~DRAINED | (DRAINED if drained else 0)
             self._change(ChangeKind.ENGINE, dp_rank, self._at_engine + dp_rank, mark)
+            return True
 
     def clear_engine(self, dp_rank: int) -> None:
         """Clears the mark of a rank that does not exist."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from dpshm.board.board import Board
 from dpshm.board.locks import engine_byte, frontend_byte
-from dpshm.board.words import ON_BEHALF
+from dpshm.board.words import ON_BEHALF, RELAYED, REMOTE, VERDICT_MASK
 from dpshm.coordinator.mailbox import Mailbox
 from dpshm.coordinator.row import CoordinatorRow
 from dpshm.linux import processes
@@ -204,13 +204,15 @@ class WatchThread(threading.Thread):
     def _judge_engine(self, e: int, now_ns: int) -> None:
         board, row = self._board, self._row
         locked = board.engine_alive(e)
-        stock = bool(row.engine(e) & ON_BEHALF)
+        mark = row.engine(e)
+        stock = bool(mark & ON_BEHALF)
         if stock and not locked:
             return
-        remote = row.is_remote(e) and not locked
-        if remote and row.is_relayed(e):
+        remote = bool(mark & REMOTE) and not locked
+        if remote and mark & RELAYED:
             return  # the relay says what its own node says of it
-        if remote and row.engine_verdict(e) in (Verdict.UNKNOWN, Verdict.ABSENT):
+        before = Verdict(mark & VERDICT_MASK)
+        if remote and before in (Verdict.UNKNOWN, Verdict.ABSENT):
             return  # the wave thread hears it again
         incarnation = int(board.engine_incarnation[e])
         pid, started = int(board.engine_pid[e]), int(board.engine_start_time[e])
@@ -218,7 +220,6 @@ class WatchThread(threading.Thread):
         signs = board.engine_signs(e)
         still = self._still.get(e) or self._begin_with(e, signs, now_ns)
         beat_age_ns, progress_age_ns = still.look(signs, now_ns)
-        before = row.engine_verdict(e)
         if before is Verdict.STALLED and beat_age_ns < self._stall_timeout_ns:
             progress_age_ns = still.move_again(now_ns)
         ages = beat_age_ns, progress_age_ns
@@ -227,11 +228,12 @@ class WatchThread(threading.Thread):
         verdict = judge(seen, self._stall_timeout_ns)
         if verdict in HANGING:
             self._next_judging_ns = 0  # the next round sees whether it moves again
-        if verdict is not before or stock or (locked and row.is_remote(e)):
+        if verdict is not before or stock or (locked and mark & REMOTE):
             evidence = evidence_of(verdict, signs)
             here = False if locked else None
-            row.set_engine(e, verdict=verdict, evidence=evidence, on_behalf=here, remote=here)
-            if verdict is not before:
+            if not row.set_engine(e, verdict=verdict, evidence=evidence, on_behalf=here, remote=here, judged=mark):
+                self._next_judging_ns = 0  # the wave thread has just heard of it: the next round judges again
+            elif verdict is not before:
                 self._report(("engine", e), int(board.engine_pid[e]), before, verdict, self._saw(verdict, signs))
 
     def _begin_with(self, e: int, signs: EngineSigns, now_ns: int) -> Stillness:

@@ -192,6 +192,7 @@ def test_stock_engines_survive_a_coordinator(group, using):
     assert second.engine_addresses == addresses
     stock.report(0, 20)
     wait_until(lambda: second.board.snapshot()[1]["running"] == 20)
+    second._wave.mailbox.call(lambda: None)  # the thread that stores the report has stored all of it
     assert {frontend.route().dp_rank for _ in range(4)} == {0}
     assert stock.heard()[0] in (wire.READY, wire.START_FRAME)
 

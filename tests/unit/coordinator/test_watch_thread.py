@@ -272,6 +272,38 @@ def test_stock_engines_get_no_verdict(board, watch):
     assert board.snapshot()[0]["stock"]
 
 
+def test_a_report_that_comes_amid_a_judgement_counts(board, watch, monkeypatch):
+    """Guards against a stock engine that is absent until its next report: the watch had not seen its first."""
+    assert watch.after(0) is Verdict.ABSENT
+    follow = watch._follow
+
+    def report_first(key, *process):
+        if key == ("engine", 0):
+            board.marks.set_engine(0, verdict=Verdict.ALIVE, on_behalf=True)
+        return follow(key, *process)
+
+    with monkeypatch.context() as amid:
+        amid.setattr(watch, "_follow", report_first)
+        assert watch.after(60) is Verdict.ALIVE
+    assert watch.after(60) is Verdict.ALIVE
+    assert board.snapshot()["stock"].tolist() == [True, False]
+
+
+@pytest.mark.parametrize("drained", [False, True])
+def test_a_drain_amid_a_judgement_delays_no_verdict(board, watch, group, using, monkeypatch, drained):
+    """Guards against a death that shows a round later because an operator drained the rank at that moment."""
+    remote = using(Remote())
+    remote.run("engine = Engine.attach(group, 0)", group=group)
+    assert watch.after(0) is Verdict.ALIVE
+    remote.kill()
+    follow = watch._follow
+    monkeypatch.setattr(
+        watch, "_follow", lambda *of_one: board.marks.set_engine(0, drained=drained) and follow(*of_one)
+    )
+    assert watch.after(0.05) is Verdict.DEAD
+    assert board.snapshot()[0]["drained"] == drained
+
+
 def test_an_engine_that_takes_over_from_its_messages_is_no_news(board, watch, engine, caplog):
     """Guards against a line that says "is alive, was alive": a stock engine reported before, and now has a row."""
     caplog.set_level("INFO")

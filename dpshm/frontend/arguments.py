@@ -7,9 +7,12 @@ import operator
 import os
 import socket
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 from dpshm.board import layout
 from dpshm.errors import SettingError
+
+F = TypeVar("F")
 
 
 def name_of(owner: str | None) -> tuple[str, bytes]:
@@ -25,6 +28,17 @@ def name_of(owner: str | None) -> tuple[str, bytes]:
     if len(encoded) > layout.OWNER_BYTES or "\0" in name:
         raise SettingError(f"owner {name!r} must be at most {layout.OWNER_BYTES} bytes, none of them zero")
     return name, encoded
+
+
+def check_callable(name: str, function: F) -> F:
+    """What a user gave to be called.
+
+    Raises:
+        SettingError: it cannot be called, or is a class: of a policy, that would be made anew for each request.
+    """
+    if not callable(function) or isinstance(function, type):
+        raise SettingError(f"{name} is {function!r}, which cannot be called with what it is for: give a function")
+    return function
 
 
 def check_ranks(ranks: Iterable[int] | None, engines: int) -> list[int] | None:

@@ -18,7 +18,7 @@ from dpshm.board.events import Event
 from dpshm.board.segment import Segment
 from dpshm.board.words import AWAKE, MAX_PROMPT_TOKENS, PHASE_MASK, WAVE_SHIFT
 from dpshm.errors import SettingError
-from dpshm.frontend.arguments import check_max_requests, check_ranks, check_weights, name_of
+from dpshm.frontend.arguments import check_callable, check_max_requests, check_ranks, check_weights, name_of
 from dpshm.frontend.changes import ChangeThread
 from dpshm.frontend.decision_lock import DecisionLock
 from dpshm.frontend.decisions import Decisions
@@ -125,7 +125,9 @@ class Frontend(Observing):
             CapacityExceeded: every front-end row is taken.
             SettingError: an argument cannot be used.
         """
-        chosen = by_name(policy) if isinstance(policy, str) else policy
+        chosen = by_name(policy) if isinstance(policy, str) else check_callable("policy", policy)
+        if on_change is not None:
+            check_callable("on_change", on_change)
         if weights is not None and max_requests is None:
             check_weights_count(chosen)
         max_requests = check_max_requests(max_requests)

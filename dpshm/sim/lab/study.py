@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -261,6 +261,7 @@ def _mapper(processes: int, given: tuple[SimulationSettings, Trace | None]) -> I
         yield map
         return
     # Leaving the pool's context terminates its processes, also after an error.
+    resource_tracker.ensure_running()  # now: its start lifts the block of SIGINT and SIGTERM
     with ExitStack() as stack:
         with held():  # also by children that start: one that is broken off prints a traceback
             pool = stack.enter_context(get_context("spawn").Pool(processes, _prepare_alone, (given,)))

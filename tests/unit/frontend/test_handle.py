@@ -76,6 +76,17 @@ def chosen(frontend, count=12):
 # Choosing.
 
 
+@pytest.mark.parametrize("wrong", [None, 5, b"least_work", object(), dict])
+@pytest.mark.parametrize("name", ["policy", "on_change"])
+def test_what_cannot_be_called_is_refused_at_once(board, group, using, name, wrong):
+    """A policy or a listener that is none is refused when it is given, not at the first request or change."""
+    if (name, wrong) == ("on_change", None):  # its default
+        return
+    with pytest.raises(SettingError, match=f"{name} is .*: give a function"):
+        Frontend.attach(group, **{name: wrong})
+    assert using(Frontend.attach(group)).index == 0  # no row was taken
+
+
 @pytest.mark.parametrize("dp_size", [3, 40])
 @pytest.mark.parametrize("policy", NAMES)
 def test_an_excluded_rank_is_not_chosen(board, group, using, policy, dp_size):

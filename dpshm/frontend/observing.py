@@ -118,7 +118,7 @@ class Observing:
         with self._lock:
             now_ns = self._decisions.begin()
             routable = self._decisions.reader.eligible
-        return read_health(self.board, routable, now_ns)
+            return read_health(self.board, routable, now_ns)
 
     def changes(self) -> Changes:
         """The changes of the group from now on, for ``async for``: what `dpshm events` prints.
@@ -140,7 +140,10 @@ class Observing:
             raise self._segment.why_unusable()
         if self._bookings.lost:
             self._bookings.heal()
-        return self.board.snapshot(time.monotonic_ns())
+        with self._lock:  # where no coordinator watches it asks for locks, whose descriptor `close` closes
+            if not self._segment.usable:
+                raise self._segment.why_unusable()
+            return self.board.snapshot(time.monotonic_ns())
 
 
 def as_length(prompt_tokens: int) -> int:

@@ -723,14 +723,17 @@ def test_a_second_close_leaves_the_successor_alone(engines, group, using):
     assert second.board.frontend_pid[second.index] == os.getpid()
 
 
-@pytest.mark.parametrize("what", ["frontend.route().done()", "frontend.snapshot()"])
-def test_close_while_other_threads_use_it(engines, group, using, what):
+@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize("what", ["frontend.route().done()", "frontend.snapshot()", "frontend.health()"])
+def test_close_while_other_threads_use_it(engines, group, using, what, watched):
     """Guards against a server that ends with a crash, or with errors of released memory, when it shuts down.
 
     In a process of its own, because memory that is unmapped under a reader ends the process.
     """
     remote = using(Remote())
     remote.run(f"def use(frontend): {what}")
+    if not watched:  # then it asks the locks itself
+        remote.run("from dpshm.board import presence\npresence.COORDINATOR_SILENCE_NS = 0")
     remote.run(
         """
 def user(frontend, begun, ended):

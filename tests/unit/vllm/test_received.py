@@ -98,7 +98,7 @@ def test_a_request_refused_in_the_input_thread_is_counted(make_core, frontend, b
     core = make_core()
 
     def body():
-        _booked = frontend.route(12, dp_rank=0)
+        _booked = frontend.route(12, dp_rank=0, wake=False)
         arguments = (Request("a", prompt=12), "drift")[: 1 if name == REFUSALS[0] else 2]
         arguments[0].client_index = 1
         thread = threading.Thread(target=getattr(core, name), args=arguments)

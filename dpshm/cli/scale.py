@@ -15,6 +15,7 @@ from dpshm.linux.signals import EndedError, raising_once
 from dpshm.ops.groups import open_group
 from dpshm.ops.read_frame import read_frame
 from dpshm.ops.scale import set_size, set_size_at_rest
+from dpshm.ops.screen.table import GONE
 
 
 def scale(
@@ -78,7 +79,8 @@ def _scale_at_rest(board: Board, ranks: int, timeout: float | None) -> None:
 
 
 def _check_empty(board: Board, ranks: int) -> None:
-    busy = {r.dp_rank: r.requests for r in read_frame(board).ranks[ranks:] if r.requests}
+    # What a dead rank had is lost.
+    busy = {r.dp_rank: r.requests for r in read_frame(board).ranks[ranks:] if r.requests and r.state not in GONE}
     if busy:
         names = ", ".join(f"rank {e} has {n}" for e, n in busy.items())
         raise SettingError(

@@ -12,7 +12,7 @@ import pytest
 from dpshm import Coordinator, Engine, Frontend
 from tests.e2e.load import environment, run
 from tests.e2e.test_top import Terminal, needs_tmux
-from tests.support import Popen, wait_until
+from tests.support import Popen, Remote, wait_until
 
 
 @pytest.mark.slow
@@ -31,6 +31,21 @@ def test_groups_are_listed_and_scaled(group, using):
     route.cancel()
     assert "1 rank (before: 4)" in run("scale", "1", "-g", group).stdout
     assert engine.board.dp_size == 1
+
+
+@pytest.mark.slow
+def test_a_dead_rank_is_scaled_away(group, using):
+    """What a dead rank had is lost, so it keeps nobody from scaling, and asks for no --force."""
+    using(Coordinator(group=group, dp_size=2, max_engines=4, waves=False))
+    using(Engine.attach(group, 0))
+    remote = using(Remote())
+    remote.run("engine = Engine.attach(group, 1)", group=group)
+    frontend = using(Frontend.attach(group))
+    route = frontend.route(dp_rank=1)
+    remote.kill()
+    wait_until(lambda: frontend.health().ranks[1] == "dead")
+    assert "1 rank (before: 2)" in run("scale", "1", "-g", group).stdout
+    route.cancel()
 
 
 @pytest.mark.slow

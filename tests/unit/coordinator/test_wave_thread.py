@@ -18,6 +18,7 @@ from dpshm.rules.liveness import Verdict
 from dpshm.rules.waves import MAX_WAVE, Phase
 from tests.stock_wire import encode_stats
 from tests.support import (
+    HOUR_NS,
     NOWHERE,
     Remote,
     StockEngine,
@@ -176,8 +177,9 @@ def test_a_start_is_given_up(group, using, caplog):
     wait_until(lambda: any("no engine woke up for wave 0" in r.message for r in caplog.records))
 
 
-def test_ranks_that_the_user_paused_are_no_reason_to_warn(group, using, caplog):
+def test_ranks_that_the_user_paused_are_no_reason_to_warn(group, using, caplog, monkeypatch):
     """Guards against a warning that asks whether the user paused the ranks, while the rows say so."""
+    monkeypatch.setattr("dpshm.board.presence.COORDINATOR_SILENCE_NS", HOUR_NS)  # alone it wakes none
     caplog.set_level("DEBUG", logger="dpshm")
     using(Coordinator(group=group, dp_size=2, resend_interval_ms=20, wake_timeout_s=0.1))
     engines = [using(Engine.attach(group, rank)) for rank in range(2)]

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import stat
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -280,10 +279,8 @@ ended = subprocess.run([sys.executable, "-c", code, group], env={**os.environ, "
     assert leftovers(group) == []
 
 
-def test_an_interrupt_while_it_starts(group, monkeypatch):
+def test_an_interrupt_while_it_starts(group):
     """Guards against Ctrl-C in the constructor, after which a watch thread and a board stay for good."""
-    # What is raised within a weak reference's callback, of which `threading` has some, is swallowed there.
-    monkeypatch.setattr(sys, "unraisablehook", lambda _swallowed: None)
     threads, starting, interrupted = count_threads(), [], 0
 
     def interrupt(*_):

@@ -109,8 +109,8 @@ def _numpy_asks_no_enumeration() -> Iterator[None]:
 
 @pytest.fixture
 def short_path() -> Iterator[Path]:
-    """A folder whose name leaves room for a group's sockets: their paths may have 107 bytes."""
-    with tempfile.TemporaryDirectory(prefix="dpt-") as folder:
+    """A folder whose name leaves room for sockets, wherever TMPDIR is: their paths may have 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="dpt-", dir="/dev/shm") as folder:
         yield Path(folder)
 
 

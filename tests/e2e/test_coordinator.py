@@ -52,13 +52,13 @@ class Service:
 
 
 @pytest.fixture
-def service(tmp_path: Path):
+def service(short_path: Path):
     """`service(*arguments)` starts one; it is gone when the test ends."""
     numbers = count()
     with ExitStack() as stack:
 
         def start(*arguments: str, **more: str) -> Service:
-            folder = tmp_path / str(next(numbers))
+            folder = short_path / str(next(numbers))
             folder.mkdir()
             made = Service(folder, *arguments, **more)
             stack.callback(made.notices.close)

@@ -69,7 +69,7 @@ def test_a_child_calls_what_was_given_up():
 
 
 @pytest.mark.parametrize("kind", ["tcp", "ipc"])
-def test_children_close_libzmqs_sockets(tmp_path: Path, kind: str):
+def test_children_close_libzmqs_sockets(short_path: Path, kind: str):
     """Guards against a child that keeps its dead parent's address bound, and its connections open."""
     others = open_sockets()  # what other tests have closed may go meanwhile
 
@@ -80,8 +80,8 @@ def test_children_close_libzmqs_sockets(tmp_path: Path, kind: str):
     pull, push = server.socket(zmq.PULL), client.socket(zmq.PUSH)
     other, to_other = server.socket(zmq.PULL), client.socket(zmq.PUSH)
     try:
-        pull.bind("tcp://127.0.0.1:*" if kind == "tcp" else f"ipc://{tmp_path}/given")
-        other.bind("tcp://127.0.0.1:*" if kind == "tcp" else f"ipc://{tmp_path}/other")
+        pull.bind("tcp://127.0.0.1:*" if kind == "tcp" else f"ipc://{short_path}/given")
+        other.bind("tcp://127.0.0.1:*" if kind == "tcp" else f"ipc://{short_path}/other")
         address = pull.getsockopt_string(zmq.LAST_ENDPOINT)
         for s, to in ((push, address), (to_other, other.getsockopt_string(zmq.LAST_ENDPOINT))):
             s.connect(to)

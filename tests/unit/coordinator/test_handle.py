@@ -11,7 +11,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
@@ -511,28 +510,43 @@ def test_a_rank_that_comes_back_starts_at_zero(group, using):
     assert verdict(coordinator.board, 1) is Verdict.ALIVE
 
 
-def maps(pid, group):
-    """Whether a process has mapped the group's segment."""
-    return str(files.segment_path(group)) in Path(f"/proc/{pid}/maps").read_text()
+ATTACH_3 = """
+from dpshm.engine import row
+stock = row.wait_for_rank
+def wait_for_rank(*arguments):
+    open(path, "w").close()
+    stock(*arguments)
+row.wait_for_rank = wait_for_rank
+engine = Engine.attach(group, 3, timeout_s=60)
+"""
 
 
-def test_an_engine_that_comes_before_the_group_grows(group, using):
+@pytest.fixture
+def waits_for_rank_3(group, using, tmp_path):
+    """`waits_for_rank_3()` gives a process that has attached to the group's board, and waits for its rank."""
+
+    def begin():
+        remote, path = using(Remote()), tmp_path / "waits"
+        remote.begin(ATTACH_3, group=group, path=str(path))
+        wait_until(path.exists)
+        return remote
+
+    return begin
+
+
+def test_an_engine_that_comes_before_the_group_grows(group, using, waits_for_rank_3):
     """Guards against a new rank that is refused because it came an instant before the group was scaled."""
     coordinator = using(Coordinator(group=group, dp_size=1, max_engines=4))
-    remote = using(Remote())
-    remote.begin("engine = Engine.attach(group, 3, timeout_s=60)", group=group)
-    wait_until(lambda: maps(remote.pid, group))
+    remote = waits_for_rank_3()
     coordinator.scale(4)
     remote.run("pass")  # once it is attached
     assert verdict(coordinator.board, 3) is Verdict.ALIVE
 
 
-def test_an_engine_that_waits_for_its_rank_sees_the_group_end(group, using):
+def test_an_engine_that_waits_for_its_rank_sees_the_group_end(group, waits_for_rank_3):
     """Guards against an engine that waits for a group that is gone."""
-    remote = using(Remote())
     with Coordinator(group=group, dp_size=1, max_engines=4):
-        remote.begin("Engine.attach(group, 3, timeout_s=60)", group=group)
-        wait_until(lambda: maps(remote.pid, group))
+        remote = waits_for_rank_3()
     with pytest.raises(RemoteError, match="ended while rank 3 attached"):
         remote.run("pass")
 

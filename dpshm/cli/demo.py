@@ -11,7 +11,8 @@ import typer
 
 from dpshm.cli import compare as comparison
 from dpshm.cli.live import make_display
-from dpshm.cli.options import TimeUnitOption
+from dpshm.cli.options import TimeUnitOption, one_of_two
+from dpshm.errors import SettingError
 from dpshm.policies import NAMES
 from dpshm.sim.demo.interrupt import Interrupted
 from dpshm.sim.demo.report import Report
@@ -112,7 +113,10 @@ def demo(
             "compare. --policy least_work compares that one with vLLM's on the broadcast. Implies --dense.",
         ),
     ] = False,
-    seeds: Annotated[int, typer.Option(help="With --compare: how many seeds are played.")] = comparison.SEEDS,
+    seeds: Annotated[
+        int | None,
+        typer.Option(help="With --compare: how many seeds are played.", show_default=str(comparison.SEEDS)),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as one JSON object, the last line of stdout.")
     ] = False,
@@ -134,6 +138,9 @@ def demo(
       dpshm demo --engines 4 --seconds 5 --json | jq .ttft_ms
       dpshm demo --engine torch --engines 2        a small mixture-of-experts transformer in PyTorch
     """
+    one_of_two(workload, trace)
+    if seeds is not None and not compare:
+        raise SettingError("--seeds is for --compare: leave it out, or say --seed for the seed of one demo")
     settings = DemoSettings(
         engines=engines,
         frontends=frontends,
@@ -151,7 +158,7 @@ def demo(
         keep=keep,
         chaos=chaos,
     )
-    pairs = comparison.play_both(settings, seeds, _run) if compare else []
+    pairs = comparison.play_both(settings, comparison.SEEDS if seeds is None else seeds, _run) if compare else []
     reports = [report for pair in pairs for report in pair] if compare else [_run(settings)]
     for problem in [problem for report in reports for problem in report.problems]:
         typer.echo(f"dpshm: {problem}", err=True)

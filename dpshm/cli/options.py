@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 from dpshm.board.files import groups
+from dpshm.errors import SettingError
 from dpshm.ops.screen.text import Glyphs
 
 EXIT_INTERRUPTED = 130
@@ -37,6 +39,16 @@ TimeUnitOption = Annotated[
 def glyphs(ascii_only: bool, encoding: str | None) -> Glyphs:
     """The characters that may be printed: blocks, where the encoding has them."""
     return Glyphs(not ascii_only and (encoding or "").lower().replace("-", "") == "utf8")
+
+
+def one_of_two(workload: object, trace: Path | None) -> None:
+    """Refuses a built-in workload beside a trace: one of the two would be left out in silence.
+
+    Raises:
+        SettingError: both are given.
+    """
+    if workload is not None and trace is not None:
+        raise SettingError("--workload is played without a trace: leave --workload or --trace out")
 
 
 def interrupted() -> NoReturn:

@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from dpshm.cli.options import TimeUnitOption
+from dpshm.cli.options import TimeUnitOption, one_of_two
 from dpshm.errors import SettingError
 from dpshm.linux.signals import EndedError, raising_once
 from dpshm.policies import NAMES
@@ -59,9 +59,9 @@ def simulate(
         int, typer.Option(help="Prompt tokens that a hash of the trace is for. Default: as its prompts tell.")
     ] = 0,
     workload: Annotated[
-        str,
-        typer.Option(help=f"Without a trace, which built-in one: {', '.join(WORKLOADS)}."),
-    ] = "chat",
+        str | None,
+        typer.Option(help=f"Without a trace, which built-in one: {', '.join(WORKLOADS)}.", show_default="chat"),
+    ] = None,
     rate: Annotated[float, typer.Option(help="Speed of the trace, as a multiple of the recorded speed.")] = 1.0,
     requests: Annotated[
         int | None, typer.Option(help="Most requests in a run. Default: the whole trace, or 12000.")
@@ -116,7 +116,9 @@ def simulate(
     ] = False,
     oracle: Annotated[bool, typer.Option(help="Run the clairvoyant policy too, for the regret.")] = True,
     seeds: Annotated[int, typer.Option(help="Runs of each combination; intervals need two or more.")] = 3,
-    processes: Annotated[int, typer.Option(help="Runs at a time. Default: the number of processors.")] = 0,
+    processes: Annotated[
+        int, typer.Option(min=0, max=1024, help="Runs at a time. Default: the number of processors.")
+    ] = 0,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the times to first token as bars.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, the last line of stdout.")
@@ -134,6 +136,7 @@ def simulate(
       dpshm simulate --policies least_work --information live,broadcast,broadcast:10,scrape --rate 9
       dpshm simulate --trace mooncake_conversation_trace.jsonl --policies least_work,affinity
     """
+    one_of_two(workload, trace)
     settings = SimulationSettings(
         plant=Plant(
             engines=engines,
@@ -153,7 +156,7 @@ def simulate(
         trace=trace,
         time_unit=time_unit,
         block_tokens=block_tokens,
-        workload=workload,
+        workload=workload or "chat",
         rate=rate,
         requests=requests,
         skew=skew,

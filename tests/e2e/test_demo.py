@@ -319,3 +319,17 @@ def test_front_ends_know_what_engines_have_cached(tmp_path: Path, shell: Shell):
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["prefix_hit_rate"] <= round(most, 4)
     shell.check_gone()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--seeds", "3"), "--seeds is for --compare"),
+        (("--time-unit", "s"), "are of a trace: name it with --trace"),
+        (("--workload", "chat", "--trace", "/none"), "leave --workload or --trace out"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(line, arguments, message):
+    """An option that the others leave without an effect is refused, not ignored."""
+    status, out, err = line.run("demo", *arguments)
+    assert (status, out, message in err) == (2, "", True), err

@@ -118,6 +118,11 @@ def test_hashes_of_no_known_size_are_refused(line, tmp_path):
         (("--time-unit", "min"), "there is no time unit 'min': choose s, ms, us, ns"),
         (("--block-tokens", "-1"), "a hash cannot be for -1 tokens"),
         (("--engines", "0"), "engines is 0: choose 1 to 4096"),
+        (("--kv-tokens", "0"), "kv_tokens is 0: choose 1 to"),
+        (("--clients", "-1"), "clients is -1: choose 0 to"),
+        (("--time-unit", "s"), "are of a trace: name it with --trace"),
+        (("--block-tokens", "16"), "are of a trace: name it with --trace"),
+        (("--workload", "agents", "--trace", "/none"), "leave --workload or --trace out"),
     ],
 )
 def test_simulate_refuses(line, arguments, message):

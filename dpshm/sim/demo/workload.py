@@ -16,7 +16,7 @@ from dpshm.sim.demo.messages import EngineKind, Stats
 from dpshm.sim.workloads import chat, synthetic
 from dpshm.sim.workloads.chat import chat_arrivals
 from dpshm.sim.workloads.synthetic import synthetic_arrivals
-from dpshm.sim.workloads.traces import Units, check_units, read_trace
+from dpshm.sim.workloads.traces import OF_A_TRACE, Units, check_units, read_trace
 
 MAX_PROCESSES = 64
 """Engines, and front-ends: the room of a board of default size. Each is a process."""
@@ -86,6 +86,8 @@ class DemoSettings:
             if not (isfinite(value) and value > 0):
                 raise SettingError(f"{name} is {value}: choose a number above 0")
         check_units(Units(self.time_unit))
+        if self.trace is None and self.time_unit:
+            raise SettingError(OF_A_TRACE)
         policies.by_name(self.policy)
         if self.engine == "torch" and not self.waves:
             raise SettingError("the ranks of --engine torch step together: leave out --dense and --chaos")

@@ -40,6 +40,7 @@ COST = StepCost(kv_tokens=1_000_000)
 _decided_s = itemgetter(0)
 RAMP_S = 10.0
 """Closed loop: the clients start one after another over this time, as in a load test."""
+MOST = 1_000_000_000
 _NEVER_S = float("inf")
 
 
@@ -107,6 +108,9 @@ class Plant:
         for rank in ranks:
             if not 0 <= rank < self.engines:
                 raise SettingError(f"there is no rank {rank}: choose 0 to {self.engines - 1}")
+        for name, number, least in (("clients", self.clients, 0), ("kv_tokens", self.cost.kv_tokens, 1)):
+            if not least <= number <= MOST:
+                raise SettingError(f"{name} is {number}: choose {least} to {MOST}")
         if not 0 <= self.noise < 100:
             raise SettingError(f"noise is {self.noise:g}: choose 0 (none) or more; 0.3 is a noisy machine")
         for rank, factor, *_ in (*self.slow, *self.spells):

@@ -30,7 +30,7 @@ from dpshm.sim.workloads.agents import agents_arrivals, fan_out_arrivals
 from dpshm.sim.workloads.chat import chat_arrivals
 from dpshm.sim.workloads.formats import MAX_TOKENS
 from dpshm.sim.workloads.long_context import long_context_arrivals
-from dpshm.sim.workloads.traces import Arrival, Trace, TraceError, Units, check_units, read_trace
+from dpshm.sim.workloads.traces import OF_A_TRACE, Arrival, Trace, TraceError, Units, check_units, read_trace
 
 DEFAULT_REQUESTS = 12_000
 MAX_REQUESTS = 1_000_000
@@ -101,6 +101,8 @@ class SimulationSettings:
         if not (isfinite(self.skew) and self.skew >= 0):
             raise SettingError(f"skew is {self.skew}: choose 0 (even) or more")
         check_units(Units(self.time_unit, self.block_tokens))
+        if self.trace is None and (self.time_unit or self.block_tokens):
+            raise SettingError(OF_A_TRACE)
         if self.workload not in WORKLOADS:
             raise SettingError(f"no workload {self.workload!r}: choose one of {', '.join(WORKLOADS)}")
         if not self.policies:
@@ -178,6 +180,8 @@ def read_for(settings: SimulationSettings, show: Callable[[int], None] = lambda 
     most = settings.requests if settings.seeds == 1 and settings.first_seed == 0 else None
     units = Units(settings.time_unit, settings.block_tokens)
     trace = read_trace(settings.trace, units, most=most, show=show)
+    if settings.block_tokens and not any(arrival.block_hashes for arrival in trace.arrivals):
+        raise TraceError(f"the trace {settings.trace} has no hashes of blocks: leave --block-tokens out")
     if not trace.block_tokens and any(arrival.block_hashes for arrival in trace.arrivals):
         raise TraceError(
             f"the trace {settings.trace} has hashes whose number does not tell how many prompt tokens one is for: "

@@ -90,6 +90,8 @@ class Units(NamedTuple):
     block_tokens: int = 0
 
 
+OF_A_TRACE = "--time-unit and --block-tokens are of a trace: name it with --trace, or leave them out"
+
 AS_TOLD = Units()
 """By the trace's fields and lines."""
 

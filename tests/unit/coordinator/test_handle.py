@@ -306,7 +306,8 @@ def test_an_interrupt_while_it_starts(group):
             if coordinator is not None:
                 coordinator.close()
             assert leftovers(group) == [], i
-            assert count_threads() <= threads, i
+            # A thread whose start was interrupted may begin late: it finds its work cancelled, and ends.
+            wait_until(lambda: count_threads() <= threads)
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert interrupted > 3

@@ -3,12 +3,15 @@
     duration = base + per_request * batch + per_token * prefill_tokens + per_held_token * held_tokens
 
 Held tokens are the context of the running requests, which attention reads. The four coefficients are found by
-least squares over the steps themselves, each weighted by ``FORGETTING`` to the power of its age, so they follow an
-engine that slows down. Steps often say nothing about one of the four (a constant batch, no prompts for a while):
-so the estimate is also drawn, with the weight of one step, to where it was before. A negative
-one counts as 0; if it is that of the batch or of held tokens, the others are found anew. A direction of which
-nothing new is known keeps its last value instead of drifting, the well-known fault of recursive least squares with
-forgetting (Astrom, Wittenmark, "Adaptive Control", 2nd ed., ch. 11.5).
+least squares over the steps themselves, each weighted by ``FORGETTING`` to the power of its age, so they follow
+an engine that slows down. Steps often say nothing about one of the four (a constant batch, no prompts for a
+while): so the estimate is also drawn, with the weight of one step, to where it was in the last steps. Before
+the first it is 0: a request is free until steps show what it costs. A negative one counts as 0; if it is that
+of the batch or of held tokens, the others are found anew. A direction of which nothing new is known keeps its
+last value instead of drifting, the well-known fault of recursive least squares with forgetting (Astrom,
+Wittenmark, "Adaptive Control", 2nd ed., ch. 11.5). An engine's first steps are solved one by one. Were the
+estimate drawn to its last value, the same few steps would move it at each solution: from small batches and one
+long step among them an engine would learn that a batch of 16 takes twice as long as it does.
 
 An engine that becomes slow, or recovers, is followed within some tens of steps: when its newest steps took less
 than `PACE_FAST` or more than `PACE_SLOW` times their expectation on average, the weights of older steps fall by
@@ -50,6 +53,8 @@ PACE_FAST, PACE_SLOW, PACE_MOST = 0.65, 1.5, 2.0
 """Bounds of that average, and what one step counts at most."""
 PACE_NEAR = 0.1
 """How near to 1 the average has to come again."""
+BEFORE_KEPT = 0.875
+"""A step, in where the estimate was in the last steps: eight of them count, as many as are solved together."""
 MIN_STEPS = 16
 """Steps before an engine's coefficients are published,"""
 MIN_PROMPT_STEPS = 4
@@ -82,6 +87,8 @@ class StepModel:
         self._follows = False  # it has left its bounds, and is not near 1 again
         # ns: base, per _BATCH_UNIT requests, per _TOKEN_UNIT prompt tokens, per _HELD_UNIT held tokens
         self._theta = (0.0, 0.0, 0.0, 0.0)
+        self._before = (0.0, 0.0, 0.0)  # all but base, as they were in the last steps
+        self._kept = 1.0  # the weight that what was known at the last solution has in that
         # Weighted sums: of 1, batch, tokens, held tokens and their products, then of the duration with each.
         self._sums = (0.0,) * 14
         self._seen: list[tuple[int, int, int, int, int]] = []  # steps of which nothing is learnt yet
@@ -207,6 +214,7 @@ class StepModel:
                 self._follows = not PACE_FAST < self._pace < PACE_SLOW
             if self._follows:
                 f = FORGETTING_FAST
+        self._kept *= BEFORE_KEPT
         b, t, h = batch / _BATCH_UNIT, prefill_tokens / _TOKEN_UNIT, held_tokens / _HELD_UNIT
         n, sb, st, sh, sbb, sbt, sbh, stt, sth, shh, sy, sby, sty, shy = self._sums
         self._sums = (
@@ -219,7 +227,7 @@ class StepModel:
     def _solve(self) -> None:
         """Least squares with a ridge; never negative."""
         n, sb, st, sh, sbb, sbt, sbh, stt, sth, shh, sy, sby, sty, shy = self._sums
-        base, batch, tokens, held = self._theta
+        base, (batch, tokens, held) = self._theta[0], self._before
         matrix = (
             (n + 1.0, sb, st, sh),
             (sb, sbb + 1.0, sbt, sbh),
@@ -237,6 +245,12 @@ class StepModel:
         for i, value in zip(used, found, strict=True):
             theta[i] = max(0.0, value)
         self._theta = (theta[0], theta[1], theta[2], theta[3])
+        kept, self._kept = self._kept, 1.0
+        self._before = (
+            batch + (1.0 - kept) * (theta[1] - batch),
+            tokens + (1.0 - kept) * (theta[2] - tokens),
+            held + (1.0 - kept) * (theta[3] - held),
+        )
 
 
 def solve(matrix: Sequence[Sequence[float]], right: Sequence[float], used: Sequence[int]) -> list[float]:

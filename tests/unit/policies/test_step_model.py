@@ -147,6 +147,27 @@ def test_a_stray_step_does_little():
     assert model.expect(0, 16) < 1.1 * before
 
 
+def test_a_few_small_steps_tell_little_of_large_ones():
+    """Guards against an engine that had few requests at a time, one slow step among them, and gets none any more.
+
+    Two engines are equally fast. Neither has seen a batch of 16, by which they are compared.
+    """
+    apart = []
+    for seed in range(24):
+        rng, found = random.Random(seed), []
+        for stray in (False, True):
+            model = StepModel()
+            for step in range(64):
+                batch, tokens = rng.randrange(1, 6), 3 * (step % 2)
+                times = rng.choice([1.0, 1.0, 1.0, 1.3]) * (3.0 if stray and step == 22 else 1.0)
+                model.begin(1, tokens, batch)
+                model.end(int(10_800_000 * times), tokens, batch)
+                if step > MIN_STEPS:
+                    found.append(model.expect(512, 16))
+        apart.append(max(found) / min(found))
+    assert sum(apart) / len(apart) < 1.3
+
+
 def test_coefficients_are_never_negative():
     """Guards against an engine whose noise makes work look like a gain."""
     model, rng = StepModel(), random.Random(5)

@@ -1,12 +1,12 @@
 """vLLM's own tests of data parallelism, from the release's source distribution, with dpshm and without it.
 
-    python tests/e2e/vllm/own_tests.py [--stock] [PYTEST-ARGUMENTS]
+    python tests/e2e/vllm/own_tests.py [--prepare | --stock] [PYTEST-ARGUMENTS]
 
 The wheel has no tests. pip downloads the source distribution of the release that is in the environment
 (`environment.py`), and ``tests/v1/distributed/test_async_llm_dp.py`` runs as it is. Its models are replaced by
 folders with a configuration alone that `bench.sleeping_executor` runs, without asynchronous scheduling, and each
 prompt by token ids, since there is no tokenizer. Tests on Ray and on a GPU are left out. ``--stock`` sets
-``DPSHM=0``.
+``DPSHM=0``; ``--prepare`` fetches the tests and runs none.
 """
 
 from __future__ import annotations
@@ -123,10 +123,12 @@ def main(arguments: list[str]) -> int:
         sys.exit(reason)
     environment.install_dpshm(environment.folder())
     where = prepare()
+    if "--prepare" in arguments:
+        return 0
     stock = "--stock" in arguments
     others = [a for a in arguments if a != "--stock"]
     command = [
-        *(str(where / "env" / "bin" / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+        *(str(where / "env" / "bin" / "python"), "-m", "pytest", "-q"),
         *("--rootdir", str(where), "-c", os.devnull, "-k", LEFT_OUT, f"--timeout={TIMEOUT_S}"),
         *others,
         *([] if any("::" in a for a in others) else ["test_async_llm_dp.py"]),

@@ -80,8 +80,12 @@ def test_a_worker_outlives_its_engine_and_its_front_end(group, using, killed_at_
     folder = str(coordinator.board.segment.sockets_path)
     held = [line for line in Path(f"/proc/{worker}/net/unix").read_text().splitlines() if folder in line]
     inodes = {line.split()[6] for line in held}
-    links = [os.readlink(path) for path in Path(f"/proc/{worker}/fd").iterdir()]
-    assert not inodes & {link.removeprefix("socket:[").rstrip("]") for link in links}
+
+    def kept() -> set[str]:
+        links = [os.readlink(path) for path in Path(f"/proc/{worker}/fd").iterdir()]
+        return inodes & {link.removeprefix("socket:[").rstrip("]") for link in links}
+
+    wait_until(lambda: not kept())  # the parent has heard of the worker before that one has run
     assert held_locks(worker) == []
     using(Engine.attach(group, 0))
 

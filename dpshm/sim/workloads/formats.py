@@ -289,7 +289,7 @@ def _fitting(block: int, counts: Sequence[tuple[int, int]]) -> int:
     return max(up, down)
 
 
-MOST_PER_S, LEAST_PER_S = 100.0, 0.01
+MOST_PER_S, LEAST_PER_S = 500.0, 0.005
 """Between these rates a unit is believed. The documented traces have 2 to 7 requests a second."""
 DOUBTED = ("Mooncake", "vLLM's timed trace", "Qwen-Bailian")
 """Formats whose fields a file in another unit has, too."""

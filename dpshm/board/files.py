@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import re
 import shutil
@@ -165,13 +166,14 @@ def open_directory(path: Path) -> int:
         ) from e
 
 
-def reserve(folder: int, name: Path, size: int) -> int:
+def reserve(folder: int, name: Path, size: int, what: str) -> int:
     """A descriptor of a new file without a name, every page of it reserved.
 
     Args:
         folder: a descriptor of the directory.
         name: the directory's path, for the error's text.
         size: bytes.
+        what: it is, for the error's text.
 
     Raises:
         SegmentNoSpace: the file system is full or too small.
@@ -186,7 +188,7 @@ def reserve(folder: int, name: Path, size: int) -> int:
         if fd >= 0:
             os.close(fd)
         if e.errno in NO_SPACE:
-            raise SegmentNoSpace(why_no_space(name, size)) from e
+            raise SegmentNoSpace(why_no_space(name, size, what)) from e
         raise SegmentError(f"cannot create a segment in {name}: {e.strerror}") from e
     return fd
 
@@ -205,7 +207,7 @@ def link(folder: int, fd: int, name: str) -> None:
         raise SegmentError(f"cannot make {name}: /proc is not mounted here. mount -t proc proc /proc") from e
 
 
-def why_no_space(folder: Path, size: int, what: str = "the board") -> str:
+def why_no_space(folder: Path, size: int, what: str) -> str:
     """What a file system has too little of, for an error: inodes (one for each file, folder and socket), or bytes.
 
     Args:
@@ -267,7 +269,7 @@ def lock_sockets_folder(folder: Path) -> PrivateFd | None:
             pass
         except OSError as e:
             if e.errno in NO_SPACE:
-                raise SegmentNoSpace(why_no_space(folder.parent, 0)) from e
+                raise SegmentNoSpace(why_no_space(folder.parent, mmap.PAGESIZE, "a folder")) from e
             raise SegmentError(
                 f"cannot make {folder}: {e.strerror}. Set DPSHM_DIR to a folder on a tmpfs that you may write to"
             ) from e

@@ -87,7 +87,7 @@ class Segment:
         first_page = encode_header(header)
         folder = files.open_directory(path.parent)
         try:
-            file = PrivateFd(lambda: files.reserve(folder, path.parent, header.size))
+            file = PrivateFd(lambda: files.reserve(folder, path.parent, header.size, "the board"))
             segment = cls(header.group, path, file, readonly=False)
             try:
                 os.pwrite(segment.fileno(), first_page, 0)

@@ -129,7 +129,7 @@ def _open(path: Path, rows: int) -> int:
         pass
     folder = files.open_directory(path.parent)
     try:
-        fd = files.reserve(folder, path.parent, _size(rows))
+        fd = files.reserve(folder, path.parent, _size(rows), "the table of prompts just sent")
         try:
             os.pwrite(fd, np.array((*_HEADER, rows), np.uint64).tobytes(), 0)
             # SYNC: publication. The name appears only now; link(2) is a system call that orders the stores above.

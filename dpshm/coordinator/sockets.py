@@ -16,6 +16,7 @@ the addresses can be bound again. And there is one ZAP address in a context (`dp
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
 from typing import TypeAlias
@@ -155,7 +156,7 @@ class Sockets:
         except zmq.ZMQError as e:
             if e.errno in NO_SPACE and address.startswith("ipc:"):
                 folder = Path(address.removeprefix("ipc://")).parent
-                raise SegmentNoSpace(why_no_space(folder, 0)) from e
+                raise SegmentNoSpace(why_no_space(folder, mmap.PAGESIZE, "a socket")) from e
             raise cannot_listen("cannot bind", address, e) from e
         return self._bound[s]
 

@@ -188,7 +188,7 @@ def reserve(folder: int, name: Path, size: int, what: str) -> int:
         if fd >= 0:
             os.close(fd)
         if e.errno in NO_SPACE:
-            raise SegmentNoSpace(why_no_space(name, size, what)) from e
+            raise SegmentNoSpace(why_no_space(name, what, size)) from e
         raise SegmentError(f"cannot create a segment in {name}: {e.strerror}") from e
     return fd
 
@@ -207,13 +207,13 @@ def link(folder: int, fd: int, name: str) -> None:
         raise SegmentError(f"cannot make {name}: /proc is not mounted here. mount -t proc proc /proc") from e
 
 
-def why_no_space(folder: Path, size: int, what: str) -> str:
+def why_no_space(folder: Path, what: str, size: int = mmap.PAGESIZE) -> str:
     """What a file system has too little of, for an error: inodes (one for each file, folder and socket), or bytes.
 
     Args:
         folder: a folder on it.
-        size: bytes that are needed.
-        what: needs them.
+        what: has no room.
+        size: bytes that it needs.
     """
     free = os.statvfs(folder)
     if free.f_files and not free.f_favail:
@@ -269,7 +269,7 @@ def lock_sockets_folder(folder: Path) -> PrivateFd | None:
             pass
         except OSError as e:
             if e.errno in NO_SPACE:
-                raise SegmentNoSpace(why_no_space(folder.parent, mmap.PAGESIZE, "a folder")) from e
+                raise SegmentNoSpace(why_no_space(folder.parent, "a folder")) from e
             raise SegmentError(
                 f"cannot make {folder}: {e.strerror}. Set DPSHM_DIR to a folder on a tmpfs that you may write to"
             ) from e

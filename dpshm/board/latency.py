@@ -132,7 +132,7 @@ class LatencyWriter:
                 os.close(fd)
         except OSError as e:
             if e.errno in NO_SPACE:
-                raise SegmentNoSpace(why_no_space(self._path.parent, size, "a file of latencies")) from e
+                raise SegmentNoSpace(why_no_space(self._path.parent, "a file of latencies", size)) from e
             raise SegmentError(f"cannot open {self._path}: {e.strerror}") from e
         words[0], words[1] = MAGIC, VERSION
         self.words, self.counts = words, [max(0, min(count, _SANE)) for count in words.tolist()]

@@ -12,7 +12,6 @@ segment without a lock file was damaged, and a free lock file without a segment 
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import re
 import stat
@@ -71,7 +70,7 @@ def create(folder: int, name: Path) -> int:
         fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=folder)
     except OSError as e:
         if e.errno in files.NO_SPACE:
-            raise SegmentNoSpace(files.why_no_space(name, mmap.PAGESIZE, "a file of locks")) from e
+            raise SegmentNoSpace(files.why_no_space(name, "a file of locks")) from e
         raise SegmentError(f"cannot make a lock file in {name}: {e.strerror}") from e
     os.fchmod(fd, 0o600)  # whatever the umask took
     return fd

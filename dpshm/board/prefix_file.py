@@ -84,7 +84,7 @@ def make_file(path: Path, buckets: int, what: str, **values: int) -> memoryview:
         if not isinstance(e, OSError):
             raise
         if e.errno in NO_SPACE:
-            raise SegmentNoSpace(why_no_space(path.parent, size, what)) from e
+            raise SegmentNoSpace(why_no_space(path.parent, what, size)) from e
         raise SegmentError(f"cannot make the prefix index {path}: {e.strerror}") from e
     return words
 

@@ -16,7 +16,6 @@ the addresses can be bound again. And there is one ZAP address in a context (`dp
 
 from __future__ import annotations
 
-import mmap
 import os
 from pathlib import Path
 from typing import TypeAlias
@@ -156,7 +155,7 @@ class Sockets:
         except zmq.ZMQError as e:
             if e.errno in NO_SPACE and address.startswith("ipc:"):
                 folder = Path(address.removeprefix("ipc://")).parent
-                raise SegmentNoSpace(why_no_space(folder, mmap.PAGESIZE, "a socket")) from e
+                raise SegmentNoSpace(why_no_space(folder, "a socket")) from e
             raise cannot_listen("cannot bind", address, e) from e
         return self._bound[s]
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import mmap
 import os
 import socket
 from contextlib import suppress
@@ -62,7 +61,7 @@ class Doorbell:
             self.socket, self._file = self._bind()
         except OSError as e:
             if e.errno in NO_SPACE:
-                raise SegmentNoSpace(why_no_space(folder, mmap.PAGESIZE, "a socket")) from e
+                raise SegmentNoSpace(why_no_space(folder, "a socket")) from e
             raise
 
     def _bind(self) -> tuple[socket.socket, os.stat_result]:

@@ -88,7 +88,6 @@ class StepModel:
         # ns: base, per _BATCH_UNIT requests, per _TOKEN_UNIT prompt tokens, per _HELD_UNIT held tokens
         self._theta = (0.0, 0.0, 0.0, 0.0)
         self._before = (0.0, 0.0, 0.0)  # all but base, as they were in the last steps
-        self._kept = 1.0  # the weight that what was known at the last solution has in that
         # Weighted sums: of 1, batch, tokens, held tokens and their products, then of the duration with each.
         self._sums = (0.0,) * 14
         self._seen: list[tuple[int, int, int, int, int]] = []  # steps of which nothing is learnt yet
@@ -143,8 +142,9 @@ class StepModel:
         if self._steps % SOLVE_EVERY == 0 or self._steps < SOLVED_EACH:
             for step in self._seen:
                 self._take(*step)
+            kept = BEFORE_KEPT ** len(self._seen)
             self._seen.clear()
-            self._solve()
+            self._solve(kept)
             words[ENDING_NS] = int(self._busy_ns / self._ended) if self._ended >= 1.0 else 0
             if self._steps >= MIN_STEPS and self._prompt_steps >= MIN_PROMPT_STEPS:
                 base, per_batch, tokens, held = self._theta
@@ -214,7 +214,6 @@ class StepModel:
                 self._follows = not PACE_FAST < self._pace < PACE_SLOW
             if self._follows:
                 f = FORGETTING_FAST
-        self._kept *= BEFORE_KEPT
         b, t, h = batch / _BATCH_UNIT, prefill_tokens / _TOKEN_UNIT, held_tokens / _HELD_UNIT
         n, sb, st, sh, sbb, sbt, sbh, stt, sth, shh, sy, sby, sty, shy = self._sums
         self._sums = (
@@ -224,8 +223,12 @@ class StepModel:
             *(sy * f + y, sby * f + b * y, sty * f + t * y, shy * f + h * y),
         )
 
-    def _solve(self) -> None:
-        """Least squares with a ridge; never negative."""
+    def _solve(self, kept: float) -> None:
+        """Least squares with a ridge; never negative.
+
+        Args:
+            kept: the weight of the last solution, in where the estimate was in the last steps.
+        """
         n, sb, st, sh, sbb, sbt, sbh, stt, sth, shh, sy, sby, sty, shy = self._sums
         base, (batch, tokens, held) = self._theta[0], self._before
         matrix = (
@@ -245,7 +248,6 @@ class StepModel:
         for i, value in zip(used, found, strict=True):
             theta[i] = max(0.0, value)
         self._theta = (theta[0], theta[1], theta[2], theta[3])
-        kept, self._kept = self._kept, 1.0
         self._before = (
             batch + (1.0 - kept) * (theta[1] - batch),
             tokens + (1.0 - kept) * (theta[2] - tokens),

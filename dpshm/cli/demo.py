@@ -13,8 +13,8 @@ from dpshm.cli import compare as comparison
 from dpshm.cli.live import make_display
 from dpshm.cli.options import TimeUnitOption, one_of_two
 from dpshm.errors import SettingError
+from dpshm.linux.signals import EndedError
 from dpshm.policies import NAMES
-from dpshm.sim.demo.interrupt import Interrupted
 from dpshm.sim.demo.report import Report
 from dpshm.sim.demo.run import Screen, run_demo
 from dpshm.sim.demo.workload import DemoSettings
@@ -174,8 +174,8 @@ def _run(settings: DemoSettings) -> Report:
     try:
         with make_display() as display:
             return run_demo(settings, Screen(display.show, display.tell))
-    except Interrupted as e:
-        typer.echo(f"dpshm: ended by {e}; nothing is left behind", err=True)
+    except EndedError as e:
+        typer.echo(f"dpshm: ended by {e.name}; nothing is left behind", err=True)
         raise typer.Exit(128 + e.signum) from None
 
 

@@ -75,9 +75,8 @@ class EndedError(Exception):
     """
 
     def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-        self.name = signal.Signals(signum).name
+        self.signum, self.name = signum, signal.Signals(signum).name
+        super().__init__(f"{self.name} (signal {signum})")
 
 
 @contextmanager

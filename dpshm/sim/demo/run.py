@@ -96,7 +96,7 @@ def run_demo(settings: DemoSettings, screen: Screen) -> Report:
     Raises:
         TraceError, SettingError: the workload cannot be read or made.
         DemoFailed, StartupTimeout: the processes did not start.
-        Interrupted: a signal asked for the end.
+        EndedError: a signal asked for the end; all processes and files of the demo are gone.
     """
     with StopFlag() as flag:
 

@@ -7,7 +7,8 @@ import signal
 
 import pytest
 
-from dpshm.sim.demo.interrupt import Interrupted, StopFlag
+from dpshm.linux.signals import EndedError
+from dpshm.sim.demo.interrupt import StopFlag
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -17,6 +18,6 @@ def test_a_signal_sets_the_flag_and_nothing_else(signum):
     with StopFlag() as flag:
         flag.check()
         os.kill(os.getpid(), signum)
-        with pytest.raises(Interrupted, match=signum.name):
+        with pytest.raises(EndedError, match=signum.name):
             flag.check()
     assert signal.getsignal(signum) is before

@@ -8,12 +8,13 @@ import secrets
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from dpshm import Engine, Frontend
-from tests.support import LoneBoard, Popen, wait_until
+from tests.support import TIMEOUT_S, LoneBoard, Popen, wait_until
 from tests.unit.sim.workloads.samples import SAMPLES
 
 PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
@@ -22,9 +23,14 @@ SMALL = ("--rate", "9", "--requests", "150", "--seeds", "2")
 
 def command(*arguments: str, **environment: str) -> Popen[str]:
     """Starts it."""
+    return started([sys.executable, "-m", "dpshm", *arguments], **environment)
+
+
+def started(line: list[str], **environment: str) -> Popen[str]:
+    """Starts a command line."""
     path = os.pathsep.join([PACKAGE_ROOT, os.environ.get("PYTHONPATH", "")])
     return Popen(
-        [sys.executable, "-m", "dpshm", *arguments],
+        line,
         env={**os.environ, "PYTHONPATH": path, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -133,31 +139,112 @@ def test_simulate_refuses(line, arguments, message):
     assert message in err
 
 
+class Marked:
+    """The processes of one command, which all have a mark in their environment."""
+
+    def __init__(self) -> None:
+        self.mark = secrets.token_hex(8)
+
+    def pids(self, part: bytes = b"") -> list[int]:
+        """Those that live and have `part` in their command line."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and self.mark.encode() in (entry / "environ").read_bytes():
+                    found += [int(entry.name)] * (part in (entry / "cmdline").read_bytes())
+            except OSError:
+                continue
+        return found
+
+    def workers(self) -> list[int]:
+        """The processes of the pool."""
+        return self.pids(b"spawn_main")
+
+
+LONG = ("--requests", "1000000", "--processes", "2", "--no-oracle")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("send", [os.kill, os.killpg])
 def test_simulate_ends_when_it_is_told(signum, send):
     """Guards against workers that go on after Ctrl-C, which a terminal sends to all, or print a traceback."""
-    mark = secrets.token_hex(8)
-
-    def alive() -> int:
-        found = 0
-        for entry in Path("/proc").iterdir():
-            try:
-                found += entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes()
-            except OSError:
-                continue
-        return found
-
-    options = ("--requests", "1000000", "--processes", "2", "--no-oracle")
-    with command("simulate", *options, DPSHM_TEST_RUN=mark) as process:
-        wait_until(lambda: alive() >= (2 if send is os.killpg else 3))  # a worker that still starts, too
+    marked = Marked()
+    with command("simulate", *LONG, DPSHM_TEST_RUN=marked.mark) as process:
+        # A worker that still starts, too.
+        wait_until(lambda: len(marked.pids()) >= (2 if send is os.killpg else 3))
         send(process.pid, signum)
         _, err = process.communicate()
     assert process.returncode == 128 + signum
     assert f"ended by {signum.name}; nothing is left behind" in err
     assert "Traceback" not in err
-    wait_until(lambda: not alive())
+    wait_until(lambda: not marked.pids())
+
+
+COMPARES = """
+import time
+from dpshm.linux.signals import EndedError, raising_once
+from dpshm.sim.lab import study
+
+run = study.run
+
+def run_or_last(plant, jobs, policy, information):
+    if policy == "round_robin":
+        time.sleep(3600)
+    return run(plant, jobs, policy, information)
+
+study.run = run_or_last
+
+if __name__ == "__main__":
+    settings = study.SimulationSettings(policies=("vllm", "round_robin"), requests=50, seeds=1, oracle=False)
+    try:
+        with raising_once():
+            study.compare(settings, 2, lambda done, _: print(done, flush=True))
+    except EndedError as e:
+        print(e.name)
+"""
+
+
+@pytest.mark.slow
+def test_a_comparison_ends_while_a_worker_has_nothing_to_do(tmp_path):
+    """Guards against a wait for a lock that a worker held, waiting for work, when the same signal ended it."""
+    script = tmp_path / "compares.py"
+    script.write_text(COMPARES)
+    marked = Marked()
+    with started([sys.executable, str(script)], DPSHM_TEST_RUN=marked.mark) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["0\n", "1\n"]
+        time.sleep(0.05)  # the worker whose run is done waits for the next
+        for _ in range(2):  # `timeout` sends it to the process, and to the group
+            os.killpg(process.pid, signal.SIGTERM)
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    assert (process.returncode, out, err) == (0, "SIGTERM\n", "")
+    wait_until(lambda: not marked.pids())
+
+
+@pytest.mark.slow
+def test_a_worker_that_was_killed_ends_the_simulation():
+    """Guards against a wait for ever for the run of a process that the system killed to free memory."""
+    marked = Marked()
+    with command("simulate", *LONG, DPSHM_TEST_RUN=marked.mark) as process:
+        wait_until(lambda: len(marked.workers()) == 2)
+        os.kill(marked.workers()[0], signal.SIGKILL)
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    assert (process.returncode, out) == (2, "")
+    assert "a process of the simulation was killed" in err
+    assert "choose fewer --processes" in err
+    assert "Traceback" not in err
+    wait_until(lambda: not marked.pids())
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_simulation():
+    """Guards against processes that use a processor each for hours after the command that started them."""
+    marked = Marked()
+    with command("simulate", *LONG, DPSHM_TEST_RUN=marked.mark) as process:
+        wait_until(lambda: len(marked.workers()) == 2)
+        process.kill()
+        wait_until(lambda: not marked.pids())
 
 
 def test_replay(group, using, tmp_path):

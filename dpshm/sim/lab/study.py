@@ -8,17 +8,22 @@ Intervals are Student's, 95 %.
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from multiprocessing import get_context, resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from dpshm.errors import SettingError
+from dpshm.errors import DpshmError, SettingError
 from dpshm.linux.signals import END_SIGNALS, held
 from dpshm.policies import key_of
 from dpshm.sim.lab.figures import Combination, Comparison, Figures, figures_of, result_of
@@ -218,6 +223,7 @@ def compare(
     Raises:
         TraceError: the trace cannot be read.
         SettingError: the workload has no requests that fit.
+        DpshmError: a child process was killed.
     """
     trace = read_for(settings, show_reading)
     combinations = settings.combinations
@@ -236,12 +242,22 @@ def compare(
 _given: tuple[SimulationSettings, Trace | None]
 
 
-def _prepare(given: tuple[SimulationSettings, Trace | None], *, alone: bool) -> None:
+def _prepare(given: tuple[SimulationSettings, Trace | None]) -> None:
     global _given  # noqa: PLW0603 - a pool's way to hand the trace over once
     _given = given
-    if alone:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
+
+
+def _prepare_worker(given: tuple[SimulationSettings, Trace | None], lifeline: Connection) -> None:
+    """Prepares a process of the pool, which ends once the parent has closed the other end, or has died."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
+    _prepare(given)
+
+    def end() -> None:
+        lifeline.poll(None)
+        os._exit(0)  # amid a run
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _run_task(task: tuple[Combination, int]) -> tuple[tuple[Combination, int], Figures]:
@@ -260,20 +276,33 @@ def _run_task(task: tuple[Combination, int]) -> tuple[tuple[Combination, int], F
 
 @contextmanager
 def _mapper(processes: int, given: tuple[SimulationSettings, Trace | None]) -> Iterator[Any]:
+    """A `map` whose results come in any order. Leaving it ends its processes, also amid a run."""
     if processes <= 1:
-        _prepare(given, alone=False)
+        _prepare(given)
         yield map
         return
-    # Leaving the pool's context terminates its processes, also after an error.
+    context = get_context("spawn")
     resource_tracker.ensure_running()  # now: its start lifts the block of SIGINT and SIGTERM
     with ExitStack() as stack:
-        with held():  # also by children that start: one that is broken off prints a traceback
-            pool = stack.enter_context(get_context("spawn").Pool(processes, _prepare_alone, (given,)))
-        yield pool.imap_unordered
+        theirs, ours = context.Pipe(duplex=False)
+        # Not a `Pool`: it waits for ever for a process that was killed. That one's task is lost, and its locks.
+        pool = ProcessPoolExecutor(processes, context, _prepare_worker, (given, theirs))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        stack.callback(ours.close)
 
+        def results(run_task: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[Any]:
+            with held():  # also by children that start: one that is broken off prints a traceback
+                futures = [pool.submit(run_task, task) for task in tasks]
+            for future in as_completed(futures):
+                try:
+                    yield future.result()
+                except BrokenProcessPool:
+                    raise DpshmError(
+                        "a process of the simulation was killed, perhaps because the memory was full: choose "
+                        "fewer --processes, or fewer --requests"
+                    ) from None
 
-def _prepare_alone(given: tuple[SimulationSettings, Trace | None]) -> None:
-    _prepare(given, alone=True)
+        yield results
 
 
 def _put_together(

@@ -88,7 +88,7 @@ class Follower:
         self._states = self._connect(zmq.XSUB, stats)
         self._states.send(wire.SUBSCRIBE)
         self._starts = self._connect(zmq.SUB, starts)
-        for topic in (wire.START_FRAME, wire.READY):
+        for topic in (wire.START_FRAME, wire.READY):  # READY last: the head answers it with both
             self._starts.subscribe(topic)
         self._reports = self._connect(zmq.PUSH, self._reports_address)
         # The head counts the connections of engines: each rank of this node has one there, that is not read.

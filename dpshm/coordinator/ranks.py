@@ -93,6 +93,10 @@ class Ranks:
         if not self._connections.count:
             self._stock.forget()
 
+    def on_follower(self) -> None:
+        """A follower subscribed to READY and START. It may have missed those that were sent before."""
+        self._returned |= self.readiness.ready
+
     def on_disconnect(self) -> None:
         """Every connection was ended; engines that live subscribe again."""
         self._connections.on_disconnect()
@@ -105,7 +109,7 @@ class Ranks:
             self.all_ready.set_result(None)
 
     def greet(self) -> bool:
-        """Sends READY if engines joined a ready group since the last call; true if READY was sent since."""
+        """Sends READY if peers joined a ready group since the last call; true if READY was sent since."""
         greeted, self._greeted = self._greeted, False
         if self._returned:
             self._returned = False

@@ -4,7 +4,8 @@ The group is complete when there is a connection for each rank (`dpshm.coordinat
 
 - at once, if every rank's row is held;
 - else, if no connection came or went for `RECOUNT_NS`: an engine that restarts may have two for a moment, and the
-  connections of stock engines have no names.
+  connections of stock engines have no names. If rows are missing then, it is counted again each `RECOUNT_NS`: an
+  engine on another node sends its row over a connection of its own, which may be later.
 
 A group that was complete once stays ready. READY is sent to all then, and again whenever an engine joins: engines
 that know it already skip it.
@@ -81,6 +82,8 @@ class Readiness:
             self._recount_at_ns = None
             if self._connections.count >= dp_size:
                 events += self._recount(self._held())
+                if not self.ready:
+                    self._recount_at_ns = now_ns + RECOUNT_NS
         if self._deadline_ns is not None and now_ns >= self._deadline_ns:
             self._deadline_ns = None
             if not self.ready:

@@ -312,6 +312,10 @@ class WaveThread(threading.Thread):
         if data[:1] not in (wire.SUBSCRIBE, wire.UNSUBSCRIBE):
             raise WireError("engines only subscribe on this socket")
         topic = data[1:]
+        if topic in (wire.START_FRAME, wire.READY):
+            if data == wire.SUBSCRIBE + wire.READY:
+                self.ranks.on_follower()
+            return
         name = wire.decode_name(topic)
         honest = not topic or (name is not None and name < self._board.engines)
         if data[:1] == wire.SUBSCRIBE:

@@ -61,6 +61,16 @@ def test_a_late_rank_gets_the_present_wave(pair, group, using):
     assert again.wave == 0
 
 
+def test_a_follower_of_a_head_that_was_ready_before(group, using):
+    """Guards against a follower that never hears READY, since its subscription came after the last rank's."""
+    head = using(Coordinator(group=group, **HYBRID))
+    using(Engine.attach(group, 0))
+    using(StockEngine(head.engine_addresses, 1))
+    head.wait_ready(30)
+    follower = using(Coordinator(group=f"{group}-b", head=head.head_addresses, **HYBRID))
+    follower.wait_ready(30)
+
+
 @pytest.mark.parametrize("with_keys", [True, False])
 def test_a_head_with_keys(group, using, short_path, with_keys):
     """Guards against a follower that cannot come in with the right keys, or can without any."""

@@ -95,6 +95,19 @@ def test_a_rank_with_a_row_and_the_sockets_of_vllm_counts_once(new):
     assert new.readiness.on_time(LATER_NS + RECOUNT_NS, 2) == [READY]
 
 
+def test_rows_may_come_after_the_recount(new):
+    """Guards against a group that is never ready, since the row of an engine on another node came late."""
+    new.join(0, 1)
+    assert new.readiness.on_time(LATER_NS, 2) == []
+    new.held = [True, False]
+    assert new.readiness.on_time(LATER_NS + RECOUNT_NS, 2) == []
+    assert not new.readiness.settled
+    new.held = [True, True]
+    assert new.readiness.on_time(LATER_NS + 2 * RECOUNT_NS - 1, 2) == []
+    assert new.readiness.on_time(LATER_NS + 2 * RECOUNT_NS, 2) == [READY]
+    assert new.readiness.settled
+
+
 def test_rows_are_asked_for_only_where_they_matter():
     """Guards against a system call for each rank at each of a thousand joins."""
     new, ready = Group(), Group(ready=True)

@@ -42,6 +42,8 @@ SCALE_TO_6 = golden("frontend_to_coordinator", "elastic scale to 6")
 COUNTS = golden("coordinator_to_frontend", "counts of 2 engines")
 COUNTS_2025 = golden("coordinator_to_frontend", "counts as the August 2025")
 
+NEVER_AGAIN = {"idle_refresh_ms": 3_600_000, "resend_interval_ms": 3_600_000}  # each message comes once
+
 
 def stats(engine, waiting, running, kv=0.0):
     """The golden report of engine 3 with other numbers in it."""
@@ -53,7 +55,7 @@ def stats(engine, waiting, running, kv=0.0):
 
 def start(using, count, **settings):
     """A coordinator and its stock engines, each past READY."""
-    coordinator = using(Coordinator(dp_size=count, stats_interval_ms=10, idle_refresh_ms=3_600_000, **settings))
+    coordinator = using(Coordinator(dp_size=count, stats_interval_ms=10, **NEVER_AGAIN | settings))
     engines = [using(StockEngine(coordinator.engine_addresses, dp_rank)) for dp_rank in range(count)]
     for engine in engines:
         assert engine.heard() == READY

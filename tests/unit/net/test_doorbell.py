@@ -162,7 +162,8 @@ def test_who_had_none_is_tried_again_when_the_group_changes(folder, board, group
         frontend.choose()
         sleep_in(board, 2)
         frontend.wake()
-        assert [wire.decode_start(data).wave for data in bell.drain()] == [2]
+        # It tries again ten times a second, too, and may have rung for wave 1.
+        assert [wire.decode_start(data).wave for data in bell.drain()][-1:] == [2]
 
 
 def test_an_ended_group_leaves_its_successor_alone(group, using):

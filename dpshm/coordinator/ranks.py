@@ -105,6 +105,7 @@ class Ranks:
     def on_heads_ready(self) -> None:
         """The head says that all ranks of the group are there."""
         self._row.set_ready()
+        self.readiness.set_ready()
         if not self.all_ready.done():
             self.all_ready.set_result(None)
 

@@ -95,9 +95,13 @@ class Readiness:
         """Whether no recount is due."""
         return self._recount_at_ns is None
 
+    def set_ready(self) -> None:
+        """All are there, as the head of a follower says."""
+        self.ready = True
+        self._recount_at_ns = None
+
     def _recount(self, held: Sequence[bool]) -> list[ReadinessEvent]:
         if self.ready or self._connections.ranks(held) < len(held):
             return []
-        self.ready = True
-        self._recount_at_ns = None
+        self.set_ready()
         return [ReadinessEvent.BECAME_READY]

@@ -71,6 +71,20 @@ def test_a_follower_of_a_head_that_was_ready_before(group, using):
     follower.wait_ready(30)
 
 
+def test_a_rank_that_comes_after_ready(pair, group, using):
+    """Guards against a stock engine of the further node that starts again and waits for READY for ever."""
+    using(Engine.attach(group, 0))
+    early = StockEngine(pair[1].engine_addresses, 1)
+    connections = pair[1]._wave.stock.connections
+    wait_until(lambda: connections.count == 1)
+    using(StockEngine(pair[0].engine_addresses, 1))
+    assert early.heard() == [wire.READY]
+    early.close()
+    wait_until(lambda: connections.count == 0)
+    late = using(StockEngine(pair[1].engine_addresses, 1))
+    assert late.heard() == [wire.READY]
+
+
 @pytest.mark.parametrize("with_keys", [True, False])
 def test_a_head_with_keys(group, using, short_path, with_keys):
     """Guards against a follower that cannot come in with the right keys, or can without any."""

@@ -181,7 +181,7 @@ def _core() -> Any:
             self.input_queue: queue.Queue[Any] = queue.Queue()
             self.output_queue: queue.Queue[Any] = queue.Queue()
             self.engine_index = 0
-            self.engines_running = False
+            self.engines_running = self.reject_new_requests = False
             self.shutdown_state = engine_core.EngineShutdownState.RUNNING
             self.has_coordinator = self.publish_dp_lb_stats = self.process_input_queue_block = True
             self.last_counts = (0, 0)

@@ -33,8 +33,8 @@ from dpshm.frontend.handle import Frontend
 from dpshm.frontend.health import Health
 from dpshm.frontend.route import Route
 from dpshm.rules.liveness import State
-from dpshm.service.child import CoordinatorProcess
 from dpshm.service.coordinator import Coordinator
+from dpshm.service.coordinator_process import CoordinatorProcess
 from dpshm.version import __version__
 
 __all__ = [

@@ -21,7 +21,7 @@ def feed(
     ] = "tcp://127.0.0.1:5560",
     rate: Annotated[float, typer.Option(min=0.01, max=1000.0, help="Messages a second.")] = 20.0,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Allow tcp beyond loopback: whoever reaches it may read the loads.")
+        bool, typer.Option("--insecure", help="Allow tcp beyond loopback: all who reach it may read the loads.")
     ] = False,
 ) -> None:
     r"""Publish a group's loads on a ZMQ PUB socket, as JSON, for gateways and schedulers that are no front-ends.

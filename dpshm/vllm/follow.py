@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dpshm.linux import processes
-from dpshm.service.child import CoordinatorProcess
+from dpshm.service.coordinator_process import CoordinatorProcess
 from dpshm.vllm.coordinator import FRONTENDS_TO_SPARE, GROUP_PREFIX, counts_have_kv
 from dpshm.vllm.find import group_at
 from dpshm.vllm.log import logger

@@ -31,7 +31,7 @@ class InstanceHooks:
         setattr(self._target, name, value)
 
     def view(self, name: str, read: Callable[[], Any]) -> None:
-        """Makes an attribute of the instance a view: whoever reads it gets `read()`.
+        """Makes an attribute of the instance a view: each reader gets `read()`.
 
         A value that is stored in it meanwhile shows after `remove`.
         """

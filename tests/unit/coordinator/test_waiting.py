@@ -113,7 +113,7 @@ def test_a_peer_that_connects_may_be_told_as_a_report(ends):
 
 
 def test_no_message_is_missed_over_many_turns(ends):
-    """Guards against a descriptor that was read away: all that is sent comes, whoever sends, in any order."""
+    """Guards against a descriptor that was read away: all that is sent comes, from each sender, in any order."""
     rng, sent, got, only_reports = random.Random(3), 0, 0, False
     while got < 3000:
         if sent < 3000:

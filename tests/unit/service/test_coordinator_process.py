@@ -1,4 +1,4 @@
-"""Tests of `dpshm.service.child`: the coordinator's own process, and the handle on it."""
+"""Tests of `dpshm.service.coordinator_process`: the coordinator's own process, and the handle on it."""
 
 from __future__ import annotations
 

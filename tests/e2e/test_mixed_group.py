@@ -152,6 +152,9 @@ def test_an_engine_that_changes_sides(group, using):
     wait_until(lambda: verdict(coordinator.board, 0) is Verdict.ALIVE)
     row = coordinator.board.snapshot()[0]
     assert (row["stock"], row["requests"]) == (True, 2)
+    # Rank 2 was left out, too, if a tenth of a second went by between the old rank 3 and the new one.
+    stock[0].report(0, 0, step=1)
+    wait_until(lambda: verdict(coordinator.board, 2) is Verdict.ALIVE)
     frontend = using(Frontend.attach(group))
     routes = [frontend.route() for _ in range(16)]
     assert {route.dp_rank for route in routes} == {0, 1, 2, 3}

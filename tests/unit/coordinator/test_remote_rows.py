@@ -100,12 +100,11 @@ def test_an_answer_may_come_before_the_row(board, remote, group, using):
 def test_a_lost_request_heals_at_a_late_rank(board, remote, group, using):
     """Guards against a phantom that stays for ever, because requests that ended lately count as unfinished."""
     frontend = using(Frontend.attach(group, owner="api"))
-    now_ns = time.monotonic_ns()
-    remote.report(1, message(1), now_ns)
+    remote.report(1, message(1), time.monotonic_ns())
     for route in [frontend.route(10, dp_rank=1) for _ in range(3)]:
         route.done()  # none of them arrived
-    for heard_ns in (now_ns + 2 * LATE_NS, now_ns + 4 * LATE_NS):
-        remote.report(1, message(1), heard_ns)
+    for _ in range(2):
+        remote.report(1, message(1), time.monotonic_ns() + LATE_NS)
         board.marks.begin_epoch()  # front-ends refresh
         frontend.choose()
     assert shown(board, "requests", "in_flight_tokens") == (0, 0)

@@ -502,13 +502,13 @@ def test_what_a_killed_front_end_sent_counts_no_longer_than_a_second(engines, gr
     remote = using(Remote())
     code = (
         "import numpy as np\nfrontend = Frontend.attach(group)\n"
-        "frontend.route(prompt=np.arange(1000, 1100), dp_rank=1)"
+        "frontend.route(prompt=np.arange(1000, 1100), dp_rank=1)\nsent_ns = time.monotonic_ns()"
     )
     remote.run(code, group=group)
+    now_ns = remote.eval("sent_ns")
     frontend = using(Frontend.attach(group))
     assert frontend.index == 1
     frontend.choose()
-    now_ns = time.monotonic_ns()
     seen = frontend._decisions.prefixes.look_up(Prompt(PROMPT), 100, now_ns).cached
     remote.kill()
     assert seen == [0, 96]

@@ -147,13 +147,16 @@ def test_an_end_that_a_signal_handler_breaks_off_can_be_done_again(group):
     def out(*_: object) -> None:
         raise InterruptedError
 
+    def end() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        process.shutdown(math.inf)
+
     process = CoordinatorProcess(group=group, dp_size=1)
     os.kill(process.proc.pid, signal.SIGSTOP)
     before = signal.signal(signal.SIGALRM, out)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
         with pytest.raises(InterruptedError):
-            process.shutdown(math.inf)
+            end()
     finally:
         signal.signal(signal.SIGALRM, before)
     assert process.proc.is_alive()

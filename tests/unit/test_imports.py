@@ -184,7 +184,7 @@ def test_nothing_is_ever_unpickled():
     # The one exception is the pool of `dpshm simulate`: its own children, over pipes that no other process has.
     foreign = {name: {other.partition(".")[0] for other in others} for name, others in graph().items()}
     found = {name for name, others in foreign.items() if others & UNPICKLERS}
-    assert found == {"dpshm.sim.lab.study"}
+    assert found == {"dpshm.sim.lab.mapping"}
     called = {
         (name, ast.unparse(node.func))
         for name, path in FILES.items()

@@ -8,26 +8,17 @@ Intervals are Student's, 95 %.
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from multiprocessing import get_context, resource_tracker
-from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
-from typing import Any
 
-from dpshm.errors import DpshmError, SettingError
-from dpshm.linux.signals import END_SIGNALS, held
+from dpshm.errors import SettingError
 from dpshm.policies import key_of
 from dpshm.sim.lab.figures import Combination, Comparison, Figures, figures_of, result_of
 from dpshm.sim.lab.information import check_information
+from dpshm.sim.lab.mapping import mapping
 from dpshm.sim.lab.rank import Job
 from dpshm.sim.lab.rivals import RIVALS, rival_or_policy
 from dpshm.sim.lab.run import ORACLE, Plant, run
@@ -231,37 +222,18 @@ def compare(
     tasks = [(combination, seed) for seed in seeds for combination in combinations]
     found: dict[tuple[Combination, int], Figures] = {}
     show(0, len(tasks))
-    with _mapper(min(processes, len(tasks)), (settings, trace)) as mapper:
-        for task, figures in mapper(_run_task, tasks):
+    with mapping(_run_task, (settings, trace), min(processes, len(tasks))) as figures_of_tasks:
+        for task, figures in figures_of_tasks(tasks):
             found[task] = figures
             show(len(found), len(tasks))
     workload = f"{settings.trace} ({trace.described})" if trace else f"built-in {settings.workload}"
     return _put_together(settings, workload, combinations, [[found[c, s] for s in seeds] for c in combinations])
 
 
-_given: tuple[SimulationSettings, Trace | None]
-
-
-def _prepare(given: tuple[SimulationSettings, Trace | None]) -> None:
-    global _given  # noqa: PLW0603 - a pool's way to hand the trace over once
-    _given = given
-
-
-def _prepare_worker(given: tuple[SimulationSettings, Trace | None], lifeline: Connection) -> None:
-    """Prepares a process of the pool, which ends once the parent has closed the other end, or has died."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
-    _prepare(given)
-
-    def end() -> None:
-        lifeline.poll(None)
-        os._exit(0)  # amid a run
-
-    threading.Thread(target=end, daemon=True).start()
-
-
-def _run_task(task: tuple[Combination, int]) -> tuple[tuple[Combination, int], Figures]:
-    settings, trace = _given
+def _run_task(
+    given: tuple[SimulationSettings, Trace | None], task: tuple[Combination, int]
+) -> tuple[tuple[Combination, int], Figures]:
+    settings, trace = given
     (policy, information), seed = task
     jobs = make_jobs(settings, seed, trace)
     if not jobs:
@@ -272,37 +244,6 @@ def _run_task(task: tuple[Combination, int]) -> tuple[tuple[Combination, int], F
         else settings.plant
     )
     return task, figures_of(run(plant, jobs, policy, information))
-
-
-@contextmanager
-def _mapper(processes: int, given: tuple[SimulationSettings, Trace | None]) -> Iterator[Any]:
-    """A `map` whose results come in any order. Leaving it ends its processes, also amid a run."""
-    if processes <= 1:
-        _prepare(given)
-        yield map
-        return
-    context = get_context("spawn")
-    resource_tracker.ensure_running()  # now: its start lifts the block of SIGINT and SIGTERM
-    with ExitStack() as stack:
-        theirs, ours = context.Pipe(duplex=False)
-        # Not a `Pool`: it waits for ever for a process that was killed. That one's task is lost, and its locks.
-        pool = ProcessPoolExecutor(processes, context, _prepare_worker, (given, theirs))
-        stack.callback(pool.shutdown, cancel_futures=True)
-        stack.callback(ours.close)
-
-        def results(run_task: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[Any]:
-            with held():  # also by children that start: one that is broken off prints a traceback
-                futures = [pool.submit(run_task, task) for task in tasks]
-            for future in as_completed(futures):
-                try:
-                    yield future.result()
-                except BrokenProcessPool:
-                    raise DpshmError(
-                        "a process of the simulation was killed, perhaps because the memory was full: choose "
-                        "fewer --processes, or fewer --requests"
-                    ) from None
-
-        yield results
 
 
 def _put_together(

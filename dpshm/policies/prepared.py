@@ -25,7 +25,7 @@ token is felt as such. bench/ROUTING.md has 0 to 64."""
 DELAY_SHIFT = 3
 """The delay of others counts as an eighth. Counted in full it would send long prompts to ranks with few requests
 whatever waits there. An eighth decides between ranks at which this request would wait about equally long."""
-DELAY_TOKENS = 1 << 14
+DELAY_TOKENS = 1 << 13
 """A longer prompt counts as so many in the delay of others. Counted whole it goes where few run, and waits there
 for seconds more."""
 REST_STEPS = 4

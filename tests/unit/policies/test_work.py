@@ -39,7 +39,7 @@ def formula(view: View, request: Request) -> list[Fraction]:
         load = work.per_request_ns[e] * requests + held
         steps = -(-(backlog + own) // work.chunk_tokens[e])
         computed = steps * (base + load) + per_token * (backlog + own)
-        delay = Fraction(per_token * min(own, 16_384) * requests, 8)
+        delay = Fraction(per_token * min(own, 8_192) * requests, 8)
         room = Fraction(0)
         if requests >= work.max_running[e]:
             room = Fraction(work.ending_ns[e] * (requests + 1 - work.max_running[e]))

@@ -55,7 +55,8 @@ def segment_path(group: str) -> Path:
 
 def names_group(name: str) -> bool:
     """Whether a group may have this name."""
-    return _GROUP_NAME.fullmatch(name) is not None and not name.endswith((SOCKETS_SUFFIX, LOCKS_SUFFIX))
+    text = isinstance(name, str)  # a caller may give anything
+    return text and bool(_GROUP_NAME.fullmatch(name)) and not name.endswith((SOCKETS_SUFFIX, LOCKS_SUFFIX))
 
 
 def sockets_path(group: str) -> Path:

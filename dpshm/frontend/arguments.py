@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import os
@@ -34,8 +35,11 @@ def check_callable(name: str, function: F) -> F:
     """What a user gave to be called.
 
     Raises:
-        SettingError: it cannot be called, or is a class: of a policy, that would be made anew for each request.
+        SettingError: it cannot be called, or is a class: of a policy, that would be made anew for each request. Or
+            it is a coroutine function, whose body would never run.
     """
+    if any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None)))):  # noqa: B004
+        raise SettingError(f"{name} is {function!r}, which nobody would await: give a function without async")
     if not callable(function) or isinstance(function, type):
         raise SettingError(f"{name} is {function!r}, which cannot be called with what it is for: give a function")
     return function

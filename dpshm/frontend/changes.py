@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from dpshm.board.board import Board
 from dpshm.board.events import Event, EventReader
 from dpshm.board.segment import Segment
+from dpshm.errors import SegmentNotFound
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ class Changes(AsyncIterator[Event]):
 
     def __init__(self, segment: Segment) -> None:
         self._segment = segment  # of the front-end
-        self._reader = _open_reader(segment.group)
+        self._reader = _open_reader(segment)
         self._waiting: deque[Event] = deque()
         self._closed = False
 
@@ -58,10 +59,10 @@ class Changes(AsyncIterator[Event]):
 class ChangeThread(threading.Thread):
     """Calls a function with each change, one after another. An exception of the function is logged."""
 
-    def __init__(self, group: str, on_change: Callable[[Event], object]) -> None:
+    def __init__(self, segment: Segment, on_change: Callable[[Event], object]) -> None:
         super().__init__(name="dpshm-changes", daemon=True)
         self._on_change = on_change
-        self._reader = _open_reader(group)
+        self._reader = _open_reader(segment)
         self._ended = threading.Event()
 
     def run(self) -> None:
@@ -85,9 +86,18 @@ class ChangeThread(threading.Thread):
             self.join()
 
 
-def _open_reader(group: str) -> EventReader:
-    reader = EventReader(Board.attach(group), history=False)
+def _open_reader(segment: Segment) -> EventReader:
+    """A reader of a front-end's group.
+
+    Raises:
+        SegmentNotFound: the group has ended, also if another one has its name now.
+    """
+    reader = EventReader(Board.attach(segment.group), history=False)
     try:
+        if reader.board.segment.header.lock_token != segment.header.lock_token:
+            raise SegmentNotFound(
+                f"group {segment.group!r} has ended, and another has its name: attach to that one"
+            )
         reader.read()  # what is so now is no change
     except BaseException:
         reader.close()

@@ -139,7 +139,11 @@ class Decisions:
         view = reader.read(now_ns, exclude, again=asked)
         request = Request(prompt_tokens, key, cached)
         rank = self._policy(view, request)
-        if rank not in eligible or (exclude and rank in exclude):
+        try:
+            allowed = rank in eligible and not (exclude and rank in exclude)
+        except TypeError:  # a list or an array
+            allowed = False
+        if not allowed:
             raise SettingError(f"the policy chose rank {rank!r}, which is not one of {sorted(view.ranks)}")
         if type(rank) is not int:
             rank = int(rank)  # numpy's

@@ -153,7 +153,7 @@ class Frontend(Observing):
                 recorder = Recorder.create(path, engines=board.dp_size, group=group, frontend=index)
                 frontend._decisions.recorder = recorder
             if on_change is not None:
-                frontend._change_thread = ChangeThread(group, on_change)
+                frontend._change_thread = ChangeThread(board.segment, on_change)
                 frontend._change_thread.start()
         except BaseException:
             if index >= 0:

@@ -25,7 +25,9 @@ from tests.unit.board.headers import ADDRESSES, ENV, header
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", ".a", "-a", "a b", "x" * 49, "ä", "a\n", "a\0", "g.sockets"])
+@pytest.mark.parametrize(
+    "name", ["", "a/b", "..", ".a", "-a", "a b", "x" * 49, "ä", "a\n", "a\0", "g.sockets", b"a", None, 3]
+)
 def test_a_name_that_cannot_name_a_group(folder: Path, name: str):
     """Guards against a group that writes outside its folder, or takes another group's sockets' folder."""
     with pytest.raises(SettingError, match="cannot name a group"):

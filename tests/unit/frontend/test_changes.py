@@ -83,6 +83,9 @@ def test_changes_end_with_the_group_and_with_the_front_end(coordinator, group, u
     assert count_fds() <= before
     with pytest.raises(SegmentNotFound):
         frontend.changes()
+    using(Coordinator(group=group, dp_size=2))
+    with pytest.raises(SegmentNotFound, match="another has its name"):  # it would tell of the other's ranks
+        frontend.changes()
 
 
 async def _all(changes):

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -83,6 +84,30 @@ def test_what_cannot_be_called_is_refused_at_once(board, group, using, name, wro
     if (name, wrong) == ("on_change", None):  # its default
         return
     with pytest.raises(SettingError, match=f"{name} is .*: give a function"):
+        Frontend.attach(group, **{name: wrong})
+    assert using(Frontend.attach(group)).index == 0  # no row was taken
+
+
+async def coroutine(*_):
+    """What a server built on asyncio may give."""
+    raise AssertionError
+
+
+class CalledAsync:
+    """An object whose call is a coroutine."""
+
+    async def __call__(self, *_):
+        """Never runs."""
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "wrong", [coroutine, partial(coroutine, 1), CalledAsync()], ids=["def", "partial", "object"]
+)
+@pytest.mark.parametrize("name", ["policy", "on_change"])
+def test_what_nobody_would_await_is_refused_at_once(board, group, using, name, wrong):
+    """Guards against a coroutine function as listener, whose body never runs: Python only warns."""
+    with pytest.raises(SettingError, match=f"{name} is .*: give a function without async"):
         Frontend.attach(group, **{name: wrong})
     assert using(Frontend.attach(group)).index == 0  # no row was taken
 
@@ -416,7 +441,7 @@ def test_attach_to_full_ranks(board, group, using):
         frontend.route()
 
 
-@pytest.mark.parametrize("answer", [2, -1, None, 0.5])
+@pytest.mark.parametrize("answer", [2, -1, None, 0.5, [0], np.array(0), {0: 1}], ids=repr)
 def test_a_policy_that_is_wrong(board, group, using, answer):
     """Guards against a policy's mistake that books at a rank that cannot take it, or leaves the lock held."""
     answers = [answer, 0]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from dpshm.sim.lab.figures import Comparison, Estimate, Result
-from dpshm.sim.lab.run import COST, Plant
+from dpshm.sim.lab.plant import COST, Plant
 from dpshm.sim.lab.study import SimulationSettings, compare
 from dpshm.sim.step_cost import FLAT_COST
 

@@ -18,8 +18,9 @@ import numpy as np
 from bench.vllm.ratios import FIGURES, STOCK, Run, Spread, arm_figures, judged, ratio, spread
 from bench.vllm.rounds import Plan, load_of
 from bench.vllm.scenarios import DEPLOYMENTS, SCENARIOS
+from dpshm.sim.lab.plant import Plant, RequestTime
 from dpshm.sim.lab.rank import Job
-from dpshm.sim.lab.run import Plant, RequestTime, run
+from dpshm.sim.lab.run import run
 from dpshm.sim.step_cost import StepCost
 
 KV_TOKENS = 1_000_000

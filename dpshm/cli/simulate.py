@@ -17,7 +17,7 @@ from dpshm.linux.signals import EndedError, raising_once
 from dpshm.policies import NAMES
 from dpshm.sim.lab.figures import Comparison, Estimate, Result
 from dpshm.sim.lab.information import NAMES as INFORMATION
-from dpshm.sim.lab.run import Plant, RequestTime
+from dpshm.sim.lab.plant import Plant, RequestTime
 from dpshm.sim.lab.study import WORKLOADS, SimulationSettings, compare
 from dpshm.sim.step_cost import StepCost
 from dpshm.sim.workloads.formats import KNOWN

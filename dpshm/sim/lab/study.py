@@ -19,9 +19,10 @@ from dpshm.policies import key_of
 from dpshm.sim.lab.figures import Combination, Comparison, Figures, figures_of, result_of
 from dpshm.sim.lab.information import check_information
 from dpshm.sim.lab.mapping import mapping
+from dpshm.sim.lab.plant import Plant
 from dpshm.sim.lab.rank import Job
 from dpshm.sim.lab.rivals import RIVALS, rival_or_policy
-from dpshm.sim.lab.run import ORACLE, Plant, run
+from dpshm.sim.lab.run import ORACLE, run
 from dpshm.sim.workloads.agents import agents_arrivals, fan_out_arrivals
 from dpshm.sim.workloads.chat import chat_arrivals
 from dpshm.sim.workloads.formats import MAX_TOKENS

@@ -12,8 +12,9 @@ from dpshm.policies import NAMES
 from dpshm.sim.batching import Batcher, SimRequest
 from dpshm.sim.lab.information import NAMES as INFORMATION
 from dpshm.sim.lab.oracle import first_token, soonest
+from dpshm.sim.lab.plant import COST, Plant, RequestTime
 from dpshm.sim.lab.rank import Job, Pace, SimRank
-from dpshm.sim.lab.run import COST, ORACLE, Plant, RequestTime, run
+from dpshm.sim.lab.run import ORACLE, run
 from dpshm.sim.step_cost import StepCost
 
 

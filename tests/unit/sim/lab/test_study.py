@@ -10,7 +10,8 @@ import pytest
 
 from dpshm.errors import SettingError
 from dpshm.sim.lab.figures import estimate, figures_of
-from dpshm.sim.lab.run import Plant, run
+from dpshm.sim.lab.plant import Plant
+from dpshm.sim.lab.run import run
 from dpshm.sim.lab.study import SimulationSettings, compare, make_jobs
 from dpshm.sim.workloads.traces import TraceError
 

@@ -230,7 +230,7 @@ def why_no_space(folder: Path, what: str, size: int = mmap.PAGESIZE) -> str:
 
 
 def set_access(path: Path, fd: int, mode: int, gid: int) -> None:
-    """Sets a file's group and permissions, before it has a name. A gid of -1 leaves its group.
+    """Sets a board's group and permissions: before it has a name, or at a takeover. A gid of -1 leaves its group.
 
     Raises:
         SegmentError: the process may not.

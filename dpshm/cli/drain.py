@@ -61,12 +61,12 @@ def drain(
         if not force:
             check_some_stay(frame, wanted)
         set_drained(watcher.board, wanted, True)
+        name = watcher.board.segment.group
         try:
             busy = _wait(watcher, wanted, started, timeout if wait else 0.0)
         except KeyboardInterrupt:
-            sys.stderr.write("\ndpshm: stopped waiting; the ranks stay drained (dpshm undrain)\n")
+            sys.stderr.write(f"\ndpshm: stopped waiting; the ranks stay drained ({_undrain(name, wanted)})\n")
             interrupted()
-        name = watcher.board.segment.group
     outcome = Drained(
         name,
         wanted,
@@ -81,7 +81,7 @@ def drain(
     if wait and busy:
         sys.stderr.write(
             f"dpshm: not empty after {timeout:g} s; they stay drained. Wait longer, or put them back with: "
-            f"dpshm undrain {_list(wanted)}\n"
+            f"{_undrain(name, wanted)}\n"
         )
         raise typer.Exit(EXIT_TIMEOUT)
 
@@ -97,6 +97,11 @@ def undrain(ranks: Ranks, group: GroupOption = None) -> None:
         wanted = parse_ranks(ranks, board.dp_size)
         set_drained(board, wanted, False)
         typer.echo(f"{board.segment.group}: back in routing: {_list(wanted)}")
+
+
+def _undrain(group: str, ranks: Sequence[int]) -> str:
+    """The command that puts them back, also where there are several groups."""
+    return f"dpshm undrain {_list(ranks)} --group {group}"
 
 
 def _wait(watcher: Watcher, ranks: Sequence[int], started: float, timeout: float | None) -> dict[int, int]:

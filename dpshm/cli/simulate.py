@@ -241,11 +241,12 @@ def as_text(comparison: Comparison) -> str:
         )
         for row in rows
     ]
+    rate = f"{c.requests_per_s:.1f}/s" if c.requests_per_s else "all at once"
     to = f"; ratios of time to first token to {' on '.join(c.baseline)}" if c.baseline else ""
     return "\n".join(
         (
             f"{c.engines} engines, {c.frontends} front-ends, workload: {c.workload} at {c.rate:g}x, {c.requests} "
-            f"requests ({c.requests_per_s:.1f}/s), {c.seeds} seed(s)",
+            f"request{'s' * (c.requests != 1)} ({rate}), {c.seeds} seed(s)",
             f"times in ms, +- half of a 95 % interval over the seeds{to}",
             "",
             *(line.rstrip() for line in lines),

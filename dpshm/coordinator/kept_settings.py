@@ -57,7 +57,12 @@ def kept(board: Board) -> dict[str, Any]:
 def differences(board: Board, settings: Settings) -> list[str]:
     """What a coordinator does otherwise than the one before it, for the log."""
     return [
-        f"{name} is {getattr(settings, name)!r}, was {value!r}"
+        f"{name} is {_shown(name, getattr(settings, name))}, was {_shown(name, value)}"
         for name, value in kept(board).items()
         if getattr(settings, name) != value
     ]
+
+
+def _shown(name: str, value: Any) -> str:
+    """A setting's value as people write it."""
+    return f"0o{value:o}" if name == "file_mode" and type(value) is int else repr(value)

@@ -128,6 +128,7 @@ def _take_over(segment: Segment, settings: Settings, keys: ServerKeys | None) ->
     if not (board.lock_coordinator() and segment.linked and segment.locks.is_shared()):
         return False
     _check_settings(segment, settings, keys)
+    files.set_access(segment.path, segment.fileno(), settings.file_mode, _gid(settings.file_group))
     logger.info("taking over the live board of group %r at wave %d", segment.group, board.wave)
     if found := kept_settings.differences(board, settings):
         logger.warning("group %r: other settings than its last coordinator's: %s", segment.group, "; ".join(found))
@@ -135,6 +136,13 @@ def _take_over(segment: Segment, settings: Settings, keys: ServerKeys | None) ->
         logger.warning(
             "group %r keeps its %d ranks: dp_size %d is for a new board (see `scale`)",
             *(segment.group, board.dp_size, settings.dp_size),
+        )
+    rows = segment.header.engines, segment.header.frontends
+    if (settings.max_engines or rows[0], settings.max_frontends) != rows:
+        logger.warning(
+            "group %r keeps its rows for %d engines and %d front-ends: max_engines and max_frontends are for "
+            "a new board",
+            *(segment.group, *rows),
         )
     return True
 

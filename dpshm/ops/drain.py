@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import zmq
 
+from dpshm.board import layout
 from dpshm.board.board import Board
 from dpshm.board.segment import Segment
 from dpshm.board.words import DRAINED
@@ -26,6 +27,7 @@ from dpshm.ops.frame import Frame
 TIMEOUT_S = 3.0
 ASK_AGAIN_S = 0.5
 LOOK_S = 0.002
+_MAX_DIGITS = 20
 
 
 class NotHeeded(DpshmError):
@@ -43,10 +45,15 @@ def parse_ranks(words: Iterable[str], dp_size: int) -> list[int]:
         first, dash, last = word.partition("-")
         if not first.isdecimal() or not (last.isdecimal() if dash else True):
             raise SettingError(f"{word!r} names no ranks: write 3, or 4-7")
-        if int(first) > int(last or first) or int(last or first) >= dp_size:
+        if not _number(first) <= _number(last or first) < dp_size:
             raise SettingError(f"{word!r} names no ranks of this group: it has 0 to {dp_size - 1}")
         ranks.update(range(int(first), int(last or first) + 1))
     return sorted(ranks)
+
+
+def _number(digits: str) -> int:
+    """The number, or one that no rank has: int() refuses thousands of digits."""
+    return int(digits) if len(digits) < _MAX_DIGITS else layout.MAX_ENGINES
 
 
 def check_some_stay(frame: Frame, ranks: Sequence[int]) -> None:

@@ -36,7 +36,7 @@ def test_the_wait_has_an_end(group):
         wait_until(lambda: stat(group)["ranks"][0]["requests"] > 3)
         done = run("drain", "0", "-g", group, "--timeout", "0", expect=1)
         assert "0 has " in done.stdout
-        assert "dpshm undrain 0" in done.stderr
+        assert f"dpshm undrain 0 --group {group}" in done.stderr
         assert stat(group)["ranks"][0]["drained"]
 
 

@@ -82,6 +82,20 @@ def test_simulate_for_people():
         assert name in out
 
 
+@pytest.mark.parametrize(
+    ("times", "says"),
+    [([5], "1 request (all at once)"), ([5, 5], "2 requests (all at once)"), ([5, 6], "2 requests (2.0/s)")],
+)
+def test_requests_that_come_at_once(line, tmp_path, times, says):
+    """Guards against 1,000,000,000 requests a second where there is one."""
+    trace = tmp_path / "trace"
+    trace.write_text("request_id,timestamp,input_tokens,output_tokens\n" + "".join(f"1,{s},20,5\n" for s in times))
+    arguments = ("--trace", str(trace), "--policies", "vllm", "--engines", "1", "--seeds", "1", "--no-oracle")
+    status, out, err = line.run("simulate", *arguments)
+    assert status == 0, err
+    assert says in out.splitlines()[0]
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_trace_of_each_format(line, tmp_path, name):
     """Guards against times and block sizes that the reader knows and the simulation does not get."""

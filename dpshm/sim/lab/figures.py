@@ -78,7 +78,7 @@ class Comparison(msgspec.Struct):
 
     Attributes:
         requests: requests in each run.
-        requests_per_s: mean rate of arrivals; in a closed loop, of completions.
+        requests_per_s: mean rate of arrivals; in a closed loop, of completions. 0 if all came at once.
         baseline: the combination that ratios refer to.
     """
 

@@ -48,7 +48,7 @@ class Outcome:
         e2e_s: seconds from the same time to its last token.
         tpot_s: seconds per output token after the first; only requests with more than one token.
         seconds: time from the first arrival to the last token.
-        requests_per_s: rate of arrivals; in a closed loop, of completions.
+        requests_per_s: rate of arrivals; in a closed loop, of completions. 0 if all came at once.
         output_tokens: output tokens of all requests.
         imbalance: most less fewest requests on a rank, mean over the arrivals.
         prefix_hit_rate: share of prompt tokens that no rank had to compute; None if the workload has no blocks.
@@ -263,14 +263,13 @@ class _Run:
         several = outputs > 1
         prompts = sum(job.prompt_tokens for job in jobs)
         hits = sum(job.hit_tokens for job in jobs)
+        span_s = float((done if self._plant.clients else due).max()) if jobs else 0.0
         return Outcome(
             ttft_s=first - due,
             e2e_s=done - due,
             tpot_s=(done - first)[several] / (outputs[several] - 1),
             seconds=float(done.max() - due.min()) if jobs else 0.0,
-            requests_per_s=len(jobs) / max(1e-9, float((done if self._plant.clients else due).max()))
-            if jobs
-            else 0.0,
+            requests_per_s=len(jobs) / span_s if span_s > 0 else 0.0,
             output_tokens=int(outputs.sum()),
             imbalance=self._spread / max(1, len(jobs)),
             prefix_hit_rate=hits / prompts if any(job.blocks for job in jobs) else None,

@@ -172,6 +172,11 @@ _CSV = (
 )
 
 
+_TAR_AT = 257
+"""Where the first block of a tar archive says that it is one."""
+_SEPARATORS = {b";": "semicolons", b"\t": "tabs", b"|": "bars"}
+
+
 def csv_format(header: bytes) -> Format:
     """The format of a file with this header, wherever its columns stand and in upper or lower case.
 
@@ -183,6 +188,13 @@ def csv_format(header: bytes) -> Format:
         needed = (*columns.needed, columns.time, columns.prompt, columns.output)
         if {name.lower() for name in needed} <= set(names):
             return Format(columns.name, _csv_parser(columns, names), columns.time_unit, dated=columns.dated)
+    if header[_TAR_AT:].startswith(b"ustar"):
+        raise UnknownFormat("is a tar archive: unpack it first, with tar -x")
+    for separator, name in _SEPARATORS.items():
+        if separator in header and b"," not in header:
+            raise UnknownFormat(
+                f"has {name} between its columns, where a trace has commas: write it again with commas"
+            )
     raise UnknownFormat("has no format that is known")
 
 
@@ -194,9 +206,8 @@ def _csv_parser(columns: _Columns, names: list[str]) -> Callable[[bytes], Line]:
     def parse(line: bytes) -> Line:
         fields = _fields(line)
         if len(fields) != len(names):
-            raise ValueError(
-                f"{len(fields)} column(s) where the header has {len(names)}; a file that was cut off ends so"
-            )
+            ends = "; a file that was cut off ends so" if len(fields) < len(names) else ""
+            raise ValueError(f"{len(fields)} column(s) where the header has {len(names)}{ends}")
         return Line(
             _date(columns.time, fields[at_time]) if columns.dated else _number(columns.time, fields[at_time]),
             max(1, _tokens(columns.prompt, fields[at_prompt], columns.least_prompt)),
@@ -291,14 +302,12 @@ def _fitting(block: int, counts: Sequence[tuple[int, int]]) -> int:
 
 MOST_PER_S, LEAST_PER_S = 500.0, 0.005
 """Between these rates a unit is believed. The documented traces have 2 to 7 requests a second."""
-DOUBTED = ("Mooncake", "vLLM's timed trace", "Qwen-Bailian")
-"""Formats whose fields a file in another unit has, too."""
 
 
 def _doubt(found: Format, sample: Sequence[Line]) -> str:
     """Why the unit of this format cannot be that of these lines, for people; empty if it can."""
     span_s = (sample[-1].time - sample[0].time) * TIME_UNITS[found.time_unit]
-    if found.name not in DOUBTED or span_s <= 0:
+    if span_s <= 0:
         return ""
     rate = (len(sample) - 1) / span_s
     if LEAST_PER_S <= rate <= MOST_PER_S:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import stat
 
+import msgspec
 import pytest
 
 from dpshm import Coordinator
@@ -23,6 +25,30 @@ def test_what_is_kept_is_what_was_set(group, using):
     assert differences(board, settings) == []
     other = make_settings(group=group, dp_size=2, stall_timeout_s=60, metrics_port=9400, metrics_host="::1")
     assert differences(board, other) == ["stall_timeout_s is 60.0, was 5.0"]
+    readable = msgspec.structs.replace(settings, file_mode=0o640)
+    assert differences(board, readable) == ["file_mode is 0o640, was 0o600"]
+
+
+def test_what_a_takeover_sets_is_set(group, using, caplog):
+    """Guards against `--mode 0644`, which an error about another user's board advises, without effect on a live
+    group; and against a log that tells of more rows than the board has.
+    """
+    keeper = using(Remote())
+    keeper.run(
+        "coordinator = Coordinator(group=group, dp_size=3, max_engines=5, max_frontends=9)\n"
+        "frontend = Frontend.attach(group)\n"
+        "coordinator.hand_over()",
+        group=group,
+    )
+    settings = settings_of_live_group(group)
+    with using(Coordinator(group=group, **settings)) as taken:
+        assert not [m for m in caplog.messages if "rows" in m]
+        assert stat.S_IMODE(taken.board.segment.path.stat().st_mode) == 0o600
+        taken.hand_over()
+    with caplog.at_level(logging.WARNING):
+        taken = using(Coordinator(group=group, **settings | {"file_mode": 0o644, "max_engines": 7}))
+    assert stat.S_IMODE(taken.board.segment.path.stat().st_mode) == 0o644
+    assert [m for m in caplog.messages if "keeps its rows for 5 engines and 9 front-ends" in m]
 
 
 def test_settings_that_do_not_fit_are_not_kept(group, using):

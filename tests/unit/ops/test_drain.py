@@ -75,7 +75,10 @@ def test_ranks_as_they_are_written(words: list[str], ranks: list[int]):
     assert parse_ranks(words, 8) == ranks
 
 
-@pytest.mark.parametrize("word", ["8", "-1", "a", "", "3-", "-", "5-2", "1-99999999999999999999", "²", "1.5"])
+@pytest.mark.parametrize(
+    "word",
+    ["8", "-1", "a", "", "3-", "-", "5-2", "1-99999999999999999999", "²", "1.5", "9" * 5000, "0-" + "9" * 5000],
+)
 def test_what_names_no_rank_is_refused(word: str):
     """Guards against a typing error that drains something else."""
     with pytest.raises(SettingError, match="names no ranks"):

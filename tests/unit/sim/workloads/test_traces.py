@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -185,6 +188,11 @@ def every(unit: float, block: int, *, whole: bool = True, **more: object) -> byt
     return "\n".join(json.dumps(line) for line in lines).encode()
 
 
+def at_two(header: str, line: str, unit: float) -> bytes:
+    """The same as CSV, without hashes."""
+    return "\n".join([header, *(line.format(unit * i / 2) for i in range(300))]).encode()
+
+
 QWEN = {"chat_id": 1, "parent_chat_id": -1, "turn": 1}
 
 
@@ -195,6 +203,16 @@ QWEN = {"chat_id": 1, "parent_chat_id": -1, "turn": 1}
         (every(1e6, 512), "us", "one request in 500 s"),
         (every(1e3, 16, **QWEN), "ms", "one request in 500 s"),
         (every(1e3, 16, whole=False), "ms", "one request in 500 s"),  # as vLLM's, in ms with fractions
+        (
+            at_two("request_id,timestamp,input_tokens,output_tokens", "1,{},20,5", 1e3),
+            "ms",
+            "one request in 500 s",
+        ),
+        (
+            at_two("Timestamp,Model,Request tokens,Response tokens", "{},GPT-4,20,5", 1e3),
+            "ms",
+            "one request in 500 s",
+        ),
     ],
 )
 def test_a_unit_that_makes_no_sense_is_asked_for(write, data, unit, rate):
@@ -217,6 +235,15 @@ def test_no_hashes_is_none_or_an_empty_list(write):
     """A request whose hashes are null is one without hashes."""
     lines = MOONCAKE.replace(b"[0, 1]", b"null").replace(b"[46]", b"[]")
     assert [a.block_hashes for a in read_trace(write(lines), Units("ms")).arrivals] == [(), ()]
+
+
+def tar(data: bytes) -> bytes:
+    """A tar archive of one file."""
+    archive, member = io.BytesIO(), tarfile.TarInfo("trace.csv")
+    member.size = len(data)
+    with tarfile.open(fileobj=archive, mode="w") as file:
+        file.addfile(member, io.BytesIO(data))
+    return archive.getvalue()
 
 
 CHAT = b'[{"from": "human", "value": "\\"prompt\\": hi"}, {"from": "gpt", "value": "yes"}]'
@@ -255,6 +282,11 @@ CHAT = b'[{"from": "human", "value": "\\"prompt\\": hi"}, {"from": "gpt", "value
         (b"[1, 2, 3]\n", "is one JSON array.*jq -c"),
         (b'{\n"a": 1\n}\n', "one JSON value over several lines"),
         (b"PK\x03\x04rest", "unzip"),
+        (AZURE.replace(b",", b";"), "semicolons between its columns, where a trace has commas"),
+        (AZURE.replace(b",", b"\t"), "tabs between its columns"),
+        (tar(AZURE), "tar archive: unpack"),
+        (gzip.compress(tar(AZURE)), "tar archive: unpack"),
+        (AZURE.replace(b",8\r", b",8,8\r"), r"line 3: 4 column\(s\) where the header has 3\. The line"),
         (b"PAR1rest", "Parquet"),
         (MOONCAKE.decode().encode("utf-16"), "is text in UTF-16.*iconv"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n", "git lfs pull"),

@@ -21,6 +21,8 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
+SLEEPER = "bench.sleeping_executor.SleepingExecutor"
+
 async def one(llm, number):
     sampling = SamplingParams(max_tokens=1 + number % 7, ignore_eos=True, detokenize=False)
     async for output in llm.generate({"prompt_token_ids": [5, 6, number]}, sampling, f"r{number}"):
@@ -28,11 +30,12 @@ async def one(llm, number):
     return len(last.outputs[0].token_ids)
 
 async def main():
+    asynchronous = sys.argv[2] == "asynchronous"
     llm = AsyncLLM.from_engine_args(
         AsyncEngineArgs(
             model=sys.argv[1], load_format="dummy", dtype="float32", skip_tokenizer_init=True, enforce_eager=True,
-            max_model_len=2048, max_num_seqs=32, data_parallel_size=2, async_scheduling=False,
-            distributed_executor_backend="bench.sleeping_executor.SleepingExecutor",
+            max_model_len=2048, max_num_seqs=32, data_parallel_size=2, async_scheduling=asynchronous,
+            distributed_executor_backend=None if asynchronous else SLEEPER,
         )
     )
     try:
@@ -50,9 +53,15 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("model", ["dense", "moe"])
-def test_a_program_with_an_async_engine_uses_the_board(tmp_path, model):
+@pytest.mark.parametrize(
+    ("model", "scheduling"), [("dense", "synchronous"), ("dense", "asynchronous"), ("moe", "synchronous")]
+)
+def test_a_program_with_an_async_engine_uses_the_board(tmp_path, model, scheduling):
     """Guards against a plugin that only a server has, and one that leaves something behind with a program."""
+    if scheduling == "asynchronous" and not environment.computes():
+        pytest.skip(
+            "the executor that sleeps has no asynchronous scheduling, and this release computes nothing here"
+        )
     (tmp_path / "config.json").write_text(json.dumps(SIZES | MODELS[model]))
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
@@ -60,7 +69,7 @@ def test_a_program_with_an_async_engine_uses_the_board(tmp_path, model):
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("DPSHM", "VLLM"))} | ENVIRONMENT
     environ |= {k: v for k, v in os.environ.items() if k == "DPSHM_TEST_FORK"}
     done = subprocess.run(
-        [environment.folder() / "bin" / "python", program, tmp_path],
+        [environment.folder() / "bin" / "python", program, tmp_path, scheduling],
         env=environ,
         cwd=tmp_path,
         stdout=subprocess.PIPE,

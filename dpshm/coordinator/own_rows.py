@@ -146,6 +146,7 @@ class OwnRows:
         self._number = board.segment.header.board_number
         self._at_revision, self._at_dp_size = board.index("revision"), board.index("dp_size")
         self._sizes = 0, 0
+        self._unused: list[int] = []  # ranks of this node whose rows no process has had yet
         self.ranks: frozenset[int] = frozenset()
         self._engines, self._frontends = _Table([], [], 0), _Table([], [], 0)
         self._share(range(board.frontends))
@@ -168,6 +169,8 @@ class OwnRows:
         if changed and changed[0] < self._own_places:
             self._find_rows()
             changed = self._changed()
+            # What changed meanwhile is no column of a row: the next look finds the rows anew.
+            changed = changed[bisect_left(changed, self._own_places) :]
         if whole is None and not changed:
             return NOTHING
         self._report = max(self._report + 1, now_ns)
@@ -191,7 +194,8 @@ class OwnRows:
             unused: front-end rows that were never taken.
         """
         at, tables = self._board.index, (self._frontends, self._engines)
-        own = [self._at_revision, at("dp_size"), *(at("frontend_incarnation", f) for f in unused)]
+        own = [self._at_revision, at("dp_size"), *(at("engine_incarnation", e) for e in self._unused)]
+        own += [at("frontend_incarnation", f) for f in unused]
         self._own_places = begin = len(own)
         self._places = np.concatenate([np.array(own, np.intp), *(table.places.ravel() for table in tables)])
         self._now, self._last = np.zeros_like(self._places), np.full_like(self._places, -1)
@@ -200,7 +204,10 @@ class OwnRows:
             begin += table.places.size
 
     def _find_rows(self) -> None:
-        """Which rows are this node's. A mark changes when a process comes or goes."""
+        """Which rows are this node's. A mark changes when a process comes or goes.
+
+        The mark of a new engine may come before its incarnation: the watch sees that its row is locked.
+        """
         board = self._board
         # SYNC: the revision before the marks, as front-ends load them (`dpshm.coordinator.row`). The next look
         # compares with this one.
@@ -209,10 +216,13 @@ class OwnRows:
         self._marks = marks = board.engine_mark[:n].tolist()
         mine = [e for e in range(n) if not marks[e] & (RELAYED | ON_BEHALF)]
         self.ranks = frozenset(mine)
-        ranks = [e for e in mine if board.engine_incarnation[e] > 0]
+        incarnations = board.engine_incarnation[:n].tolist()
+        ranks = [e for e in mine if incarnations[e] > 0]
+        unused = [e for e in mine if incarnations[e] <= 0]
         frontends = list(range(board.node, used, board.nodes))
-        if (ranks, frontends, self._sizes) != (self._engines.rows, self._frontends.rows, (used, n)):
-            self._sizes = used, n
+        rows = self._engines.rows, self._frontends.rows
+        if (ranks, frontends, self._sizes, self._unused) != (*rows, (used, n), unused):
+            self._sizes, self._unused = (used, n), unused
             words = [
                 [*(at(name, e, i) for name, i in _ENGINE), at("received_requests", e), at("received_tokens", e)]
                 for e in ranks
@@ -225,7 +235,7 @@ class OwnRows:
             self._frontends = _Table(frontends, words, n)
             self._share(range(used, board.frontends))
         self._last[: self._own_places] = 0  # unused rows are
-        self._last[:2] = revision, dp_size
+        self._last[: 2 + len(unused)] = revision, dp_size, *(incarnations[e] for e in unused)
         # Verdicts are no words of these rows: a change of one is a change of its row.
         for table, beat in ((self._engines, _ENGINE_BEAT), (self._frontends, _FRONTEND_BEAT)):
             if table.rows:

@@ -449,3 +449,40 @@ def test_damaged_news_do_no_harm(world):
     here.begin()
     world.settle()
     assert here.board.received_requests[0, 0] == 100
+
+
+@pytest.fixture
+def one(group, using):
+    """The board of a node whose two ranks are marked alive; no process has had their rows."""
+    return using(LoneBoard(group, nodes=2, waves=False))
+
+
+def test_a_mark_may_come_before_the_incarnation(one):
+    """Guards against a rank that other nodes never see: the watch had marked it before its row was begun."""
+    own = OwnRows(one)
+    assert own.look(1000 * MS).engines == []
+    initialise(one, 1)
+    assert [said.rank for said in own.look(2000 * MS).engines] == [1]
+    initialise(one, 0)
+    assert [said.rank for said in own.look(3000 * MS).engines] == [0, 1]
+    one.words[one.index("revision")] += 1
+    own.look(4000 * MS)
+    assert own.look(5000 * MS).engines == []
+
+
+def test_a_mark_may_change_while_rows_are_found(one, monkeypatch):
+    """Guards against a relay that takes a mark for a column of a row, and fails or tells another row."""
+    own, found = OwnRows(one), []
+    find = own._find_rows
+
+    def and_then():
+        find()
+        found.append(one.words[one.index("revision")])
+        one.marks.set_engine(1, verdict=Verdict.STALLED)
+
+    monkeypatch.setattr(own, "_find_rows", and_then)
+    own.look(1000 * MS)
+    monkeypatch.undo()
+    initialise(one, 1)
+    (said,) = own.look(2000 * MS).engines
+    assert (said.rank, said.mark) == (1, Verdict.STALLED)

@@ -141,6 +141,8 @@ def demo(
     one_of_two(workload, trace)
     if seeds is not None and not compare:
         raise SettingError("--seeds is for --compare: leave it out, or say --seed for the seed of one demo")
+    if keep and as_json:
+        raise SettingError("--keep has no end, and so no report: leave --keep or --json out")
     settings = DemoSettings(
         engines=engines,
         frontends=frontends,
@@ -186,6 +188,7 @@ def as_text(report: Report) -> str:
         return "none" if value is None else f"{value:,.1f} {unit}"
 
     staleness, ttft, imbalance = report.staleness_us, report.ttft_ms, report.imbalance
+    most = "none" if imbalance.max is None else imbalance.max
     figures = {
         "requests": f"{report.sent} sent, {report.completed} completed, {report.refused} refused, "
         f"{report.lost} lost" + (f", {report.cut_off} gone with killed front-ends" if report.cut_off else ""),
@@ -193,8 +196,7 @@ def as_text(report: Report) -> str:
         "staleness": f"p50 {figure(staleness.p50, 'us')}, p99 {figure(staleness.p99, 'us')}",
         "time to first token": f"mean {figure(ttft.mean, 'ms')}, p50 {figure(ttft.p50, 'ms')}, "
         f"p99 {figure(ttft.p99, 'ms')}",
-        "imbalance": f"mean {figure(imbalance.mean, 'requests')}, max {imbalance.max} "
-        "(the most on a rank less the fewest)",
+        "imbalance": f"mean {figure(imbalance.mean, 'requests')}, max {most} (the most on a rank less the fewest)",
         "prefix hits": "the workload has no blocks"
         if report.prefix_hit_rate is None
         else f"{report.prefix_hit_rate:.1%} of prompt tokens were cached",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import typer
 
+from dpshm.board.files import directory
 from dpshm.cli.options import JsonOption
 from dpshm.ops.groups import Summary, elsewhere, summaries
 
@@ -31,7 +32,7 @@ def ls(as_json: JsonOption = False) -> None:
 def as_text(found: list[Summary]) -> str:
     """For people."""
     if not found:
-        return "no group is on this node"
+        return f"no group is in {directory()}"
     rows = [("GROUP", "STATE", "REQUESTS", "COORDINATOR", "RANKS")]
     for one in found:
         pid = f"pid {one.coordinator_pid}" if one.coordinator_pid else "none"

@@ -111,9 +111,10 @@ class EngineRow:
         board = Board(Segment.attach_within(group, timeout_s))
         try:
             if not 0 <= dp_rank < board.engines:
+                more = ": start its coordinator with a larger max_engines" if dp_rank > 0 else ""
                 raise CapacityExceeded(
                     f"dp_rank {dp_rank} is outside 0 to {board.engines - 1}, for which the board of group "
-                    f"{group!r} was made: start its coordinator with a larger max_engines"
+                    f"{group!r} was made{more}"
                 )
             wait_for_rank(board, dp_rank, until_s)
             lock(board, dp_rank)
@@ -251,7 +252,7 @@ class EngineRow:
             step: number of the step, growing within an incarnation; 0 if it does not fit 32 bits.
 
         Raises:
-            SettingError: a count is negative, or `kv_cache_usage` is no fraction. Nothing was stored.
+            SettingError: a count is negative or not whole, or `kv_cache_usage` is no fraction. Nothing was stored.
         """
         # `_check`, `pack_load` and `saturate` are written out, for what a rank usually says: it
         # publishes with cold caches, where each call and each test costs a microsecond until others see the load.
@@ -266,17 +267,18 @@ class EngineRow:
         if every.__class__ is int and 0 <= every <= MAX_WAITING:  # numpy's integers would wrap
             load, in_queue = waiting << WAITING_SHIFT | running << RUNNING_SHIFT | kv, waiting + running
         else:
-            if not (inf > waiting >= 0 and inf > running >= 0 and -_ROUNDING <= kv_cache_usage <= 1 + _ROUNDING):
+            counts = inf > waiting >= 0 == waiting % 1 and inf > running >= 0 == running % 1
+            if not (counts and -_ROUNDING <= kv_cache_usage <= 1 + _ROUNDING):
                 raise SettingError(
-                    f"waiting={waiting}, running={running}, kv_cache_usage={kv_cache_usage}: counts are 0 or "
-                    "more, and the usage is a fraction from 0.0 to 1.0, not a percentage"
+                    f"waiting={waiting}, running={running}, kv_cache_usage={kv_cache_usage}: counts are whole "
+                    "numbers from 0 on, and the usage is a fraction from 0.0 to 1.0, not a percentage"
                 )
             load = pack_load(waiting, running, kv_cache_usage)
             waiting, running, _ = unpack_load(load)
             in_queue = waiting + running
         if not (backlog.__class__ is int is step.__class__ and 0 <= backlog <= MAX_WORD and 0 <= step <= MAX_STEP):
-            if not inf > backlog >= 0:
-                raise SettingError(f"prefill_backlog is {backlog}, and must be a count of 0 or more")
+            if not inf > backlog >= 0 == backlog % 1:
+                raise SettingError(f"prefill_backlog is {backlog}, and must be a whole number from 0 on")
             backlog = saturate(int(backlog))
             step = int(step) if 0 <= step <= MAX_STEP else 0
         # SYNC: what a decision needs is whole in each of these words (`dpshm.board.outstanding`), whatever their

@@ -132,7 +132,7 @@ class Recorder:
 
     @classmethod
     def create(cls, path: Path, *, engines: int, group: str, frontend: int, slots: int | None = None) -> Recorder:
-        """Makes a ring; replaces a file of that name.
+        """Makes a ring; replaces an older ring, or an empty file, of that name.
 
         Args:
             path: the file.
@@ -142,7 +142,7 @@ class Recorder:
             slots: decisions that it holds; default: what `RING_BYTES` hold, at most `MAX_SLOTS`.
 
         Raises:
-            SettingError: the file cannot be made.
+            SettingError: the file cannot be made, or another file has its name.
         """
         engines = max(1, engines)
         if slots is None:
@@ -150,6 +150,7 @@ class Recorder:
         if slots < 1:
             raise SettingError(f"a ring of {slots} slots holds no decision: choose 1 or more")
         header = RingHeader(VERSION, group, frontend, engines, slots, os.getpid())
+        _check_replaceable(path)
         mapped = cls._make(path, header)
         logger.info(
             "front-end %d of group %r records its newest %d decisions in %s, %d KiB",
@@ -252,6 +253,27 @@ def read(path: Path) -> tuple[RingHeader, list[Decision]]:
         raise SettingError(f"cannot read the decision ring {path}: {e.strerror}") from e
     header = _check(path, data)
     return header, [_as_decision(number, record) for number, record in _records(header, data)]
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raises `SettingError` if a file has that name and is no ring: a device, or what somebody wants to keep."""
+    try:
+        if not path.name:
+            raise SettingError(f"{str(path)!r} names no file for the decision ring")
+        found = path.lstat()
+        ours = stat.S_ISREG(found.st_mode)
+        if ours and found.st_size:
+            with path.open("rb") as file:
+                ours = file.read(len(MAGIC)) == MAGIC
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise SettingError(f"cannot make the decision ring {path}: {e.strerror}. Name another file") from e
+    if not ours:
+        raise SettingError(
+            f"cannot make the decision ring {path}: something else has that name, and would be lost. Name another "
+            "file"
+        )
 
 
 def _ring_bytes(header: RingHeader) -> int:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import msgspec
 
 from dpshm.board.board import Board
-from dpshm.board.files import directory, groups, owner_of, segment_path
+from dpshm.board.files import directory, groups, open_directory, owner_of, segment_path
 from dpshm.errors import SegmentError, SegmentNotFound, SettingError
 from dpshm.ops.read_frame import read_frame
 
@@ -74,8 +74,20 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def summaries() -> list[Summary]:
-    """Every group of this node, by name."""
-    return [summary_of(found) for found in find_groups()]
+    """Every group of this node, by name.
+
+    Raises:
+        SegmentError: there is none, since its directory cannot be read.
+    """
+    found = [summary_of(found) for found in find_groups()]
+    if not found:
+        _check_directory()
+    return found
+
+
+def _check_directory() -> None:
+    """Raises `SegmentError` if groups cannot be seen: that is not the same as none."""
+    os.close(open_directory(directory()))
 
 
 def summary_of(found: Found) -> Summary:
@@ -139,6 +151,7 @@ def open_group(group: str | None) -> Board:
         return Board.attach(live[0].group, any_owner=True)
     others = "".join(f"\n  {f.group:<24} {f.state}: {f.detail}" for f in live or found)
     if not live:
+        _check_directory()
         raise SegmentNotFound(
             f"no live group in {directory()}: start one with `dpshm coordinator --group NAME --dp-size N`, or "
             "look from where its /dev/shm is (a container's is its own unless --ipc=host)"

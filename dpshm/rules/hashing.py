@@ -54,10 +54,18 @@ def mixed_array(count: int) -> NDArray[np.uint64]:
 
 
 def key_of(key: int | str | bytes) -> int:
-    """A key as a number from 0 to 2**63 - 1: a conversation's id, or the first bytes of a prompt."""
+    """A key as a number from 0 to 2**63 - 1: a conversation's id, or the first bytes of a prompt.
+
+    Raises:
+        TypeError: it is none of them.
+    """
     if isinstance(key, int):
         return mix(key & _BITS_64) & _BITS_63
     data = key.encode() if isinstance(key, str) else key
     if hasattr(data, "__index__"):  # numpy's integers are the same keys as Python's
         return key_of(index(data))
-    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little") & _BITS_63
+    try:
+        digest = blake2b(data, digest_size=8).digest()
+    except TypeError:
+        raise TypeError(f"key {key!r} must be an int, a str or bytes") from None
+    return int.from_bytes(digest, "little") & _BITS_63

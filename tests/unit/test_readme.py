@@ -394,6 +394,15 @@ ROW_SECTIONS = {
 }
 
 
+def test_the_size_of_the_board():
+    """Guards against a container whose /dev/shm has the size that a page tells, and no room for the board."""
+    size = make_layout(DEFAULT_ENGINES, DEFAULT_FRONTENDS).size
+    (told,) = re.findall(
+        r"board needs (\d+) KiB for (\d+) engines and (\d+) front-ends", text_of(ROOT / "dpshm/ops/README.md")
+    )
+    assert tuple(map(int, told)) == (size >> 10, DEFAULT_ENGINES, DEFAULT_FRONTENDS)
+
+
 def test_the_memory_map_is_the_real_one() -> None:
     """Guards against a drawn offset that a reader uses and that is wrong, and a column that is not drawn."""
     layout = make_layout(DEFAULT_ENGINES, DEFAULT_FRONTENDS)

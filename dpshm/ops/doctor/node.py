@@ -93,7 +93,7 @@ def check_directory() -> Iterator[Finding]:
         yield Finding(
             severity="warning",
             check="space",
-            what=f"{path} has {total >> 20} MiB in all: a container's default",
+            what=f"{path} has {total >> 20 or '<1'} MiB in all: a container's default",
             why="enough for dpshm, but NCCL and PyTorch put their buffers there as well and fail",
             fix="docker run --shm-size=16g    (Kubernetes: an emptyDir of medium Memory, mounted there)",
         )

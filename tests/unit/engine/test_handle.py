@@ -656,6 +656,9 @@ def test_counts_that_cannot_be_are_refused_and_change_nothing(board, group, usin
         lambda: engine.publish(waiting=float("inf"), running=0),
         lambda: engine.publish(waiting=0, running=float("nan")),
         lambda: engine.publish(waiting=0, running=0, prefill_backlog=float("inf")),
+        lambda: engine.publish(waiting=1.5, running=0),
+        lambda: engine.publish(waiting=0, running=Fraction(1, 3)),
+        lambda: engine.publish(waiting=0, running=0, prefill_backlog=0.5),
     ):
         before = bytes(board.words.cast("B"))
         with pytest.raises(SettingError):

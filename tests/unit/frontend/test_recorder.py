@@ -167,12 +167,37 @@ def test_a_ring_that_is_cut_off_is_refused(tmp_path):
         read(tmp_path / "none")
 
 
+def test_only_a_ring_is_replaced(tmp_path):
+    """Guards against `record="/dev/null"` by root, which made a file of the device, and against a user's file that
+    is lost because a ring was given its name.
+    """
+    path = tmp_path / "file"
+    kept = (lambda: path.write_text("a user's"), lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/null"))
+    for make in kept:
+        make()
+        before = path.lstat()
+        with pytest.raises(
+            SettingError, match=f"cannot make the decision ring {path}: something else has that name"
+        ):
+            Recorder.create(path, engines=2, group="g", frontend=0)
+        assert os.path.samestat(path.lstat(), before)
+        assert os.listdir(tmp_path) == ["file"]
+        path.unlink()
+    path.touch()  # as tempfile makes it
+    for _ in range(2):
+        Recorder.create(path, engines=2, group="g", frontend=0).close()
+        assert read(path)[0].group == "g"
+
+
 def test_a_ring_that_cannot_be_made(tmp_path):
     """Guards against a draft that is left behind, and against an error without the file's name."""
     (tmp_path / "ring").mkdir()
     with pytest.raises(SettingError, match=r"cannot make the decision ring .*ring"):
         Recorder.create(tmp_path / "ring", engines=2, group="g", frontend=0)
     assert os.listdir(tmp_path) == ["ring"]
+    for wrong in (tmp_path / "ring" / "no" / "ring", Path("")):
+        with pytest.raises(SettingError, match="decision ring"):
+            Recorder.create(wrong, engines=2, group="g", frontend=0)
     with pytest.raises(SettingError, match="0 slots"):
         Recorder.create(tmp_path / "other", engines=2, group="g", frontend=0, slots=0)
 

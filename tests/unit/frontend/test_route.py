@@ -257,6 +257,9 @@ def test_integers_of_numpy(board, group, using, kind):
         assert (type(route.dp_rank), type(route.prompt_tokens)) == (int, int)
         assert int(board.sent_tokens[0, 1]) == 100
     assert key_of(kind(7)) == key_of(7)
+    for wrong in (1.5, [1], object()):
+        with pytest.raises(TypeError, match=r"key .* must be an int, a str or bytes"):
+            key_of(wrong)
 
 
 @pytest.mark.parametrize("wrong", [1.0, "1", None, [1], np.float64(1), np.array([1, 2])])

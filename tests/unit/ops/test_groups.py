@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpshm import Board, Coordinator, Engine, Frontend, SegmentNotFound, SettingError
+from dpshm import Board, Coordinator, Engine, Frontend, SegmentError, SegmentNotFound, SettingError
 from dpshm.board.header import make_header
 from dpshm.board.segment import Segment
 from dpshm.cli.doctor import as_text as diagnosis_as_text
@@ -36,6 +36,16 @@ def test_no_group(alone: Path):
     """Guards against an error that does not say what to do."""
     with pytest.raises(SegmentNotFound, match=r"no live group in .*dpshm coordinator --group NAME"):
         open_group(None)
+    assert summaries() == []
+
+
+@pytest.mark.parametrize("folder", ["/dev/shm/dpt-none", "/etc/passwd"])
+def test_a_directory_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch, folder: str):
+    """Guards against a wrong DPSHM_DIR, or a container without /dev/shm, that is called a node without groups."""
+    monkeypatch.setenv("DPSHM_DIR", folder)
+    for look in (summaries, lambda: open_group(None)):
+        with pytest.raises(SegmentError, match=f"cannot use {folder} .*Set DPSHM_DIR"):
+            look()
 
 
 def test_the_only_live_group_is_meant(alone: Path):
@@ -94,7 +104,7 @@ def test_each_group_is_one_line(alone: Path):
     assert prod.coordinator_pid == coordinator.board.coordinator_pid[0]
     assert [line.split()[:2] for line in lines[1:]] == [["bad", "unreadable"], ["dead", "dead"], ["prod", "alive"]]
     assert "the magic is" in lines[1]
-    assert as_text([]) == "no group is on this node"
+    assert as_text([]) == f"no group is in {alone}"
 
 
 def test_ranks_on_other_nodes_have_a_sign(alone: Path):

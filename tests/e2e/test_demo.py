@@ -240,7 +240,7 @@ def test_the_board_and_the_broadcast_are_compared(shell):
     ("arguments", "says"),
     [
         (("demo", "--compare", "--keep"), "dpshm: error: --compare plays the board and the broadcast"),
-        (("demo", "--json", "--keep"), "dpshm: error: --keep has no end, and so no report"),
+        (("demo", "--json", "--keep", "--trace", "none.csv"), "dpshm: error: --keep has no end, and so no report"),
         (("demo", "--chaos", "--stats", "pub"), "dpshm: error: --chaos is for the board"),
         (("demo", "--engine", "torch", "--dense"), "dpshm: error: the ranks of --engine torch step together"),
         (("demo", "--policy", "best"), "dpshm: error: no policy 'best': choose one of"),

@@ -145,7 +145,7 @@ class SimEngine:
         cache = PrefixCache(settings.block_tokens)
         if settings.prefix_index:
             shown = self._engine.open_cache(
-                self._accelerator.cost.kv_tokens // settings.block_tokens,
+                _blocks_of(self._accelerator.cost.kv_tokens, settings.block_tokens),
                 settings.block_tokens,
                 identity=identity_of(settings.block_tokens),
             )
@@ -253,7 +253,7 @@ class SimEngine:
             step=self._steps,
         )
         if self._cache is not None and self._engine.cache is not None:
-            self._engine.cache.show(blocks_in_use=-(-batcher.kv_used // self._cache.block_tokens))
+            self._engine.cache.show(blocks_in_use=_blocks_of(batcher.kv_used, self._cache.block_tokens))
         if self._sender:
             self._sender.send(
                 RankReport(
@@ -290,7 +290,14 @@ class SimEngine:
         self._accelerator.close()
         with suppress(DpshmError):
             self._engine.close()
+        for socket in (self._requests, *self._replies):
+            socket.close(linger=0)
         return EngineReport(self._batcher.preemptions, self._malformed, self._prompt_tokens, self._cached_tokens)
+
+
+def _blocks_of(tokens: int, block_tokens: int) -> int:
+    """How many blocks hold so many tokens; the last may have room left."""
+    return -(-tokens // block_tokens)
 
 
 def main() -> None:

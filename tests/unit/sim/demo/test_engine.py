@@ -8,10 +8,11 @@ import msgspec
 import pytest
 import zmq
 
-from dpshm import Frontend
+from dpshm import Coordinator, Frontend
 from dpshm.rules.waves import Phase
 from dpshm.sim.demo import lockstep
 from dpshm.sim.demo.children import Children
+from dpshm.sim.demo.engine import LoneSleeper, SimEngine
 from dpshm.sim.demo.messages import (
     EngineReport,
     EngineSettings,
@@ -22,6 +23,7 @@ from dpshm.sim.demo.messages import (
     frontend_address,
     new_prefix,
 )
+from dpshm.sim.step_cost import StepCost
 
 TIMEOUT_MS = 60_000
 
@@ -108,6 +110,48 @@ def test_requests_wake_all_ranks_and_are_answered_once(rig):
     assert rows["requests"].tolist() == [0, 0]
     # Rank 1 had nothing to do and stepped with rank 0 all the same.
     assert rows["steps"][0] == rows["steps"][1] == rows["dummy_steps"][1]
+
+
+class Small(LoneSleeper):
+    """An accelerator whose KV cache ends within a block."""
+
+    def __init__(self) -> None:
+        self.cost = StepCost(0.0, 0.0, 0.0, kv_tokens=1000)
+
+
+class UntilEmpty:
+    """Ends an engine once it has nothing to do; notes the blocks that it had in use."""
+
+    def __init__(self) -> None:
+        self.engine: SimEngine | None = None
+        self.blocks_in_use: list[int] = []
+
+    def register(self, poller: zmq.Poller) -> None:
+        """Nothing else ends it."""
+
+    def ended(self) -> bool:
+        """Whether the engine had a request, and has none."""
+        assert self.engine is not None
+        self.blocks_in_use.append(int(self.engine.board.snapshot()["blocks_in_use"][0]))
+        return self.blocks_in_use[-1] == 0 and any(self.blocks_in_use)
+
+
+def test_a_kv_cache_that_is_full_to_the_last_token_is_shown(group, using):
+    """Guards against an engine that dies of its full cache: 1,000 tokens are three blocks of 400 and not two."""
+    using(Coordinator(group=group, dp_size=1, waves=False))
+    prefix, end = new_prefix(), UntilEmpty()
+    settings = EngineSettings(os.getpid(), group, prefix, "board", 0, 1, 1, -1, block_tokens=400)
+    end.engine = engine = using(SimEngine(settings, end, Small()))
+    frontend = using(Frontend.attach(group))
+    assert frontend.board.snapshot()["num_blocks"].tolist() == [3]
+    route = frontend.route(990)
+    with zmq.Context() as context, context.socket(zmq.PUSH) as requests:
+        requests.connect(engine_address(prefix, 0))
+        message = RequestMessage.of(1, frontend.index, route, 10, blocks=(1, 2, 3))
+        requests.send(msgspec.msgpack.encode(message))
+        engine.run()
+    route.done()
+    assert max(end.blocks_in_use) == 3
 
 
 @pytest.mark.slow

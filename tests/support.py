@@ -7,6 +7,7 @@ with a message.
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, AnyStr
 
 import msgspec
@@ -241,6 +243,28 @@ def in_flight(board: Board) -> NDArray[np.int64]:
 
 
 # Processes.
+
+
+class Marked:
+    """The processes that start with a mark in their environment: set `DPSHM_TEST_RUN` to `mark` for them."""
+
+    def __init__(self) -> None:
+        self.mark = secrets.token_hex(8)
+
+    def pids(self, part: bytes = b"") -> list[int]:
+        """Those that live and have `part` in their command line."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and self.mark.encode() in (entry / "environ").read_bytes():
+                    found += [int(entry.name)] * (part in (entry / "cmdline").read_bytes())
+            except OSError:
+                continue
+        return found
+
+    def workers(self) -> list[int]:
+        """Those of a pool."""
+        return self.pids(b"spawn_main")
 
 
 class RemoteError(Exception):

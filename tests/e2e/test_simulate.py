@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dpshm import Engine, Frontend
-from tests.support import TIMEOUT_S, LoneBoard, Popen, wait_until
+from tests.support import TIMEOUT_S, LoneBoard, Marked, Popen, wait_until
 from tests.unit.sim.workloads.samples import SAMPLES
 
 PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
@@ -151,28 +150,6 @@ def test_simulate_refuses(line, arguments, message):
     assert (status, out) == (2, "")
     assert err.startswith("dpshm: error: ")
     assert message in err
-
-
-class Marked:
-    """The processes of one command, which all have a mark in their environment."""
-
-    def __init__(self) -> None:
-        self.mark = secrets.token_hex(8)
-
-    def pids(self, part: bytes = b"") -> list[int]:
-        """Those that live and have `part` in their command line."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and self.mark.encode() in (entry / "environ").read_bytes():
-                    found += [int(entry.name)] * (part in (entry / "cmdline").read_bytes())
-            except OSError:
-                continue
-        return found
-
-    def workers(self) -> list[int]:
-        """The processes of the pool."""
-        return self.pids(b"spawn_main")
 
 
 LONG = ("--requests", "1000000", "--processes", "2", "--no-oracle")

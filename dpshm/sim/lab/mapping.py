@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection
@@ -40,12 +40,10 @@ def mapping(
         return
     context = get_context("spawn")
     resource_tracker.ensure_running()  # now: its start lifts the block of SIGINT and SIGTERM
-    with ExitStack() as stack:
-        theirs, ours = context.Pipe(duplex=False)
-        # Not a `Pool`: it waits for ever for a process that was killed. That one's task is lost, and its locks.
-        pool = ProcessPoolExecutor(processes, context, _begin, (partial(function, given), theirs))
-        stack.callback(pool.shutdown, cancel_futures=True)
-        stack.callback(ours.close)
+    theirs, ours = context.Pipe(duplex=False)
+    # Not a `Pool`: it waits for ever for a process that was killed. That one's task is lost, and its locks.
+    pool = ProcessPoolExecutor(processes, context, _begin, (partial(function, given), theirs))
+    with theirs, pool, ours:  # closed from the last on: `ours` ends the processes, then the pool waits for them
 
         def results(tasks: Sequence[Task]) -> Iterator[Result]:
             with held():  # also by processes that start: one that is broken off prints a traceback

@@ -31,7 +31,7 @@ from dpshm.service.process import Process
 
 REMOVE = signal.SIGUSR1
 """From the parent of a child that hands over: end, and remove the board."""
-_EXIT_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 5.0
 _ORPHAN_INTERVAL_MS = 200
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 # -P, and the path at the end: no file in the parent's folder can take the place of a module.
@@ -97,7 +97,7 @@ def read_report(fd: int, proc: Process, timeout_s: float, detached: bool) -> Rep
             break
         data += chunk
     if not data:
-        proc.join(_EXIT_TIMEOUT_S)
+        proc.join(STOP_TIMEOUT_S)
         raise StartupTimeout(
             f"{proc.name} (pid {proc.pid}) ended with exit status {proc.exitcode} before it reported its "
             "addresses; see its log above"

@@ -18,13 +18,12 @@ from dpshm.errors import DpshmError, SegmentError, SettingError, StartupTimeout
 from dpshm.linux.waits import bounded, deadline
 from dpshm.ops.drain import set_drained
 from dpshm.ops.scale import set_size
-from dpshm.service.child import REMOVE, read_report, start
+from dpshm.service.child import REMOVE, STOP_TIMEOUT_S, read_report, start
 from dpshm.service.process import Detached, Process
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 5.0
 _LOOK_S = 0.01
 
 

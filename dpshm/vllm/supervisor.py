@@ -21,7 +21,8 @@ from typing import Any
 
 from dpshm.board.board import Board
 from dpshm.errors import SegmentError, SettingError
-from dpshm.service.coordinator_process import START_TIMEOUT_S, STOP_TIMEOUT_S, CoordinatorProcess
+from dpshm.service.child import STOP_TIMEOUT_S
+from dpshm.service.coordinator_process import START_TIMEOUT_S, CoordinatorProcess
 from dpshm.vllm.log import logger
 from dpshm.vllm.summary import SummaryLog
 
